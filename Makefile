@@ -1,0 +1,53 @@
+# One word per chore; `make chat` and `make test` need nothing typed before them.
+# Chores print what they do on stderr: stdout carries only what was asked for.
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip --disable-pip-version-check
+MODEL  := build/tiny-relu-llama.gguf
+NATIVE := $(wildcard runtime/native/*)
+
+# As in pyproject.toml. Installed before the package, so that its wheel (about 6 minutes on two cores) is built once and then comes from pip's cache.
+LLAMA_CPP := $(shell sed -n 's/^requires = .*"\(llama-cpp-python==[0-9.]*\)".*/\1/p' pyproject.toml)
+
+.PHONY: chat setup test check bench clean
+
+chat: $(MODEL)
+	@$(PY) -m runtime chat $(MODEL)
+
+setup: $(VENV)/.setup
+
+$(VENV)/.setup: pyproject.toml $(NATIVE)
+	@echo "setting up $(VENV): the first time, $(LLAMA_CPP) is compiled, which takes some minutes" >&2
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) >&2
+	@$(PIP) install --quiet "$(LLAMA_CPP)" "scikit-build-core>=0.11" ninja >&2
+	@$(PIP) install --quiet --no-build-isolation --editable . >&2
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.setup
+	@$(PIP) install --quiet --no-build-isolation --editable ".[test]" >&2
+	@touch $@
+
+$(VENV)/.check: $(VENV)/.test
+	@$(PIP) install --quiet --no-build-isolation --editable ".[check]" >&2
+	@touch $@
+
+$(MODEL): $(VENV)/.setup $(wildcard examples/tiny-relu-llama/* convert/*.py convert/archs/*.py runtime/structure.py)
+	@mkdir -p $(dir $@)
+	@$(PY) -m convert examples/tiny-relu-llama $@ --force >&2
+
+test: $(VENV)/.test
+	$(PY) -m pytest
+
+check: $(VENV)/.check
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: $(MODEL)
+	$(PY) -m bench.decode $(MODEL)
+
+clean:
+	rm -rf $(VENV) build

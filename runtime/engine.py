@@ -1,0 +1,171 @@
+"""Runs token ids through a model: owns the weights, the KV cache and the graphs, and makes every ggml call on one thread.
+
+ggml's CPU backend is an OpenMP build: the team of threads belongs to whoever calls it, so all calls come from the one worker thread of this module.
+Knows ids and logits; knows nothing of text.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime import ggml, native_ffn
+from runtime.errors import UserError
+from runtime.gguf_file import GgufFile
+from runtime.graph import Graph, GraphSpec
+from runtime.weights import KvCache, Weights
+
+T = TypeVar("T")
+
+KV_TYPES = {"f16": ggml.F16, "f32": ggml.F32}
+FFN_MODES = ("exact", "dense")
+BATCH = 512  # tokens of a prompt computed at once
+_KV_PAD = 256  # graphs are built for multiples of this many positions
+_KEPT_GRAPHS = 4
+
+_worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ggml")
+
+
+def on_worker(call: Callable[[], T]) -> T:
+    """Run `call` on the thread that owns ggml and wait for it."""
+    return _worker.submit(call).result()
+
+
+def physical_cores() -> int:
+    """Cores this process may use, counting hyper-threads of one core once; at least 1."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    siblings = set()
+    for cpu in allowed:
+        try:
+            siblings.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
+        except OSError:
+            siblings.add(str(cpu))
+    return max(1, len(siblings))
+
+
+@dataclass
+class Counts:
+    """FFN activity of one layer since it was last reset: neurons computed, and tokens."""
+
+    fired: int = 0
+    seen: int = 0
+
+
+class Engine:
+    """A model ready to compute. Not thread-safe by itself: every method runs its work on the ggml worker thread."""
+
+    def __init__(self, file: GgufFile, ffn: str, threads: int, n_ctx: int, kv_type: str, flash_attention: bool = True) -> None:
+        self.structure = file.structure
+        self.ffn, self.threads, self.n_ctx, self.kv_type = ffn, threads, n_ctx, kv_type
+        self._flash_attention = flash_attention
+        self._graphs: OrderedDict[GraphSpec, Graph] = OrderedDict()
+        self.cached: list[int] = []  # the ids whose keys and values are in the cache
+        self.counts = [Counts() for _ in range(self.structure.block_count)]
+        self._check_modes(file)
+        on_worker(lambda: self._open(file))
+
+    def _check_modes(self, file: GgufFile) -> None:
+        if self.ffn == "dense" and self.structure.layout == "sparse":
+            raise UserError(f"`{file.path}`: has no ffn_down tensors (layout `sparse`), which `dense` mode needs", "use --ffn exact, or convert with --layout both")
+
+    def _open(self, file: GgufFile) -> None:
+        s = self.structure
+        if self.ffn != "dense":
+            native_ffn.library()
+        self._backend = ggml.ggml_backend_cpu_init()
+        ggml.ggml_backend_cpu_set_n_threads(self._backend, self.threads)
+        self.weights = Weights(file)
+        n_cells = _padded(self.n_ctx)
+        try:
+            self.kv = KvCache(self._backend, KV_TYPES[self.kv_type], s.kv_length, n_cells, s.block_count)
+        except UserError:
+            self.weights.close()
+            ggml.ggml_backend_free(self._backend)
+            raise
+
+    def close(self) -> None:
+        """Free everything."""
+        on_worker(self._close)
+
+    def _close(self) -> None:
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
+        self.kv.close()
+        self.weights.close()
+        ggml.ggml_backend_free(self._backend)
+
+    def reset(self) -> None:
+        """Forget the sequence in the cache."""
+        self.cached.clear()
+
+    def logits(self, ids: Sequence[int], n_outputs: int | None = None) -> npt.NDArray[np.float32]:
+        """Logits after `ids`, continuing from the longest prefix that is in the cache.
+
+        n_outputs: 1 for the last position only, None for every position (then nothing cached is reused).
+        Returns float32 [n_outputs, n_vocab].
+        """
+        start = 0 if n_outputs is None else self.reusable(ids)
+        del self.cached[start:]
+        parts = []
+        for at in range(start, len(ids), BATCH):
+            batch = ids[at : at + BATCH]
+            parts.append(self._batch(batch, at, 1 if n_outputs else len(batch)))
+        return parts[-1] if n_outputs else np.concatenate(parts)
+
+    def reusable(self, ids: Sequence[int]) -> int:
+        """How many of `ids` need not be computed again: the cached prefix, without the last id, whose logits are wanted."""
+        known = list(ids[: min(len(self.cached), len(ids) - 1)])
+        if self.cached[: len(known)] == known:
+            return len(known)
+        return next(n for n, (a, b) in enumerate(zip(self.cached, known, strict=False)) if a != b)
+
+    def _batch(self, ids: Sequence[int], start: int, n_outputs: int) -> npt.NDArray[np.float32]:
+        tokens = np.asarray(ids, np.int32)
+
+        def compute() -> npt.NDArray[np.float32]:
+            graph = self._graph(len(tokens), start + len(tokens), n_outputs)
+            logits = graph.run(tokens, start)
+            self._count(graph)
+            self.cached[start:] = ids
+            return logits
+
+        return on_worker(compute)
+
+    def _graph(self, n_tokens: int, n_positions: int, n_outputs: int) -> Graph:
+        spec = GraphSpec(n_tokens, _padded(n_positions), n_outputs, self.ffn, self.threads, self._flash_attention)
+        if spec in self._graphs:
+            self._graphs.move_to_end(spec)
+        else:
+            if len(self._graphs) >= _KEPT_GRAPHS:
+                self._graphs.popitem(last=False)[1].close()
+            self._graphs[spec] = Graph(spec, self.structure, self.weights, self.kv, self._backend)
+        return self._graphs[spec]
+
+    def _count(self, graph: Graph) -> None:
+        for counts, ffn in zip(self.counts, graph.ffns, strict=False):
+            counts.fired += ffn.fired
+            counts.seen += ffn.seen
+            ffn.fired = ffn.seen = 0
+
+    def reset_counts(self) -> None:
+        """Start counting FFN activity anew."""
+        self.counts = [Counts() for _ in self.counts]
+
+    def layer_shares(self) -> list[float]:
+        """Share of each layer's neurons computed since `reset_counts`; 1.0 in dense mode, 0.0 before any token."""
+        if self.ffn == "dense":
+            return [1.0] * len(self.counts)
+        return [c.fired / (c.seen * self.structure.feed_forward_length) if c.seen else 0.0 for c in self.counts]
+
+
+def _padded(n: int) -> int:
+    return (n + _KV_PAD - 1) // _KV_PAD * _KV_PAD

@@ -1,0 +1,62 @@
+"""The one exception a user may cause, and how a command line reports it.
+
+Knows nothing of models or files: whoever raises `UserError` says where, what was found and what was expected.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake in what the user gave us: a file, an option, an environment. Never a bug of ours.
+
+    message: one line, "where: what was found, what was expected". hint: what to do about it, or "".
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+def os_error(error: OSError) -> UserError:
+    """Turn an operating-system error into one line that names the file."""
+    where = f"`{error.filename}`: " if error.filename else ""
+    hints = {
+        errno.ENOSPC: "free some space or write to another disk",
+        errno.EFBIG: "the file size limit of this shell or file system was reached (see `ulimit -f`)",
+        errno.ENOENT: "check the path",
+        errno.EACCES: "check the permissions",
+    }
+    return UserError(f"{where}{error.strerror or error}", hints.get(error.errno or 0, ""))
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Run a command line's body; print a `UserError` as `error:` and `hint:` lines on stderr.
+
+    Returns the exit status: 0, 1 for a user's mistake, 130 after an interrupt. Bugs keep their traceback.
+    """
+    try:
+        command()
+    except UserError as error:
+        return _report(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone (`| head`): not an error, and nothing more can be written.
+        sys.stderr.close()
+        return 0
+    except OSError as error:
+        return _report(os_error(error))
+    return 0
+
+
+def _report(error: UserError) -> int:
+    print(f"error: {' '.join(error.message.split())}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {' '.join(error.hint.split())}", file=sys.stderr)
+    return 1

@@ -1,0 +1,292 @@
+"""One ggml graph: `n_tokens` new tokens through the whole model, built from the file's own description.
+
+Shapes in comments are ggml's: the contiguous dimension first. Knows no architecture by name.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime import ggml, native_ffn
+from runtime.errors import UserError
+from runtime.structure import Structure
+from runtime.weights import KvCache, Weights, new_context
+
+_NODES_PER_BLOCK = 64
+_NULL = ggml.TensorP()
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """What distinguishes one graph of a model from another."""
+
+    n_tokens: int
+    n_kv: int  # positions that attention reads, padded
+    n_outputs: int  # the last token (1) or all of them
+    ffn: str  # "dense" or "exact"
+    n_threads: int
+    flash_attention: bool = True
+
+
+@dataclass
+class Graph:
+    """A built and allocated graph. Call `run` from the thread that owns ggml; `close` frees it."""
+
+    spec: GraphSpec
+    structure: Structure
+    weights: Weights
+    kv: KvCache
+    backend: ggml.BackendP
+    ffns: list[native_ffn.Ffn] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        size = self.structure.block_count * _NODES_PER_BLOCK + 64
+        self.ctx = new_context(2 * size, ggml.ggml_graph_overhead_custom(size, False))
+        self.graph = ggml.ggml_new_graph_custom(self.ctx, size, False)
+        self._inputs()
+        self.logits = _Builder(self).build()
+        ggml.ggml_set_output(self.logits)
+        ggml.ggml_build_forward_expand(self.graph, self.logits)
+        self._check_supported()
+        self._allocator = ggml.ggml_gallocr_new(ggml.ggml_backend_cpu_buffer_type())
+        if not ggml.ggml_gallocr_alloc_graph(self._allocator, self.graph):
+            self.close()
+            raise UserError(f"not enough memory for the compute buffer of {self.spec.n_tokens} tokens", "use a smaller --n-ctx")
+
+    def _inputs(self) -> None:
+        n, spec = self.spec.n_tokens, self.spec
+        self.tokens = self._input(b"tokens", ggml.I32, n)
+        self.positions = self._input(b"positions", ggml.I32, n)
+        self.cells = self._input(b"cells", ggml.I64, n)  # rows of the KV cache that the new tokens take
+        self.mask = self._input(b"mask", ggml.F16, spec.n_kv, n)
+        self.outputs = self._input(b"outputs", ggml.I32, spec.n_outputs)
+        self._mask = np.empty((n, spec.n_kv), np.float16)
+
+    def _input(self, name: bytes, type_id: int, *ne: int) -> ggml.TensorP:
+        tensor = ggml.ggml_new_tensor_2d(self.ctx, type_id, *ne) if len(ne) == 2 else ggml.ggml_new_tensor_1d(self.ctx, type_id, *ne)
+        ggml.ggml_set_name(tensor, name)
+        ggml.ggml_set_input(tensor)
+        # Listed even where nothing reads it, so that it always has memory.
+        ggml.ggml_build_forward_expand(self.graph, tensor)
+        return tensor
+
+    def _check_supported(self) -> None:
+        device = ggml.ggml_backend_get_device(self.backend)
+        for i in range(ggml.ggml_graph_n_nodes(self.graph)):
+            node = ggml.ggml_graph_node(self.graph, i)
+            if not ggml.ggml_backend_dev_supports_op(device, ggml.ConstTensorP(node.value)):
+                name = node.struct.name.decode()
+                raise UserError(f"this build of ggml cannot compute `{name}` (operation {node.struct.op}, type {node.type})")
+
+    def run(self, tokens: npt.NDArray[np.int32], start: int) -> npt.NDArray[np.float32]:
+        """Compute the tokens at positions start.. and return logits, float32 [n_outputs, n_vocab]."""
+        n = self.spec.n_tokens
+        positions = np.arange(start, start + n, dtype=np.int32)
+        self._mask.fill(0)
+        self._mask[np.arange(self.spec.n_kv)[None, :] > positions[:, None]] = -np.inf
+        _set(self.tokens, tokens)
+        _set(self.positions, positions)
+        _set(self.cells, positions.astype(np.int64))
+        _set(self.mask, self._mask)
+        _set(self.outputs, np.arange(n - self.spec.n_outputs, n, dtype=np.int32))
+        if ggml.ggml_backend_graph_compute(self.backend, self.graph) != ggml.STATUS_SUCCESS:
+            raise RuntimeError("ggml could not compute the graph")
+        logits = np.empty((self.spec.n_outputs, self.structure.vocab_size), np.float32)
+        ggml.ggml_backend_tensor_get(ggml.ConstTensorP(self.logits.value), logits.ctypes.data, 0, logits.nbytes)
+        return logits
+
+    @property
+    def buffer_size(self) -> int:
+        """Bytes of the compute buffer."""
+        return ggml.ggml_gallocr_get_buffer_size(self._allocator, 0)
+
+    def close(self) -> None:
+        """Free the graph and its compute buffer."""
+        ggml.ggml_gallocr_free(self._allocator)
+        ggml.ggml_free(self.ctx)
+
+
+def _set(tensor: ggml.TensorP, array: npt.NDArray[np.generic]) -> None:
+    ggml.ggml_backend_tensor_set(tensor, array.ctypes.data, 0, array.nbytes)
+
+
+class _Builder:
+    """Adds the operations of one graph to its context."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.g, self.ctx, self.w, self.s, self.spec = graph, graph.ctx, graph.weights, graph.structure, graph.spec
+
+    def build(self) -> ggml.TensorP:
+        """Add every operation; returns the logits [n_vocab, n_outputs]."""
+        x = self.embeddings()
+        for i in range(self.s.block_count):
+            x = self.block(x, i)
+        if self.s.output_norm:
+            x = self.norm(x, "output_norm")
+        if self.s.projected:
+            x = self.linear(x, "output_proj")
+        head = "token_embd" if self.s.tied_output else "output"
+        return self.linear(x, head)
+
+    def embeddings(self) -> ggml.TensorP:
+        """Token embeddings, projected and with learned positions where there are any: [n_embd, n_tokens]."""
+        x = ggml.ggml_get_rows(self.ctx, self.w["token_embd.weight"], self.g.tokens)
+        if self.s.projected:
+            x = self.linear(x, "token_embd_proj")
+        if self.s.position == "learned":
+            x = ggml.ggml_add(self.ctx, x, ggml.ggml_get_rows(self.ctx, self.w["position_embd.weight"], self.g.positions))
+        return x
+
+    def block(self, x: ggml.TensorP, i: int) -> ggml.TensorP:
+        """One transformer block; the last one keeps only the tokens whose logits are wanted."""
+        pre = self.s.norm_placement == "pre"
+        h = ggml.ggml_add(self.ctx, x, self.attention(self.norm(x, f"blk.{i}.attn_norm") if pre else x, i))
+        if i == self.s.block_count - 1 and self.spec.n_outputs < self.spec.n_tokens:
+            h = ggml.ggml_get_rows(self.ctx, h, self.g.outputs)
+        if pre:
+            return ggml.ggml_add(self.ctx, h, self.ffn(self.norm(h, f"blk.{i}.ffn_norm"), i))
+        h = self.norm(h, f"blk.{i}.attn_norm")
+        return self.norm(ggml.ggml_add(self.ctx, h, self.ffn(h, i)), f"blk.{i}.ffn_norm")
+
+    def norm(self, x: ggml.TensorP, name: str) -> ggml.TensorP:
+        """RMS or layer norm over n_embd, scaled (and shifted)."""
+        normalise = ggml.ggml_rms_norm if self.s.norm == "rms" else ggml.ggml_norm
+        x = ggml.ggml_mul(self.ctx, normalise(self.ctx, x, self.s.norm_epsilon), self.w[f"{name}.weight"])
+        return self.biased(x, name)
+
+    def linear(self, x: ggml.TensorP, name: str) -> ggml.TensorP:
+        """[n_in, n] -> [n_out, n]."""
+        return self.biased(ggml.ggml_mul_mat(self.ctx, self.w[f"{name}.weight"], x), name)
+
+    def biased(self, x: ggml.TensorP, name: str) -> ggml.TensorP:
+        bias = self.w.get(f"{name}.bias")
+        return ggml.ggml_add(self.ctx, x, bias) if bias else x
+
+    # --- attention ---------------------------------------------------------------------------------------------------
+
+    def attention(self, x: ggml.TensorP, i: int) -> ggml.TensorP:
+        """Causal self-attention of the new tokens over the cache: [n_embd, n_tokens]."""
+        s, n = self.s, self.spec.n_tokens
+        q = self.heads(x, f"blk.{i}.attn_q", s.head_count)
+        k = self.heads(x, f"blk.{i}.attn_k", s.head_count_kv)
+        if s.position.startswith("rope"):
+            q, k = self.rope(q), self.rope(k)
+        keys = self.remember(self.g.kv.keys[i], ggml.ggml_reshape_2d(self.ctx, k, s.kv_length, n))
+        values = self.remember(self.g.kv.values[i], self.linear(x, f"blk.{i}.attn_v"))
+        q = ggml.ggml_permute(self.ctx, q, 0, 2, 1, 3)  # [head_length, n_tokens, head_count]
+        return self.linear(self.attend(q, keys, values), f"blk.{i}.attn_output")
+
+    def heads(self, x: ggml.TensorP, name: str, n_heads: int) -> ggml.TensorP:
+        """[head_length, n_heads, n_tokens]."""
+        return ggml.ggml_reshape_3d(self.ctx, self.linear(x, name), self.s.head_length, n_heads, self.spec.n_tokens)
+
+    def rope(self, x: ggml.TensorP) -> ggml.TensorP:
+        s = self.s
+        mode = ggml.ROPE_TYPE_NEOX if s.position == "rope_neox" else ggml.ROPE_TYPE_NORMAL
+        factors = self.w["rope_freqs.weight"] if s.rope_freq_factors else _NULL
+        scale = 1 / s.rope_scaling_factor if s.rope_scaling == "linear" else 1.0
+        return ggml.ggml_rope_ext(self.ctx, x, self.g.positions, factors, s.rope_dimension_count, mode, 0, s.rope_freq_base, scale, 0.0, 1.0, 0.0, 0.0)
+
+    def remember(self, cache: ggml.TensorP, new: ggml.TensorP) -> ggml.TensorP:
+        """Write the new tokens' rows into the cache; returns [head_length, n_kv, head_count_kv]."""
+        cache = ggml.ggml_set_rows(self.ctx, cache, new, self.g.cells)
+        row, head = cache.nb[1], ggml.ggml_row_size(cache.type, self.s.head_length)
+        return ggml.ggml_view_3d(self.ctx, cache, self.s.head_length, self.spec.n_kv, self.s.head_count_kv, row, head, 0)
+
+    def attend(self, q: ggml.TensorP, keys: ggml.TensorP, values: ggml.TensorP) -> ggml.TensorP:
+        """[head_length * head_count, n_tokens]."""
+        s, scale = self.s, 1 / math.sqrt(self.s.head_length)
+        width = s.head_length * s.head_count
+        flash = ggml.ggml_flash_attn_ext(self.ctx, q, keys, values, self.g.mask, scale, 0.0, 0.0)
+        device = ggml.ggml_backend_get_device(self.g.backend)
+        if self.spec.flash_attention and ggml.ggml_backend_dev_supports_op(device, ggml.ConstTensorP(flash.value)):
+            return ggml.ggml_reshape_2d(self.ctx, flash, width, self.spec.n_tokens)
+        weights = ggml.ggml_mul_mat(self.ctx, keys, q)  # [n_kv, n_tokens, head_count]
+        weights = ggml.ggml_soft_max_ext(self.ctx, weights, self.g.mask, scale, 0.0)
+        turned = ggml.ggml_cont(self.ctx, ggml.ggml_permute(self.ctx, values, 1, 0, 2, 3))  # [n_kv, head_length, head_count_kv]
+        mixed = ggml.ggml_mul_mat(self.ctx, turned, weights)  # [head_length, n_tokens, head_count]
+        mixed = ggml.ggml_cont(self.ctx, ggml.ggml_permute(self.ctx, mixed, 0, 2, 1, 3))
+        return ggml.ggml_reshape_2d(self.ctx, mixed, width, self.spec.n_tokens)
+
+    # --- FFN ---------------------------------------------------------------------------------------------------------
+
+    def ffn(self, x: ggml.TensorP, i: int) -> ggml.TensorP:
+        """[n_embd, n] -> [n_embd, n]."""
+        y = self.ffn_dense(x, i) if self.spec.ffn == "dense" else self.ffn_exact(x, i)
+        return self.biased(y, f"blk.{i}.ffn_down")
+
+    def ffn_dense(self, x: ggml.TensorP, i: int) -> ggml.TensorP:
+        """Every neuron, through ggml's own products."""
+        up = self.linear(x, f"blk.{i}.ffn_up")
+        if not self.s.gated:
+            h = self.activate(up)
+        else:
+            gate = self.activate(self.linear(x, f"blk.{i}.ffn_gate"))
+            h = ggml.ggml_mul(self.ctx, gate, ggml.ggml_relu(self.ctx, up) if self.s.ffn_activation == "drelu" else up)
+        return ggml.ggml_mul_mat(self.ctx, self.w[f"blk.{i}.ffn_down.weight"], h)
+
+    def activate(self, gate: ggml.TensorP) -> ggml.TensorP:
+        if self.s.ffn_activation == "relu2":
+            return ggml.ggml_sqr(self.ctx, ggml.ggml_relu(self.ctx, gate))
+        if self.s.ffn_activation == "fatrelu":  # gate where it is above the threshold, else 0
+            above = ggml.ggml_step(self.ctx, ggml.ggml_scale_bias(self.ctx, gate, 1.0, -self.s.activation_threshold))
+            return ggml.ggml_mul(self.ctx, gate, above)
+        return ggml.ggml_relu(self.ctx, gate)
+
+    def ffn_exact(self, x: ggml.TensorP, i: int) -> ggml.TensorP:
+        """Gate rows of every neuron, up and down rows of those that fire: our own operators."""
+        tensors = native_tensors(self.w, self.s, i)
+        ffn = native_ffn.describe(self.s, tensors.types, self.spec.n_threads)
+        self.g.ffns.append(ffn)
+        return add_native_ffn(self.ctx, x, ffn, tensors)
+
+
+@dataclass(frozen=True)
+class NativeTensors:
+    """The rows of one FFN. Ungated: `gate` holds the up rows and `gate_bias` their bias; `up` is absent."""
+
+    gate: ggml.TensorP
+    down: ggml.TensorP
+    up: ggml.TensorP | None = None
+    gate_bias: ggml.TensorP | None = None
+    up_bias: ggml.TensorP | None = None
+
+    @property
+    def types(self) -> tuple[int, int, int]:
+        """ggml types of the gate, up and down rows."""
+        return self.gate.type, (self.up or self.gate).type, self.down.type
+
+
+def native_tensors(weights: Weights, s: Structure, i: int) -> NativeTensors:
+    """The FFN rows of block `i`."""
+    first = "ffn_gate" if s.gated else "ffn_up"
+    return NativeTensors(
+        gate=weights[f"blk.{i}.{first}.weight"],
+        down=weights[f"blk.{i}.ffn_down_t.weight"],
+        up=weights[f"blk.{i}.ffn_up.weight"] if s.gated else None,
+        gate_bias=weights.get(f"blk.{i}.{first}.bias"),
+        up_bias=weights.get(f"blk.{i}.ffn_up.bias") if s.gated else None,
+    )
+
+
+def add_native_ffn(ctx: ggml.ContextP, x: ggml.TensorP, ffn: native_ffn.Ffn, t: NativeTensors) -> ggml.TensorP:
+    """Add the four operators of one sparse FFN; x and the result are F32 [n_embd, n_tokens].
+
+    `ffn` must outlive the graph.
+    """
+    n = x.ne[1]
+    quantized = _custom(ctx, ffn, "quantize", ggml.I8, (ffn.x_stride, n), x)
+    gate = _custom(ctx, ffn, "gate", ggml.I8, (native_ffn.gate_size(ffn, n), 1), quantized, t.gate, t.gate_bias)
+    down = _custom(ctx, ffn, "down", ggml.I8, (native_ffn.down_size(ffn, n), 1), quantized, gate, t.down, t.up, t.up_bias)
+    return _custom(ctx, ffn, "reduce", ggml.F32, (ffn.n_embd, n), down, gate)
+
+
+def _custom(ctx: ggml.ContextP, ffn: native_ffn.Ffn, name: str, type_id: int, ne: tuple[int, int], *sources: ggml.TensorP | None) -> ggml.TensorP:
+    given = [s for s in sources if s is not None]
+    args = (ggml.TensorP * len(given))(*given)
+    address = native_ffn.address_of(ffn)
+    return ggml.ggml_custom_4d(ctx, type_id, *ne, 1, 1, args, len(given), native_ffn.operator(name), ffn.n_threads, address)

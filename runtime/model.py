@@ -1,0 +1,148 @@
+"""A model as its users see it: text and ids in, text and logits out.
+
+`load` is the door to the whole package; everything behind it is one engine, one tokenizer and one file.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.engine import FFN_MODES, KV_TYPES, Engine, physical_cores
+from runtime.errors import UserError
+from runtime.generate import Generation
+from runtime.gguf_file import GgufFile
+from runtime.sampling import Sampling
+from runtime.tokenizer import Tokenizer
+
+DEFAULT_N_CTX = 8192  # at most, where the user names none: keys and values are allocated when the model is loaded
+
+
+def load(path: str | Path, ffn: str = "exact", threads: int | None = None, n_ctx: int | None = None, kv_type: str = "f16", flash_attention: bool = True) -> Model:
+    """Open a converted model.
+
+    ffn: "exact" computes the neurons that fire, "dense" all of them. threads: default, one per physical core.
+    n_ctx: context in tokens; default, the model's own limit, at most 8192. kv_type: "f16" or "f32".
+    flash_attention: False builds attention from plain products.
+    Raises UserError for a file that is not ours, damaged or incomplete, and for options out of range.
+    """
+    if ffn not in FFN_MODES:
+        raise UserError(f"ffn mode `{ffn}`, expected one of {', '.join(FFN_MODES)}")
+    if kv_type not in KV_TYPES:
+        raise UserError(f"kv_type `{kv_type}`, expected one of {', '.join(KV_TYPES)}")
+    if threads is not None and not 1 <= threads <= 512:
+        raise UserError(f"{threads} threads, expected 1 to 512")
+    file = GgufFile(path)
+    try:
+        n_ctx = _context(file, n_ctx)
+        return Model(file, Engine(file, ffn, threads or physical_cores(), n_ctx, kv_type, flash_attention))
+    except BaseException:
+        file.close()
+        raise
+
+
+def _context(file: GgufFile, n_ctx: int | None) -> int:
+    limit = file.structure.context_length
+    if n_ctx is None:
+        return min(limit, DEFAULT_N_CTX)
+    if not 1 <= n_ctx <= limit:
+        raise UserError(f"`{file.path}`: n_ctx {n_ctx}, expected 1 to {limit}, the model's own limit")
+    return n_ctx
+
+
+class Model:
+    """A loaded model; made by `load`. Use it in a `with` statement or call `close`.
+
+    Methods may be called from any thread: the computing itself is done by one.
+    """
+
+    def __init__(self, file: GgufFile, engine: Engine) -> None:
+        self._file, self._engine = file, engine
+        self._closed = False
+        self.path, self.metadata, self.structure = file.path, file.metadata, engine.structure
+        self.tensors = file.tensors
+        self.ffn, self.threads, self.n_ctx, self.kv_type = engine.ffn, engine.threads, engine.n_ctx, engine.kv_type
+        try:
+            self.tokenizer = Tokenizer(file.path)
+        except BaseException:
+            engine.close()
+            raise
+
+    @property
+    def chat_template(self) -> str | None:
+        """The file's Jinja chat template, if it has one."""
+        template: Any = self.metadata.get("tokenizer.chat_template")
+        return template
+
+    def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """Ids of a text; add_special: with the start token, where the tokenizer adds one; parse_special: `<s>` in the text is the token."""
+        return self.tokenizer.encode(text, add_special, parse_special)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of some ids; special tokens are left out."""
+        return self.tokenizer.decode(ids, skip_special=True)
+
+    def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Logits at every position of `ids`, from an empty context: float32 [len(ids), n_vocab].
+
+        Raises UserError when there are none, too many for the context, or one out of the vocabulary.
+        """
+        ids = [int(i) for i in ids]
+        if not 1 <= len(ids) <= self.n_ctx:
+            raise UserError(f"{len(ids)} tokens, expected 1 to the context of {self.n_ctx}", "split the text, or raise n_ctx if the model allows")
+        self._check_ids(ids)
+        return self._engine.logits(ids)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        cache_prompt: bool = False,
+    ) -> Generation:
+        """Continue a prompt (text, or ids): an iterator of pieces of text.
+
+        max_tokens: None goes on until the model ends or the context is full. cache_prompt: reuse what the previous generation
+        had computed of this prompt, as a chat does; the logits may then differ in their last bits from those of a fresh run.
+        """
+        ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        self._check_ids(ids)
+        return Generation(self._engine, self.tokenizer, self._file, ids, max_tokens, sampling or Sampling(), stop, cache_prompt)
+
+    def layer_shares(self) -> list[float]:
+        """Share of each layer's neurons computed since `reset_counts`."""
+        return self._engine.layer_shares()
+
+    def reset_counts(self) -> None:
+        """Count FFN activity anew from here."""
+        self._engine.reset_counts()
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        wrong = [i for i in ids if not 0 <= i < self.structure.vocab_size]
+        if wrong:
+            raise UserError(f"token id {wrong[0]}, expected 0 to {self.structure.vocab_size - 1}")
+
+    def close(self) -> None:
+        """Free the model; calling it twice does no harm."""
+        if not self._closed:
+            self._closed = True
+            self.tokenizer.close()
+            self._engine.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            warnings.warn(f"unclosed model {self.path}", ResourceWarning, source=self, stacklevel=2)
+            self.close()

@@ -1,0 +1,65 @@
+// The sparse FFN as ggml custom operators. Includes ggml's public headers, links to nothing of ggml: the functions that read a weight type come from its type traits when a graph is built.
+//
+// One FFN is four operators, run one after the other by ggml's CPU backend, each on every thread of the team:
+//   quantize  x F32 [n_embd, n_tokens]      -> x in the types that the dot products want
+//   gate      gate rows (ungated: up rows)  -> which neurons fire, and how strongly
+//   down      up and down_t rows of those   -> one partial sum per thread
+//   reduce    partial sums, in order        -> y F32 [n_embd, n_tokens]
+// No operator allocates, locks or depends on timing: the same number of threads gives the same bits.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "ggml.h"
+
+#if defined(_WIN32)
+#define LZN_API extern "C" __declspec(dllexport)
+#else
+#define LZN_API extern "C" __attribute__((visibility("default")))
+#endif
+
+// How to read rows of n_embd elements of one weight type.
+struct lzn_rows {
+    size_t row_size;  // bytes of a row of weights
+    size_t x_size;    // bytes of a row of activations in the type that vec_dot expects
+    size_t x_offset;  // where those activations lie within one token's activations
+    void (*from_float)(const float * x, void * y, int64_t k);
+    void (*vec_dot)(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc);
+    void (*to_float)(const void * x, float * y, int64_t k);
+};
+
+enum lzn_activation { LZN_RELU = 0, LZN_RELU2 = 1, LZN_FATRELU = 2, LZN_DRELU = 3 };
+
+// One FFN: the userdata of its operators. Only `fired` and `seen` are written, by one thread.
+struct lzn_ffn {
+    int32_t n_embd;
+    int32_t n_ff;
+    int32_t n_threads;   // partial sums there is room for
+    int32_t activation;  // enum lzn_activation
+    int32_t gated;
+    int32_t gate_bias;  // whether a bias F32 [n_ff] follows the gate rows among the sources of `gate`
+    int32_t up_bias;    // whether a bias F32 [n_ff] follows the up rows among the sources of `down`
+    float threshold;    // a neuron fires where its gate is above this
+    size_t x_stride;    // bytes of one token's activations, all types together
+    struct lzn_rows gate;
+    struct lzn_rows up;
+    struct lzn_rows down;
+    uint64_t fired;  // neurons fired, summed over tokens since the caller last set it
+    uint64_t seen;   // tokens
+};
+
+// ggml's version that the headers belonged to, e.g. "0.25.3"; and the size of the one struct that is shared with it.
+LZN_API const char * lzn_ggml_version(void);
+LZN_API size_t lzn_sizeof_tensor(void);
+LZN_API size_t lzn_sizeof_ffn(void);
+
+// Bytes of the operators' results that are not plain F32 matrices.
+LZN_API size_t lzn_gate_size(const struct lzn_ffn * ffn, int64_t n_tokens);
+LZN_API size_t lzn_down_size(const struct lzn_ffn * ffn, int64_t n_tokens);
+
+// ggml_custom_op_t; dst->src as listed, dst I8 except where stated.
+LZN_API void lzn_ffn_quantize(struct ggml_tensor * dst, int ith, int nth, void * userdata);  // x
+LZN_API void lzn_ffn_gate(struct ggml_tensor * dst, int ith, int nth, void * userdata);      // quantize, gate rows [, bias]
+LZN_API void lzn_ffn_down(struct ggml_tensor * dst, int ith, int nth, void * userdata);      // quantize, gate, down_t rows [, up rows [, bias]]
+LZN_API void lzn_ffn_reduce(struct ggml_tensor * dst, int ith, int nth, void * userdata);    // down, gate; dst F32 [n_embd, n_tokens]

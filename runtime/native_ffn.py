@@ -1,0 +1,157 @@
+"""The native library: finds it, checks that it fits the ggml at hand, and describes one FFN to its operators.
+
+Knows the layout of `lzn_ffn` (runtime/native/lazyneuron.h); knows nothing of graphs or files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+
+from runtime import ggml
+from runtime.errors import UserError
+from runtime.structure import ACTIVATIONS, Structure
+
+_FILE = {"win32": "lazyneuron.dll", "darwin": "liblazyneuron.dylib"}.get(sys.platform, "liblazyneuron.so")
+OPERATORS = ("quantize", "gate", "down", "reduce")
+
+
+class Rows(ctypes.Structure):
+    """`struct lzn_rows`: how to read rows of one weight type."""
+
+    _fields_ = [
+        ("row_size", ctypes.c_size_t),
+        ("x_size", ctypes.c_size_t),
+        ("x_offset", ctypes.c_size_t),
+        ("from_float", ctypes.c_void_p),
+        ("vec_dot", ctypes.c_void_p),
+        ("to_float", ctypes.c_void_p),
+    ]
+
+
+class Ffn(ctypes.Structure):
+    """`struct lzn_ffn`: one FFN, the userdata of its operators; counts what fired."""
+
+    _fields_ = [
+        ("n_embd", ctypes.c_int32),
+        ("n_ff", ctypes.c_int32),
+        ("n_threads", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+        ("gated", ctypes.c_int32),
+        ("gate_bias", ctypes.c_int32),
+        ("up_bias", ctypes.c_int32),
+        ("threshold", ctypes.c_float),
+        ("x_stride", ctypes.c_size_t),
+        ("gate", Rows),
+        ("up", Rows),
+        ("down", Rows),
+        ("fired", ctypes.c_uint64),
+        ("seen", ctypes.c_uint64),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The native library.
+
+    Raises UserError when it is not built, or built against another ggml than the installed one.
+    """
+    path = _find()
+    lib = ctypes.CDLL(str(path))
+    lib.lzn_ggml_version.restype = ctypes.c_char_p
+    for name in ("lzn_sizeof_tensor", "lzn_sizeof_ffn", "lzn_gate_size", "lzn_down_size"):
+        getattr(lib, name).restype = ctypes.c_size_t
+    for name in ("lzn_gate_size", "lzn_down_size"):
+        getattr(lib, name).argtypes = [ctypes.POINTER(Ffn), ctypes.c_int64]
+    _check(lib, path)
+    return lib
+
+
+def _find() -> Path:
+    if override := os.environ.get("LAZYNEURON_LIBRARY"):
+        return Path(override)
+    beside = Path(__file__).parent / _FILE
+    if beside.exists():
+        return beside
+    # A checkout that was installed with `pip install -e .`: the library lies where pip put it.
+    try:
+        installed = Path(str(importlib.metadata.distribution("lazyneuron").locate_file(f"runtime/{_FILE}")))
+    except importlib.metadata.PackageNotFoundError:
+        installed = beside
+    if not installed.exists():
+        raise UserError(f"`{installed}`: the native library is not built", "make setup, or pip install .")
+    return installed
+
+
+def _check(lib: ctypes.CDLL, path: Path) -> None:
+    built, found = lib.lzn_ggml_version().decode(), ggml.ggml_version().decode()
+    if built != found:
+        raise UserError(f"`{path}`: built for ggml {built}, found ggml {found} in llama-cpp-python", "reinstall lazyneuron: it pins the version that fits")
+    if (lib.lzn_sizeof_tensor(), lib.lzn_sizeof_ffn()) != (ctypes.sizeof(ggml.ggml_tensor), ctypes.sizeof(Ffn)):
+        raise UserError(f"`{path}`: struct sizes differ from those of this version of lazyneuron", "rebuild it: make setup")
+
+
+@functools.cache
+def operator(name: str) -> int:
+    """Address of the operator `name`, one of OPERATORS."""
+    address = ctypes.cast(getattr(library(), f"lzn_ffn_{name}"), ctypes.c_void_p).value
+    assert address
+    return address
+
+
+def describe(s: Structure, types: tuple[int, int, int], n_threads: int) -> Ffn:
+    """The FFN of structure `s`, whose gate, up and down_t rows have the ggml types `types`."""
+    gate, up, down = (_rows(t, s.embedding_length) for t in types)
+    same = ggml.ggml_get_type_traits_cpu(types[0]).contents.vec_dot_type == ggml.ggml_get_type_traits_cpu(types[1]).contents.vec_dot_type
+    up.x_offset = 0 if same or not s.gated else _aligned(gate.x_size)
+    return Ffn(
+        n_embd=s.embedding_length,
+        n_ff=s.feed_forward_length,
+        n_threads=n_threads,
+        activation=ACTIVATIONS.index(s.ffn_activation),
+        gated=s.gated,
+        gate_bias=s.ffn_bias,
+        up_bias=s.ffn_bias and s.gated,
+        threshold=s.activation_threshold,
+        x_stride=_aligned(up.x_offset + max(up.x_size, gate.x_size)),
+        gate=gate,
+        up=up,
+        down=down,
+    )
+
+
+def gate_size(ffn: Ffn, n_tokens: int) -> int:
+    """Bytes of the `gate` operator's result."""
+    return int(library().lzn_gate_size(ctypes.byref(ffn), n_tokens))
+
+
+def down_size(ffn: Ffn, n_tokens: int) -> int:
+    """Bytes of the `down` operator's result."""
+    return int(library().lzn_down_size(ctypes.byref(ffn), n_tokens))
+
+
+def _rows(type_id: int, n_embd: int) -> Rows:
+    traits, cpu = ggml.ggml_get_type_traits(type_id).contents, ggml.ggml_get_type_traits_cpu(type_id).contents
+    x_type = cpu.vec_dot_type
+    # F32 rows are read as they are: ggml gives them no to_float.
+    to_float = traits.to_float or ggml.ggml_get_type_traits_cpu(ggml.F32).contents.from_float
+    return Rows(
+        row_size=ggml.ggml_row_size(type_id, n_embd),
+        x_size=ggml.ggml_row_size(x_type, n_embd),
+        from_float=ggml.ggml_get_type_traits_cpu(x_type).contents.from_float,
+        vec_dot=cpu.vec_dot,
+        to_float=to_float,
+    )
+
+
+def _aligned(size: int) -> int:
+    return (size + 63) // 64 * 64
+
+
+def address_of(ffn: Ffn) -> int:
+    """Where the description lies; valid while `ffn` lives."""
+    return ctypes.addressof(ffn)

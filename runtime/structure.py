@@ -1,0 +1,206 @@
+"""What a model file says of its own structure, and which tensors that requires.
+
+The converter writes it, the runtime builds its graph from it: neither side knows an architecture's name. The keys and tensors are those of docs/format.md.
+This module knows nothing of files, graphs or checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from runtime.errors import UserError
+
+ARCHITECTURE = "lazyneuron"
+SCHEMA_VERSION = 1
+
+NORMS = ("rms", "layer")
+NORM_PLACEMENTS = ("pre", "post")
+POSITIONS = ("rope_norm", "rope_neox", "learned")
+ROPE_SCALINGS = ("none", "linear")
+RESIDUALS = ("sequential",)
+GATES = ("none", "gated")
+ACTIVATIONS = ("relu", "relu2", "fatrelu", "drelu")
+LAYOUTS = ("both", "sparse")
+
+
+def _key(name: str, choices: tuple[str, ...] = (), **kwargs: Any) -> Any:
+    return field(metadata={"key": name, "choices": choices}, **kwargs)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A decoder-only transformer with a ReLU-family FFN. One field per GGUF key `lazyneuron.<key>`.
+
+    Lengths are in elements: n_embd = embedding_length, n_ff = feed_forward_length.
+    """
+
+    source_architecture: str = _key("source_architecture")
+    vocab_size: int = _key("vocab_size")
+    context_length: int = _key("context_length")
+    embedding_length: int = _key("embedding_length")
+    block_count: int = _key("block_count")
+    feed_forward_length: int = _key("feed_forward_length")
+    head_count: int = _key("attention.head_count")
+    head_count_kv: int = _key("attention.head_count_kv")
+    head_length: int = _key("attention.key_length")
+    norm: str = _key("norm", NORMS)
+    norm_epsilon: float = _key("norm_epsilon")
+    position: str = _key("position", POSITIONS)
+    ffn_gate: str = _key("ffn.gate", GATES)
+    ffn_activation: str = _key("ffn.activation", ACTIVATIONS)
+
+    norm_placement: str = _key("norm_placement", NORM_PLACEMENTS, default="pre")
+    output_norm: bool = _key("output_norm", default=True)
+    residual: str = _key("residual", RESIDUALS, default="sequential")
+    activation_threshold: float = _key("ffn.activation_threshold", default=0.0)
+    ffn_bias: bool = _key("ffn.bias", default=False)
+    attention_bias: bool = _key("attention.bias", default=False)
+    attention_output_bias: bool = _key("attention.output_bias", default=False)
+    tied_output: bool = _key("tied_output", default=False)
+    token_embedding_length: int = _key("token_embedding_length", default=0)  # 0: the same as embedding_length
+    rope_dimension_count: int = _key("rope.dimension_count", default=0)
+    rope_freq_base: float = _key("rope.freq_base", default=10000.0)
+    rope_scaling: str = _key("rope.scaling.type", ROPE_SCALINGS, default="none")
+    rope_scaling_factor: float = _key("rope.scaling.factor", default=1.0)
+    rope_freq_factors: bool = _key("rope.freq_factors", default=False)
+    layout: str = _key("layout", LAYOUTS, default="both")
+
+    @property
+    def gated(self) -> bool:
+        """Whether a neuron has a gate row beside its up row."""
+        return self.ffn_gate == "gated"
+
+    @property
+    def kv_length(self) -> int:
+        """Elements of one token's keys (and of its values) in one layer."""
+        return self.head_length * self.head_count_kv
+
+    @property
+    def projected(self) -> bool:
+        """Whether token embeddings have another width than the blocks."""
+        return self.token_embedding_length not in (0, self.embedding_length)
+
+    def to_metadata(self) -> dict[str, str | int | float | bool]:
+        """The GGUF key-value pairs that describe this structure, schema version included."""
+        described = {f"{ARCHITECTURE}.{f.metadata['key']}": getattr(self, f.name) for f in fields(self)}
+        return {f"{ARCHITECTURE}.schema_version": SCHEMA_VERSION, **described}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any], where: str) -> Structure:
+        """Read the structure back from GGUF key-value pairs; `where` names the file in errors.
+
+        Raises UserError for another architecture or schema version, a missing key, a value of the wrong type or out of its range.
+        """
+        check_schema(metadata, where)
+        structure = cls(**{f.name: _value(f, metadata, where) for f in fields(cls)})
+        _check(structure, where)
+        return structure
+
+
+def check_schema(metadata: Mapping[str, Any], where: str) -> None:
+    """Refuse a GGUF file that is not ours, or of another schema version."""
+    found = metadata.get("general.architecture")
+    if found != ARCHITECTURE:
+        raise UserError(
+            f"{where}: general.architecture is `{found}`, expected `{ARCHITECTURE}`",
+            "convert the original Hugging Face checkpoint: python -m convert REPO OUT.gguf",
+        )
+    version = metadata.get(f"{ARCHITECTURE}.schema_version")
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{where}: schema version {version}, expected {SCHEMA_VERSION}",
+            "convert the checkpoint again with this version of lazyneuron, or use the version that wrote the file",
+        )
+
+
+def _value(f: Any, metadata: Mapping[str, Any], where: str) -> Any:
+    key = f"{ARCHITECTURE}.{f.metadata['key']}"
+    if key not in metadata:
+        if f.default is MISSING:
+            raise UserError(f"{where}: no key `{key}`", "the file is incomplete: convert the checkpoint again")
+        return f.default
+    value, kind = metadata[key], {"int": int, "float": float, "bool": bool, "str": str}[str(f.type)]
+    if type(value) is not kind:
+        raise UserError(f"{where}: `{key}` is {value!r}, expected {kind.__name__}")
+    choices = f.metadata["choices"]
+    if choices and value not in choices:
+        raise UserError(f"{where}: `{key}` is `{value}`, expected one of {', '.join(choices)}")
+    return value
+
+
+# Lengths beyond these are taken for damage before anything is allocated.
+_LIMITS = {
+    "vocab_size": 1 << 24,
+    "context_length": 1 << 27,
+    "embedding_length": 1 << 20,
+    "block_count": 1 << 14,
+    "feed_forward_length": 1 << 24,
+    "head_count": 1 << 14,
+    "head_count_kv": 1 << 14,
+    "head_length": 1 << 16,
+}
+
+
+def _check(s: Structure, where: str) -> None:
+    for name, limit in _LIMITS.items():
+        if not 0 < getattr(s, name) <= limit:
+            raise UserError(f"{where}: {name} is {getattr(s, name)}, expected 1 to {limit}")
+    if s.head_count % s.head_count_kv:
+        raise UserError(f"{where}: {s.head_count} heads, expected a multiple of the {s.head_count_kv} key-value heads")
+    if s.position.startswith("rope") and not (0 < s.rope_dimension_count <= s.head_length and s.rope_dimension_count % 2 == 0):
+        raise UserError(f"{where}: rope.dimension_count is {s.rope_dimension_count}, expected an even number up to the head length {s.head_length}")
+    if not (0 < s.norm_epsilon < 1 and s.rope_freq_base > 0 and s.rope_scaling_factor > 0):
+        raise UserError(f"{where}: norm_epsilon, rope.freq_base and rope.scaling.factor must be positive (norm_epsilon below 1)")
+
+
+def block_tensors(s: Structure) -> dict[str, tuple[int, ...]]:
+    """Tensors of one block without their `blk.N.` prefix -> shape in ggml's order, contiguous dimension first."""
+    d, ff = s.embedding_length, s.feed_forward_length
+    q, kv = s.head_length * s.head_count, s.kv_length
+    tensors: dict[str, tuple[int, ...]] = {
+        **_norm(s, "attn_norm", d),
+        "attn_q.weight": (d, q),
+        "attn_k.weight": (d, kv),
+        "attn_v.weight": (d, kv),
+        "attn_output.weight": (q, d),
+        **_norm(s, "ffn_norm", d),
+        "ffn_up.weight": (d, ff),
+        "ffn_down_t.weight": (d, ff),
+    }
+    if s.attention_bias:
+        tensors |= {"attn_q.bias": (q,), "attn_k.bias": (kv,), "attn_v.bias": (kv,)}
+    if s.attention_output_bias:
+        tensors["attn_output.bias"] = (d,)
+    if s.gated:
+        tensors["ffn_gate.weight"] = (d, ff)
+    if s.layout == "both":
+        tensors["ffn_down.weight"] = (ff, d)
+    if s.ffn_bias:
+        tensors |= {"ffn_up.bias": (ff,), "ffn_down.bias": (d,)} | ({"ffn_gate.bias": (ff,)} if s.gated else {})
+    return tensors
+
+
+def required_tensors(s: Structure) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a file of this structure must hold -> shape in ggml's order, contiguous dimension first."""
+    d = s.embedding_length
+    e = s.token_embedding_length or d
+    tensors: dict[str, tuple[int, ...]] = {"token_embd.weight": (e, s.vocab_size)}
+    if s.projected:
+        tensors |= {"token_embd_proj.weight": (e, d), "output_proj.weight": (d, e)}
+    if s.position == "learned":
+        tensors["position_embd.weight"] = (d, s.context_length)
+    if s.rope_freq_factors:
+        tensors["rope_freqs.weight"] = (s.rope_dimension_count // 2,)
+    for i in range(s.block_count):
+        tensors |= {f"blk.{i}.{name}": shape for name, shape in block_tensors(s).items()}
+    if s.output_norm:
+        tensors |= _norm(s, "output_norm", d)
+    if not s.tied_output:
+        tensors["output.weight"] = (e, s.vocab_size)
+    return tensors
+
+
+def _norm(s: Structure, name: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (width,)} | ({f"{name}.bias": (width,)} if s.norm == "layer" else {})

@@ -1,0 +1,84 @@
+"""A model file's tensors as ggml tensors: mapped from the file, not copied.
+
+Knows ggml's buffers; knows nothing of what a tensor is for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from runtime import ggml
+from runtime.errors import UserError
+from runtime.gguf_file import GgufFile
+
+
+def new_context(n_tensors: int, extra: int = 0) -> ggml.ContextP:
+    """A ggml context for `n_tensors` tensor headers (and `extra` bytes), without tensor data."""
+    size = ggml.ggml_tensor_overhead() * (n_tensors + 1) + extra
+    return ggml.ggml_init(ggml.ggml_init_params(mem_size=size, mem_buffer=None, no_alloc=True))
+
+
+class Weights:
+    """Every tensor of a file, by name; `close` unmaps them."""
+
+    def __init__(self, file: GgufFile) -> None:
+        self._file = file
+        self._context = new_context(len(file.tensors))
+        address, size = file.mapped()
+        self._buffer = ggml.ggml_backend_cpu_buffer_from_ptr(address, size)
+        self.tensors = {name: self._tensor(name) for name in file.tensors}
+
+    def __getitem__(self, name: str) -> ggml.TensorP:
+        return self.tensors[name]
+
+    def get(self, name: str) -> ggml.TensorP | None:
+        """The tensor, or None where the file has none of that name."""
+        return self.tensors.get(name)
+
+    def _tensor(self, name: str) -> ggml.TensorP:
+        info = self._file.tensors[name]
+        ne = (*info.ne, 1)[:2]
+        if len(info.ne) > 2:
+            raise UserError(f"`{self._file.path}`: tensor `{name}` has {len(info.ne)} dimensions, expected 1 or 2")
+        tensor = ggml.ggml_new_tensor_2d(self._context, info.type_id, *ne)
+        ggml.ggml_set_name(tensor, name.encode())
+        status = ggml.ggml_backend_tensor_alloc(self._buffer, tensor, self._file.address(name))
+        assert status == ggml.STATUS_SUCCESS, name
+        return tensor
+
+    def close(self) -> None:
+        """Release the tensors and the mapping."""
+        self.tensors = {}
+        ggml.ggml_backend_buffer_free(self._buffer)
+        ggml.ggml_free(self._context)
+        self._file.close()
+
+
+class KvCache:
+    """Keys and values of every layer, [kv_length, n_ctx] each; zeroed, since masked positions are multiplied too."""
+
+    def __init__(self, backend: ggml.BackendP, type_id: int, kv_length: int, n_ctx: int, n_layers: int) -> None:
+        self._context = new_context(2 * n_layers)
+        self.keys = [ggml.ggml_new_tensor_2d(self._context, type_id, kv_length, n_ctx) for _ in range(n_layers)]
+        self.values = [ggml.ggml_new_tensor_2d(self._context, type_id, kv_length, n_ctx) for _ in range(n_layers)]
+        self._buffer = ggml.ggml_backend_alloc_ctx_tensors(self._context, backend)
+        if not self._buffer:
+            size = 2 * n_layers * n_ctx * ggml.ggml_row_size(type_id, kv_length)
+            ggml.ggml_free(self._context)
+            raise UserError(f"not enough memory for {size / 1e9:.1f} GB of keys and values", "use a smaller --n-ctx")
+        ggml.ggml_backend_buffer_clear(self._buffer, 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return ggml.ggml_backend_buffer_get_size(self._buffer)
+
+    def close(self) -> None:
+        """Release the memory."""
+        ggml.ggml_backend_buffer_free(self._buffer)
+        ggml.ggml_free(self._context)
+
+
+def set_input(tensor: ggml.TensorP, data: ctypes.Array[ctypes.c_char] | int, nbytes: int) -> None:
+    """Copy `nbytes` from an address into an allocated tensor."""
+    ggml.ggml_backend_tensor_set(tensor, data, 0, nbytes)  # type: ignore[arg-type]

@@ -1,0 +1,102 @@
+"""The native operators against float64 numpy on their own dequantised weights: types x shapes x tokens x threads x activity.
+
+ggml rounds the activations of a dot product to the type that suits the weights (8-bit integers for quantised ones). The reference gets the activations so rounded, and then agrees to float precision.
+What the rounding itself does is checked apart, where no neuron is at its threshold.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from ffn_harness import as_rounded, make, reference, relative_error, run_native, structure
+
+TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_K", "q3_K", "q4_K", "q5_K", "q6_K", "iq4_nl", "iq4_xs")
+TOLERANCE = 1e-5  # relative error of y; sums in float32 over a few hundred terms
+# q4_1 and q5_1 rows are multiplied with activations (q8_1) that carry their own sum in half precision.
+SUM_IN_F16 = {"q4_1": 2e-3, "q5_1": 2e-3}
+ROUNDED = {"f32": 1e-5, "f16": 1e-3, "bf16": 4e-3}  # with the activations' rounding; 1e-2 for quantised types
+
+
+def check(type_name: str, n_tokens: int, threads: int, active: float, gated: bool = True, activation: str = "relu", threshold: float = 0.0, shape: tuple[int, int] = (256, 352)) -> None:
+    rng = np.random.default_rng(1)
+    s = structure(*shape, gated, activation, threshold, bias=True)
+    ffn = make(s, type_name, active, rng)
+    x = rng.normal(0, 1, (n_tokens, s.embedding_length)).astype(np.float32)
+    expected, fires = reference(ffn, as_rounded(x, type_name))
+    found, counted = run_native(ffn, x, threads)
+    assert relative_error(found, expected) <= SUM_IN_F16.get(type_name, TOLERANCE)
+    assert counted.seen == n_tokens
+    assert abs(counted.fired - fires.sum()) <= 1 + 0.005 * fires.size * (type_name in SUM_IN_F16)
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_rounding_of_activations_costs_less_than_a_percent(type_name: str) -> None:
+    rng = np.random.default_rng(6)
+    ffn = make(structure(256, 352, True, "relu", bias=True), type_name, 1, rng)
+    x = rng.normal(0, 1, (5, 256)).astype(np.float32)
+    assert relative_error(run_native(ffn, x, 2)[0], reference(ffn, x.astype(np.float64))[0]) <= ROUNDED.get(type_name, 1e-2)
+
+
+@pytest.mark.parametrize("active", [0, 0.01, 0.1, 1])
+@pytest.mark.parametrize("n_tokens", [1, 7])
+@pytest.mark.parametrize("type_name", TYPES)
+def test_types_and_activity(type_name: str, n_tokens: int, active: float) -> None:
+    check(type_name, n_tokens, threads=2, active=active)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("n_tokens", [1, 2, 7, 64, 100])
+@pytest.mark.parametrize("type_name", ["f32", "q4_0"])
+def test_threads_and_batches(type_name: str, n_tokens: int, threads: int) -> None:
+    check(type_name, n_tokens, threads, active=0.2)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 5])
+@pytest.mark.parametrize(("gated", "activation", "threshold"), [(False, "relu", 0), (False, "relu2", 0), (True, "relu2", 0), (True, "drelu", 0), (True, "fatrelu", 0.7), (False, "fatrelu", 0.7)])
+def test_activations(gated: bool, activation: str, threshold: float, n_tokens: int) -> None:
+    check("f32", n_tokens, 2, 0.4, gated, activation, threshold)
+
+
+@pytest.mark.parametrize("shape", [(32, 1), (64, 3), (96, 1000), (4096, 64)])
+@pytest.mark.parametrize("n_tokens", [1, 3])
+def test_shapes(shape: tuple[int, int], n_tokens: int) -> None:
+    check("q8_0", n_tokens, 3, 0.5, shape=shape)
+
+
+def test_no_neuron_fires_gives_zero() -> None:
+    rng = np.random.default_rng(2)
+    ffn = make(structure(64, 96, True, "relu", bias=True), "f32", 0, rng)
+    found, counted = run_native(ffn, rng.normal(0, 1, (4, 64)), 2)
+    assert not found.any()
+    assert counted.fired == 0
+
+
+def test_without_biases() -> None:
+    rng = np.random.default_rng(3)
+    ffn = make(structure(64, 96, True, "relu"), "f32", 0.5, rng)
+    x = rng.normal(0, 1, (3, 64))
+    expected, fires = reference(ffn, x)
+    found, counted = run_native(ffn, x, 2)
+    assert relative_error(found, expected) < 1e-5
+    assert counted.fired == fires.sum()
+
+
+def test_the_reference_tells_activations_apart() -> None:
+    """A kernel with another activation than asked for would fail the tests above."""
+    rng = np.random.default_rng(4)
+    ffn = make(structure(64, 96, True, "relu", bias=True), "f32", 0.4, rng)
+    x = rng.normal(0, 1, (3, 64))
+    found, _ = run_native(ffn, x, 1)
+    for other, threshold in (("relu2", 0.0), ("drelu", 0.0), ("fatrelu", 0.7)):
+        wrong = make(structure(64, 96, True, other, threshold, bias=True), "f32", 0.4, rng)
+        wrong.exact.update(ffn.exact)
+        assert relative_error(found, reference(wrong, x)[0]) > 0.02
+
+
+@pytest.mark.parametrize("n_tokens", [1, 33])
+def test_same_bits_every_time(n_tokens: int) -> None:
+    rng = np.random.default_rng(5)
+    ffn = make(structure(256, 352, True, "relu", bias=True), "q4_K", 0.3, rng)
+    x = rng.normal(0, 1, (n_tokens, 256))
+    first = run_native(ffn, x, 3)[0]
+    assert all(np.array_equal(first, run_native(ffn, x, 3)[0]) for _ in range(5))
