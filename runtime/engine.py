@@ -21,6 +21,7 @@ from runtime import ggml, native_ffn
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.graph import Graph, GraphSpec
+from runtime.structure import required_tensors
 from runtime.weights import KvCache, Weights
 
 T = TypeVar("T")
@@ -42,13 +43,14 @@ def on_worker(call: Callable[[], T]) -> T:
 def physical_cores() -> int:
     """Cores this process may use, counting hyper-threads of one core once; at least 1."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    siblings = set()
-    for cpu in allowed:
-        try:
-            siblings.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
-        except OSError:
-            siblings.add(str(cpu))
-    return max(1, len(siblings))
+    return max(1, len({_siblings(cpu) for cpu in allowed}))
+
+
+def _siblings(cpu: int) -> str:
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return str(cpu)
 
 
 @dataclass
@@ -62,10 +64,19 @@ class Counts:
 class Engine:
     """A model ready to compute. Not thread-safe by itself: every method runs its work on the ggml worker thread."""
 
-    def __init__(self, file: GgufFile, ffn: str, threads: int, n_ctx: int, kv_type: str, flash_attention: bool = True) -> None:
+    def __init__(
+        self,
+        file: GgufFile,
+        ffn: str,
+        threads: int,
+        n_ctx: int,
+        kv_type: str,
+        flash_attention: bool = True,
+        n_batch: int = BATCH,
+    ) -> None:
         self.structure = file.structure
         self.ffn, self.threads, self.n_ctx, self.kv_type = ffn, threads, n_ctx, kv_type
-        self._flash_attention = flash_attention
+        self._flash_attention, self._n_batch = flash_attention, n_batch
         self._graphs: OrderedDict[GraphSpec, Graph] = OrderedDict()
         self.cached: list[int] = []  # the ids whose keys and values are in the cache
         self.counts = [Counts() for _ in range(self.structure.block_count)]
@@ -74,7 +85,10 @@ class Engine:
 
     def _check_modes(self, file: GgufFile) -> None:
         if self.ffn == "dense" and self.structure.layout == "sparse":
-            raise UserError(f"`{file.path}`: has no ffn_down tensors (layout `sparse`), which `dense` mode needs", "use --ffn exact, or convert with --layout both")
+            raise UserError(
+                f"`{file.path}`: has no ffn_down tensors (layout `sparse`), which `dense` mode needs",
+                "use --ffn exact, or convert with --layout both",
+            )
 
     def _open(self, file: GgufFile) -> None:
         s = self.structure
@@ -82,7 +96,7 @@ class Engine:
             native_ffn.library()
         self._backend = ggml.ggml_backend_cpu_init()
         ggml.ggml_backend_cpu_set_n_threads(self._backend, self.threads)
-        self.weights = Weights(file)
+        self.weights = Weights(file, required_tensors(s))
         n_cells = _padded(self.n_ctx)
         try:
             self.kv = KvCache(self._backend, KV_TYPES[self.kv_type], s.kv_length, n_cells, s.block_count)
@@ -116,8 +130,8 @@ class Engine:
         start = 0 if n_outputs is None else self.reusable(ids)
         del self.cached[start:]
         parts = []
-        for at in range(start, len(ids), BATCH):
-            batch = ids[at : at + BATCH]
+        for at in range(start, len(ids), self._n_batch):
+            batch = ids[at : at + self._n_batch]
             parts.append(self._batch(batch, at, 1 if n_outputs else len(batch)))
         return parts[-1] if n_outputs else np.concatenate(parts)
 

@@ -93,7 +93,9 @@ class Library:
         try:
             return getattr(self.cdll, name)
         except AttributeError:
-            raise UserError(f"lib{self.name}: no function `{name}`, expected that of llama-cpp-python {PINNED}", _REINSTALL) from None
+            raise UserError(
+                f"lib{self.name}: no function `{name}`, expected that of llama-cpp-python {PINNED}", _REINSTALL
+            ) from None
 
 
 def library_folder() -> Path:

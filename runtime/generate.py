@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from runtime.engine import Engine
 from runtime.errors import UserError
+from runtime.gguf_file import GgufFile
 from runtime.sampling import Sampler, Sampling
 from runtime.tokenizer import Tokenizer
 from runtime.traffic import bytes_per_token, kv_bytes
-from runtime.gguf_file import GgufFile
 
 
 @dataclass
@@ -56,11 +56,24 @@ class Generation:
     Stopping early is `close()`: what was generated stays in `text` and `token_ids`.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, file: GgufFile, prompt: Sequence[int], max_tokens: int | None, sampling: Sampling, stop: Sequence[str], cache_prompt: bool) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        file: GgufFile,
+        prompt: Sequence[int],
+        max_tokens: int | None,
+        sampling: Sampling,
+        stop: Sequence[str],
+        cache_prompt: bool,
+    ) -> None:
         if not prompt:
             raise UserError("the prompt has no tokens", "give some text: this model has no start token of its own")
         if len(prompt) >= engine.n_ctx:
-            raise UserError(f"the prompt has {len(prompt)} tokens, expected fewer than the context of {engine.n_ctx}", "shorten it, or raise --n-ctx if the model allows")
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens, expected fewer than the context of {engine.n_ctx}",
+                "shorten it, or raise --n-ctx if the model allows",
+            )
         self.token_ids: list[int] = []
         self.text = ""
         self.stop_reason: str | None = None
@@ -80,7 +93,9 @@ class Generation:
     def __enter__(self) -> Generation:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -88,7 +103,7 @@ class Generation:
         self._pieces.close()
         self._sampler.close()
 
-    def _run(self) -> Iterator[str]:  # type: ignore[override]
+    def _run(self) -> Generator[str, None, None]:
         emitted = 0
         try:
             for text, final in self._texts():
@@ -132,7 +147,7 @@ class Generation:
             if self._max_tokens is not None and len(self.token_ids) >= self._max_tokens:
                 self.stop_reason = "length"
                 return
-            token = self._sampler.sample(logits)
+            token = self._sampler.sample(logits[0])
             if self._tokenizer.is_eog(token):
                 self.stop_reason = "eos"
                 return
@@ -143,12 +158,13 @@ class Generation:
             if len(ids) >= self._engine.n_ctx:
                 self.stop_reason = "context"
                 return
-            logits = self._engine.logits(ids, n_outputs=1)[0]
+            logits = self._engine.logits(ids, n_outputs=1)
 
     def _prefill(self, ids: list[int]) -> npt.NDArray[np.float32]:
+        """Compute the prompt; float32 [1, n_vocab] after its last token."""
         started = time.perf_counter()
         reused = self._engine.reusable(ids)
-        logits = self._engine.logits(ids, n_outputs=1)[0]
+        logits = self._engine.logits(ids, n_outputs=1)
         self.stats.cached_tokens = reused
         self.stats.prompt_seconds = time.perf_counter() - started
         return logits
@@ -158,7 +174,13 @@ class Generation:
         stats.layer_shares = engine.layer_shares()
         positions = stats.prompt_tokens + (stats.tokens + 1) / 2
         element = 2 if engine.kv_type == "f16" else 4
-        traffic = bytes_per_token(engine.structure, self._file.tensors, engine.ffn, stats.layer_shares, kv_bytes(engine.structure, positions, element))
+        traffic = bytes_per_token(
+            engine.structure,
+            self._file.tensors,
+            engine.ffn,
+            stats.layer_shares,
+            kv_bytes(engine.structure, positions, element),
+        )
         stats.bytes_per_token = traffic.total
 
 

@@ -151,8 +151,13 @@ class ggml_type_traits_cpu(ctypes.Structure):
 
 STRUCTS = (ggml_tensor, ggml_init_params, gguf_init_params, ggml_type_traits, ggml_type_traits_cpu)
 
-TypeTraitsP = Annotated["ctypes._Pointer[ggml_type_traits]", C(ctypes.POINTER(ggml_type_traits), "const struct ggml_type_traits *")]
-TypeTraitsCpuP = Annotated["ctypes._Pointer[ggml_type_traits_cpu]", C(ctypes.POINTER(ggml_type_traits_cpu), "const struct ggml_type_traits_cpu *")]
+TypeTraitsP = Annotated[
+    "ctypes._Pointer[ggml_type_traits]", C(ctypes.POINTER(ggml_type_traits), "const struct ggml_type_traits *")
+]
+TypeTraitsCpuP = Annotated[
+    "ctypes._Pointer[ggml_type_traits_cpu]",
+    C(ctypes.POINTER(ggml_type_traits_cpu), "const struct ggml_type_traits_cpu *"),
+]
 InitParams = Annotated[ggml_init_params, C(ggml_init_params, "struct ggml_init_params")]
 GgufInitParams = Annotated[gguf_init_params, C(gguf_init_params, "struct gguf_init_params")]
 
@@ -217,7 +222,9 @@ def ggml_get_type_traits(type: Type) -> TypeTraitsP: ...
 @stub(GGML_CPU)
 def ggml_get_type_traits_cpu(type: Type) -> TypeTraitsCpuP: ...
 @stub(GGML_BASE)
-def ggml_quantize_chunk(type: Type, src: ConstFloatP, dst: VoidP, start: Int64, nrows: Int64, n_per_row: Int64, imatrix: ConstFloatP) -> SizeT: ...
+def ggml_quantize_chunk(
+    type: Type, src: ConstFloatP, dst: VoidP, start: Int64, nrows: Int64, n_per_row: Int64, imatrix: ConstFloatP
+) -> SizeT: ...
 
 
 # --- contexts and tensors --------------------------------------------------------------------------------------------
@@ -244,7 +251,9 @@ def ggml_nbytes(tensor: ConstTensorP) -> SizeT: ...
 @stub(GGML_BASE)
 def ggml_get_first_tensor(ctx: Annotated[ContextP, C(ContextP, "const struct ggml_context *")]) -> TensorP: ...
 @stub(GGML_BASE)
-def ggml_get_next_tensor(ctx: Annotated[ContextP, C(ContextP, "const struct ggml_context *")], tensor: TensorP) -> TensorP: ...
+def ggml_get_next_tensor(
+    ctx: Annotated[ContextP, C(ContextP, "const struct ggml_context *")], tensor: TensorP
+) -> TensorP: ...
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
@@ -281,7 +290,9 @@ def ggml_reshape_3d(ctx: ContextP, a: TensorP, ne0: Int64, ne1: Int64, ne2: Int6
 @stub(GGML_BASE)
 def ggml_view_2d(ctx: ContextP, a: TensorP, ne0: Int64, ne1: Int64, nb1: SizeT, offset: SizeT) -> TensorP: ...
 @stub(GGML_BASE)
-def ggml_view_3d(ctx: ContextP, a: TensorP, ne0: Int64, ne1: Int64, ne2: Int64, nb1: SizeT, nb2: SizeT, offset: SizeT) -> TensorP: ...
+def ggml_view_3d(
+    ctx: ContextP, a: TensorP, ne0: Int64, ne1: Int64, ne2: Int64, nb1: SizeT, nb2: SizeT, offset: SizeT
+) -> TensorP: ...
 @stub(GGML_BASE)
 def ggml_permute(ctx: ContextP, a: TensorP, axis0: Int, axis1: Int, axis2: Int, axis3: Int) -> TensorP: ...
 @stub(GGML_BASE)
@@ -305,10 +316,29 @@ def ggml_rope_ext(
 @stub(GGML_BASE)
 def ggml_soft_max_ext(ctx: ContextP, a: TensorP, mask: TensorP, scale: Float, max_bias: Float) -> TensorP: ...
 @stub(GGML_BASE)
-def ggml_flash_attn_ext(ctx: ContextP, q: TensorP, k: TensorP, v: TensorP, mask: TensorP, scale: Float, max_bias: Float, logit_softcap: Float) -> TensorP: ...
+def ggml_flash_attn_ext(
+    ctx: ContextP,
+    q: TensorP,
+    k: TensorP,
+    v: TensorP,
+    mask: TensorP,
+    scale: Float,
+    max_bias: Float,
+    logit_softcap: Float,
+) -> TensorP: ...
 @stub(GGML_BASE)
 def ggml_custom_4d(
-    ctx: ContextP, type: Type, ne0: Int64, ne1: Int64, ne2: Int64, ne3: Int64, args: TensorPP, n_args: Int, fun: CustomOp, n_tasks: Int, userdata: VoidP
+    ctx: ContextP,
+    type: Type,
+    ne0: Int64,
+    ne1: Int64,
+    ne2: Int64,
+    ne3: Int64,
+    args: TensorPP,
+    n_args: Int,
+    fun: CustomOp,
+    n_tasks: Int,
+    userdata: VoidP,
 ) -> TensorP: ...
 
 

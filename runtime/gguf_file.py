@@ -59,8 +59,10 @@ class GgufFile:
         self._map: mmap.mmap | None = None
         self._view: np.ndarray[Any, np.dtype[np.uint8]] | None = None
         if self.path.is_dir():
-            raise UserError(f"`{path}` is a folder, expected a GGUF file", "convert it first: python -m convert FOLDER OUT.gguf")
-        self.size = os.stat(self.path).st_size
+            raise UserError(
+                f"`{path}` is a folder, expected a GGUF file", "convert it first: python -m convert FOLDER OUT.gguf"
+            )
+        self.size = self.path.stat().st_size
         self._check_magic()
         with _Parsed(self.path) as parsed:
             self.metadata = parsed.metadata()
@@ -101,16 +103,24 @@ class GgufFile:
     def __enter__(self) -> GgufFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _check_magic(self) -> None:
         with self.path.open("rb") as file:
             magic = file.read(4)
         if magic == b"PWRI":
-            raise UserError(f"`{self.path}`: a PowerInfer file (magic PWRI), expected GGUF", "convert the original checkpoint: python -m convert REPO OUT.gguf")
+            raise UserError(
+                f"`{self.path}`: a PowerInfer file (magic PWRI), expected GGUF",
+                "convert the original checkpoint: python -m convert REPO OUT.gguf",
+            )
         if magic != b"GGUF":
-            raise UserError(f"`{self.path}`: starts with {magic!r}, expected a GGUF file", "convert a checkpoint first: python -m convert REPO OUT.gguf")
+            raise UserError(
+                f"`{self.path}`: starts with {magic!r}, expected a GGUF file",
+                "convert a checkpoint first: python -m convert REPO OUT.gguf",
+            )
 
     def _check_extents(self) -> None:
         for info in self.tensors.values():
@@ -124,10 +134,26 @@ class GgufFile:
         required = required_tensors(structure)
         missing = [name for name in required if name not in self.tensors]
         if missing:
-            raise UserError(f"`{self.path}`: {len(missing)} tensors missing, the first is `{missing[0]}`", "the file is incomplete: convert the checkpoint again")
+            raise UserError(
+                f"`{self.path}`: {len(missing)} tensors missing, the first is `{missing[0]}`",
+                "the file is incomplete: convert the checkpoint again",
+            )
         for name, ne in required.items():
             if self.tensors[name].ne != ne:
-                raise UserError(f"`{self.path}`: tensor `{name}` has shape {list(self.tensors[name].ne)}, expected {list(ne)} from the file's own description")
+                raise UserError(
+                    f"`{self.path}`: tensor `{name}` has shape {list(self.tensors[name].ne)}, expected {list(ne)} from the file's own description"
+                )
+            if not _usable(self.tensors[name]):
+                raise UserError(
+                    f"`{self.path}`: tensor `{name}` has type {self.tensors[name].type}, expected {'f32' if len(ne) == 1 else 'a float or quantised type'}"
+                )
+
+
+def _usable(info: TensorInfo) -> bool:
+    """Norms and biases are F32; a matrix has a type that ggml can multiply with."""
+    if len(info.ne) == 1:
+        return info.type_id == ggml.F32
+    return bool(ggml.ggml_get_type_traits_cpu(info.type_id).contents.vec_dot)
 
 
 class _Parsed:
@@ -139,12 +165,17 @@ class _Parsed:
             self._gguf = ggml.ConstGgufP(ggml.gguf_init_from_file(os.fsencode(path), params).value)
         if not self._gguf:
             found = log[-1] if log else "unreadable"
-            raise UserError(f"`{path}`: damaged GGUF file ({found})", "the file is truncated or corrupt: download or convert it again")
+            raise UserError(
+                f"`{path}`: damaged GGUF file ({found})",
+                "the file is truncated or corrupt: download or convert it again",
+            )
 
     def __enter__(self) -> _Parsed:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         ggml.gguf_free(ggml.GgufP(self._gguf.value))
 
     def metadata(self) -> dict[str, Any]:

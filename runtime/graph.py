@@ -55,7 +55,9 @@ class Graph:
         self._allocator = ggml.ggml_gallocr_new(ggml.ggml_backend_cpu_buffer_type())
         if not ggml.ggml_gallocr_alloc_graph(self._allocator, self.graph):
             self.close()
-            raise UserError(f"not enough memory for the compute buffer of {self.spec.n_tokens} tokens", "use a smaller --n-ctx")
+            raise UserError(
+                f"not enough memory for the compute buffer of {self.spec.n_tokens} tokens", "use a smaller --n-ctx"
+            )
 
     def _inputs(self) -> None:
         n, spec = self.spec.n_tokens, self.spec
@@ -67,7 +69,11 @@ class Graph:
         self._mask = np.empty((n, spec.n_kv), np.float16)
 
     def _input(self, name: bytes, type_id: int, *ne: int) -> ggml.TensorP:
-        tensor = ggml.ggml_new_tensor_2d(self.ctx, type_id, *ne) if len(ne) == 2 else ggml.ggml_new_tensor_1d(self.ctx, type_id, *ne)
+        tensor = (
+            ggml.ggml_new_tensor_2d(self.ctx, type_id, *ne)
+            if len(ne) == 2
+            else ggml.ggml_new_tensor_1d(self.ctx, type_id, *ne)
+        )
         ggml.ggml_set_name(tensor, name)
         ggml.ggml_set_input(tensor)
         # Listed even where nothing reads it, so that it always has memory.
@@ -80,7 +86,9 @@ class Graph:
             node = ggml.ggml_graph_node(self.graph, i)
             if not ggml.ggml_backend_dev_supports_op(device, ggml.ConstTensorP(node.value)):
                 name = node.struct.name.decode()
-                raise UserError(f"this build of ggml cannot compute `{name}` (operation {node.struct.op}, type {node.type})")
+                raise UserError(
+                    f"this build of ggml cannot compute `{name}` (operation {node.struct.op}, type {node.type})"
+                )
 
     def run(self, tokens: npt.NDArray[np.int32], start: int) -> npt.NDArray[np.float32]:
         """Compute the tokens at positions start.. and return logits, float32 [n_outputs, n_vocab]."""
@@ -138,7 +146,9 @@ class _Builder:
         if self.s.projected:
             x = self.linear(x, "token_embd_proj")
         if self.s.position == "learned":
-            x = ggml.ggml_add(self.ctx, x, ggml.ggml_get_rows(self.ctx, self.w["position_embd.weight"], self.g.positions))
+            x = ggml.ggml_add(
+                self.ctx, x, ggml.ggml_get_rows(self.ctx, self.w["position_embd.weight"], self.g.positions)
+            )
         return x
 
     def block(self, x: ggml.TensorP, i: int) -> ggml.TensorP:
@@ -189,13 +199,29 @@ class _Builder:
         mode = ggml.ROPE_TYPE_NEOX if s.position == "rope_neox" else ggml.ROPE_TYPE_NORMAL
         factors = self.w["rope_freqs.weight"] if s.rope_freq_factors else _NULL
         scale = 1 / s.rope_scaling_factor if s.rope_scaling == "linear" else 1.0
-        return ggml.ggml_rope_ext(self.ctx, x, self.g.positions, factors, s.rope_dimension_count, mode, 0, s.rope_freq_base, scale, 0.0, 1.0, 0.0, 0.0)
+        return ggml.ggml_rope_ext(
+            self.ctx,
+            x,
+            self.g.positions,
+            factors,
+            s.rope_dimension_count,
+            mode,
+            0,
+            s.rope_freq_base,
+            scale,
+            0.0,
+            1.0,
+            0.0,
+            0.0,
+        )
 
     def remember(self, cache: ggml.TensorP, new: ggml.TensorP) -> ggml.TensorP:
         """Write the new tokens' rows into the cache; returns [head_length, n_kv, head_count_kv]."""
         cache = ggml.ggml_set_rows(self.ctx, cache, new, self.g.cells)
         row, head = cache.nb[1], ggml.ggml_row_size(cache.type, self.s.head_length)
-        return ggml.ggml_view_3d(self.ctx, cache, self.s.head_length, self.spec.n_kv, self.s.head_count_kv, row, head, 0)
+        return ggml.ggml_view_3d(
+            self.ctx, cache, self.s.head_length, self.spec.n_kv, self.s.head_count_kv, row, head, 0
+        )
 
     def attend(self, q: ggml.TensorP, keys: ggml.TensorP, values: ggml.TensorP) -> ggml.TensorP:
         """[head_length * head_count, n_tokens]."""
@@ -207,7 +233,9 @@ class _Builder:
             return ggml.ggml_reshape_2d(self.ctx, flash, width, self.spec.n_tokens)
         weights = ggml.ggml_mul_mat(self.ctx, keys, q)  # [n_kv, n_tokens, head_count]
         weights = ggml.ggml_soft_max_ext(self.ctx, weights, self.g.mask, scale, 0.0)
-        turned = ggml.ggml_cont(self.ctx, ggml.ggml_permute(self.ctx, values, 1, 0, 2, 3))  # [n_kv, head_length, head_count_kv]
+        turned = ggml.ggml_cont(
+            self.ctx, ggml.ggml_permute(self.ctx, values, 1, 0, 2, 3)
+        )  # [n_kv, head_length, head_count_kv]
         mixed = ggml.ggml_mul_mat(self.ctx, turned, weights)  # [head_length, n_tokens, head_count]
         mixed = ggml.ggml_cont(self.ctx, ggml.ggml_permute(self.ctx, mixed, 0, 2, 1, 3))
         return ggml.ggml_reshape_2d(self.ctx, mixed, width, self.spec.n_tokens)
@@ -281,12 +309,18 @@ def add_native_ffn(ctx: ggml.ContextP, x: ggml.TensorP, ffn: native_ffn.Ffn, t: 
     n = x.ne[1]
     quantized = _custom(ctx, ffn, "quantize", ggml.I8, (ffn.x_stride, n), x)
     gate = _custom(ctx, ffn, "gate", ggml.I8, (native_ffn.gate_size(ffn, n), 1), quantized, t.gate, t.gate_bias)
-    down = _custom(ctx, ffn, "down", ggml.I8, (native_ffn.down_size(ffn, n), 1), quantized, gate, t.down, t.up, t.up_bias)
+    down = _custom(
+        ctx, ffn, "down", ggml.I8, (native_ffn.down_size(ffn, n), 1), quantized, gate, t.down, t.up, t.up_bias
+    )
     return _custom(ctx, ffn, "reduce", ggml.F32, (ffn.n_embd, n), down, gate)
 
 
-def _custom(ctx: ggml.ContextP, ffn: native_ffn.Ffn, name: str, type_id: int, ne: tuple[int, int], *sources: ggml.TensorP | None) -> ggml.TensorP:
+def _custom(
+    ctx: ggml.ContextP, ffn: native_ffn.Ffn, name: str, type_id: int, ne: tuple[int, int], *sources: ggml.TensorP | None
+) -> ggml.TensorP:
     given = [s for s in sources if s is not None]
     args = (ggml.TensorP * len(given))(*given)
     address = native_ffn.address_of(ffn)
-    return ggml.ggml_custom_4d(ctx, type_id, *ne, 1, 1, args, len(given), native_ffn.operator(name), ffn.n_threads, address)
+    return ggml.ggml_custom_4d(
+        ctx, type_id, *ne, 1, 1, args, len(given), native_ffn.operator(name), ffn.n_threads, address
+    )

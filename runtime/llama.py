@@ -29,7 +29,12 @@ class SamplerP(Handle):
 
 class llama_model_kv_override(ctypes.Structure):
     # the union's widest member is the string
-    _fields_ = [("tag", ctypes.c_int), ("key", ctypes.c_char * 128), ("_align", ctypes.c_int64 * 0), ("val_str", ctypes.c_char * 128)]
+    _fields_ = [
+        ("tag", ctypes.c_int),
+        ("key", ctypes.c_char * 128),
+        ("_align", ctypes.c_int64 * 0),
+        ("val_str", ctypes.c_char * 128),
+    ]
 
 
 class llama_model_params(ctypes.Structure):
@@ -59,7 +64,12 @@ class llama_sampler_chain_params(ctypes.Structure):
 
 
 class llama_token_data_array(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("size", ctypes.c_size_t), ("selected", ctypes.c_int64), ("sorted", ctypes.c_bool)]
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("size", ctypes.c_size_t),
+        ("selected", ctypes.c_int64),
+        ("sorted", ctypes.c_bool),
+    ]
 
 
 STRUCTS = (llama_model_kv_override, llama_model_params, llama_sampler_chain_params, llama_token_data_array)
@@ -68,7 +78,10 @@ Token = Annotated[int, C(ctypes.c_int32, "llama_token")]
 TokensP = Annotated[int | None, C(ctypes.c_void_p, "llama_token *")]
 ConstTokensP = Annotated[int | None, C(ctypes.c_void_p, "const llama_token *")]
 CharBufferP = Annotated["ctypes.Array[ctypes.c_char] | None", C(ctypes.POINTER(ctypes.c_char), "char *")]
-TokenDataArrayP = Annotated["ctypes._Pointer[llama_token_data_array] | ctypes._CArgObject", C(ctypes.POINTER(llama_token_data_array), "llama_token_data_array *")]
+TokenDataArrayP = Annotated[
+    "ctypes._Pointer[llama_token_data_array] | ctypes._CArgObject",
+    C(ctypes.POINTER(llama_token_data_array), "llama_token_data_array *"),
+]
 
 
 @stub(LLAMA)
@@ -96,12 +109,28 @@ def llama_vocab_get_add_bos(vocab: VocabP) -> Bool: ...
 @stub(LLAMA)
 def llama_vocab_get_text(vocab: VocabP, token: Token) -> CharP: ...
 @stub(LLAMA)
-def llama_tokenize(vocab: VocabP, text: CharP, text_len: Int32, tokens: TokensP, n_tokens_max: Int32, add_special: Bool, parse_special: Bool) -> Int32: ...
+def llama_tokenize(
+    vocab: VocabP,
+    text: CharP,
+    text_len: Int32,
+    tokens: TokensP,
+    n_tokens_max: Int32,
+    add_special: Bool,
+    parse_special: Bool,
+) -> Int32: ...
 @stub(LLAMA)
-def llama_token_to_piece(vocab: VocabP, token: Token, buf: CharBufferP, length: Int32, lstrip: Int32, special: Bool) -> Int32: ...
+def llama_token_to_piece(
+    vocab: VocabP, token: Token, buf: CharBufferP, length: Int32, lstrip: Int32, special: Bool
+) -> Int32: ...
 @stub(LLAMA)
 def llama_detokenize(
-    vocab: VocabP, tokens: ConstTokensP, n_tokens: Int32, text: CharBufferP, text_len_max: Int32, remove_special: Bool, unparse_special: Bool
+    vocab: VocabP,
+    tokens: ConstTokensP,
+    n_tokens: Int32,
+    text: CharBufferP,
+    text_len_max: Int32,
+    remove_special: Bool,
+    unparse_special: Bool,
 ) -> Int32: ...
 
 
@@ -130,4 +159,6 @@ def llama_sampler_init_min_p(p: Float, min_keep: SizeT) -> SamplerP: ...
 @stub(LLAMA)
 def llama_sampler_init_temp(t: Float) -> SamplerP: ...
 @stub(LLAMA)
-def llama_sampler_init_penalties(n_vocab: Int32, penalty_last_n: Int32, penalty_repeat: Float, penalty_freq: Float, penalty_present: Float) -> SamplerP: ...
+def llama_sampler_init_penalties(
+    n_vocab: Int32, penalty_last_n: Int32, penalty_repeat: Float, penalty_freq: Float, penalty_present: Float
+) -> SamplerP: ...

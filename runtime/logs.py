@@ -16,13 +16,15 @@ _lines: list[str] = []
 _keeping = 0
 
 
-@ggml.LOG_CALLBACK
-def _on_log(level: int, text: bytes | None, _user_data: int | None) -> None:
+def _print_or_keep(level: int, text: bytes | None, _user_data: int | None) -> None:
     line = (text or b"").decode("utf-8", "replace").rstrip("\n")
     if os.environ.get("LAZYNEURON_LOG"):
         print(line, file=sys.stderr)
     if _keeping and line.strip(" ."):
         _lines.append(line.strip())
+
+
+_on_log = ggml.LOG_CALLBACK(_print_or_keep)  # kept alive as long as the libraries may call it
 
 
 @contextlib.contextmanager

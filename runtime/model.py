@@ -9,12 +9,11 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from runtime.engine import FFN_MODES, KV_TYPES, Engine, physical_cores
+from runtime.engine import BATCH, FFN_MODES, KV_TYPES, Engine, physical_cores
 from runtime.errors import UserError
 from runtime.generate import Generation
 from runtime.gguf_file import GgufFile
@@ -24,12 +23,20 @@ from runtime.tokenizer import Tokenizer
 DEFAULT_N_CTX = 8192  # at most, where the user names none: keys and values are allocated when the model is loaded
 
 
-def load(path: str | Path, ffn: str = "exact", threads: int | None = None, n_ctx: int | None = None, kv_type: str = "f16", flash_attention: bool = True) -> Model:
+def load(
+    path: str | Path,
+    ffn: str = "exact",
+    threads: int | None = None,
+    n_ctx: int | None = None,
+    kv_type: str = "f16",
+    flash_attention: bool = True,
+    n_batch: int = BATCH,
+) -> Model:
     """Open a converted model.
 
     ffn: "exact" computes the neurons that fire, "dense" all of them. threads: default, one per physical core.
     n_ctx: context in tokens; default, the model's own limit, at most 8192. kv_type: "f16" or "f32".
-    flash_attention: False builds attention from plain products.
+    n_batch: tokens of a prompt computed at once. flash_attention: False builds attention from plain products.
     Raises UserError for a file that is not ours, damaged or incomplete, and for options out of range.
     """
     if ffn not in FFN_MODES:
@@ -38,10 +45,12 @@ def load(path: str | Path, ffn: str = "exact", threads: int | None = None, n_ctx
         raise UserError(f"kv_type `{kv_type}`, expected one of {', '.join(KV_TYPES)}")
     if threads is not None and not 1 <= threads <= 512:
         raise UserError(f"{threads} threads, expected 1 to 512")
+    if n_batch < 1:
+        raise UserError(f"n_batch {n_batch}, expected at least 1")
     file = GgufFile(path)
     try:
         n_ctx = _context(file, n_ctx)
-        return Model(file, Engine(file, ffn, threads or physical_cores(), n_ctx, kv_type, flash_attention))
+        return Model(file, Engine(file, ffn, threads or physical_cores(), n_ctx, kv_type, flash_attention, n_batch))
     except BaseException:
         file.close()
         raise
@@ -64,7 +73,6 @@ class Model:
 
     def __init__(self, file: GgufFile, engine: Engine) -> None:
         self._file, self._engine = file, engine
-        self._closed = False
         self.path, self.metadata, self.structure = file.path, file.metadata, engine.structure
         self.tensors = file.tensors
         self.ffn, self.threads, self.n_ctx, self.kv_type = engine.ffn, engine.threads, engine.n_ctx, engine.kv_type
@@ -73,12 +81,13 @@ class Model:
         except BaseException:
             engine.close()
             raise
+        self._closed = False
 
     @property
     def chat_template(self) -> str | None:
         """The file's Jinja chat template, if it has one."""
-        template: Any = self.metadata.get("tokenizer.chat_template")
-        return template
+        template = self.metadata.get("tokenizer.chat_template")
+        return template if isinstance(template, str) else None
 
     def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Ids of a text; add_special: with the start token, where the tokenizer adds one; parse_special: `<s>` in the text is the token."""
@@ -95,7 +104,10 @@ class Model:
         """
         ids = [int(i) for i in ids]
         if not 1 <= len(ids) <= self.n_ctx:
-            raise UserError(f"{len(ids)} tokens, expected 1 to the context of {self.n_ctx}", "split the text, or raise n_ctx if the model allows")
+            raise UserError(
+                f"{len(ids)} tokens, expected 1 to the context of {self.n_ctx}",
+                "split the text, or raise n_ctx if the model allows",
+            )
         self._check_ids(ids)
         return self._engine.logits(ids)
 
@@ -114,7 +126,9 @@ class Model:
         """
         ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
         self._check_ids(ids)
-        return Generation(self._engine, self.tokenizer, self._file, ids, max_tokens, sampling or Sampling(), stop, cache_prompt)
+        return Generation(
+            self._engine, self.tokenizer, self._file, ids, max_tokens, sampling or Sampling(), stop, cache_prompt
+        )
 
     def layer_shares(self) -> list[float]:
         """Share of each layer's neurons computed since `reset_counts`."""
@@ -139,7 +153,9 @@ class Model:
     def __enter__(self) -> Model:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def __del__(self) -> None:

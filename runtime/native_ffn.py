@@ -90,9 +90,14 @@ def _find() -> Path:
 def _check(lib: ctypes.CDLL, path: Path) -> None:
     built, found = lib.lzn_ggml_version().decode(), ggml.ggml_version().decode()
     if built != found:
-        raise UserError(f"`{path}`: built for ggml {built}, found ggml {found} in llama-cpp-python", "reinstall lazyneuron: it pins the version that fits")
+        raise UserError(
+            f"`{path}`: built for ggml {built}, found ggml {found} in llama-cpp-python",
+            "reinstall lazyneuron: it pins the version that fits",
+        )
     if (lib.lzn_sizeof_tensor(), lib.lzn_sizeof_ffn()) != (ctypes.sizeof(ggml.ggml_tensor), ctypes.sizeof(Ffn)):
-        raise UserError(f"`{path}`: struct sizes differ from those of this version of lazyneuron", "rebuild it: make setup")
+        raise UserError(
+            f"`{path}`: struct sizes differ from those of this version of lazyneuron", "rebuild it: make setup"
+        )
 
 
 @functools.cache
@@ -106,7 +111,10 @@ def operator(name: str) -> int:
 def describe(s: Structure, types: tuple[int, int, int], n_threads: int) -> Ffn:
     """The FFN of structure `s`, whose gate, up and down_t rows have the ggml types `types`."""
     gate, up, down = (_rows(t, s.embedding_length) for t in types)
-    same = ggml.ggml_get_type_traits_cpu(types[0]).contents.vec_dot_type == ggml.ggml_get_type_traits_cpu(types[1]).contents.vec_dot_type
+    same = (
+        ggml.ggml_get_type_traits_cpu(types[0]).contents.vec_dot_type
+        == ggml.ggml_get_type_traits_cpu(types[1]).contents.vec_dot_type
+    )
     up.x_offset = 0 if same or not s.gated else _aligned(gate.x_size)
     return Ffn(
         n_embd=s.embedding_length,

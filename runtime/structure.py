@@ -149,10 +149,16 @@ def _check(s: Structure, where: str) -> None:
             raise UserError(f"{where}: {name} is {getattr(s, name)}, expected 1 to {limit}")
     if s.head_count % s.head_count_kv:
         raise UserError(f"{where}: {s.head_count} heads, expected a multiple of the {s.head_count_kv} key-value heads")
-    if s.position.startswith("rope") and not (0 < s.rope_dimension_count <= s.head_length and s.rope_dimension_count % 2 == 0):
-        raise UserError(f"{where}: rope.dimension_count is {s.rope_dimension_count}, expected an even number up to the head length {s.head_length}")
+    if s.position.startswith("rope") and not (
+        0 < s.rope_dimension_count <= s.head_length and s.rope_dimension_count % 2 == 0
+    ):
+        raise UserError(
+            f"{where}: rope.dimension_count is {s.rope_dimension_count}, expected an even number up to the head length {s.head_length}"
+        )
     if not (0 < s.norm_epsilon < 1 and s.rope_freq_base > 0 and s.rope_scaling_factor > 0):
-        raise UserError(f"{where}: norm_epsilon, rope.freq_base and rope.scaling.factor must be positive (norm_epsilon below 1)")
+        raise UserError(
+            f"{where}: norm_epsilon, rope.freq_base and rope.scaling.factor must be positive (norm_epsilon below 1)"
+        )
 
 
 def block_tensors(s: Structure) -> dict[str, tuple[int, ...]]:
@@ -203,4 +209,5 @@ def required_tensors(s: Structure) -> dict[str, tuple[int, ...]]:
 
 
 def _norm(s: Structure, name: str, width: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (width,)} | ({f"{name}.bias": (width,)} if s.norm == "layer" else {})
+    parts = ("weight", "bias") if s.norm == "layer" else ("weight",)
+    return {f"{name}.{part}": (width,) for part in parts}

@@ -28,7 +28,9 @@ class Traffic:
         return self.ffn + self.attention + self.head + self.other + self.kv
 
 
-def bytes_per_token(s: Structure, tensors: Mapping[str, TensorInfo], ffn: str, layer_shares: Sequence[float], kv_bytes: float = 0.0) -> Traffic:
+def bytes_per_token(
+    s: Structure, tensors: Mapping[str, TensorInfo], ffn: str, layer_shares: Sequence[float], kv_bytes: float = 0.0
+) -> Traffic:
     """Bytes that one token reads.
 
     ffn: "dense" or "exact". layer_shares: share of the neurons computed, one per block. kv_bytes: keys and values read.
@@ -38,7 +40,11 @@ def bytes_per_token(s: Structure, tensors: Mapping[str, TensorInfo], ffn: str, l
     attention = sum(t.nbytes for name, t in tensors.items() if ".attn_" in name)
     looked_up = [tensors[name] for name in ("token_embd.weight", "position_embd.weight") if name in tensors]
     other = sum(t.nbytes / t.ne[1] for t in looked_up)
-    other += sum(t.nbytes for name, t in tensors.items() if name.startswith(("output_norm", "output_proj", "token_embd_proj")) or ".ffn_norm" in name)
+    other += sum(
+        t.nbytes
+        for name, t in tensors.items()
+        if name.startswith(("output_norm", "output_proj", "token_embd_proj")) or ".ffn_norm" in name
+    )
     return Traffic(ffn=ffn_bytes, attention=attention, head=head, other=other, kv=kv_bytes)
 
 

@@ -5,7 +5,7 @@ Knows ggml's buffers; knows nothing of what a tensor is for.
 
 from __future__ import annotations
 
-import ctypes
+from collections.abc import Collection
 
 from runtime import ggml
 from runtime.errors import UserError
@@ -19,14 +19,14 @@ def new_context(n_tensors: int, extra: int = 0) -> ggml.ContextP:
 
 
 class Weights:
-    """Every tensor of a file, by name; `close` unmaps them."""
+    """Tensors of a file, by name; `close` unmaps them."""
 
-    def __init__(self, file: GgufFile) -> None:
+    def __init__(self, file: GgufFile, names: Collection[str]) -> None:
         self._file = file
-        self._context = new_context(len(file.tensors))
+        self._context = new_context(len(names))
         address, size = file.mapped()
         self._buffer = ggml.ggml_backend_cpu_buffer_from_ptr(address, size)
-        self.tensors = {name: self._tensor(name) for name in file.tensors}
+        self.tensors = {name: self._tensor(name) for name in names}
 
     def __getitem__(self, name: str) -> ggml.TensorP:
         return self.tensors[name]
@@ -37,10 +37,7 @@ class Weights:
 
     def _tensor(self, name: str) -> ggml.TensorP:
         info = self._file.tensors[name]
-        ne = (*info.ne, 1)[:2]
-        if len(info.ne) > 2:
-            raise UserError(f"`{self._file.path}`: tensor `{name}` has {len(info.ne)} dimensions, expected 1 or 2")
-        tensor = ggml.ggml_new_tensor_2d(self._context, info.type_id, *ne)
+        tensor = ggml.ggml_new_tensor_2d(self._context, info.type_id, *(*info.ne, 1)[:2])
         ggml.ggml_set_name(tensor, name.encode())
         status = ggml.ggml_backend_tensor_alloc(self._buffer, tensor, self._file.address(name))
         assert status == ggml.STATUS_SUCCESS, name
@@ -77,8 +74,3 @@ class KvCache:
         """Release the memory."""
         ggml.ggml_backend_buffer_free(self._buffer)
         ggml.ggml_free(self._context)
-
-
-def set_input(tensor: ggml.TensorP, data: ctypes.Array[ctypes.c_char] | int, nbytes: int) -> None:
-    """Copy `nbytes` from an address into an allocated tensor."""
-    ggml.ggml_backend_tensor_set(tensor, data, 0, nbytes)  # type: ignore[arg-type]

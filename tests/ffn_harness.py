@@ -20,7 +20,9 @@ Array = npt.NDArray[Any]
 FLOATS = {"f32": np.float32, "f16": np.float16}
 
 
-def structure(n_embd: int, n_ff: int, gated: bool, activation: str, threshold: float = 0.0, bias: bool = False) -> Structure:
+def structure(
+    n_embd: int, n_ff: int, gated: bool, activation: str, threshold: float = 0.0, bias: bool = False
+) -> Structure:
     return Structure(
         source_architecture="test", vocab_size=1, context_length=1, embedding_length=n_embd, block_count=1, feed_forward_length=n_ff, head_count=1, head_count_kv=1, head_length=2,
         norm="rms", norm_epsilon=1e-5, position="rope_neox", ffn_gate="gated" if gated else "none", ffn_activation=activation, activation_threshold=threshold, ffn_bias=bias, rope_dimension_count=2,
@@ -84,7 +86,9 @@ def make(s: Structure, type_name: str, active: float, rng: np.random.Generator) 
     packed, exact = {n: p[0] for n, p in pairs.items()}, {n: p[1] for n, p in pairs.items()}
     if s.ffn_bias:
         spread = 0.5 * np.sqrt(s.embedding_length)
-        first = rng.normal(0, 0.1, s.feed_forward_length) + {0: -1e3, 1: 1e3}.get(active, -spread * _normal_quantile(1 - active))
+        first = rng.normal(0, 0.1, s.feed_forward_length) + {0: -1e3, 1: 1e3}.get(
+            active, -spread * _normal_quantile(1 - active)
+        )
         biases = {"gate_bias": first, "up_bias": rng.normal(0, 1, s.feed_forward_length)}
         exact |= {n: b.astype(np.float32).astype(np.float64) for n, b in biases.items()}
         packed |= {n: np.ascontiguousarray(b, np.float32).view(np.uint8) for n, b in biases.items()}
@@ -125,8 +129,16 @@ def _run_native(f: Ffn, x: Array, threads: int) -> tuple[Array, native_ffn.Ffn]:
         return ggml.ggml_new_tensor_1d(ctx, ggml.F32, s.feed_forward_length) if name in f.packed else None
 
     first = "gate" if s.gated else "up"
-    tensors = NativeTensors(gate=rows(first), down=rows("down"), up=rows("up") if s.gated else None, gate_bias=bias("gate_bias"), up_bias=bias("up_bias") if s.gated else None)
-    data = {first: tensors.gate, "down": tensors.down, "gate_bias": tensors.gate_bias} | ({"up": tensors.up, "up_bias": tensors.up_bias} if s.gated else {})
+    tensors = NativeTensors(
+        gate=rows(first),
+        down=rows("down"),
+        up=rows("up") if s.gated else None,
+        gate_bias=bias("gate_bias"),
+        up_bias=bias("up_bias") if s.gated else None,
+    )
+    data = {first: tensors.gate, "down": tensors.down, "gate_bias": tensors.gate_bias} | (
+        {"up": tensors.up, "up_bias": tensors.up_bias} if s.gated else {}
+    )
     source = ggml.ggml_new_tensor_2d(ctx, ggml.F32, s.embedding_length, len(x))
     ffn = native_ffn.describe(s, tensors.types, threads)
     y = add_native_ffn(ctx, source, ffn, tensors)

@@ -31,7 +31,15 @@ def compile_c(source: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     file = tmp_path / "check.c"
     file.write_text(source)
     return subprocess.run(
-        [compiler, "-std=gnu11", "-fsyntax-only", "-Wno-deprecated-declarations", "-I", str(include_folder()), str(file)],
+        [
+            compiler,
+            "-std=gnu11",
+            "-fsyntax-only",
+            "-Wno-deprecated-declarations",
+            "-I",
+            str(include_folder()),
+            str(file),
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -74,7 +82,11 @@ def struct_checks(struct: type[ctypes.Structure], c_name: str) -> str:
 
 
 def test_structs_match_the_headers(tmp_path: Path) -> None:
-    checks = "".join(struct_checks(s, f"struct {s.__name__}") for s in (*ggml.STRUCTS, *llama.STRUCTS) if s is not llama.llama_token_data_array)
+    checks = "".join(
+        struct_checks(s, f"struct {s.__name__}")
+        for s in (*ggml.STRUCTS, *llama.STRUCTS)
+        if s is not llama.llama_token_data_array
+    )
     checks += struct_checks(llama.llama_token_data_array, "llama_token_data_array")
     done = compile_c(includes() + checks, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -135,15 +147,21 @@ print(*names)
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
 @pytest.mark.parametrize("order", ["ours, theirs", "theirs, ours"])
 def test_each_library_is_mapped_once(order: str) -> None:
-    done = subprocess.run([sys.executable, "-c", MAPPINGS.format(order=order)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", MAPPINGS.format(order=order)], capture_output=True, text=True, check=False
+    )
     assert done.stdout.split() == ["libggml", "libggml-base", "libggml-cpu", "libllama"], done.stdout + done.stderr
 
 
 def run_with(environment: dict[str, str], code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
 
 
-REPORT = "import sys; from runtime.errors import run_command; from runtime import {module}; sys.exit(run_command({call}))"
+REPORT = (
+    "import sys; from runtime.errors import run_command; from runtime import {module}; sys.exit(run_command({call}))"
+)
 
 
 def test_missing_libraries_are_one_line(tmp_path: Path) -> None:

@@ -10,14 +10,39 @@ import numpy as np
 import pytest
 from ffn_harness import as_rounded, make, reference, relative_error, run_native, structure
 
-TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_K", "q3_K", "q4_K", "q5_K", "q6_K", "iq4_nl", "iq4_xs")
+TYPES = (
+    "f32",
+    "f16",
+    "bf16",
+    "q8_0",
+    "q4_0",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "q2_K",
+    "q3_K",
+    "q4_K",
+    "q5_K",
+    "q6_K",
+    "iq4_nl",
+    "iq4_xs",
+)
 TOLERANCE = 1e-5  # relative error of y; sums in float32 over a few hundred terms
 # q4_1 and q5_1 rows are multiplied with activations (q8_1) that carry their own sum in half precision.
 SUM_IN_F16 = {"q4_1": 2e-3, "q5_1": 2e-3}
 ROUNDED = {"f32": 1e-5, "f16": 1e-3, "bf16": 4e-3}  # with the activations' rounding; 1e-2 for quantised types
 
 
-def check(type_name: str, n_tokens: int, threads: int, active: float, gated: bool = True, activation: str = "relu", threshold: float = 0.0, shape: tuple[int, int] = (256, 352)) -> None:
+def check(
+    type_name: str,
+    n_tokens: int,
+    threads: int,
+    active: float,
+    gated: bool = True,
+    activation: str = "relu",
+    threshold: float = 0.0,
+    shape: tuple[int, int] = (256, 352),
+) -> None:
     rng = np.random.default_rng(1)
     s = structure(*shape, gated, activation, threshold, bias=True)
     ffn = make(s, type_name, active, rng)
@@ -34,7 +59,9 @@ def test_rounding_of_activations_costs_less_than_a_percent(type_name: str) -> No
     rng = np.random.default_rng(6)
     ffn = make(structure(256, 352, True, "relu", bias=True), type_name, 1, rng)
     x = rng.normal(0, 1, (5, 256)).astype(np.float32)
-    assert relative_error(run_native(ffn, x, 2)[0], reference(ffn, x.astype(np.float64))[0]) <= ROUNDED.get(type_name, 1e-2)
+    assert relative_error(run_native(ffn, x, 2)[0], reference(ffn, x.astype(np.float64))[0]) <= ROUNDED.get(
+        type_name, 1e-2
+    )
 
 
 @pytest.mark.parametrize("active", [0, 0.01, 0.1, 1])
@@ -52,7 +79,17 @@ def test_threads_and_batches(type_name: str, n_tokens: int, threads: int) -> Non
 
 
 @pytest.mark.parametrize("n_tokens", [1, 5])
-@pytest.mark.parametrize(("gated", "activation", "threshold"), [(False, "relu", 0), (False, "relu2", 0), (True, "relu2", 0), (True, "drelu", 0), (True, "fatrelu", 0.7), (False, "fatrelu", 0.7)])
+@pytest.mark.parametrize(
+    ("gated", "activation", "threshold"),
+    [
+        (False, "relu", 0),
+        (False, "relu2", 0),
+        (True, "relu2", 0),
+        (True, "drelu", 0),
+        (True, "fatrelu", 0.7),
+        (False, "fatrelu", 0.7),
+    ],
+)
 def test_activations(gated: bool, activation: str, threshold: float, n_tokens: int) -> None:
     check("f32", n_tokens, 2, 0.4, gated, activation, threshold)
 

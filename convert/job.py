@@ -1,0 +1,142 @@
+"""One conversion from end to end: find the checkpoint, plan, write. `convert`'s signature is the command line.
+
+Puts the other modules together; prints nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.hub import fetch
+from convert.metadata import general_metadata
+from convert.plan import Plan, Types, make_plan
+from convert.quantize import NUMBERS, check_type
+from convert.stream import Bytes, Encoder
+from convert.tokenizer import tokenizer_metadata
+from convert.write import Stream, check_target, write_gguf
+from runtime.errors import UserError
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did, or would do. bytes: of the file; of its tensors alone after a dry run."""
+
+    path: str
+    bytes: int
+    tensors: int
+    types: dict[str, int]
+    fallbacks: dict[str, str]
+    seconds: float
+    structure: dict[str, Any]
+    dry_run: bool
+    plan: Plan = field(repr=False, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values, without the plan."""
+        return {name: value for name, value in self.__dict__.items() if name != "plan"}
+
+
+def convert(
+    source: str | Path,
+    out: str | Path | None = None,
+    type: str = "f16",  # noqa: A002 - the option's name
+    output_type: str | None = None,
+    layout: str = "both",
+    threads: int | None = None,
+    ffn_type: str | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Convert the checkpoint `source` (a folder, or a Hub id) to the GGUF file `out`.
+
+    type, output_type: format of the matrices and of the output head (see `convert.quantize.TYPES`).
+    layout: "both" stores the down projection twice; "sparse" only as the sparse kernels read it.
+    ffn_type: the activation, where config.json does not tell the truth. threads: None for one per CPU.
+    progress: called with (tensor, bytes done, bytes in all) as the file grows.
+    Raises UserError for whatever is wrong with the checkpoint or the target; then nothing is written.
+    """
+    started = time.monotonic()
+    types = Types(check_type(type, "--type"), check_type(output_type, "--output-type") if output_type else "")
+    target = None if dry_run else _target(out, force)
+    folder, repo = fetch(str(source))
+    checkpoint = open_checkpoint(folder)
+    plan = make_plan(checkpoint, types, layout, ffn_type)
+    metadata = _metadata(folder, repo, plan)
+    size = plan.nbytes
+    if target:
+        check_target(target, plan.nbytes, force)
+        size = _write(checkpoint, plan, metadata, target, threads or available_threads(), progress)
+    return _report(plan, str(out or ""), size, dry_run, time.monotonic() - started)
+
+
+def available_threads() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _target(out: str | Path | None, force: bool) -> Path:
+    """The file to write, known to be writable before anything is fetched for it."""
+    if out is None:
+        raise UserError("no output file given", "python -m convert REPO_OR_DIR OUT.gguf, or add --dry-run")
+    check_target(Path(out), 0, force)
+    return Path(out)
+
+
+def _metadata(folder: Path, repo: str, plan: Plan) -> dict[str, Any]:
+    return {
+        **general_metadata(folder, repo, plan.types.main),
+        **plan.structure.to_metadata(),
+        **tokenizer_metadata(folder, plan.structure.vocab_size),
+    }
+
+
+def _write(
+    checkpoint: Checkpoint, plan: Plan, metadata: dict[str, Any], out: Path, threads: int, progress: Progress | None
+) -> int:
+    count = _Count(plan.nbytes, progress)
+    with Encoder(checkpoint, threads) as encoder:
+        streams = [
+            Stream(t.name, t.shape, NUMBERS[t.type], t.nbytes, count.watch(t.name, encoder.pieces(t)))
+            for t in plan.tensors
+        ]
+        return write_gguf(out, metadata, streams)
+
+
+@dataclass
+class _Count:
+    """Adds up the bytes of all streams and reports the sum."""
+
+    total: int
+    progress: Progress | None
+    done: int = 0
+
+    def watch(self, name: str, pieces: Iterator[Bytes]) -> Iterator[Bytes]:
+        for piece in pieces:
+            yield piece
+            self.done += piece.nbytes
+            if self.progress:
+                self.progress(name, self.done, self.total)
+
+
+def _report(plan: Plan, path: str, size: int, dry_run: bool, seconds: float) -> Report:
+    return Report(
+        path=path,
+        bytes=size,
+        tensors=len(plan.tensors),
+        types=dict(Counter(tensor.type for tensor in plan.tensors)),
+        fallbacks=plan.fallbacks,
+        seconds=round(seconds, 3),
+        structure=asdict(plan.structure),
+        dry_run=dry_run,
+        plan=plan,
+    )

@@ -1,0 +1,172 @@
+"""The plan of a conversion: every tensor of the file with its source, shape and format, settled before writing starts.
+
+The mapping is total in both directions: each tensor that the structure requires has a source in the checkpoint, and
+each tensor of the checkpoint is used or known to be of no use. Knows neither how tensors are read nor how written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from convert.arch import Arch, Generated, Source, describe, find_arch
+from convert.checkpoint import FLOATS, Checkpoint
+from convert.quantize import fitting, output_type, row_bytes
+from convert.rewrites import REWRITES, Shape
+from runtime.errors import UserError
+from runtime.structure import Structure, required_tensors
+
+_ALWAYS_F32 = ("position_embd.weight",)  # besides everything with one dimension: norms, biases, frequencies
+_LISTED = 5  # names per complaint
+
+
+@dataclass(frozen=True)
+class Types:
+    """The formats that were asked for: of the matrices, and of the output head ("" for the usual one)."""
+
+    main: str = "f16"
+    output: str = ""
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor of the file. shape: in ggml's order, the contiguous dimension first. wanted: the format asked for."""
+
+    name: str
+    source: Source | Generated
+    shape: Shape
+    type: str
+    wanted: str
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row; a vector counts as rows of one element."""
+        return row_bytes(self.type, self.shape[0] if len(self.shape) > 1 else 1)
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return math.prod(self.shape[1:]) if len(self.shape) > 1 else self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor, without padding."""
+        return self.rows * self.row_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will write."""
+
+    arch: Arch
+    structure: Structure
+    types: Types
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, without padding."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """Tensors whose rows do not fit the format asked for -> the format they get."""
+        return {tensor.name: tensor.type for tensor in self.tensors if tensor.type != tensor.wanted}
+
+
+def make_plan(checkpoint: Checkpoint, types: Types, layout: str = "both", ffn_type: str | None = None) -> Plan:
+    """Plan the conversion of `checkpoint`. Raises UserError when config, tensors and architecture do not agree."""
+    arch = find_arch(checkpoint.config)
+    structure = describe(arch, checkpoint.config, layout, ffn_type)
+    required = required_tensors(structure)
+    sources = _sources(arch, structure, checkpoint)
+    _check_names(checkpoint, required, sources, _skipped(arch, structure, checkpoint))
+    _check_shapes(checkpoint, required, sources)
+    tensors = [_planned(name, shape, sources[name], structure, types) for name, shape in required.items()]
+    return Plan(arch, structure, types, tuple(tensors))
+
+
+def _planned(name: str, shape: Shape, source: Source | Generated, structure: Structure, types: Types) -> PlannedTensor:
+    head = "token_embd.weight" if structure.tied_output else "output.weight"
+    wanted = (types.output or output_type(types.main)) if name == head else types.main
+    if len(shape) == 1 or name in _ALWAYS_F32:
+        wanted = "f32"
+    return PlannedTensor(name, source, shape, fitting(wanted, shape[0]), wanted)
+
+
+def _sources(arch: Arch, structure: Structure, checkpoint: Checkpoint) -> dict[str, Source | Generated]:
+    """The architecture's table with its block numbers filled in, and its names as this checkpoint spells them."""
+    prefix = _absent_prefix(arch, checkpoint)
+    table: dict[str, Source | Generated] = {}
+    for name, source in arch.tensors.items():
+        for i in range(structure.block_count if "{i}" in name else 1):
+            table[name.format(i=i)] = _numbered(source, i, prefix)
+    return table
+
+
+def _absent_prefix(arch: Arch, checkpoint: Checkpoint) -> str:
+    """The part of the architecture's tensor names that this checkpoint leaves out."""
+    return "" if any(name.startswith(arch.base_prefix) for name in checkpoint.tensors) else arch.base_prefix
+
+
+def _numbered(source: Source | Generated, i: int, prefix: str) -> Source | Generated:
+    if isinstance(source, Generated):
+        return source
+    return Source(source.name.format(i=i).removeprefix(prefix), source.rewrite)
+
+
+def _skipped(arch: Arch, structure: Structure, checkpoint: Checkpoint) -> set[str]:
+    prefix = _absent_prefix(arch, checkpoint)
+    skipped = {name.format(i=i).removeprefix(prefix) for name in arch.skip for i in range(structure.block_count)}
+    head = arch.tensors.get("output.weight")
+    if structure.tied_output and isinstance(head, Source):
+        skipped.add(head.name)  # a second copy of the token embeddings
+    return skipped & set(checkpoint.tensors)
+
+
+def _check_names(
+    checkpoint: Checkpoint,
+    required: Mapping[str, Shape],
+    sources: Mapping[str, Source | Generated],
+    skipped: set[str],
+) -> None:
+    used = {source.name for name in required if isinstance(source := sources.get(name), Source)}
+    missing = sorted(used - set(checkpoint.tensors))
+    missing += [f"a source of {name}" for name in required if name not in sources]
+    unknown = sorted(set(checkpoint.tensors) - used - skipped)
+    both = {"missing": missing, "unknown": unknown}
+    complaints = [f"{len(names)} tensors {what} ({_listed(names)})" for what, names in both.items() if names]
+    if complaints:
+        raise UserError(
+            f"`{checkpoint.folder}`: {' and '.join(complaints)}",
+            "config.json and the weights belong to different models, or the model has an option not supported yet",
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+
+
+def _check_shapes(
+    checkpoint: Checkpoint, required: Mapping[str, Shape], sources: Mapping[str, Source | Generated]
+) -> None:
+    wrong = []
+    for name, shape in required.items():
+        source = sources[name]
+        if isinstance(source, Generated):
+            continue
+        stored = checkpoint.tensors[source.name]
+        if stored.dtype not in FLOATS:
+            raise UserError(
+                f"`{stored.file}`: {source.name} is of type {stored.dtype}, expected {', '.join(FLOATS)}",
+                "the checkpoint is quantised already: use the original one",
+            )
+        expected = REWRITES[source.rewrite].source_shape(shape[::-1])
+        if stored.shape != expected:
+            wrong.append(f"{source.name} is {list(stored.shape)} instead of {list(expected)}")
+    if wrong:
+        raise UserError(
+            f"`{checkpoint.folder}`: {len(wrong)} shapes disagree with config.json: {_listed(sorted(set(wrong)))}",
+            "config.json belongs to another checkpoint",
+        )

@@ -1,0 +1,88 @@
+"""`pytorch_model.bin` files, read through torch (an optional dependency) without running anything they contain.
+
+Knows nothing of what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from convert.rewrites import Array, Shape, Sliceable
+from runtime.errors import UserError
+
+_DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+_DAMAGE = (pickle.UnpicklingError, EOFError, ValueError, KeyError)
+
+
+class _Tensor:
+    """A torch tensor that gives numpy arrays when sliced."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+
+    def __getitem__(self, key: Any) -> Array:
+        part = self.tensor[key].contiguous()
+        if str(part.dtype) == "torch.bfloat16":  # numpy has none of its own
+            return np.asarray(part.view(_torch().int16).numpy().view(ml_dtypes.bfloat16))
+        return np.asarray(part.numpy())
+
+
+def inspect(file: Path) -> dict[str, tuple[Shape, str]]:
+    """Shape (row-major) and type of every tensor in `file`.
+
+    Raises UserError when it cannot be read or torch is absent.
+    """
+    return {name: (tuple(t.shape), _DTYPES.get(str(t.dtype), str(t.dtype))) for name, t in _load(file).items()}
+
+
+@contextmanager
+def open_tensor(file: Path, name: str) -> Iterator[Sliceable]:
+    """The tensor `name` of `file` for slicing."""
+    yield _Tensor(_load(file)[name])
+
+
+def _torch() -> Any:
+    """The module torch. Raises UserError when it is not installed."""
+    try:
+        return importlib.import_module("torch")
+    except ImportError:
+        raise UserError(
+            "reading pytorch_model.bin needs torch, which is not installed",
+            "pip install 'lazyneuron[torch]', or fetch the checkpoint's safetensors if it has any",
+        ) from None
+
+
+def _load(file: Path) -> dict[str, Any]:
+    torch = _torch()
+    try:
+        values = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:
+        values = _load_unmapped(file)  # files written before torch 1.6
+    except _DAMAGE as error:
+        raise _unreadable(file, error) from None
+    if not isinstance(values, dict):
+        raise _unreadable(file, ValueError(f"a {type(values).__name__}, expected a dict of tensors"))
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+@functools.lru_cache(maxsize=1)
+def _load_unmapped(file: Path) -> Any:
+    """The whole file in memory; kept, because reading it again for every tensor would take hours."""
+    try:
+        return _torch().load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, *_DAMAGE) as error:
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+    return UserError(f"`{file}`: damaged, cut off or not just weights ({reason})", "fetch the file again")

@@ -1,0 +1,98 @@
+"""Rotary position embeddings as config.json describes them, old style (`rope_theta`, `rope_scaling`) and new
+(`rope_parameters`).
+
+Functions of the config for use in an architecture's `keys` and `tensors`. Knows no architecture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+
+from convert.config import Config
+from runtime.errors import UserError
+
+_SCALINGS = {"default": "none", "linear": "linear", "llama3": "none"}  # config.json's type -> GGUF's scaling
+DEFAULT_THETA = 10000.0
+
+
+def _parameters(config: Config) -> Config:
+    """The object that holds the variant, wherever this config keeps it."""
+    style = "rope_parameters" if config.values.get("rope_parameters") else "rope_scaling"
+    parameters = config.inside(style)
+    kind = _kind(parameters)
+    if kind not in _SCALINGS:
+        raise UserError(f"{parameters.where}: rope type `{kind}`, expected {', '.join(_SCALINGS)}")
+    return parameters
+
+
+def _kind(parameters: Config) -> str:
+    if any(isinstance(value, dict) for value in parameters.values.values()):
+        return "one per layer type"
+    return parameters.get("rope_type", str, parameters.get("type", str, "default"))
+
+
+def freq_base(config: Config) -> float:
+    """theta."""
+    return _parameters(config).get("rope_theta", float, config.get("rope_theta", float, DEFAULT_THETA))
+
+
+def head_length(config: Config) -> int:
+    """Elements per attention head."""
+    width, heads = config.get("hidden_size", int), config.get("num_attention_heads", int)
+    if heads <= 0 or width % heads:
+        raise UserError(f"{config.where}: hidden_size {width} is not a multiple of num_attention_heads {heads}")
+    return config.get("head_dim", int, width // heads)
+
+
+def dimension_count(config: Config) -> int:
+    """How many elements of a head are rotated."""
+    everywhere = config.get("partial_rotary_factor", float, 1.0)
+    return int(head_length(config) * _parameters(config).get("partial_rotary_factor", float, everywhere))
+
+
+def scaling(config: Config) -> str:
+    """GGUF's name of the scaling."""
+    return _SCALINGS[_kind(_parameters(config))]
+
+
+def scaling_factor(config: Config) -> float:
+    """By how much positions are divided; 1 unless the scaling is linear."""
+    parameters = _parameters(config)
+    return parameters.get("factor", float) if _kind(parameters) == "linear" else 1.0
+
+
+def has_freq_factors(config: Config) -> bool:
+    """Whether each frequency has its own divisor."""
+    return _kind(_parameters(config)) == "llama3"
+
+
+def freq_factors(config: Config) -> npt.NDArray[np.float32]:
+    """What each frequency is divided by, [dimension_count / 2] (Llama 3.1's scaling by wavelength).
+
+    Long waves are divided by `factor`, short ones are left alone, those between are interpolated.
+    """
+    parameters = _parameters(config)
+    low, high = parameters.get("low_freq_factor", float), parameters.get("high_freq_factor", float)
+    context = parameters.get("original_max_position_embeddings", int, config.get("max_position_embeddings", int, 0))
+    if not 0 < low < high or context <= 0:
+        raise UserError(f"{parameters.where}: expected 0 < low_freq_factor < high_freq_factor and a context length")
+    n = dimension_count(config)
+    wavelength = 2 * math.pi * freq_base(config) ** (np.arange(0, n, 2) / n)
+    kept = np.clip((context / wavelength - low) / (high - low), 0, 1)  # share of the unscaled frequency
+    return (1 / (kept + (1 - kept) / parameters.get("factor", float))).astype(np.float32)
+
+
+KEYS: Mapping[str, object] = MappingProxyType(
+    {
+        "rope_dimension_count": dimension_count,
+        "rope_freq_base": freq_base,
+        "rope_scaling": scaling,
+        "rope_scaling_factor": scaling_factor,
+        "rope_freq_factors": has_freq_factors,
+    }
+)

@@ -1,0 +1,67 @@
+"""The command line `python -m runtime`: finds the command and reports its errors; the rest is its module's."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+
+from runtime.commands import chat, complete, inspect, perplexity
+from runtime.commands.options import Parser, arguments_of
+from runtime.errors import run_command
+
+COMMANDS = (
+    (chat, chat.chat),
+    (complete, complete.complete),
+    (inspect, inspect.inspect),
+    (perplexity, perplexity.perplexity),
+)
+
+_START = """\
+Talk to a model that `python -m convert` has made:
+
+    python -m runtime chat MODEL.gguf
+
+All commands (each explains itself with --help):
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    _use_utf8()
+    if not arguments:
+        print(_overview())
+        return 0
+    return run_command(lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> None:
+    options = vars(_parser().parse_args(arguments))
+    command = options.pop("command")
+    command(**arguments_of(options))
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m runtime", description="Run models converted by `python -m convert`.")
+    verbs = parser.add_subparsers(metavar="COMMAND", required=True)
+    for module, command in COMMANDS:
+        verb = verbs.add_parser(command.__name__, help=module.HELP, description=command.__doc__)
+        module.configure_parser(verb)
+        verb.set_defaults(command=command)
+    return parser
+
+
+def _overview() -> str:
+    return _START + "\n".join(f"    {command.__name__:<12}{module.HELP}" for module, command in COMMANDS)
+
+
+def _use_utf8() -> None:
+    # Models write any Unicode, whatever the locale of the terminal.
+    for out in (sys.stdout, sys.stderr):
+        if isinstance(out, io.TextIOWrapper):
+            out.reconfigure(encoding="utf-8", errors="replace")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""`python -m runtime chat`: talk to a model at a terminal, or line by line through a pipe."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from runtime.commands.conversation import Conversation
+from runtime.commands.options import add_json, add_loading, add_model, add_sampling, decoded, note, print_json
+from runtime.commands.session import Session, attempt
+from runtime.model import Model, load
+from runtime.sampling import Sampling
+
+HELP = "talk to a model"
+PLAIN_MAX_TOKENS = 256  # a model without chat template seldom ends by itself
+
+
+def configure_parser(parser: argparse.ArgumentParser) -> None:
+    """Options of `chat`."""
+    add_model(parser)
+    parser.add_argument("--system", default="", metavar="TEXT", help="the system prompt")
+    add_sampling(parser, f"none, or {PLAIN_MAX_TOKENS} without a chat template")
+    add_loading(parser)
+    add_json(parser)
+
+
+def chat(
+    model: Path,
+    system: str = "",
+    max_tokens: int | None = None,
+    sampling: Sampling | None = None,
+    ffn: str = "exact",
+    threads: int | None = None,
+    n_ctx: int | None = None,
+    kv_type: str = "f16",
+    as_json: bool = False,
+) -> None:
+    """Talk to a model; with no terminal, each line of stdin is a prompt and stdout gets the replies."""
+    with load(model, ffn, threads, n_ctx, kv_type) as loaded:
+        session = _session(loaded, system, max_tokens, sampling or Sampling())
+        worked = _converse(session)
+        if as_json:
+            print_json(session.result())
+    if not worked:
+        raise SystemExit(1)
+
+
+def _session(model: Model, system: str, max_tokens: int | None, sampling: Sampling) -> Session:
+    tokenizer = model.tokenizer
+    bos, eos = ("" if token is None else tokenizer.token_text(token) for token in (tokenizer.bos, tokenizer.eos))
+    if model.chat_template is None:
+        max_tokens = max_tokens or PLAIN_MAX_TOKENS
+        note(
+            "this file has no chat template: your text is continued as running text,"
+            f" up to {max_tokens} tokens at a time (-n N changes that)"
+        )
+    return Session(model, Conversation(model.chat_template, bos, eos, system), sampling, max_tokens)
+
+
+def _converse(session: Session) -> bool:
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        from runtime.commands.terminal import Terminal  # noqa: PLC0415  (slow to import, and needless in a pipe)
+
+        Terminal(session).run()
+        return True
+    return answer_lines(session, sys.stdin.buffer)
+
+
+def answer_lines(session: Session, lines: Iterable[bytes]) -> bool:
+    """Answer each line that is not blank on stdout; returns whether all of them could be answered."""
+    worked, running = True, True
+
+    def take(raw: bytes) -> None:
+        nonlocal running
+        line = decoded(raw, "stdin").rstrip("\r\n")
+        if line.startswith("/"):
+            running = session.command(line.strip())
+        elif line.strip():
+            _answer(session, line)
+
+    for raw in lines:
+        worked &= attempt(lambda raw=raw: take(raw))  # type: ignore[misc]
+        if not running:
+            break
+    return worked
+
+
+def _answer(session: Session, line: str) -> None:
+    def show(piece: str) -> bool:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+        return True
+
+    reply = session.reply(line, show)
+    if not reply.text.endswith("\n"):
+        show("\n")
+    if full := session.context_note(reply):
+        note(full)

@@ -1,0 +1,108 @@
+"""`python -m runtime complete`: continue one prompt, print the continuation."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from runtime.commands.footer import print_footer
+from runtime.commands.options import (
+    add_json,
+    add_loading,
+    add_model,
+    add_sampling,
+    decoded,
+    print_json,
+    printable,
+    read_text,
+    stream,
+)
+from runtime.errors import UserError
+from runtime.generate import Generation
+from runtime.model import Model, load
+from runtime.sampling import Sampling
+
+HELP = "continue a prompt"
+DEFAULT_MAX_TOKENS = 256
+
+
+def configure_parser(parser: argparse.ArgumentParser) -> None:
+    """Options of `complete`."""
+    add_model(parser)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt (default: read from stdin)")
+    source.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file with the prompt")
+    add_sampling(parser, f"{DEFAULT_MAX_TOKENS}")
+    add_loading(parser)
+    add_json(parser)
+
+
+def complete(
+    model: Path,
+    prompt: str | None = None,
+    prompt_file: Path | None = None,
+    max_tokens: int | None = None,
+    sampling: Sampling | None = None,
+    ffn: str = "exact",
+    threads: int | None = None,
+    n_ctx: int | None = None,
+    kv_type: str = "f16",
+    as_json: bool = False,
+) -> None:
+    """Print the continuation of a prompt (`prompt`, else `prompt_file`, else stdin), or one JSON object about it."""
+    text = _prompt(prompt, prompt_file)
+    sampling = (sampling or Sampling()).seeded()
+    with load(model, ffn, threads, n_ctx, kv_type) as loaded:
+        with loaded.generate(text, max_tokens or DEFAULT_MAX_TOKENS, sampling) as generation:
+            _show(generation, as_json)
+        if as_json:
+            print_json(_result(loaded, generation))
+        elif sys.stderr.isatty():
+            print_footer(generation.stats, generation.stop_reason)
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    if prompt is not None:
+        return prompt
+    if file is not None:
+        return read_text(file).removesuffix("\n")
+    if sys.stdin.isatty():
+        raise UserError("no prompt", "give one with -p TEXT or --prompt-file FILE, or pipe it in")
+    return decoded(sys.stdin.buffer.read(), "stdin").removesuffix("\n")
+
+
+def _show(generation: Generation, as_json: bool) -> None:
+    if as_json:
+        for _ in generation:
+            pass
+        return
+    # Only a terminal could be steered by what a model writes; a file gets the text as it is.
+    clean = printable if sys.stdout.isatty() else str
+
+    def write(piece: str) -> None:
+        sys.stdout.write(clean(piece))
+        sys.stdout.flush()
+
+    stream(generation, write)
+
+
+def _result(model: Model, generation: Generation) -> dict[str, Any]:
+    stats = generation.stats
+    return {
+        "text": generation.text,
+        "tokens": stats.tokens,
+        "tokens_per_s": stats.tokens_per_s,
+        "computed_share": stats.computed_share,
+        "layer_shares": stats.layer_shares,
+        "bytes_per_token": stats.bytes_per_token,
+        "prompt_tokens": stats.prompt_tokens,
+        "prompt_tokens_per_s": stats.prompt_tokens_per_s,
+        "stop_reason": generation.stop_reason,
+        "seed": generation.seed,
+        "ffn": model.ffn,
+        "threads": model.threads,
+        "n_ctx": model.n_ctx,
+        "kv_type": model.kv_type,
+    }

@@ -1,0 +1,100 @@
+"""A chat as data: its messages, the prompt they make, and the file they are saved in. Knows no terminal and no model.
+
+With a chat template the messages are rendered by it; without one (a base model) the conversation is one running text
+that user and model write in turn.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runtime import template
+from runtime.commands.options import read_text
+from runtime.errors import UserError
+
+_FORMAT = "lazyneuron_conversation"
+_VERSION = 1
+_ROLES = ("system", "user", "assistant")
+Message = dict[str, str]
+
+
+@dataclass
+class Conversation:
+    """Messages, oldest first, each a `role` and its `content`.
+
+    chat_template: the file's Jinja template, or None for running text. bos, eos: the tokens' texts.
+    system: the system prompt; it survives `reset`.
+    """
+
+    chat_template: str | None
+    bos: str = ""
+    eos: str = ""
+    system: str = ""
+    messages: list[Message] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew, with the system prompt if there is one."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def add(self, role: str, content: str) -> None:
+        """Append a message."""
+        self.messages.append({"role": role, "content": content})
+
+    def drop_last(self) -> None:
+        """Take the last message back."""
+        self.messages.pop()
+
+    def prompt(self) -> str:
+        """The text that the model continues. Raises UserError when the template refuses the messages."""
+        if self.chat_template is not None:
+            return template.render(self.chat_template, self.messages, self.bos, self.eos)
+        return self._running_text()
+
+    def _running_text(self) -> str:
+        text = ""
+        for message in self.messages:
+            # A reply continues the user's text where it ends; whatever the user writes begins a line.
+            starts_line = message["role"] != "assistant" and text and not text.endswith("\n")
+            text += ("\n" if starts_line else "") + message["content"]
+        return text
+
+    def save(self, path: Path) -> None:
+        """Write the messages to `path`, replacing an older saved conversation but no other file."""
+        if path.exists():
+            try:
+                _read(path)
+            except UserError:
+                raise UserError(f"`{path}`: exists and is no saved conversation", "choose another name") from None
+        values = {_FORMAT: _VERSION, "messages": self.messages}
+        path.write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+    def load(self, path: Path) -> None:
+        """Replace the messages by those of a saved conversation. Raises UserError when `path` holds none."""
+        self.messages = _read(path)
+        first = self.messages[0] if self.messages else {"role": ""}
+        self.system = first["content"] if first["role"] == "system" else ""
+
+
+def _read(path: Path) -> list[Message]:
+    try:
+        values = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"`{path}`: no saved conversation ({error})", "expected a file written by /save") from None
+    if not isinstance(values, dict) or values.get(_FORMAT) != _VERSION:
+        raise UserError(f"`{path}`: no saved conversation of version {_VERSION}", "expected a file written by /save")
+    messages = values.get("messages")
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        raise UserError(f"`{path}`: damaged conversation, expected messages with a role and a text")
+    return messages
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"role", "content"}:
+        return False
+    return value["role"] in _ROLES and isinstance(value["content"], str)

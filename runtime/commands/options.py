@@ -1,0 +1,124 @@
+"""Options that several commands share, and what every command does with its results.
+
+Knows argparse and the terminal's two streams; knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from runtime.engine import FFN_MODES, KV_TYPES
+from runtime.errors import UserError
+from runtime.sampling import Sampling
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but for a wrong option raising UserError like every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        """Report a wrong command line."""
+        raise UserError(message, f"{self.prog} --help lists the options")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """MODEL, the file that every command takes."""
+    parser.add_argument("model", metavar="MODEL", type=Path, help="a GGUF file made by `python -m convert`")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """--json."""
+    parser.add_argument(
+        "--json", dest="as_json", action="store_true", help="print the results as one JSON object, last line of stdout"
+    )
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """How the model is run: the parameters of `runtime.load`."""
+    group = parser.add_argument_group("running the model")
+    group.add_argument(
+        "--ffn", choices=FFN_MODES, default="exact", help="compute the neurons that fire, or all of them (exact)"
+    )
+    group.add_argument("--threads", "-t", type=int, metavar="N", help="default: one per physical core")
+    group.add_argument("--n-ctx", "-c", type=int, metavar="N", help="context in tokens (default: the model's, <= 8192)")
+    group.add_argument("--kv-type", choices=KV_TYPES, default="f16", help="numbers of the KV cache (f16)")
+
+
+def add_sampling(parser: argparse.ArgumentParser, max_tokens: str) -> None:
+    """How the next token is chosen: the fields of `Sampling`, and -n, whose default `max_tokens` describes."""
+    default = Sampling()
+    group = parser.add_argument_group("choosing tokens")
+    group.add_argument("--max-tokens", "-n", type=count, metavar="N", help=f"length of a reply ({max_tokens})")
+    for flag, name, kind, text in (
+        ("--temp", "temperature", float, "0 takes the likeliest token"),
+        ("--top-k", "top_k", int, "keep the K likeliest, 0 all"),
+        ("--top-p", "top_p", float, "keep the likeliest tokens with this share of the probability"),
+        ("--min-p", "min_p", float, "keep tokens at least this fraction as likely as the likeliest"),
+        ("--repeat-penalty", "repeat_penalty", float, "divide the logits of recent tokens, 1 none"),
+        ("--repeat-last-n", "repeat_last_n", int, "how many tokens are recent"),
+        ("--seed", "seed", int, "of the random choice"),
+    ):
+        value = getattr(default, name)
+        shown = "a new one" if value is None else value
+        group.add_argument(flag, dest=name, type=kind, default=value, metavar="X", help=f"{text} ({shown})")
+
+
+def arguments_of(options: dict[str, Any]) -> dict[str, Any]:
+    """The parsed options as keyword arguments of a command: the fields of `Sampling` become one `sampling`."""
+    names = {field.name for field in fields(Sampling)}
+    if not names <= options.keys():
+        return options
+    sampling = Sampling(**{name: options[name] for name in names})
+    return {name: value for name, value in options.items() if name not in names} | {"sampling": sampling}
+
+
+def count(text: str) -> int:
+    """A positive number, as an argparse type."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}, expected 1 or more")
+    return number
+
+
+def read_text(path: Path) -> str:
+    """A text file's content; raises UserError when it is not UTF-8."""
+    return decoded(path.read_bytes(), f"`{path}`")
+
+
+def decoded(raw: bytes, where: str) -> str:
+    """UTF-8 bytes as text; raises UserError, naming `where`, when they are not."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: byte {error.start} is {raw[error.start]:#04x}, expected UTF-8 text") from None
+
+
+def printable(text: str) -> str:
+    """`text` with characters that could steer a terminal made visible; newlines and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def print_json(values: dict[str, Any]) -> None:
+    """One JSON object as one line of stdout."""
+    print(json.dumps(values, ensure_ascii=False), flush=True)
+
+
+def note(text: str) -> None:
+    """A line for people: on stderr, because stdout is for data."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def stream(pieces: Iterable[str], write: Callable[[str], object]) -> str:
+    """Write pieces as they come, and a newline at the end where they bring none; returns them joined."""
+    text = ""
+    for piece in pieces:
+        text += piece
+        write(piece)
+    if not text.endswith("\n"):
+        write("\n")
+    return text

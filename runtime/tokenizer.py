@@ -1,0 +1,167 @@
+"""Text to token ids and back, by libllama's own vocabulary code: the GGUF file is opened with `vocab_only`.
+
+Knows nothing of models, chat templates or sampling; libllama sees no tensor of the file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+from runtime import llama
+from runtime.errors import UserError
+from runtime.logs import captured_log
+
+_INT32_MIN = -(1 << 31)
+_HINT_CONVERT = "the file is damaged or incomplete: download it or convert the checkpoint again"
+
+
+class Tokenizer:
+    """The vocabulary of a GGUF file; owns one llama_model without weights.
+
+    bos, eos: token ids, or None where the vocabulary has none. add_bos: whether texts start with `bos`.
+    n_tokens: size of the vocabulary. Raises UserError when the file holds no vocabulary that libllama can read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._model: llama.ModelP | None = _load(self.path)
+        self._vocab = llama.llama_model_get_vocab(llama.ConstModelP(self._model.value))
+        self.n_tokens = llama.llama_vocab_n_tokens(self._vocab)
+        if not self.n_tokens:
+            self.close()
+            raise UserError(f"`{self.path}`: no tokens in its vocabulary", _HINT_CONVERT)
+        self.bos = _id_or_none(llama.llama_vocab_bos(self._vocab))
+        self.eos = _id_or_none(llama.llama_vocab_eos(self._vocab))
+        self.add_bos = llama.llama_vocab_get_add_bos(self._vocab)
+        self._buffer = ctypes.create_string_buffer(256)
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """Token ids of `text`, any Unicode, NUL included (a lone surrogate becomes `?`).
+
+        add_special: begin with BOS (and end with EOS) where the vocabulary says so.
+        parse_special: `<s>` in the text is that token, not three characters.
+        """
+        raw = text.encode("utf-8", "replace")
+        # A token is at least one byte, but for BOS, EOS and the prefixed space; where that is wrong libllama says the
+        # size.
+        n = len(raw) + 4
+        ids = (ctypes.c_int32 * n)()
+        found = self._tokenize(raw, ids, add_special, parse_special)
+        if found < 0:
+            ids = (ctypes.c_int32 * -found)()
+            found = self._tokenize(raw, ids, add_special, parse_special)
+        return ids[:found]
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """The text of `ids`, without the space that the vocabulary puts before a text; bytes that are no UTF-8: �.
+
+        skip_special: leave out BOS, EOS and other control tokens instead of spelling them.
+        """
+        pieces = [(i, self.token_bytes(i, special=not skip_special)) for i in ids]
+        first = next((k for k, (i, _) in enumerate(pieces) if i != self.bos), None)
+        if first is not None and self._prefixes_space:
+            pieces[first] = (pieces[first][0], pieces[first][1].removeprefix(b" "))
+        return b"".join(piece for _, piece in pieces).decode("utf-8", "replace")
+
+    def token_bytes(self, token: int, special: bool = False) -> bytes:
+        """The bytes that `token` stands for, possibly a part of a character.
+
+        special: spell control tokens (`</s>`) instead of returning nothing for them.
+        """
+        self._check(token)
+        n = self._piece(token, special)
+        if n < 0:
+            self._buffer = ctypes.create_string_buffer(-n)
+            n = self._piece(token, special)
+        return self._buffer.raw[:n]
+
+    def token_text(self, token: int) -> str:
+        """The token as the vocabulary spells it, e.g. `<s>` or `▁the`."""
+        self._check(token)
+        return llama.llama_vocab_get_text(self._handle, token).decode("utf-8", "replace")
+
+    def is_eog(self, token: int) -> bool:
+        """Whether `token` ends a generation (EOS, end of turn)."""
+        self._check(token)
+        return llama.llama_vocab_is_eog(self._handle, token)
+
+    def close(self) -> None:
+        """Free libllama's vocabulary; the tokenizer cannot be used afterwards."""
+        if self._model is not None:
+            llama.llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> Tokenizer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _handle(self) -> llama.VocabP:
+        if self._model is None:
+            raise ValueError("this tokenizer is closed")
+        return self._vocab
+
+    @functools.cached_property
+    def _prefixes_space(self) -> bool:
+        """Whether a text is tokenized as if it began with a space (SentencePiece's dummy prefix)."""
+        probe = self.encode("a", add_special=False)
+        return bool(probe) and self.token_bytes(probe[0]).startswith(b" ")
+
+    def _check(self, token: int) -> None:
+        # libllama throws a C++ exception for an id outside the vocabulary, which would end the process.
+        if not 0 <= token < self.n_tokens:
+            raise UserError(f"token id {token}, expected 0 to {self.n_tokens - 1}")
+
+    def _piece(self, token: int, special: bool) -> int:
+        return llama.llama_token_to_piece(self._handle, token, self._buffer, len(self._buffer), 0, special)
+
+    def _tokenize(self, raw: bytes, ids: ctypes.Array[ctypes.c_int32], add_special: bool, parse_special: bool) -> int:
+        address = ctypes.addressof(ids)
+        n = llama.llama_tokenize(self._handle, raw, len(raw), address, len(ids), add_special, parse_special)
+        if n == _INT32_MIN:
+            raise UserError(f"a text of {len(raw)} bytes has too many tokens to count", "split it")
+        return n
+
+
+def _id_or_none(token: int) -> int | None:
+    return None if token < 0 else token
+
+
+def _load(path: Path) -> llama.ModelP:
+    with path.open("rb"):
+        pass  # an unreadable file is the operating system's to name, not libllama's
+    with captured_log() as log:
+        params = llama.llama_model_default_params()
+        overrides = _llama_override()
+        params.kv_overrides = overrides
+        params.vocab_only = True
+        model = llama.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        raise UserError(f"`{path}`: {_reason(log)}", _HINT_CONVERT)
+    return model
+
+
+def _llama_override() -> ctypes.Array[llama.llama_model_kv_override]:
+    # libllama refuses architectures that it does not know, though the vocabulary does not depend on them. An entry with
+    # an empty key ends the array.
+    overrides = (llama.llama_model_kv_override * 2)()
+    overrides[0] = llama.llama_model_kv_override(
+        tag=llama.KV_OVERRIDE_TYPE_STR, key=b"general.architecture", val_str=b"llama"
+    )
+    return overrides
+
+
+def _reason(log: list[str]) -> str:
+    """The one line of libllama's log that says why a file was refused."""
+    errors = [line for line in log if "error loading" in line] or log or ["refused by libllama without a reason"]
+    line = errors[-1]
+    return f"its vocabulary cannot be loaded ({line.rpartition('error loading model: ')[2]})"

@@ -1,0 +1,50 @@
+"""Converted models, made once per test run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from checkpoints import CHECKPOINTS
+
+from convert import convert
+
+BUNDLED = Path(__file__).parent.parent / "examples/tiny-relu-llama"
+
+Converted = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a checkpoint: "bundled", or one of tests/checkpoints.py."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def get(name: str) -> Path:
+        if name == "bundled":
+            return BUNDLED
+        if not (folder / name).exists():
+            CHECKPOINTS[name](folder / name)
+        return folder / name
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Converted:
+    """Path of a checkpoint's GGUF file in a type, e.g. converted("bundled", "q4_0")."""
+    folder = tmp_path_factory.mktemp("converted")
+
+    def get(name: str, type: str = "f32") -> Path:  # noqa: A002
+        out = folder / f"{name}-{type}.gguf"
+        if not out.exists():
+            convert(checkpoint(name), out, type=type)
+        return out
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(converted: Converted) -> Path:
+    """The bundled model in F16."""
+    return converted("bundled", "f16")

@@ -1,0 +1,249 @@
+"""From config.json to the structure, and the total mapping of tensors, for every family."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import CHECKPOINTS, copy_checkpoint, load_tensors, save_tensors
+
+from convert import rope
+from convert.arch import Generated, describe, families, find_arch
+from convert.checkpoint import open_checkpoint
+from convert.config import Config
+from convert.plan import Plan, Types, make_plan
+from convert.rewrites import REWRITES
+from runtime.errors import UserError
+from runtime.structure import Structure, required_tensors
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Folder = Callable[[str], Path]
+
+MINIMAL_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "relu",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "vocab_size": 100,
+}
+MINIMAL_OPT = {
+    "architectures": ["OPTForCausalLM"],
+    "activation_function": "relu",
+    "hidden_size": 64,
+    "ffn_dim": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 50,
+    "vocab_size": 100,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "rope_type": "llama3",
+}
+
+
+def structure(values: dict[str, Any], **changes: Any) -> Structure:
+    config = Config("config.json", {**values, **changes})
+    return describe(find_arch(config), config)
+
+
+def plan_of(folder: Path) -> Plan:
+    return make_plan(open_checkpoint(folder), Types())
+
+
+def test_old_llama_configs_get_hugging_faces_defaults() -> None:
+    s = structure(MINIMAL_LLAMA)
+    assert (s.head_count_kv, s.head_length, s.context_length) == (4, 16, 2048)
+    assert (s.norm_epsilon, s.rope_freq_base, s.rope_dimension_count) == (1e-6, 10000.0, 16)
+    assert (s.tied_output, s.attention_bias, s.ffn_bias, s.rope_scaling) == (False, False, False, "none")
+
+
+def test_null_counts_as_missing_and_integers_as_floats() -> None:
+    s = structure(MINIMAL_LLAMA, head_dim=None, num_key_value_heads=None, rope_scaling=None, rope_theta=5000)
+    assert (s.head_length, s.head_count_kv, s.rope_freq_base) == (16, 4, 5000.0)
+
+
+def test_opt_defaults() -> None:
+    s = structure(MINIMAL_OPT)
+    assert (s.norm_placement, s.output_norm, s.tied_output, s.ffn_bias, s.attention_bias) == ("pre", *[True] * 4)
+    assert (s.token_embedding_length, s.projected, s.context_length, s.norm_epsilon) == (64, False, 50, 1e-5)
+
+
+def test_opt_variants() -> None:
+    post = structure(MINIMAL_OPT, do_layer_norm_before=False, word_embed_proj_dim=32)
+    assert (post.norm_placement, post.output_norm, post.projected) == ("post", False, True)
+    assert structure(MINIMAL_OPT, _remove_final_layer_norm=True).output_norm is False
+    assert structure(MINIMAL_OPT, enable_bias=False).ffn_bias is False
+
+
+@pytest.mark.parametrize(
+    "style",
+    [
+        {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4}},
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}},
+    ],
+)
+def test_linear_rope_in_every_style(style: dict[str, Any]) -> None:
+    s = structure(MINIMAL_LLAMA, **style)
+    assert (s.rope_freq_base, s.rope_scaling, s.rope_scaling_factor, s.rope_freq_factors) == (5e5, "linear", 4.0, False)
+
+
+@pytest.mark.parametrize(
+    "style", [{"rope_theta": 5e5, "rope_scaling": LLAMA3}, {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}]
+)
+def test_llama3_frequencies_equal_transformers(style: dict[str, Any]) -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    changes = {"hidden_size": 256, "head_dim": 64, **style}
+    s = structure(MINIMAL_LLAMA, **changes)
+    reference = LlamaConfig(**{**MINIMAL_LLAMA, **changes})
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](reference, torch.device("cpu"))
+    plain = 5e5 ** -(np.arange(0, 64, 2) / 64)
+    found = rope.freq_factors(Config("config.json", {**MINIMAL_LLAMA, **changes}))
+    assert s.rope_freq_factors
+    assert required_tensors(s)["rope_freqs.weight"] == found.shape == (32,)
+    np.testing.assert_allclose(plain / found, scaled.numpy(), rtol=1e-6)
+    assert len(set(found.tolist()) - {1.0, 8.0}) > 1  # some frequencies are in the interpolated range
+
+
+def test_partial_rotation() -> None:
+    assert structure(MINIMAL_LLAMA, partial_rotary_factor=0.5).rope_dimension_count == 8
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope"])
+def test_other_ropes_are_refused(kind: str) -> None:
+    with pytest.raises(UserError, match=f"rope type `{kind}`, expected default, linear, llama3"):
+        structure(MINIMAL_LLAMA, rope_scaling={"type": kind, "factor": 2.0})
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_every_tensor_has_its_place(name: str, checkpoint: Folder) -> None:
+    plan = plan_of(checkpoint(name))
+    weights = load_tensors(checkpoint(name))
+    assert [t.name for t in plan.tensors] == list(required_tensors(plan.structure))
+    used = {t.source.name for t in plan.tensors if not isinstance(t.source, Generated)}
+    assert used | {"lm_head.weight"} >= set(weights) >= used
+
+
+def test_every_mapping_and_rewrite_is_used_by_a_test_checkpoint(checkpoint: Folder) -> None:
+    plans = [plan_of(checkpoint(name)) for name in CHECKPOINTS]
+    for arch in families().values():
+        patterns = {t.name.replace("blk.0.", "blk.{i}.") for plan in plans if plan.arch == arch for t in plan.tensors}
+        assert set(arch.tensors) <= patterns
+    used = {t.source.rewrite for plan in plans for t in plan.tensors if not isinstance(t.source, Generated)}
+    assert used == set(REWRITES)
+
+
+def test_missing_and_unknown_tensors_are_reported_together(checkpoint: Folder, tmp_path: Path) -> None:
+    folder = copy_checkpoint(checkpoint("llama-mha"), tmp_path / "x")
+    weights = load_tensors(folder)
+    weights["model.layers.1.mlp.gate.weight"] = weights.pop("model.layers.1.mlp.gate_proj.weight")
+    save_tensors(folder, weights)
+    with pytest.raises(UserError) as error:
+        plan_of(folder)
+    assert "1 tensors missing (model.layers.1.mlp.gate_proj.weight)" in error.value.message
+    assert "1 tensors unknown (model.layers.1.mlp.gate.weight)" in error.value.message
+
+
+def test_biases_without_the_option_are_unknown(checkpoint: Folder, tmp_path: Path) -> None:
+    folder = copy_checkpoint(checkpoint("llama-biases"), tmp_path / "x", mlp_bias=False)
+    with pytest.raises(UserError, match="6 tensors unknown"):
+        plan_of(folder)
+
+
+def test_what_carries_no_weights_is_skipped(checkpoint: Folder, tmp_path: Path) -> None:
+    folder = copy_checkpoint(checkpoint("llama-tied"), tmp_path / "x")
+    weights = load_tensors(folder)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_tensors(folder, weights)
+    assert plan_of(folder).tensors == plan_of(checkpoint("llama-tied")).tensors
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "opt-pre-norm"])
+def test_names_without_the_base_prefix(name: str, checkpoint: Folder, tmp_path: Path) -> None:
+    folder = copy_checkpoint(checkpoint(name), tmp_path / "x")
+    weights = {tensor.removeprefix("model."): weight for tensor, weight in load_tensors(folder).items()}
+    save_tensors(folder, weights)
+    assert [t.name for t in plan_of(folder).tensors] == [t.name for t in plan_of(checkpoint(name)).tensors]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "complaint"),
+    [
+        ("llama-mha", {"vocab_size": 4000}, r"model.embed_tokens.weight is \[4096, \d+\] instead of \[4000, "),
+        ("llama-mha", {"intermediate_size": 128}, r"down_proj.weight is \[\d+, 256\] instead of \[\d+, 128\]"),
+        (
+            "llama-gqa",
+            {"num_key_value_heads": 4},
+            "4 shapes disagree with config.json: model.layers.0.self_attn.k_proj",
+        ),
+        ("opt-pre-norm", {"max_position_embeddings": 1026}, r"is \[1026, \d+\] instead of \[1028, "),
+    ],
+)
+def test_shapes_that_disagree_with_the_config(
+    name: str, changes: dict[str, Any], complaint: str, checkpoint: Folder, tmp_path: Path
+) -> None:
+    folder = copy_checkpoint(checkpoint(name), tmp_path / "x", **changes)
+    with pytest.raises(UserError, match=complaint):
+        plan_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "changes", "complaint"),
+    [
+        (MINIMAL_LLAMA, {"hidden_act": "silu"}, "`hidden_act` is `silu`, expected `relu`"),
+        (MINIMAL_OPT, {"activation_function": "gelu"}, "`activation_function` is `gelu`, expected `relu`"),
+        (MINIMAL_LLAMA, {"hidden_act": None}, "no `hidden_act`"),
+        (MINIMAL_LLAMA, {"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM, expected LlamaForCausalLM, OPT"),
+        (MINIMAL_LLAMA, {"architectures": None}, "no `architectures`"),
+        (MINIMAL_LLAMA, {"hidden_size": None}, "no `hidden_size`"),
+        (MINIMAL_LLAMA, {"hidden_size": "64"}, '`hidden_size` is "64", expected an integer'),
+        (MINIMAL_LLAMA, {"attention_bias": 1}, "`attention_bias` is 1, expected true or false"),
+        (MINIMAL_LLAMA, {"num_attention_heads": 0}, "is not a multiple of num_attention_heads 0"),
+        (MINIMAL_LLAMA, {"num_key_value_heads": 3}, "4 heads, expected a multiple of the 3 key-value heads"),
+        (MINIMAL_LLAMA, {"rms_norm_eps": 0.0}, "must be positive"),
+        (MINIMAL_LLAMA, {"num_hidden_layers": -1}, "block_count is -1"),
+        (MINIMAL_OPT, {"layer_norm_elementwise_affine": False}, "is False, expected True"),
+    ],
+)
+def test_configs_that_are_refused(values: dict[str, Any], changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError) as error:
+        structure(values, **changes)
+    assert complaint in error.value.message
+
+
+def test_ffn_type_overrides_the_config() -> None:
+    config = Config("config.json", {**MINIMAL_LLAMA, "hidden_act": "silu"})
+    assert describe(find_arch(config), config, ffn_type="relu").ffn_activation == "relu"
+    with pytest.raises(UserError, match="--ffn-type: `silu`, expected one of relu"):
+        describe(find_arch(config), config, ffn_type="silu")
+
+
+def test_the_catalogue() -> None:
+    rows = tomllib.loads((Path(__file__).parent.parent / "models.toml").read_text(encoding="utf-8"))["model"]
+    assert len({row["repo"] for row in rows}) == len(rows) >= 12
+    for row in rows:
+        assert row["family"] in families(), row["repo"]
+        assert set(row) <= {"repo", "family", "ffn", "sparsity", "sparsity_source", "predictor", "licence", "note"}
+        activation, gate = row["ffn"]["activation"], row["ffn"]["gate"]
+        assert activation in families()[row["family"]].activations.values()
+        assert gate == families()[row["family"]].keys["ffn_gate"]
+        assert ("sparsity" in row) == ("sparsity_source" in row)
+        assert 0 < row.get("sparsity", 0.5) < 1

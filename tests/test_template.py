@@ -1,0 +1,138 @@
+"""Chat templates against transformers' own rendering, and what a broken or hostile one gets."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from runtime.errors import UserError
+from runtime.template import render
+
+LLAMA3 = """\
+{%- set loop_messages = messages %}
+{%- for message in loop_messages %}
+    {%- set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim \
++ '<|eot_id|>' %}
+    {%- if loop.index0 == 0 %}
+        {%- set content = bos_token + content %}
+    {%- endif %}
+    {{- content }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}
+"""
+CHATML = """\
+{% if not messages[0]['role'] == 'system' %}
+    {{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}
+{% endif %}
+{% for message in messages %}
+    {% if message['role'] == 'assistant' %}
+    {% generation %}
+{{ '<|im_start|>assistant\n' + message.content + '<|im_end|>' + '\n' }}
+    {% endgeneration %}
+    {% else %}
+{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}
+    {% endif %}
+    {% if loop.index > 50 %}{% break %}{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
+"""
+LLAMA2 = """\
+{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}\
+{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}\
+{% set system_message = false %}{% endif %}{% for message in loop_messages %}\
+{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\
+{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}\
+{% if loop.index0 == 0 and system_message != false %}\
+{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}\
+{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}\
+{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}\
+{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}
+"""
+ODDS = """\
+{{- messages | tojson }} {{ messages[0] | tojson(indent=2) }} {{ strftime_now('%Y') }}
+{%- set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + m.content | length %}{% endfor %}{{ ns.n }}
+    {%- for m in messages if m.role != 'system' -%}
+        {{ loop.first ~ m['content'].split('\n')[-1].startswith('a') ~ m.get('name', 'nobody') }}
+    {%- endfor %}
+"""
+TEMPLATES = {"llama-3": LLAMA3, "chatml": CHATML, "llama-2": LLAMA2, "odds": ODDS}
+
+USER = {"role": "user", "content": '  What\'s <b>"5 > 3"</b>?\nSay é 🙂 '}
+ASSISTANT = {"role": "assistant", "content": " True & plain.\n"}
+SYSTEM = {"role": "system", "content": "You are terse."}
+CONVERSATIONS = [[USER], [SYSTEM, USER], [USER, ASSISTANT, USER], [SYSTEM, USER, ASSISTANT, USER, ASSISTANT]]
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    empty = Tokenizer(models.BPE())
+    return PreTrainedTokenizerFast(tokenizer_object=empty, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("generation_prompt", [True, False])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_equals_transformers(name: str, generation_prompt: bool, reference: Any) -> None:
+    for messages in CONVERSATIONS:
+        expected = reference.apply_chat_template(
+            messages, chat_template=TEMPLATES[name], tokenize=False, add_generation_prompt=generation_prompt
+        )
+        assert render(TEMPLATES[name], messages, "<s>", "</s>", generation_prompt) == expected
+
+
+def test_a_known_prompt_to_the_letter() -> None:
+    assert render(LLAMA3, [SYSTEM, {"role": "user", "content": "Hi "}], "<s>", "</s>") == (
+        "<s><|start_header_id|>system<|end_header_id|>\n\nYou are terse.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+
+
+def test_the_date_is_todays() -> None:
+    assert render("{{ strftime_now('%d %b %Y') }}", [USER], "", "") == datetime.now().strftime("%d %b %Y")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (LLAMA2, "roles must alternate"),
+        ("{{ messages[0]['content'", "line 1"),
+        ("{% for m in messages %}", "line 1"),
+        ("{{ messages[0].content + 1 }}", "str"),
+        ("{{ nothing.at.all }}", "undefined"),
+        ("{{ 1 // 0 }}", "zero"),
+        ("{% include 'other' %}", "loader"),
+    ],
+)
+def test_a_template_that_fails_is_one_line(template: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"chat template.*{message}") as caught:
+        render(template, [USER, USER], "<s>", "</s>")
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ render.__globals__ }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+    ],
+)
+def test_the_sandbox_holds(template: str) -> None:
+    with pytest.raises(UserError, match=re.compile("unsafe|undefined|too big", re.IGNORECASE)):
+        render(template, [USER], "", "")
+
+
+def test_messages_are_not_changed_by_a_template() -> None:
+    messages = [dict(USER)]
+    with pytest.raises(UserError):
+        render("{% set _ = messages[0].update({'content': 'x'}) %}", messages, "", "")
+    assert messages == [USER]
