@@ -93,7 +93,10 @@ def describe(arch: Arch, config: Config, layout: str = "both", ffn_type: str | N
     for key, value in arch.expect.items():
         if config.values.get(key, value) != value:
             raise UserError(f"{config.where}: `{key}` is {config.values[key]!r}, expected {value!r}")
-    kinds = {f.name: {"int": int, "float": float, "bool": bool, "str": str}[str(f.type)] for f in fields(Structure)}
+    kinds = {
+        f.name: {"int": int, "float": float, "bool": bool, "str": str}.get(str(f.type), tuple)
+        for f in fields(Structure)
+    }
     values = {name: _resolve(value, config, kinds[name]) for name, value in arch.keys.items()}
     structure = Structure(
         source_architecture=_source_architecture(arch, config),

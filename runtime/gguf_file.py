@@ -143,17 +143,19 @@ class GgufFile:
                 raise UserError(
                     f"`{self.path}`: tensor `{name}` has shape {list(self.tensors[name].ne)}, expected {list(ne)} from the file's own description"
                 )
-            if not _usable(self.tensors[name]):
-                raise UserError(
-                    f"`{self.path}`: tensor `{name}` has type {self.tensors[name].type}, expected {'f32' if len(ne) == 1 else 'a float or quantised type'}"
-                )
+            wanted = _wanted_type(self.tensors[name])
+            if wanted:
+                raise UserError(f"`{self.path}`: tensor `{name}` has type {self.tensors[name].type}, expected {wanted}")
 
 
-def _usable(info: TensorInfo) -> bool:
-    """Norms and biases are F32; a matrix has a type that ggml can multiply with."""
-    if len(info.ne) == 1:
-        return info.type_id == ggml.F32
-    return bool(ggml.ggml_get_type_traits_cpu(info.type_id).contents.vec_dot)
+def _wanted_type(info: TensorInfo) -> str:
+    """What the tensor's type should be, "" if it is that: vectors are F32, and ggml can multiply with matrices."""
+    special = {"ffn_neuron_index": ggml.I32, "predictor_sign": ggml.I8}.get(info.name.rpartition(".")[2])
+    if special is not None or len(info.ne) == 1:
+        wanted = ggml.F32 if special is None else special
+        return "" if info.type_id == wanted else ggml.ggml_type_name(wanted).decode()
+    usable = ggml.ggml_get_type_traits_cpu(info.type_id).contents.vec_dot
+    return "" if usable else "a float or quantised type"
 
 
 class _Parsed:

@@ -1,4 +1,4 @@
-"""One ggml graph: `n_tokens` new tokens through the whole model, built from the file's own description.
+"""One ggml graph: `n_tokens` new tokens through a model, or through some of its blocks, built from the file's own description.
 
 Shapes in comments are ggml's: the contiguous dimension first. Knows no architecture by name.
 """
@@ -27,9 +27,12 @@ class GraphSpec:
     n_tokens: int
     n_kv: int  # positions that attention reads, padded
     n_outputs: int  # the last token (1) or all of them
-    ffn: str  # "dense" or "exact"
+    ffn: str  # "dense", "exact" or "predicted"
     n_threads: int
     flash_attention: bool = True
+    # Blocks first .. end - 1 only: from the hidden states before `first` (tokens where it is 0) to those before `end` (logits where it is None).
+    first: int = 0
+    end: int | None = None
 
 
 @dataclass
@@ -41,16 +44,17 @@ class Graph:
     weights: Weights
     kv: KvCache
     backend: ggml.BackendP
-    ffns: list[native_ffn.Ffn] = field(default_factory=list)
+    ffns: dict[int, native_ffn.Ffn] = field(default_factory=dict)  # by block
+    taps: dict[str, ggml.TensorP] = field(default_factory=dict)  # inner results of a part of the model
 
     def __post_init__(self) -> None:
         size = self.structure.block_count * _NODES_PER_BLOCK + 64
         self.ctx = new_context(2 * size, ggml.ggml_graph_overhead_custom(size, False))
         self.graph = ggml.ggml_new_graph_custom(self.ctx, size, False)
         self._inputs()
-        self.logits = _Builder(self).build()
-        ggml.ggml_set_output(self.logits)
-        ggml.ggml_build_forward_expand(self.graph, self.logits)
+        self.output = _Builder(self).build()
+        ggml.ggml_set_output(self.output)
+        ggml.ggml_build_forward_expand(self.graph, self.output)
         self._check_supported()
         self._allocator = ggml.ggml_gallocr_new(ggml.ggml_backend_cpu_buffer_type())
         if not ggml.ggml_gallocr_alloc_graph(self._allocator, self.graph):
@@ -61,7 +65,10 @@ class Graph:
 
     def _inputs(self) -> None:
         n, spec = self.spec.n_tokens, self.spec
-        self.tokens = self._input(b"tokens", ggml.I32, n)
+        if spec.first == 0:
+            self.input = self._input(b"tokens", ggml.I32, n)
+        else:
+            self.input = self._input(b"hidden", ggml.F32, self.structure.embedding_length, n)
         self.positions = self._input(b"positions", ggml.I32, n)
         self.cells = self._input(b"cells", ggml.I64, n)  # rows of the KV cache that the new tokens take
         self.mask = self._input(b"mask", ggml.F16, spec.n_kv, n)
@@ -90,22 +97,24 @@ class Graph:
                     f"this build of ggml cannot compute `{name}` (operation {node.struct.op}, type {node.type})"
                 )
 
-    def run(self, tokens: npt.NDArray[np.int32], start: int) -> npt.NDArray[np.float32]:
-        """Compute the tokens at positions start.. and return logits, float32 [n_outputs, n_vocab]."""
+    def run(self, data: npt.NDArray[np.int32] | npt.NDArray[np.float32], start: int) -> npt.NDArray[np.float32]:
+        """Compute the tokens at positions start.. and return logits, float32 [n_outputs, n_vocab].
+
+        data: ids, int32 [n_tokens]; or hidden states, float32 [n_tokens, n_embd], where the graph starts after block 0.
+        A graph that ends before the last block returns hidden states.
+        """
         n = self.spec.n_tokens
         positions = np.arange(start, start + n, dtype=np.int32)
         self._mask.fill(0)
         self._mask[np.arange(self.spec.n_kv)[None, :] > positions[:, None]] = -np.inf
-        _set(self.tokens, tokens)
+        _set(self.input, data)
         _set(self.positions, positions)
         _set(self.cells, positions.astype(np.int64))
         _set(self.mask, self._mask)
         _set(self.outputs, np.arange(n - self.spec.n_outputs, n, dtype=np.int32))
         if ggml.ggml_backend_graph_compute(self.backend, self.graph) != ggml.STATUS_SUCCESS:
             raise RuntimeError("ggml could not compute the graph")
-        logits = np.empty((self.spec.n_outputs, self.structure.vocab_size), np.float32)
-        ggml.ggml_backend_tensor_get(ggml.ConstTensorP(self.logits.value), logits.ctypes.data, 0, logits.nbytes)
-        return logits
+        return read(self.output)
 
     @property
     def buffer_size(self) -> int:
@@ -122,6 +131,13 @@ def _set(tensor: ggml.TensorP, array: npt.NDArray[np.generic]) -> None:
     ggml.ggml_backend_tensor_set(tensor, array.ctypes.data, 0, array.nbytes)
 
 
+def read(tensor: ggml.TensorP) -> npt.NDArray[np.float32]:
+    """A copy of an F32 matrix, [ne1, ne0]."""
+    array = np.empty((tensor.ne[1], tensor.ne[0]), np.float32)
+    ggml.ggml_backend_tensor_get(ggml.ConstTensorP(tensor.value), array.ctypes.data, 0, array.nbytes)
+    return array
+
+
 class _Builder:
     """Adds the operations of one graph to its context."""
 
@@ -129,10 +145,13 @@ class _Builder:
         self.g, self.ctx, self.w, self.s, self.spec = graph, graph.ctx, graph.weights, graph.structure, graph.spec
 
     def build(self) -> ggml.TensorP:
-        """Add every operation; returns the logits [n_vocab, n_outputs]."""
-        x = self.embeddings()
-        for i in range(self.s.block_count):
+        """Add every operation; returns the logits [n_vocab, n_outputs], or hidden states [n_embd, n_tokens]."""
+        x = self.g.input if self.spec.first else self.embeddings()
+        end = self.spec.end
+        for i in range(self.spec.first, self.s.block_count if end is None else end):
             x = self.block(x, i)
+        if end is not None:
+            return x
         if self.s.output_norm:
             x = self.norm(x, "output_norm")
         if self.s.projected:
@@ -142,7 +161,7 @@ class _Builder:
 
     def embeddings(self) -> ggml.TensorP:
         """Token embeddings, projected and with learned positions where there are any: [n_embd, n_tokens]."""
-        x = ggml.ggml_get_rows(self.ctx, self.w["token_embd.weight"], self.g.tokens)
+        x = ggml.ggml_get_rows(self.ctx, self.w["token_embd.weight"], self.g.input)
         if self.s.projected:
             x = self.linear(x, "token_embd_proj")
         if self.s.position == "learned":
@@ -158,9 +177,9 @@ class _Builder:
         if i == self.s.block_count - 1 and self.spec.n_outputs < self.spec.n_tokens:
             h = ggml.ggml_get_rows(self.ctx, h, self.g.outputs)
         if pre:
-            return ggml.ggml_add(self.ctx, h, self.ffn(self.norm(h, f"blk.{i}.ffn_norm"), i))
-        h = self.norm(h, f"blk.{i}.attn_norm")
-        return self.norm(ggml.ggml_add(self.ctx, h, self.ffn(h, i)), f"blk.{i}.ffn_norm")
+            return ggml.ggml_add(self.ctx, h, self.ffn(self.norm(h, f"blk.{i}.ffn_norm"), h, i))
+        residual, h = h, self.norm(h, f"blk.{i}.attn_norm")
+        return self.norm(ggml.ggml_add(self.ctx, h, self.ffn(h, residual, i)), f"blk.{i}.ffn_norm")
 
     def norm(self, x: ggml.TensorP, name: str) -> ggml.TensorP:
         """RMS or layer norm over n_embd, scaled (and shifted)."""
@@ -185,8 +204,8 @@ class _Builder:
         k = self.heads(x, f"blk.{i}.attn_k", s.head_count_kv)
         if s.position.startswith("rope"):
             q, k = self.rope(q), self.rope(k)
-        keys = self.remember(self.g.kv.keys[i], ggml.ggml_reshape_2d(self.ctx, k, s.kv_length, n))
-        values = self.remember(self.g.kv.values[i], self.linear(x, f"blk.{i}.attn_v"))
+        keys = self.remember(self.g.kv.keys[i - self.spec.first], ggml.ggml_reshape_2d(self.ctx, k, s.kv_length, n))
+        values = self.remember(self.g.kv.values[i - self.spec.first], self.linear(x, f"blk.{i}.attn_v"))
         q = ggml.ggml_permute(self.ctx, q, 0, 2, 1, 3)  # [head_length, n_tokens, head_count]
         return self.linear(self.attend(q, keys, values), f"blk.{i}.attn_output")
 
@@ -242,10 +261,23 @@ class _Builder:
 
     # --- FFN ---------------------------------------------------------------------------------------------------------
 
-    def ffn(self, x: ggml.TensorP, i: int) -> ggml.TensorP:
-        """[n_embd, n] -> [n_embd, n]."""
-        y = self.ffn_dense(x, i) if self.spec.ffn == "dense" else self.ffn_exact(x, i)
+    def ffn(self, x: ggml.TensorP, residual: ggml.TensorP, i: int) -> ggml.TensorP:
+        """[n_embd, n] -> [n_embd, n]; residual: the stream before the FFN's norm."""
+        if self.spec.end is not None:
+            self.tap("ffn_input", x)
+            self.tap("residual", residual)
+        if self.spec.ffn == "dense":
+            y = self.ffn_dense(x, i)
+        elif self.spec.ffn == "predicted" and self.s.rank(i):
+            y = self.ffn_native(x, self.candidates(x if self.s.predictor_tap == "ffn_norm" else residual, i), i)
+        else:
+            y = self.ffn_native(x, None, i)
         return self.biased(y, f"blk.{i}.ffn_down")
+
+    def tap(self, name: str, x: ggml.TensorP) -> None:
+        """Keep an inner result for whoever runs a part of the model."""
+        ggml.ggml_set_output(x)
+        self.g.taps[name] = x
 
     def ffn_dense(self, x: ggml.TensorP, i: int) -> ggml.TensorP:
         """Every neuron, through ggml's own products."""
@@ -265,12 +297,29 @@ class _Builder:
             return ggml.ggml_mul(self.ctx, gate, above)
         return ggml.ggml_relu(self.ctx, gate)
 
-    def ffn_exact(self, x: ggml.TensorP, i: int) -> ggml.TensorP:
-        """Gate rows of every neuron, up and down rows of those that fire: our own operators."""
-        tensors = native_tensors(self.w, self.s, i)
-        ffn = native_ffn.describe(self.s, tensors.types, self.spec.n_threads)
-        self.g.ffns.append(ffn)
-        return add_native_ffn(self.ctx, x, ffn, tensors)
+    def ffn_native(self, x: ggml.TensorP, candidates: ggml.TensorP | None, i: int) -> ggml.TensorP:
+        """Gate rows of every neuron (or of the candidates), up and down rows of those that fire: our own operators."""
+        ffn = self.description(i)
+        return add_native_ffn(self.ctx, x, ffn, native_tensors(self.w, self.s, i), candidates)
+
+    def description(self, i: int) -> native_ffn.Ffn:
+        """The userdata of block `i`'s operators, kept as long as the graph."""
+        if i not in self.g.ffns:
+            types = native_tensors(self.w, self.s, i).types
+            self.g.ffns[i] = native_ffn.describe(self.s, types, self.spec.n_threads)
+        return self.g.ffns[i]
+
+    def candidates(self, x: ggml.TensorP, i: int) -> ggml.TensorP:
+        """The neurons that block `i`'s predictor expects to fire, from its input x [n_embd, n]."""
+        ffn, shift = self.description(i), self.g.predictor_shift * self.s.predictor_error[i]
+        if self.s.predictor == "signbit":
+            rows = self.w[f"blk.{i}.predictor_sign"]
+            return add_sign_predictor(self.ctx, x, ffn, rows, self.s.predictor_limit[i] + shift)
+        z = ggml.ggml_mul_mat(self.ctx, self.w[f"blk.{i}.predictor_in.weight"], x)  # [rank, n]
+        if self.s.predictor == "mlp":
+            z = ggml.ggml_relu(self.ctx, z)
+        rows, bias = (self.w[f"blk.{i}.predictor_out.{part}"] for part in ("weight", "bias"))
+        return add_predictor(self.ctx, z, ffn, rows, bias, shift)
 
 
 @dataclass(frozen=True)

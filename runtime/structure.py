@@ -23,6 +23,9 @@ RESIDUALS = ("sequential",)
 GATES = ("none", "gated")
 ACTIVATIONS = ("relu", "relu2", "fatrelu", "drelu")
 LAYOUTS = ("both", "sparse")
+NEURON_ORDERS = ("original", "hot")
+PREDICTOR_KINDS = ("none", "lowrank", "mlp", "signbit")
+PREDICTOR_TAPS = ("ffn_norm", "residual")
 
 
 def _key(name: str, choices: tuple[str, ...] = (), **kwargs: Any) -> Any:
@@ -66,6 +69,13 @@ class Structure:
     rope_scaling_factor: float = _key("rope.scaling.factor", default=1.0)
     rope_freq_factors: bool = _key("rope.freq_factors", default=False)
     layout: str = _key("layout", LAYOUTS, default="both")
+    neuron_order: str = _key("neuron_order", NEURON_ORDERS, default="original")
+    predictor: str = _key("predictor.kind", PREDICTOR_KINDS, default="none")
+    predictor_tap: str = _key("predictor.tap", PREDICTOR_TAPS, default="ffn_norm")
+    # One per block; rank 0: no predictor, the block is computed exactly. A sign-bit predictor has rank embedding_length.
+    predictor_rank: tuple[int, ...] = _key("predictor.rank", default=())
+    # One per block: what the scores are typically off by; the unit of a shift of the threshold at run time.
+    predictor_error: tuple[float, ...] = _key("predictor.error", default=())
 
     @property
     def gated(self) -> bool:
@@ -77,14 +87,23 @@ class Structure:
         """Elements of one token's keys (and of its values) in one layer."""
         return self.head_length * self.head_count_kv
 
+    def rank(self, i: int) -> int:
+        """Rank of block `i`'s predictor, 0 where it has none."""
+        return self.predictor_rank[i] if self.predictor_rank else 0
+
     @property
     def projected(self) -> bool:
         """Whether token embeddings have another width than the blocks."""
         return self.token_embedding_length not in (0, self.embedding_length)
 
-    def to_metadata(self) -> dict[str, str | int | float | bool]:
-        """The GGUF key-value pairs that describe this structure, schema version included."""
-        described = {f"{ARCHITECTURE}.{f.metadata['key']}": getattr(self, f.name) for f in fields(self)}
+    def to_metadata(self) -> dict[str, Any]:
+        """The GGUF key-value pairs that describe this structure, schema version included; per-block values as lists."""
+        values = {f.metadata["key"]: getattr(self, f.name) for f in fields(self)}
+        described = {
+            f"{ARCHITECTURE}.{key}": list(value) if isinstance(value, tuple) else value
+            for key, value in values.items()
+            if value != ()
+        }
         return {f"{ARCHITECTURE}.schema_version": SCHEMA_VERSION, **described}
 
     @classmethod
@@ -121,6 +140,8 @@ def _value(f: Any, metadata: Mapping[str, Any], where: str) -> Any:
         if f.default is MISSING:
             raise UserError(f"{where}: no key `{key}`", "the file is incomplete: convert the checkpoint again")
         return f.default
+    if str(f.type).startswith("tuple"):
+        return _values(metadata[key], key, int if "int" in str(f.type) else float, where)
     value, kind = metadata[key], {"int": int, "float": float, "bool": bool, "str": str}[str(f.type)]
     if type(value) is not kind:
         raise UserError(f"{where}: `{key}` is {value!r}, expected {kind.__name__}")
@@ -128,6 +149,13 @@ def _value(f: Any, metadata: Mapping[str, Any], where: str) -> Any:
     if choices and value not in choices:
         raise UserError(f"{where}: `{key}` is `{value}`, expected one of {', '.join(choices)}")
     return value
+
+
+def _values(found: Any, key: str, kind: type, where: str) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(value) for value in found)
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: `{key}` is {found!r}, expected one {kind.__name__} per block") from None
 
 
 # Lengths beyond these are taken for damage before anything is allocated.
@@ -155,6 +183,12 @@ def _check(s: Structure, where: str) -> None:
         raise UserError(
             f"{where}: rope.dimension_count is {s.rope_dimension_count}, expected an even number up to the head length {s.head_length}"
         )
+    if s.predictor != "none" and not len(s.predictor_rank) == len(s.predictor_error) == s.block_count:
+        raise UserError(
+            f"{where}: predictor ranks and errors for {len(s.predictor_rank)} and {len(s.predictor_error)} blocks, expected {s.block_count}"
+        )
+    if any(not 0 <= rank <= 1 << 20 for rank in s.predictor_rank):
+        raise UserError(f"{where}: a predictor rank of {max(s.predictor_rank)}, expected 0 to {1 << 20}")
     if not (0 < s.norm_epsilon < 1 and s.rope_freq_base > 0 and s.rope_scaling_factor > 0):
         raise UserError(
             f"{where}: norm_epsilon, rope.freq_base and rope.scaling.factor must be positive (norm_epsilon below 1)"
@@ -188,6 +222,19 @@ def block_tensors(s: Structure) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
+def neuron_tensors(s: Structure, i: int) -> dict[str, tuple[int, ...]]:
+    """What block `i` stores of its neurons' order and their predictor, without its prefix -> shape in ggml's order."""
+    d, ff, r = s.embedding_length, s.feed_forward_length, s.rank(i)
+    tensors: dict[str, tuple[int, ...]] = {}
+    if s.neuron_order == "hot":
+        tensors |= {"ffn_neuron_index": (ff,), "ffn_neuron_freq": (ff,)}
+    if r and s.predictor == "signbit":
+        tensors |= {"predictor_sign": (d // 8, ff)}
+    elif r:
+        tensors |= {"predictor_in.weight": (d, r), "predictor_out.weight": (r, ff), "predictor_out.bias": (ff,)}
+    return tensors
+
+
 def required_tensors(s: Structure) -> dict[str, tuple[int, ...]]:
     """Every tensor that a file of this structure must hold -> shape in ggml's order, contiguous dimension first."""
     d = s.embedding_length
@@ -200,7 +247,8 @@ def required_tensors(s: Structure) -> dict[str, tuple[int, ...]]:
     if s.rope_freq_factors:
         tensors["rope_freqs.weight"] = (s.rope_dimension_count // 2,)
     for i in range(s.block_count):
-        tensors |= {f"blk.{i}.{name}": shape for name, shape in block_tensors(s).items()}
+        block = block_tensors(s) | neuron_tensors(s, i)
+        tensors |= {f"blk.{i}.{name}": shape for name, shape in block.items()}
     if s.output_norm:
         tensors |= _norm(s, "output_norm", d)
     if not s.tied_output:

@@ -1,9 +1,9 @@
 """Makes tiny Hugging Face checkpoints with random weights, one per variant that the converter and the runtime must get
 right.
 
-Weights have a standard deviation of 0.2 (norms around 1, biases not zero), so that a mistake anywhere shows in the logits.
-They are stored in bfloat16, as published checkpoints are.
-Every checkpoint is deterministic: its seed is its name.
+Weights have a standard deviation of 0.2 (norms around 1, biases not zero), so that a mistake anywhere shows in the
+logits. They are stored in bfloat16, as published checkpoints are. Every checkpoint is deterministic: its seed is its
+folder's name.
 """
 
 from __future__ import annotations
