@@ -19,7 +19,7 @@ chat: $(MODEL)
 setup: $(VENV)/.setup
 
 $(VENV)/.setup: pyproject.toml $(NATIVE)
-	@echo "setting up $(VENV): the first time, $(LLAMA_CPP) is compiled, which takes some minutes" >&2
+	@test -x $(PY) || echo "setting up $(VENV): where pip has no $(LLAMA_CPP) yet, compiling it takes some minutes" >&2
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) >&2
 	@$(PIP) install --quiet "$(LLAMA_CPP)" "scikit-build-core>=0.11" ninja >&2
 	@$(PIP) install --quiet --no-build-isolation --editable . >&2

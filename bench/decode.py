@@ -27,7 +27,7 @@ from bench import stock
 from runtime import ggml
 from runtime.engine import on_worker, physical_cores
 from runtime.errors import run_command
-from runtime.traffic import bytes_per_token
+from runtime.traffic import Activity, bytes_per_token
 from runtime.weights import new_context
 
 PROMPT = 16  # tokens in the context before decoding starts
@@ -60,7 +60,9 @@ def ours(path: Path, ffn: str, threads: int) -> Runner:
         return time.perf_counter() - start
 
     def read() -> float:
-        return bytes_per_token(model.structure, model.tensors, ffn, model.layer_shares()).total
+        return bytes_per_token(
+            model.structure, model.tensors, Activity(ffn, model.layer_shares(), model.gate_shares())
+        ).total
 
     return Runner(ffn, decode, model.close, read)
 

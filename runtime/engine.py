@@ -27,7 +27,7 @@ from runtime.weights import KvCache, Weights
 T = TypeVar("T")
 
 KV_TYPES = {"f16": ggml.F16, "f32": ggml.F32}
-FFN_MODES = ("exact", "dense")
+FFN_MODES = ("predicted", "exact", "dense")
 BATCH = 512  # tokens of a prompt computed at once
 _KV_PAD = 256  # graphs are built for multiples of this many positions
 _KEPT_GRAPHS = 4
@@ -55,28 +55,34 @@ def _siblings(cpu: int) -> str:
 
 @dataclass
 class Counts:
-    """FFN activity of one layer since it was last reset: neurons computed, and tokens."""
+    """FFN activity of one layer since it was last reset: neurons fired, gate rows read, and tokens."""
 
     fired: int = 0
+    gates: int = 0
     seen: int = 0
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run a model. ffn: one of FFN_MODES. n_ctx: positions. n_batch: tokens of a prompt computed at once.
+
+    predictor_bias: added to the predictors' scores, in units of their typical error; infinity makes every neuron a candidate.
+    """
+
+    ffn: str
+    threads: int
+    n_ctx: int
+    kv_type: str = "f16"
+    flash_attention: bool = True
+    n_batch: int = BATCH
+    predictor_bias: float = 0.0
 
 
 class Engine:
     """A model ready to compute. Not thread-safe by itself: every method runs its work on the ggml worker thread."""
 
-    def __init__(
-        self,
-        file: GgufFile,
-        ffn: str,
-        threads: int,
-        n_ctx: int,
-        kv_type: str,
-        flash_attention: bool = True,
-        n_batch: int = BATCH,
-    ) -> None:
-        self.structure = file.structure
-        self.ffn, self.threads, self.n_ctx, self.kv_type = ffn, threads, n_ctx, kv_type
-        self._flash_attention, self._n_batch = flash_attention, n_batch
+    def __init__(self, file: GgufFile, options: Options) -> None:
+        self.structure, self.options = file.structure, options
         self._graphs: OrderedDict[GraphSpec, Graph] = OrderedDict()
         self.cached: list[int] = []  # the ids whose keys and values are in the cache
         self.counts = [Counts() for _ in range(self.structure.block_count)]
@@ -84,22 +90,27 @@ class Engine:
         on_worker(lambda: self._open(file))
 
     def _check_modes(self, file: GgufFile) -> None:
-        if self.ffn == "dense" and self.structure.layout == "sparse":
+        if self.options.ffn == "dense" and self.structure.layout == "sparse":
             raise UserError(
                 f"`{file.path}`: has no ffn_down tensors (layout `sparse`), which `dense` mode needs",
                 "use --ffn exact, or convert with --layout both",
             )
+        if self.options.ffn == "predicted" and not any(self.structure.predictor_rank):
+            raise UserError(
+                f"`{file.path}`: has no predictor that pays, which `predicted` mode needs",
+                "use --ffn exact, or fit one: python -m predictors fit MODEL.gguf OUT.gguf",
+            )
 
     def _open(self, file: GgufFile) -> None:
         s = self.structure
-        if self.ffn != "dense":
+        if self.options.ffn != "dense":
             native_ffn.library()
         self._backend = ggml.ggml_backend_cpu_init()
-        ggml.ggml_backend_cpu_set_n_threads(self._backend, self.threads)
+        ggml.ggml_backend_cpu_set_n_threads(self._backend, self.options.threads)
         self.weights = Weights(file, required_tensors(s))
-        n_cells = _padded(self.n_ctx)
+        n_cells = _padded(self.options.n_ctx)
         try:
-            self.kv = KvCache(self._backend, KV_TYPES[self.kv_type], s.kv_length, n_cells, s.block_count)
+            self.kv = KvCache(self._backend, KV_TYPES[self.options.kv_type], s.kv_length, n_cells, s.block_count)
         except UserError:
             self.weights.close()
             ggml.ggml_backend_free(self._backend)
@@ -130,8 +141,8 @@ class Engine:
         start = 0 if n_outputs is None else self.reusable(ids)
         del self.cached[start:]
         parts = []
-        for at in range(start, len(ids), self._n_batch):
-            batch = ids[at : at + self._n_batch]
+        for at in range(start, len(ids), self.options.n_batch):
+            batch = ids[at : at + self.options.n_batch]
             parts.append(self._batch(batch, at, 1 if n_outputs else len(batch)))
         return parts[-1] if n_outputs else np.concatenate(parts)
 
@@ -155,7 +166,15 @@ class Engine:
         return on_worker(compute)
 
     def _graph(self, n_tokens: int, n_positions: int, n_outputs: int) -> Graph:
-        spec = GraphSpec(n_tokens, _padded(n_positions), n_outputs, self.ffn, self.threads, self._flash_attention)
+        spec = GraphSpec(
+            n_tokens,
+            _padded(n_positions),
+            n_outputs,
+            self.options.ffn,
+            self.options.threads,
+            self.options.flash_attention,
+            self.options.predictor_bias,
+        )
         if spec in self._graphs:
             self._graphs.move_to_end(spec)
         else:
@@ -165,10 +184,11 @@ class Engine:
         return self._graphs[spec]
 
     def _count(self, graph: Graph) -> None:
-        for counts, ffn in zip(self.counts, graph.ffns, strict=False):
-            counts.fired += ffn.fired
-            counts.seen += ffn.seen
-            ffn.fired = ffn.seen = 0
+        for i, ffn in graph.ffns.items():
+            self.counts[i].fired += ffn.fired
+            self.counts[i].gates += ffn.gates
+            self.counts[i].seen += ffn.seen
+            ffn.fired = ffn.gates = ffn.seen = 0
 
     def reset_counts(self) -> None:
         """Start counting FFN activity anew."""
@@ -176,9 +196,17 @@ class Engine:
 
     def layer_shares(self) -> list[float]:
         """Share of each layer's neurons computed since `reset_counts`; 1.0 in dense mode, 0.0 before any token."""
-        if self.ffn == "dense":
+        return self._shares("fired")
+
+    def gate_shares(self) -> list[float]:
+        """Share of each layer's neurons whose gate rows (ungated: up rows) were read; below 1.0 where there is a predictor."""
+        return self._shares("gates")
+
+    def _shares(self, what: str) -> list[float]:
+        if self.options.ffn == "dense":
             return [1.0] * len(self.counts)
-        return [c.fired / (c.seen * self.structure.feed_forward_length) if c.seen else 0.0 for c in self.counts]
+        n_ff = self.structure.feed_forward_length
+        return [getattr(c, what) / (c.seen * n_ff) if c.seen else 0.0 for c in self.counts]
 
 
 def _padded(n: int) -> int:

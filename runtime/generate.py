@@ -19,7 +19,7 @@ from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.sampling import Sampler, Sampling
 from runtime.tokenizer import Tokenizer
-from runtime.traffic import bytes_per_token, kv_bytes
+from runtime.traffic import Activity, bytes_per_token, kv_bytes
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Stats:
     tokens: int = 0
     seconds: float = 0.0
     layer_shares: list[float] = field(default_factory=list)  # of the neurons computed while decoding
+    gate_shares: list[float] = field(default_factory=list)  # of the neurons whose gate rows were read
     bytes_per_token: float = 0.0
 
     @property
@@ -69,9 +70,9 @@ class Generation:
     ) -> None:
         if not prompt:
             raise UserError("the prompt has no tokens", "give some text: this model has no start token of its own")
-        if len(prompt) >= engine.n_ctx:
+        if len(prompt) >= engine.options.n_ctx:
             raise UserError(
-                f"the prompt has {len(prompt)} tokens, expected fewer than the context of {engine.n_ctx}",
+                f"the prompt has {len(prompt)} tokens, expected fewer than the context of {engine.options.n_ctx}",
                 "shorten it, or raise --n-ctx if the model allows",
             )
         self.token_ids: list[int] = []
@@ -155,7 +156,7 @@ class Generation:
             self.stats.tokens, self.stats.seconds = len(self.token_ids), time.perf_counter() - started
             yield token
             ids = [*self._prompt, *self.token_ids]
-            if len(ids) >= self._engine.n_ctx:
+            if len(ids) >= self._engine.options.n_ctx:
                 self.stop_reason = "context"
                 return
             logits = self._engine.logits(ids, n_outputs=1)
@@ -171,17 +172,12 @@ class Generation:
 
     def _measure(self) -> None:
         stats, engine = self.stats, self._engine
-        stats.layer_shares = engine.layer_shares()
+        stats.layer_shares, stats.gate_shares = engine.layer_shares(), engine.gate_shares()
         positions = stats.prompt_tokens + (stats.tokens + 1) / 2
-        element = 2 if engine.kv_type == "f16" else 4
-        traffic = bytes_per_token(
-            engine.structure,
-            self._file.tensors,
-            engine.ffn,
-            stats.layer_shares,
-            kv_bytes(engine.structure, positions, element),
-        )
-        stats.bytes_per_token = traffic.total
+        element = 2 if engine.options.kv_type == "f16" else 4
+        activity = Activity(engine.options.ffn, stats.layer_shares, stats.gate_shares)
+        keys_and_values = kv_bytes(engine.structure, positions, element)
+        stats.bytes_per_token = bytes_per_token(engine.structure, self._file.tensors, activity, keys_and_values).total
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -30,8 +30,9 @@ class GraphSpec:
     ffn: str  # "dense", "exact" or "predicted"
     n_threads: int
     flash_attention: bool = True
-    # Blocks first .. end - 1 only: from the hidden states before `first` (tokens where it is 0) to those before `end` (logits where it is None).
-    first: int = 0
+    predictor_bias: float = 0.0  # in units of each block's predictor_error
+    # A part of the model: from the hidden states before block `first` (None: from token ids) to those before block `end` (None: to logits).
+    first: int | None = None
     end: int | None = None
 
 
@@ -65,7 +66,7 @@ class Graph:
 
     def _inputs(self) -> None:
         n, spec = self.spec.n_tokens, self.spec
-        if spec.first == 0:
+        if spec.first is None:
             self.input = self._input(b"tokens", ggml.I32, n)
         else:
             self.input = self._input(b"hidden", ggml.F32, self.structure.embedding_length, n)
@@ -100,7 +101,7 @@ class Graph:
     def run(self, data: npt.NDArray[np.int32] | npt.NDArray[np.float32], start: int) -> npt.NDArray[np.float32]:
         """Compute the tokens at positions start.. and return logits, float32 [n_outputs, n_vocab].
 
-        data: ids, int32 [n_tokens]; or hidden states, float32 [n_tokens, n_embd], where the graph starts after block 0.
+        data: ids, int32 [n_tokens]; or hidden states, float32 [n_tokens, n_embd], where the graph starts from them.
         A graph that ends before the last block returns hidden states.
         """
         n = self.spec.n_tokens
@@ -146,9 +147,9 @@ class _Builder:
 
     def build(self) -> ggml.TensorP:
         """Add every operation; returns the logits [n_vocab, n_outputs], or hidden states [n_embd, n_tokens]."""
-        x = self.g.input if self.spec.first else self.embeddings()
+        x = self.embeddings() if self.spec.first is None else self.g.input
         end = self.spec.end
-        for i in range(self.spec.first, self.s.block_count if end is None else end):
+        for i in range(self.spec.first or 0, self.s.block_count if end is None else end):
             x = self.block(x, i)
         if end is not None:
             return x
@@ -204,8 +205,8 @@ class _Builder:
         k = self.heads(x, f"blk.{i}.attn_k", s.head_count_kv)
         if s.position.startswith("rope"):
             q, k = self.rope(q), self.rope(k)
-        keys = self.remember(self.g.kv.keys[i - self.spec.first], ggml.ggml_reshape_2d(self.ctx, k, s.kv_length, n))
-        values = self.remember(self.g.kv.values[i - self.spec.first], self.linear(x, f"blk.{i}.attn_v"))
+        keys = self.remember(self.g.kv.keys[i - (self.spec.first or 0)], ggml.ggml_reshape_2d(self.ctx, k, s.kv_length, n))
+        values = self.remember(self.g.kv.values[i - (self.spec.first or 0)], self.linear(x, f"blk.{i}.attn_v"))
         q = ggml.ggml_permute(self.ctx, q, 0, 2, 1, 3)  # [head_length, n_tokens, head_count]
         return self.linear(self.attend(q, keys, values), f"blk.{i}.attn_output")
 
@@ -311,15 +312,15 @@ class _Builder:
 
     def candidates(self, x: ggml.TensorP, i: int) -> ggml.TensorP:
         """The neurons that block `i`'s predictor expects to fire, from its input x [n_embd, n]."""
-        ffn, shift = self.description(i), self.g.predictor_shift * self.s.predictor_error[i]
+        unit = self.s.predictor_error[i]
+        shift = self.spec.predictor_bias * unit if math.isfinite(self.spec.predictor_bias) else self.spec.predictor_bias
+        bias = self.w[f"blk.{i}.predictor_out.bias"]
         if self.s.predictor == "signbit":
-            rows = self.w[f"blk.{i}.predictor_sign"]
-            return add_sign_predictor(self.ctx, x, ffn, rows, self.s.predictor_limit[i] + shift)
+            return add_predictor(self.ctx, x, self.description(i), self.w[f"blk.{i}.predictor_sign"], bias, shift)
         z = ggml.ggml_mul_mat(self.ctx, self.w[f"blk.{i}.predictor_in.weight"], x)  # [rank, n]
         if self.s.predictor == "mlp":
             z = ggml.ggml_relu(self.ctx, z)
-        rows, bias = (self.w[f"blk.{i}.predictor_out.{part}"] for part in ("weight", "bias"))
-        return add_predictor(self.ctx, z, ffn, rows, bias, shift)
+        return add_predictor(self.ctx, z, self.description(i), self.w[f"blk.{i}.predictor_out.weight"], bias, shift)
 
 
 @dataclass(frozen=True)
@@ -350,18 +351,35 @@ def native_tensors(weights: Weights, s: Structure, i: int) -> NativeTensors:
     )
 
 
-def add_native_ffn(ctx: ggml.ContextP, x: ggml.TensorP, ffn: native_ffn.Ffn, t: NativeTensors) -> ggml.TensorP:
-    """Add the four operators of one sparse FFN; x and the result are F32 [n_embd, n_tokens].
+def add_native_ffn(
+    ctx: ggml.ContextP, x: ggml.TensorP, ffn: native_ffn.Ffn, t: NativeTensors, candidates: ggml.TensorP | None = None
+) -> ggml.TensorP:
+    """Add the operators of one sparse FFN; x and the result are F32 [n_embd, n_tokens].
 
-    `ffn` must outlive the graph.
+    candidates: from `add_predictor`, or None for every neuron. `ffn` must outlive the graph.
     """
     n = x.ne[1]
     quantized = _custom(ctx, ffn, "quantize", ggml.I8, (ffn.x_stride, n), x)
-    gate = _custom(ctx, ffn, "gate", ggml.I8, (native_ffn.gate_size(ffn, n), 1), quantized, t.gate, t.gate_bias)
+    gate = _custom(
+        ctx, ffn, "gate", ggml.I8, (native_ffn.gate_size(ffn, n), 1), quantized, t.gate, t.gate_bias, candidates
+    )
     down = _custom(
         ctx, ffn, "down", ggml.I8, (native_ffn.down_size(ffn, n), 1), quantized, gate, t.down, t.up, t.up_bias
     )
     return _custom(ctx, ffn, "reduce", ggml.F32, (ffn.n_embd, n), down, gate)
+
+
+def add_predictor(
+    ctx: ggml.ContextP, x: ggml.TensorP, ffn: native_ffn.Ffn, rows: ggml.TensorP, bias: ggml.TensorP, shift: float
+) -> ggml.TensorP:
+    """Add the operator that chooses an FFN's candidates: x F32 [rank, n_tokens] against predictor rows [rank, n_ff].
+
+    Rows of type I8 are sign bits, and x is then F32 [n_embd, n_tokens].
+    """
+    signs = rows.type == ggml.I8
+    native_ffn.predict(ffn, x.ne[0], None if signs else rows.type, shift)
+    size = native_ffn.predict_size(ffn, x.ne[1])
+    return _custom(ctx, ffn, "predict_sign" if signs else "predict", ggml.I8, (size, 1), x, rows, bias)
 
 
 def _custom(

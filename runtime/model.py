@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from runtime.engine import BATCH, FFN_MODES, KV_TYPES, Engine, physical_cores
+from runtime.engine import BATCH, FFN_MODES, KV_TYPES, Engine, Options, physical_cores
 from runtime.errors import UserError
 from runtime.generate import Generation
 from runtime.gguf_file import GgufFile
@@ -25,21 +26,36 @@ DEFAULT_N_CTX = 8192  # at most, where the user names none: keys and values are 
 
 def load(
     path: str | Path,
-    ffn: str = "exact",
+    ffn: str | None = None,
     threads: int | None = None,
     n_ctx: int | None = None,
     kv_type: str = "f16",
     flash_attention: bool = True,
     n_batch: int = BATCH,
+    predictor_bias: float = 0.0,
 ) -> Model:
     """Open a converted model.
 
-    ffn: "exact" computes the neurons that fire, "dense" all of them. threads: default, one per physical core.
-    n_ctx: context in tokens; default, the model's own limit, at most 8192. kv_type: "f16" or "f32".
-    n_batch: tokens of a prompt computed at once. flash_attention: False builds attention from plain products.
+    ffn: "predicted" computes the neurons that the file's predictor expects to fire, "exact" those that fire, "dense" all; default: "predicted" where the file has a predictor that pays, else "exact".
+    threads: default, one per physical core. n_ctx: context in tokens; default, the model's own limit, at most 8192.
+    kv_type: "f16" or "f32". n_batch: tokens of a prompt computed at once. flash_attention: False builds attention from plain products.
+    predictor_bias: more recall (positive) or more speed (negative), in units of the predictors' typical error.
     Raises UserError for a file that is not ours, damaged or incomplete, and for options out of range.
     """
-    if ffn not in FFN_MODES:
+    _check_options(ffn, threads, kv_type, n_batch, predictor_bias)
+    file = GgufFile(path)
+    try:
+        mode = ffn or ("predicted" if any(file.structure.predictor_rank) else "exact")
+        cores = threads or physical_cores()
+        options = Options(mode, cores, _context(file, n_ctx), kv_type, flash_attention, n_batch, predictor_bias)
+        return Model(file, Engine(file, options))
+    except BaseException:
+        file.close()
+        raise
+
+
+def _check_options(ffn: str | None, threads: int | None, kv_type: str, n_batch: int, predictor_bias: float) -> None:
+    if ffn is not None and ffn not in FFN_MODES:
         raise UserError(f"ffn mode `{ffn}`, expected one of {', '.join(FFN_MODES)}")
     if kv_type not in KV_TYPES:
         raise UserError(f"kv_type `{kv_type}`, expected one of {', '.join(KV_TYPES)}")
@@ -47,13 +63,8 @@ def load(
         raise UserError(f"{threads} threads, expected 1 to 512")
     if n_batch < 1:
         raise UserError(f"n_batch {n_batch}, expected at least 1")
-    file = GgufFile(path)
-    try:
-        n_ctx = _context(file, n_ctx)
-        return Model(file, Engine(file, ffn, threads or physical_cores(), n_ctx, kv_type, flash_attention, n_batch))
-    except BaseException:
-        file.close()
-        raise
+    if math.isnan(predictor_bias):
+        raise UserError("predictor_bias is not a number")
 
 
 def _context(file: GgufFile, n_ctx: int | None) -> int:
@@ -75,7 +86,8 @@ class Model:
         self._file, self._engine = file, engine
         self.path, self.metadata, self.structure = file.path, file.metadata, engine.structure
         self.tensors = file.tensors
-        self.ffn, self.threads, self.n_ctx, self.kv_type = engine.ffn, engine.threads, engine.n_ctx, engine.kv_type
+        options = engine.options
+        self.ffn, self.threads, self.n_ctx, self.kv_type = options.ffn, options.threads, options.n_ctx, options.kv_type
         try:
             self.tokenizer = Tokenizer(file.path)
         except BaseException:
@@ -133,6 +145,10 @@ class Model:
     def layer_shares(self) -> list[float]:
         """Share of each layer's neurons computed since `reset_counts`."""
         return self._engine.layer_shares()
+
+    def gate_shares(self) -> list[float]:
+        """Share of each layer's neurons whose gate rows (ungated: up rows) were read since `reset_counts`."""
+        return self._engine.gate_shares()
 
     def reset_counts(self) -> None:
         """Count FFN activity anew from here."""

@@ -17,7 +17,10 @@ from runtime.errors import UserError
 from runtime.structure import ACTIVATIONS, Structure
 
 _FILE = {"win32": "lazyneuron.dll", "darwin": "liblazyneuron.dylib"}.get(sys.platform, "liblazyneuron.so")
-OPERATORS = ("quantize", "gate", "down", "reduce")
+OPERATORS = ("predict", "predict_sign", "quantize", "gate", "down", "reduce")
+
+
+_SIZES = ("lzn_predict_size", "lzn_gate_size", "lzn_down_size")
 
 
 class Rows(ctypes.Structure):
@@ -44,12 +47,17 @@ class Ffn(ctypes.Structure):
         ("gated", ctypes.c_int32),
         ("gate_bias", ctypes.c_int32),
         ("up_bias", ctypes.c_int32),
+        ("predicted", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("shift", ctypes.c_float),
         ("threshold", ctypes.c_float),
         ("x_stride", ctypes.c_size_t),
         ("gate", Rows),
         ("up", Rows),
         ("down", Rows),
+        ("predictor", Rows),
         ("fired", ctypes.c_uint64),
+        ("gates", ctypes.c_uint64),
         ("seen", ctypes.c_uint64),
     ]
 
@@ -63,11 +71,12 @@ def library() -> ctypes.CDLL:
     path = _find()
     lib = ctypes.CDLL(str(path))
     lib.lzn_ggml_version.restype = ctypes.c_char_p
-    for name in ("lzn_sizeof_tensor", "lzn_sizeof_ffn", "lzn_gate_size", "lzn_down_size"):
+    for name in ("lzn_sizeof_tensor", "lzn_sizeof_ffn"):
         getattr(lib, name).restype = ctypes.c_size_t
-    for name in ("lzn_gate_size", "lzn_down_size"):
-        getattr(lib, name).argtypes = [ctypes.POINTER(Ffn), ctypes.c_int64]
     _check(lib, path)
+    for name in _SIZES:
+        getattr(lib, name).argtypes = [ctypes.POINTER(Ffn), ctypes.c_int64]
+        getattr(lib, name).restype = ctypes.c_size_t
     return lib
 
 
@@ -130,6 +139,18 @@ def describe(s: Structure, types: tuple[int, int, int], n_threads: int) -> Ffn:
         up=up,
         down=down,
     )
+
+
+def predict(ffn: Ffn, rank: int, type_id: int | None, shift: float) -> None:
+    """Add a predictor to the description: rows of `rank` elements of a ggml type, or sign bits where it is None."""
+    ffn.predicted, ffn.rank, ffn.shift = True, rank, shift
+    if type_id is not None:
+        ffn.predictor = _rows(type_id, rank)
+
+
+def predict_size(ffn: Ffn, n_tokens: int) -> int:
+    """Bytes of the `predict` operators' result."""
+    return int(library().lzn_predict_size(ctypes.byref(ffn), n_tokens))
 
 
 def gate_size(ffn: Ffn, n_tokens: int) -> int:

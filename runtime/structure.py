@@ -229,7 +229,7 @@ def neuron_tensors(s: Structure, i: int) -> dict[str, tuple[int, ...]]:
     if s.neuron_order == "hot":
         tensors |= {"ffn_neuron_index": (ff,), "ffn_neuron_freq": (ff,)}
     if r and s.predictor == "signbit":
-        tensors |= {"predictor_sign": (d // 8, ff)}
+        tensors |= {"predictor_sign": (d // 8, ff), "predictor_out.bias": (ff,)}
     elif r:
         tensors |= {"predictor_in.weight": (d, r), "predictor_out.weight": (r, ff), "predictor_out.bias": (ff,)}
     return tensors

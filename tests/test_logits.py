@@ -13,7 +13,7 @@ from checkpoints import CHECKPOINTS
 from oracle import Logits, kl, max_difference, random_ids, same_argmax, transformers_logits
 
 import runtime
-from runtime.engine import Engine
+from runtime.engine import Engine, Options
 from runtime.gguf_file import GgufFile
 
 N = 512
@@ -64,7 +64,7 @@ def with_metadata(path: Path, ids: list[int], **changes: Any) -> Logits:
     """Our logits when the file's description is changed."""
     file = GgufFile(path)
     file.metadata.update({f"lazyneuron.{key.replace('__', '.')}": value for key, value in changes.items()})
-    engine = Engine(file, "exact", 2, N, "f32")
+    engine = Engine(file, Options("exact", 2, N, "f32"))
     try:
         return engine.logits(ids)
     finally:

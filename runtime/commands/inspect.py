@@ -19,7 +19,7 @@ from runtime.commands.options import add_json, add_model, print_json, printable
 from runtime.gguf_file import GgufFile, TensorInfo
 from runtime.structure import Structure
 from runtime.tokenizer import Tokenizer
-from runtime.traffic import bytes_per_token
+from runtime.traffic import Activity, bytes_per_token
 
 HELP = "show what a model file holds"
 _KINDS = ("embeddings", "attention", "ffn_gate", "ffn_up", "ffn_down", "ffn_down_t", "output", "norms", "other")
@@ -117,7 +117,7 @@ def _traffic(file: GgufFile, s: Structure, shares: list[float] | None) -> dict[s
     """Bytes of weights that one token reads: `dense`, and `exact` when all, none, or the usual neurons fire."""
 
     def total(ffn: str, layer_shares: list[float]) -> float:
-        return bytes_per_token(s, file.tensors, ffn, layer_shares).total
+        return bytes_per_token(s, file.tensors, Activity(ffn, layer_shares, [1.0] * n)).total
 
     n = s.block_count
     return {

@@ -20,18 +20,49 @@ struct fired_neuron {
     float gate;
 };
 
-// The result of `gate`: how many neurons fired in each thread's part, then
-//   for one token    each thread's fired neurons, at the offset of its first row
+// What one thread found: n neurons, listed from `start` on, after reading `rows` of them.
+struct part {
+    int64_t n;
+    int64_t start;
+    int64_t rows;
+};
+
+// The result of `gate`: what each thread found, then
+//   for one token    the fired neurons, one thread's after `start`
 //   for several      F32 [n_tokens, n_ff], 0 where a neuron did not fire
 struct gate_result {
     char * base;
     int32_t n_threads;
 
-    uint64_t & count(int ith) const { return *reinterpret_cast<uint64_t *>(base + ith * CACHE_LINE); }
+    part & of(int ith) const { return *reinterpret_cast<part *>(base + ith * CACHE_LINE); }
     char * body() const { return base + n_threads * CACHE_LINE; }
     fired_neuron * list() const { return reinterpret_cast<fired_neuron *>(body()); }
     float * matrix() const { return reinterpret_cast<float *>(body()); }
 };
+
+size_t aligned(size_t size) { return (size + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE; }
+
+// The result of a predictor: what each thread found, room for its own copy of the input, then
+//   for one token    I32 [n_ff], the candidates, one thread's after `start`
+//   for several      I8 [n_tokens, n_ff], 1 for a candidate
+struct candidates {
+    char * base;
+    int32_t n_threads;
+    size_t input_size;  // bytes of one thread's copy
+
+    part & of(int ith) const { return *reinterpret_cast<part *>(base + ith * CACHE_LINE); }
+    char * input(int ith) const { return base + n_threads * CACHE_LINE + ith * input_size; }
+    char * body() const { return input(n_threads); }
+    int32_t * list() const { return reinterpret_cast<int32_t *>(body()); }
+    int8_t * matrix() const { return reinterpret_cast<int8_t *>(body()); }
+};
+
+// Bytes of one token's input to the predictor, as its rows want it; sign bits where the rows have no type.
+size_t predictor_x_size(const lzn_ffn & f) { return f.predictor.vec_dot ? f.predictor.x_size : f.n_embd / 8; }
+
+candidates candidates_of(const lzn_ffn & f, const ggml_tensor * result, int64_t n_tokens) {
+    return {static_cast<char *>(result->data), f.n_threads, aligned(n_tokens * predictor_x_size(f))};
+}
 
 int64_t split(int64_t n, int ith, int nth) { return n * ith / nth; }
 
@@ -70,35 +101,121 @@ const char * row_of(const ggml_tensor * weights, const lzn_rows & rows, int64_t 
 
 float bias_of(const ggml_tensor * bias, int64_t r) { return bias ? static_cast<const float *>(bias->data)[r] : 0.0f; }
 
-void gate_one_token(const lzn_ffn & f, const gate_result & out, const char * x, const ggml_tensor * weights, const ggml_tensor * bias, int ith, int nth) {
+// Score the rows of one thread's part; Score is int64_t row, int64_t token -> float.
+template <typename Score> void choose(const lzn_ffn & f, const candidates & out, int64_t n_tokens, int ith, int nth, const float * bias, Score score) {
     const int64_t first = split(f.n_ff, ith, nth), last = split(f.n_ff, ith + 1, nth);
-    fired_neuron * list = out.list() + first;
-    uint64_t n = 0;
+    int64_t n = 0;
     for (int64_t r = first; r < last; r++) {
-        const float gate = dot(f.gate, f.n_embd, row_of(weights, f.gate, r), x) + bias_of(bias, r);
-        if (fires(f, gate)) {
-            list[n++] = {static_cast<int32_t>(r), gate};
+        const float offset = bias[r] + f.shift;
+        for (int64_t t = 0; t < n_tokens; t++) {
+            const bool chosen = score(r, t) + offset > 0.0f;
+            if (n_tokens > 1) {
+                out.matrix()[r * n_tokens + t] = chosen;
+            } else if (chosen) {
+                out.list()[first + n] = static_cast<int32_t>(r);
+            }
+            n += chosen;
         }
     }
-    out.count(ith) = n;
+    out.of(ith) = {n, first, last - first};
 }
 
-void gate_tokens(const lzn_ffn & f, const gate_result & out, const char * x, int64_t n_tokens, const ggml_tensor * weights, const ggml_tensor * bias, int ith, int nth) {
-    uint64_t n = 0;
+void pack_signs(int64_t n, const float * x, uint8_t * bits) {
+    for (int64_t i = 0; i < n / 8; i++) {
+        uint8_t byte = 0;
+        for (int j = 0; j < 8; j++) {
+            byte |= static_cast<uint8_t>(x[8 * i + j] < 0.0f) << j;
+        }
+        bits[i] = byte;
+    }
+}
+
+int64_t count_differing(int64_t n_bytes, const uint8_t * a, const uint8_t * b) {
+    int64_t n = 0, i = 0;
+    for (; i + 8 <= n_bytes; i += 8) {
+        uint64_t u, v;
+        std::memcpy(&u, a + i, 8);
+        std::memcpy(&v, b + i, 8);
+        n += __builtin_popcountll(u ^ v);
+    }
+    for (; i < n_bytes; i++) {
+        n += __builtin_popcount(a[i] ^ b[i]);
+    }
+    return n;
+}
+
+// Walk over positions first .. last - 1 of the lists that the threads wrote, one after the other; Visit gets the index in the body.
+template <typename Parts, typename Visit> void walk(const Parts & parts, int nth, int64_t first, int64_t last, Visit visit) {
+    int64_t base = 0;
+    for (int i = 0; i < nth; i++) {
+        const part & p = parts.of(i);
+        for (int64_t k = std::max(first - base, int64_t(0)); k < std::min(last - base, p.n); k++) {
+            visit(p.start + k);
+        }
+        base += p.n;
+    }
+}
+
+template <typename Parts> int64_t total_of(const Parts & parts, int nth) {
+    int64_t total = 0;
+    for (int i = 0; i < nth; i++) {
+        total += parts.of(i).n;
+    }
+    return total;
+}
+
+// The gate rows of one FFN.
+struct gate_rows {
+    const lzn_ffn & f;
+    const ggml_tensor * weights;
+    const ggml_tensor * bias;
+    const char * x;
+
+    float operator()(int64_t r, int64_t t) const { return dot(f.gate, f.n_embd, row_of(weights, f.gate, r), x + t * f.x_stride) + bias_of(bias, r); }
+};
+
+// Neurons or, if there are any, candidates are split evenly among the threads.
+void gate_one_token(const gate_rows & gate, const candidates * chosen, const gate_result & out, int ith, int nth) {
+    const int64_t n_rows = chosen ? total_of(*chosen, nth) : gate.f.n_ff;
+    const int64_t first = split(n_rows, ith, nth), last = split(n_rows, ith + 1, nth);
+    fired_neuron * list = out.list() + first;
+    int64_t n = 0;
+    const auto look = [&](int64_t r) {
+        const float value = gate(r, 0);
+        if (fires(gate.f, value)) {
+            list[n++] = {static_cast<int32_t>(r), value};
+        }
+    };
+    if (chosen) {
+        walk(*chosen, nth, first, last, [&](int64_t k) { look(chosen->list()[k]); });
+    } else {
+        for (int64_t r = first; r < last; r++) {
+            look(r);
+        }
+    }
+    out.of(ith) = {n, first, last - first};
+}
+
+void gate_tokens(const gate_rows & gate, const candidates * chosen, const gate_result & out, int64_t n_tokens, int ith, int nth) {
+    const lzn_ffn & f = gate.f;
+    part found = {0, 0, 0};
     for (int64_t t0 = 0; t0 < n_tokens; t0 += TOKEN_TILE) {
         const int64_t t1 = std::min(t0 + TOKEN_TILE, n_tokens);
         for (int64_t block = ith * ROW_BLOCK; block < f.n_ff; block += nth * ROW_BLOCK) {
             for (int64_t r = block; r < std::min<int64_t>(block + ROW_BLOCK, f.n_ff); r++) {
                 float * gates = out.matrix() + r * n_tokens;
                 for (int64_t t = t0; t < t1; t++) {
-                    const float gate = dot(f.gate, f.n_embd, row_of(weights, f.gate, r), x + t * f.x_stride) + bias_of(bias, r);
-                    gates[t] = fires(f, gate) ? gate : 0.0f;
-                    n += fires(f, gate);
+                    const bool look = !chosen || chosen->matrix()[r * n_tokens + t];
+                    const float value = look ? gate(r, t) : 0.0f;
+                    const bool fired = look && fires(f, value);
+                    gates[t] = fired ? value : 0.0f;
+                    found.n += fired;
+                    found.rows += look;
                 }
             }
         }
     }
-    out.count(ith) = n;
+    out.of(ith) = found;
 }
 
 // The up projection, the down rows and where one thread's sums go.
@@ -137,20 +254,8 @@ struct accumulator {
 
 // The compacted list is split evenly, whatever part of the rows its neurons came from.
 void down_one_token(const accumulator & a, const gate_result & gates, int ith, int nth) {
-    int64_t total = 0;
-    for (int i = 0; i < nth; i++) {
-        total += gates.count(i);
-    }
-    const int64_t first = split(total, ith, nth), last = split(total, ith + 1, nth);
-    int64_t base = 0;
-    for (int i = 0; i < nth; i++) {
-        const int64_t n = gates.count(i);
-        const fired_neuron * list = gates.list() + split(a.f.n_ff, i, nth);
-        for (int64_t k = std::max(first - base, int64_t(0)); k < std::min(last - base, n); k++) {
-            a.add_one(list[k].row, list[k].gate);
-        }
-        base += n;
-    }
+    const int64_t total = total_of(gates, nth);
+    walk(gates, nth, split(total, ith, nth), split(total, ith + 1, nth), [&](int64_t k) { a.add_one(gates.list()[k].row, gates.list()[k].gate); });
 }
 
 void down_tokens(const accumulator & a, const gate_result & gates, int64_t n_tokens, int ith, int nth) {
@@ -172,11 +277,44 @@ const char * lzn_ggml_version(void) { return LZN_GGML_VERSION; }
 size_t lzn_sizeof_tensor(void) { return sizeof(ggml_tensor); }
 size_t lzn_sizeof_ffn(void) { return sizeof(lzn_ffn); }
 
+size_t lzn_predict_size(const lzn_ffn * ffn, int64_t n_tokens) {
+    const size_t body = ffn->n_ff * (n_tokens == 1 ? sizeof(int32_t) : n_tokens);
+    return ffn->n_threads * (CACHE_LINE + aligned(n_tokens * predictor_x_size(*ffn))) + body;
+}
+
 size_t lzn_gate_size(const lzn_ffn * ffn, int64_t n_tokens) {
     return ffn->n_threads * CACHE_LINE + ffn->n_ff * (n_tokens == 1 ? sizeof(fired_neuron) : n_tokens * sizeof(float));
 }
 
 size_t lzn_down_size(const lzn_ffn * ffn, int64_t n_tokens) { return ffn->n_threads * partial_size(*ffn, n_tokens); }
+
+// Every thread makes its own copy of the input: it is short, and a barrier costs more.
+void lzn_ffn_predict(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const lzn_ffn & f = *static_cast<const lzn_ffn *>(userdata);
+    const ggml_tensor *z = dst->src[0], *rows = dst->src[1];
+    const int64_t n_tokens = z->ne[1];
+    const candidates out = candidates_of(f, dst, n_tokens);
+    const size_t x_size = f.predictor.x_size;
+    for (int64_t t = 0; t < n_tokens; t++) {
+        f.predictor.from_float(static_cast<const float *>(z->data) + t * f.rank, out.input(ith) + t * x_size, f.rank);
+    }
+    choose(f, out, n_tokens, ith, nth, static_cast<const float *>(dst->src[2]->data),
+           [&](int64_t r, int64_t t) { return dot(f.predictor, f.rank, row_of(rows, f.predictor, r), out.input(ith) + t * x_size); });
+}
+
+void lzn_ffn_predict_sign(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const lzn_ffn & f = *static_cast<const lzn_ffn *>(userdata);
+    const ggml_tensor * x = dst->src[0];
+    const int64_t n_tokens = x->ne[1], n_bytes = f.n_embd / 8;
+    const candidates out = candidates_of(f, dst, n_tokens);
+    uint8_t * signs = reinterpret_cast<uint8_t *>(out.input(ith));
+    for (int64_t t = 0; t < n_tokens; t++) {
+        pack_signs(f.n_embd, static_cast<const float *>(x->data) + t * f.n_embd, signs + t * n_bytes);
+    }
+    const uint8_t * rows = static_cast<const uint8_t *>(dst->src[1]->data);
+    choose(f, out, n_tokens, ith, nth, static_cast<const float *>(dst->src[2]->data),
+           [&](int64_t r, int64_t t) { return -static_cast<float>(count_differing(n_bytes, rows + r * n_bytes, signs + t * n_bytes)); });
+}
 
 void lzn_ffn_quantize(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const lzn_ffn & f = *static_cast<const lzn_ffn *>(userdata);
@@ -194,14 +332,17 @@ void lzn_ffn_quantize(ggml_tensor * dst, int ith, int nth, void * userdata) {
 
 void lzn_ffn_gate(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const lzn_ffn & f = *static_cast<const lzn_ffn *>(userdata);
-    const char * x = static_cast<const char *>(dst->src[0]->data);
-    const ggml_tensor * bias = f.gate_bias ? dst->src[2] : nullptr;
-    const gate_result out{static_cast<char *>(dst->data), f.n_threads};
     const int64_t n_tokens = dst->src[0]->ne[1];
+    const gate_rows gate{f, dst->src[1], f.gate_bias ? dst->src[2] : nullptr, static_cast<const char *>(dst->src[0]->data)};
+    const gate_result out{static_cast<char *>(dst->data), f.n_threads};
+    candidates chosen{};
+    if (f.predicted) {
+        chosen = candidates_of(f, dst->src[f.gate_bias ? 3 : 2], n_tokens);
+    }
     if (n_tokens == 1) {
-        gate_one_token(f, out, x, dst->src[1], bias, ith, nth);
+        gate_one_token(gate, f.predicted ? &chosen : nullptr, out, ith, nth);
     } else {
-        gate_tokens(f, out, x, n_tokens, dst->src[1], bias, ith, nth);
+        gate_tokens(gate, f.predicted ? &chosen : nullptr, out, n_tokens, ith, nth);
     }
 }
 
@@ -238,7 +379,8 @@ void lzn_ffn_reduce(ggml_tensor * dst, int ith, int nth, void * userdata) {
     if (ith == 0) {
         const gate_result gates{static_cast<char *>(dst->src[1]->data), f.n_threads};
         for (int i = 0; i < nth; i++) {
-            f.fired += gates.count(i);
+            f.fired += gates.of(i).n;
+            f.gates += gates.of(i).rows;
         }
         f.seen += n_tokens;
     }

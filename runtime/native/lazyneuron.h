@@ -1,8 +1,9 @@
 // The sparse FFN as ggml custom operators. Includes ggml's public headers, links to nothing of ggml: the functions that read a weight type come from its type traits when a graph is built.
 //
-// One FFN is four operators, run one after the other by ggml's CPU backend, each on every thread of the team:
+// One FFN is a few operators, run one after the other by ggml's CPU backend, each on every thread of the team:
+//   predict   scores of a predictor         -> candidates: which neurons may fire (only where there is a predictor)
 //   quantize  x F32 [n_embd, n_tokens]      -> x in the types that the dot products want
-//   gate      gate rows (ungated: up rows)  -> which neurons fire, and how strongly
+//   gate      gate rows (ungated: up rows), of every neuron or of the candidates -> which neurons fire, and how strongly
 //   down      up and down_t rows of those   -> one partial sum per thread
 //   reduce    partial sums, in order        -> y F32 [n_embd, n_tokens]
 // No operator allocates, locks or depends on timing: the same number of threads gives the same bits.
@@ -19,7 +20,7 @@
 #define LZN_API extern "C" __attribute__((visibility("default")))
 #endif
 
-// How to read rows of n_embd elements of one weight type.
+// How to read rows (of n_embd elements, if not said otherwise) of one weight type.
 struct lzn_rows {
     size_t row_size;  // bytes of a row of weights
     size_t x_size;    // bytes of a row of activations in the type that vec_dot expects
@@ -40,13 +41,18 @@ struct lzn_ffn {
     int32_t gated;
     int32_t gate_bias;  // whether a bias F32 [n_ff] follows the gate rows among the sources of `gate`
     int32_t up_bias;    // whether a bias F32 [n_ff] follows the up rows among the sources of `down`
+    int32_t predicted;  // whether the candidates follow among the sources of `gate`; else every neuron is one
+    int32_t rank;       // elements of a predictor row
+    float shift;        // added to every score of the predictor
     float threshold;    // a neuron fires where its gate is above this
     size_t x_stride;    // bytes of one token's activations, all types together
     struct lzn_rows gate;
     struct lzn_rows up;
     struct lzn_rows down;
-    uint64_t fired;  // neurons fired, summed over tokens since the caller last set it
-    uint64_t seen;   // tokens
+    struct lzn_rows predictor;  // rows of `rank` elements
+    uint64_t fired;             // neurons whose up and down rows were read, summed over tokens since the caller last set it
+    uint64_t gates;             // neurons whose gate rows were read
+    uint64_t seen;              // tokens
 };
 
 // ggml's version that the headers belonged to, e.g. "0.25.3"; and the size of the one struct that is shared with it.
@@ -55,11 +61,14 @@ LZN_API size_t lzn_sizeof_tensor(void);
 LZN_API size_t lzn_sizeof_ffn(void);
 
 // Bytes of the operators' results that are not plain F32 matrices.
+LZN_API size_t lzn_predict_size(const struct lzn_ffn * ffn, int64_t n_tokens);
 LZN_API size_t lzn_gate_size(const struct lzn_ffn * ffn, int64_t n_tokens);
 LZN_API size_t lzn_down_size(const struct lzn_ffn * ffn, int64_t n_tokens);
 
-// ggml_custom_op_t; dst->src as listed, dst I8 except where stated.
-LZN_API void lzn_ffn_quantize(struct ggml_tensor * dst, int ith, int nth, void * userdata);  // x
-LZN_API void lzn_ffn_gate(struct ggml_tensor * dst, int ith, int nth, void * userdata);      // quantize, gate rows [, bias]
-LZN_API void lzn_ffn_down(struct ggml_tensor * dst, int ith, int nth, void * userdata);      // quantize, gate, down_t rows [, up rows [, bias]]
-LZN_API void lzn_ffn_reduce(struct ggml_tensor * dst, int ith, int nth, void * userdata);    // down, gate; dst F32 [n_embd, n_tokens]
+// ggml_custom_op_t; dst->src as listed, dst I8 except where stated. A neuron is a candidate where its score + bias + shift > 0.
+LZN_API void lzn_ffn_predict(struct ggml_tensor * dst, int ith, int nth, void * userdata);       // z F32 [rank, n_tokens], predictor rows, bias; score = row . z
+LZN_API void lzn_ffn_predict_sign(struct ggml_tensor * dst, int ith, int nth, void * userdata);  // x F32, sign bits I8 [n_embd / 8, n_ff], bias; score = -(how many signs differ)
+LZN_API void lzn_ffn_quantize(struct ggml_tensor * dst, int ith, int nth, void * userdata);      // x
+LZN_API void lzn_ffn_gate(struct ggml_tensor * dst, int ith, int nth, void * userdata);          // quantize, gate rows [, bias] [, candidates]
+LZN_API void lzn_ffn_down(struct ggml_tensor * dst, int ith, int nth, void * userdata);          // quantize, gate, down_t rows [, up rows [, bias]]
+LZN_API void lzn_ffn_reduce(struct ggml_tensor * dst, int ith, int nth, void * userdata);        // down, gate; dst F32 [n_embd, n_tokens]
