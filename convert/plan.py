@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
 
 from convert.arch import Arch, Generated, Source, describe, find_arch
 from convert.checkpoint import FLOATS, Checkpoint
@@ -16,6 +20,9 @@ from convert.quantize import fitting, output_type, row_bytes
 from convert.rewrites import REWRITES, Shape
 from runtime.errors import UserError
 from runtime.structure import Structure, required_tensors
+
+if TYPE_CHECKING:
+    from predictors.fit import ModelFit
 
 _ALWAYS_F32 = ("position_embd.weight",)  # besides everything with one dimension: norms, biases, frequencies
 _LISTED = 5  # names per complaint
@@ -30,14 +37,30 @@ class Types:
 
 
 @dataclass(frozen=True)
+class Given:
+    """A tensor whose bytes were made during the conversion."""
+
+    data: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor of the file. shape: in ggml's order, the contiguous dimension first. wanted: the format asked for."""
+    """A tensor of the file. shape: in ggml's order, the contiguous dimension first. wanted: the format asked for.
+
+    order: neurons in the order they are stored, by their original ids; None where the tensor has no neurons, or all stay.
+    """
 
     name: str
-    source: Source | Generated
+    source: Source | Generated | Given
     shape: Shape
     type: str
     wanted: str
+    order: npt.NDArray[np.int32] | None = None
+
+    @property
+    def neuron_axis(self) -> int:
+        """Which axis of the (row-major) tensor runs over neurons."""
+        return 1 if self.name.endswith(".ffn_down.weight") else 0
 
     @property
     def row_bytes(self) -> int:
@@ -85,6 +108,35 @@ def make_plan(checkpoint: Checkpoint, types: Types, layout: str = "both", ffn_ty
     _check_shapes(checkpoint, required, sources)
     tensors = [_planned(name, shape, sources[name], structure, types) for name, shape in required.items()]
     return Plan(arch, structure, types, tuple(tensors))
+
+
+_NEURON_TENSORS = (
+    "ffn_gate.weight",
+    "ffn_up.weight",
+    "ffn_down_t.weight",
+    "ffn_down.weight",
+    "ffn_gate.bias",
+    "ffn_up.bias",
+)
+
+
+def with_neurons(plan: Plan, fit: ModelFit) -> Plan:
+    """The same conversion with neurons reordered, and with the tensors that a fit of their predictors adds."""
+    structure = replace(plan.structure, **fit.structure_fields())
+    tensors = {t.name: _reordered(t, fit) for t in plan.tensors}
+    for i, block in enumerate(fit.blocks):
+        for made in block.tensors:
+            name = f"blk.{i}.{made.name}"
+            tensors[name] = PlannedTensor(name, Given(made.data), made.shape, made.type, made.type)
+    ordered = tuple(tensors[name] for name in required_tensors(structure))
+    return replace(plan, structure=structure, tensors=ordered)
+
+
+def _reordered(tensor: PlannedTensor, fit: ModelFit) -> PlannedTensor:
+    if not tensor.name.startswith("blk."):
+        return tensor
+    _, block, part = tensor.name.split(".", 2)
+    return replace(tensor, order=fit.blocks[int(block)].order) if part in _NEURON_TENSORS else tensor
 
 
 def _planned(name: str, shape: Shape, source: Source | Generated, structure: Structure, types: Types) -> PlannedTensor:

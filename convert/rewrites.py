@@ -48,3 +48,16 @@ _ALL = (
     _skip_rows(2),
 )
 REWRITES = {rewrite.name: rewrite for rewrite in _ALL}
+
+
+@dataclass(frozen=True)
+class Permuted:
+    """An array in memory whose rows (axis 0) or columns (axis 1) are taken in another order; slices copy what they select."""
+
+    array: Array
+    order: npt.NDArray[np.int32]
+    axis: int
+
+    def __getitem__(self, rows: slice) -> Array:
+        """The selected rows of the reordered array."""
+        return self.array[self.order[rows]] if self.axis == 0 else self.array[rows][:, self.order]

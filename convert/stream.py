@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from convert.arch import Generated, Source
 from convert.checkpoint import Checkpoint
-from convert.plan import PlannedTensor
+from convert.plan import Given, PlannedTensor
 from convert.quantize import encode
-from convert.rewrites import REWRITES, Sliceable
+from convert.rewrites import REWRITES, Permuted, Rewrite, Sliceable
 from runtime.errors import UserError
 
 PIECE = 1 << 21  # elements that one thread encodes at a time: 8 MiB as F32
@@ -39,25 +39,38 @@ class Encoder:
 
     def pieces(self, tensor: PlannedTensor) -> Iterator[Bytes]:
         """The bytes of `tensor`, in order. Raises UserError for values that its format cannot hold."""
-        if isinstance(tensor.source, Generated):
+        if isinstance(tensor.source, Given):
+            yield tensor.source.data
+        elif isinstance(tensor.source, Generated):
             yield encode(tensor.source.make(self._checkpoint.config), tensor.type)
-            return
+        else:
+            with self._checkpoint.open(tensor.source.name) as stored:
+                yield from self._encoded(tensor, tensor.source, _in_order(tensor, tensor.source, stored))
+
+    def _encoded(self, tensor: PlannedTensor, source: Source, stored: Sliceable) -> Iterator[Bytes]:
         row_length = tensor.shape[0] if len(tensor.shape) > 1 else 1
+        rewrite = REWRITES["identity" if tensor.order is not None else source.rewrite]
         step = max(1, PIECE // row_length)
-        with self._checkpoint.open(tensor.source.name) as stored:
-            ahead: deque[Future[Bytes]] = deque()
-            for start in range(0, tensor.rows, step):
-                stop = min(start + step, tensor.rows)
-                ahead.append(self._pool.submit(_encode_rows, tensor.source, tensor.type, stored, start, stop))
-                if len(ahead) > self._threads:
-                    yield ahead.popleft().result()
-            while ahead:
+        ahead: deque[Future[Bytes]] = deque()
+        for start in range(0, tensor.rows, step):
+            stop = min(start + step, tensor.rows)
+            ahead.append(self._pool.submit(_encode_rows, source.name, tensor.type, rewrite, stored, start, stop))
+            if len(ahead) > self._threads:
                 yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
-def _encode_rows(source: Source, kind: str, stored: Sliceable, start: int, stop: int) -> Bytes:
-    rows = REWRITES[source.rewrite].rows(stored, start, stop)
+def _in_order(tensor: PlannedTensor, source: Source, stored: Sliceable) -> Sliceable:
+    """The stored tensor, or the rewritten one with its neurons in the file's order: that needs the whole of it in memory."""
+    if tensor.order is None:
+        return stored
+    return Permuted(REWRITES[source.rewrite].rows(stored, 0, tensor.rows), tensor.order, tensor.neuron_axis)
+
+
+def _encode_rows(name: str, kind: str, rewrite: Rewrite, stored: Sliceable, start: int, stop: int) -> Bytes:
+    rows = rewrite.rows(stored, start, stop)
     try:
         return encode(rows, kind)
     except UserError as error:
-        raise UserError(f"{source.name}: {error.message}", error.hint) from None
+        raise UserError(f"{name}: {error.message}", error.hint) from None

@@ -205,7 +205,9 @@ class _Builder:
         k = self.heads(x, f"blk.{i}.attn_k", s.head_count_kv)
         if s.position.startswith("rope"):
             q, k = self.rope(q), self.rope(k)
-        keys = self.remember(self.g.kv.keys[i - (self.spec.first or 0)], ggml.ggml_reshape_2d(self.ctx, k, s.kv_length, n))
+        keys = self.remember(
+            self.g.kv.keys[i - (self.spec.first or 0)], ggml.ggml_reshape_2d(self.ctx, k, s.kv_length, n)
+        )
         values = self.remember(self.g.kv.values[i - (self.spec.first or 0)], self.linear(x, f"blk.{i}.attn_v"))
         q = ggml.ggml_permute(self.ctx, q, 0, 2, 1, 3)  # [head_length, n_tokens, head_count]
         return self.linear(self.attend(q, keys, values), f"blk.{i}.attn_output")

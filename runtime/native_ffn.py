@@ -17,6 +17,7 @@ from runtime.errors import UserError
 from runtime.structure import ACTIVATIONS, Structure
 
 _FILE = {"win32": "lazyneuron.dll", "darwin": "liblazyneuron.dylib"}.get(sys.platform, "liblazyneuron.so")
+VARIANTS = ("portable", "avx2", "avx512")
 OPERATORS = ("predict", "predict_sign", "quantize", "gate", "down", "reduce")
 
 
@@ -33,6 +34,7 @@ class Rows(ctypes.Structure):
         ("from_float", ctypes.c_void_p),
         ("vec_dot", ctypes.c_void_p),
         ("to_float", ctypes.c_void_p),
+        ("kernels", ctypes.c_void_p),
     ]
 
 
@@ -74,6 +76,8 @@ def library() -> ctypes.CDLL:
     for name in ("lzn_sizeof_tensor", "lzn_sizeof_ffn"):
         getattr(lib, name).restype = ctypes.c_size_t
     _check(lib, path)
+    lib.lzn_kernels.restype = ctypes.c_void_p
+    lib.lzn_has_variant.restype = ctypes.c_bool
     for name in _SIZES:
         getattr(lib, name).argtypes = [ctypes.POINTER(Ffn), ctypes.c_int64]
         getattr(lib, name).restype = ctypes.c_size_t
@@ -115,6 +119,20 @@ def operator(name: str) -> int:
     address = ctypes.cast(getattr(library(), f"lzn_ffn_{name}"), ctypes.c_void_p).value
     assert address
     return address
+
+
+def variant() -> int:
+    """Index in VARIANTS of the kernels to use: the fastest that this CPU has, or the one that LAZYNEURON_KERNELS names.
+
+    Raises UserError for a name that is none, or that this CPU cannot run.
+    """
+    name = os.environ.get("LAZYNEURON_KERNELS")
+    if not name:
+        return int(library().lzn_best_variant())
+    usable = [v for i, v in enumerate(VARIANTS) if library().lzn_has_variant(i)]
+    if name not in usable:
+        raise UserError(f"LAZYNEURON_KERNELS is `{name}`, expected one of {', '.join(usable)} on this CPU")
+    return VARIANTS.index(name)
 
 
 def describe(s: Structure, types: tuple[int, int, int], n_threads: int) -> Ffn:
@@ -174,6 +192,8 @@ def _rows(type_id: int, n_embd: int) -> Rows:
         from_float=ggml.ggml_get_type_traits_cpu(x_type).contents.from_float,
         vec_dot=cpu.vec_dot,
         to_float=to_float,
+        # Our loops take rows by 32 elements.
+        kernels=None if n_embd % 32 else library().lzn_kernels(type_id, variant()),
     )
 
 

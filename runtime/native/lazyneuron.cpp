@@ -3,17 +3,16 @@
 #include <algorithm>
 #include <cstring>
 
+#include "kernels.h"
+
 namespace {
 
 constexpr size_t CACHE_LINE = 64;
 constexpr int64_t TOKEN_TILE = 16;  // partial sums of this many tokens stay in L2 while weight rows pass
-constexpr int64_t ROW_BLOCK = 16;   // rows are dealt to threads in blocks of this many: hot rows lie side by side
+constexpr int64_t ROW_BLOCK = 64;   // rows are dealt to threads in blocks of this many: hot rows lie side by side
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
-#define LZN_CLONES __attribute__((target_clones("avx512f", "avx2,fma", "default")))
-#else
-#define LZN_CLONES
-#endif
+using lzn::AXPY_ROWS;
+using lzn::DOT_ROWS;
 
 struct fired_neuron {
     int32_t row;
@@ -77,19 +76,31 @@ float strength(const lzn_ffn & f, float gate, float up) {
     }
 }
 
-float dot(const lzn_rows & rows, int n, const void * row, const char * x_token) {
-    float s = 0.0f;
-    rows.vec_dot(n, &s, 0, row, 0, x_token + rows.x_offset, 0, 1);
-    return s;
-}
-
-LZN_CLONES void axpy(int64_t n, float a, const float * x, float * y) {
-    for (int64_t i = 0; i < n; i++) {
-        y[i] += a * x[i];
+// Several products with one x, the rows' own kernels or ggml's; `next` is fetched meanwhile if it is not null.
+void dots(const lzn_rows & rows, int64_t n, int n_rows, const char * const * row, const char * const * next, const char * x_token, float * out) {
+    const void * x = x_token + rows.x_offset;
+    if (rows.kernels) {
+        return static_cast<const lzn::row_kernels *>(rows.kernels)->dots(n, n_rows, row, next, x, out);
+    }
+    for (int k = 0; k < n_rows; k++) {
+        rows.vec_dot(static_cast<int>(n), out + k, 0, row[k], 0, x, 0, 1);
     }
 }
 
-LZN_CLONES void add(int64_t n, const float * x, float * y) {
+// y += sum of a[k] * row[k]; scratch: n floats
+void axpys(const lzn_rows & rows, int64_t n, int n_rows, const char * const * row, const char * const * next, const float * a, float * y, float * scratch) {
+    if (rows.kernels) {
+        return static_cast<const lzn::row_kernels *>(rows.kernels)->axpys(n, n_rows, row, next, a, y);
+    }
+    for (int k = 0; k < n_rows; k++) {
+        rows.to_float(row[k], scratch, n);
+        for (int64_t i = 0; i < n; i++) {
+            y[i] += a[k] * scratch[i];
+        }
+    }
+}
+
+void add(int64_t n, const float * x, float * y) {
     for (int64_t i = 0; i < n; i++) {
         y[i] += x[i];
     }
@@ -101,20 +112,24 @@ const char * row_of(const ggml_tensor * weights, const lzn_rows & rows, int64_t 
 
 float bias_of(const ggml_tensor * bias, int64_t r) { return bias ? static_cast<const float *>(bias->data)[r] : 0.0f; }
 
-// Score the rows of one thread's part; Score is int64_t row, int64_t token -> float.
-template <typename Score> void choose(const lzn_ffn & f, const candidates & out, int64_t n_tokens, int ith, int nth, const float * bias, Score score) {
+// Score the rows of one thread's part, a few at a time; Scores is (first row, how many, token, out).
+template <typename Scores> void choose(const lzn_ffn & f, const candidates & out, int64_t n_tokens, int ith, int nth, const float * bias, Scores scores) {
     const int64_t first = split(f.n_ff, ith, nth), last = split(f.n_ff, ith + 1, nth);
     int64_t n = 0;
-    for (int64_t r = first; r < last; r++) {
-        const float offset = bias[r] + f.shift;
+    for (int64_t r = first; r < last; r += DOT_ROWS) {
+        const int n_rows = static_cast<int>(std::min<int64_t>(DOT_ROWS, last - r));
         for (int64_t t = 0; t < n_tokens; t++) {
-            const bool chosen = score(r, t) + offset > 0.0f;
-            if (n_tokens > 1) {
-                out.matrix()[r * n_tokens + t] = chosen;
-            } else if (chosen) {
-                out.list()[first + n] = static_cast<int32_t>(r);
+            float score[DOT_ROWS];
+            scores(r, n_rows, t, score);
+            for (int k = 0; k < n_rows; k++) {
+                const bool chosen = score[k] + bias[r + k] + f.shift > 0.0f;
+                if (n_tokens > 1) {
+                    out.matrix()[(r + k) * n_tokens + t] = chosen;
+                } else {
+                    out.list()[first + n] = static_cast<int32_t>(r + k);  // overwritten by the next one if not chosen
+                }
+                n += chosen;
             }
-            n += chosen;
         }
     }
     out.of(ith) = {n, first, last - first};
@@ -144,18 +159,6 @@ int64_t count_differing(int64_t n_bytes, const uint8_t * a, const uint8_t * b) {
     return n;
 }
 
-// Walk over positions first .. last - 1 of the lists that the threads wrote, one after the other; Visit gets the index in the body.
-template <typename Parts, typename Visit> void walk(const Parts & parts, int nth, int64_t first, int64_t last, Visit visit) {
-    int64_t base = 0;
-    for (int i = 0; i < nth; i++) {
-        const part & p = parts.of(i);
-        for (int64_t k = std::max(first - base, int64_t(0)); k < std::min(last - base, p.n); k++) {
-            visit(p.start + k);
-        }
-        base += p.n;
-    }
-}
-
 template <typename Parts> int64_t total_of(const Parts & parts, int nth) {
     int64_t total = 0;
     for (int i = 0; i < nth; i++) {
@@ -164,6 +167,40 @@ template <typename Parts> int64_t total_of(const Parts & parts, int nth) {
     return total;
 }
 
+// One thread's even share of what all threads listed, whoever found it.
+template <typename Parts> class share {
+  public:
+    share(const Parts & parts, int ith, int nth) : parts_(parts) {
+        const int64_t total = total_of(parts, nth);
+        at_ = split(total, ith, nth);
+        left_ = split(total, ith + 1, nth) - at_;
+        size_ = left_;
+        while (left_ > 0 && at_ >= parts_.of(part_).n) {
+            at_ -= parts_.of(part_++).n;
+        }
+    }
+
+    int64_t size() const { return size_; }
+
+    // Up to `max` more entries; returns how many.
+    template <typename Entry> int take(Entry * out, int max) {
+        int n = 0;
+        for (; n < max && left_ > 0; n++, left_--) {
+            while (at_ >= parts_.of(part_).n) {
+                at_ = 0;
+                part_++;
+            }
+            out[n] = parts_.list()[parts_.of(part_).start + at_++];
+        }
+        return n;
+    }
+
+  private:
+    const Parts & parts_;
+    int part_ = 0;
+    int64_t at_ = 0, left_ = 0, size_ = 0;
+};
+
 // The gate rows of one FFN.
 struct gate_rows {
     const lzn_ffn & f;
@@ -171,54 +208,102 @@ struct gate_rows {
     const ggml_tensor * bias;
     const char * x;
 
-    float operator()(int64_t r, int64_t t) const { return dot(f.gate, f.n_embd, row_of(weights, f.gate, r), x + t * f.x_stride) + bias_of(bias, r); }
-};
-
-// Neurons or, if there are any, candidates are split evenly among the threads.
-void gate_one_token(const gate_rows & gate, const candidates * chosen, const gate_result & out, int ith, int nth) {
-    const int64_t n_rows = chosen ? total_of(*chosen, nth) : gate.f.n_ff;
-    const int64_t first = split(n_rows, ith, nth), last = split(n_rows, ith + 1, nth);
-    fired_neuron * list = out.list() + first;
-    int64_t n = 0;
-    const auto look = [&](int64_t r) {
-        const float value = gate(r, 0);
-        if (fires(gate.f, value)) {
-            list[n++] = {static_cast<int32_t>(r), value};
+    // Gates of up to DOT_ROWS neurons; the rows of `ahead` are fetched meanwhile where there are as many.
+    void of(const int32_t * neurons, int n, const int32_t * ahead, int64_t t, float * out) const {
+        const char *rows[DOT_ROWS], *next[DOT_ROWS];
+        for (int k = 0; k < n; k++) {
+            rows[k] = row_of(weights, f.gate, neurons[k]);
+            next[k] = ahead ? row_of(weights, f.gate, ahead[k]) : nullptr;
         }
-    };
-    if (chosen) {
-        walk(*chosen, nth, first, last, [&](int64_t k) { look(chosen->list()[k]); });
-    } else {
-        for (int64_t r = first; r < last; r++) {
-            look(r);
+        dots(f.gate, f.n_embd, n, rows, ahead ? next : nullptr, x + t * f.x_stride, out);
+        for (int k = 0; k < n; k++) {
+            out[k] += bias_of(bias, neurons[k]);
         }
     }
-    out.of(ith) = {n, first, last - first};
+};
+
+// Appends the neurons that fire to one thread's list.
+struct firing_list {
+    const gate_rows & gate;
+    fired_neuron * list;
+    int64_t n = 0;
+
+    void look(const int32_t * neurons, int count, const int32_t * ahead) {
+        float gates[DOT_ROWS];
+        gate.of(neurons, count, ahead, 0, gates);
+        for (int k = 0; k < count; k++) {
+            if (fires(gate.f, gates[k])) {
+                list[n++] = {neurons[k], gates[k]};
+            }
+        }
+    }
+};
+
+// Every neuron: the hardware fetches the rows ahead, they follow each other.
+void gate_every(const gate_rows & gate, const gate_result & out, int ith, int nth) {
+    const int64_t first = split(gate.f.n_ff, ith, nth), last = split(gate.f.n_ff, ith + 1, nth);
+    firing_list found{gate, out.list() + first};
+    for (int64_t r = first; r < last; r += DOT_ROWS) {
+        int32_t neurons[DOT_ROWS];
+        const int n = static_cast<int>(std::min<int64_t>(DOT_ROWS, last - r));
+        for (int k = 0; k < n; k++) {
+            neurons[k] = static_cast<int32_t>(r + k);
+        }
+        found.look(neurons, n, nullptr);
+    }
+    out.of(ith) = {found.n, first, last - first};
 }
 
+void gate_candidates(const gate_rows & gate, const candidates & chosen, const gate_result & out, int ith, int nth) {
+    share<candidates> mine(chosen, ith, nth);
+    const int64_t first = split(total_of(chosen, nth), ith, nth);
+    firing_list found{gate, out.list() + first};
+    int32_t now[DOT_ROWS], ahead[DOT_ROWS];
+    int n = mine.take(now, DOT_ROWS);
+    while (n > 0) {
+        const int n_ahead = mine.take(ahead, DOT_ROWS);
+        found.look(now, n, n_ahead == n ? ahead : nullptr);
+        std::copy(ahead, ahead + n_ahead, now);
+        n = n_ahead;
+    }
+    out.of(ith) = {found.n, first, mine.size()};
+}
+
+// Several tokens: a few rows against every token of a tile; a row that no token of the tile wants is not read.
 void gate_tokens(const gate_rows & gate, const candidates * chosen, const gate_result & out, int64_t n_tokens, int ith, int nth) {
     const lzn_ffn & f = gate.f;
     part found = {0, 0, 0};
     for (int64_t t0 = 0; t0 < n_tokens; t0 += TOKEN_TILE) {
         const int64_t t1 = std::min(t0 + TOKEN_TILE, n_tokens);
         for (int64_t block = ith * ROW_BLOCK; block < f.n_ff; block += nth * ROW_BLOCK) {
-            for (int64_t r = block; r < std::min<int64_t>(block + ROW_BLOCK, f.n_ff); r++) {
-                float * gates = out.matrix() + r * n_tokens;
-                for (int64_t t = t0; t < t1; t++) {
-                    const bool look = !chosen || chosen->matrix()[r * n_tokens + t];
-                    const float value = look ? gate(r, t) : 0.0f;
-                    const bool fired = look && fires(f, value);
-                    gates[t] = fired ? value : 0.0f;
-                    found.n += fired;
-                    found.rows += look;
+            const int64_t end = std::min<int64_t>(block + ROW_BLOCK, f.n_ff);
+            for (int64_t t = t0; t < t1; t++) {
+                int32_t neurons[ROW_BLOCK];
+                int n = 0;
+                for (int64_t r = block; r < end; r++) {
+                    out.matrix()[r * n_tokens + t] = 0.0f;
+                    neurons[n] = static_cast<int32_t>(r);
+                    n += !chosen || chosen->matrix()[r * n_tokens + t];
                 }
+                for (int k = 0; k < n; k += DOT_ROWS) {
+                    float gates[DOT_ROWS];
+                    const int count = std::min(DOT_ROWS, n - k);
+                    gate.of(neurons + k, count, nullptr, t, gates);
+                    for (int j = 0; j < count; j++) {
+                        if (fires(f, gates[j])) {
+                            out.matrix()[neurons[k + j] * n_tokens + t] = gates[j];
+                            found.n++;
+                        }
+                    }
+                }
+                found.rows += n;
             }
         }
     }
     out.of(ith) = found;
 }
 
-// The up projection, the down rows and where one thread's sums go.
+// The up and down rows of one FFN, and where one thread's sums go.
 struct accumulator {
     const lzn_ffn & f;
     const ggml_tensor * down;
@@ -228,42 +313,70 @@ struct accumulator {
     float * sums;     // [n_embd, n_tokens]
     float * scratch;  // [n_embd]
 
-    float up_of(int64_t r, int64_t t) const {
-        return f.gated ? dot(f.up, f.n_embd, row_of(up, f.up, r), x + t * f.x_stride) + bias_of(bias, r) : 1.0f;
+    // Add up to AXPY_ROWS neurons to token t: first their up rows, while their down rows are fetched; then the down rows, while the up rows of `ahead` are.
+    void add(const fired_neuron * neurons, int n, const fired_neuron * ahead, int n_ahead, int64_t t) const {
+        const char *down_rows[AXPY_ROWS], *next[AXPY_ROWS];
+        float strengths[AXPY_ROWS];
+        for (int k = 0; k < n; k++) {
+            down_rows[k] = row_of(down, f.down, neurons[k].row);
+        }
+        for (int k = 0; k < n; k += DOT_ROWS) {
+            up_strengths(neurons + k, std::min(DOT_ROWS, n - k), down_rows + k, t, strengths + k);
+        }
+        const bool fetch = f.gated && n_ahead == n;
+        for (int k = 0; fetch && k < n; k++) {
+            next[k] = row_of(up, f.up, ahead[k].row);
+        }
+        axpys(f.down, f.n_embd, n, down_rows, fetch ? next : nullptr, strengths, sums + t * f.n_embd, scratch);
     }
 
-    void add_one(int64_t r, float gate) const {
-        f.down.to_float(row_of(down, f.down, r), scratch, f.n_embd);
-        axpy(f.n_embd, strength(f, gate, up_of(r, 0)), scratch, sums);
-    }
-
-    void add_tokens(int64_t r, const float * gates, int64_t t0, int64_t t1) const {
-        bool loaded = false;
-        for (int64_t t = t0; t < t1; t++) {
-            if (gates[t] == 0.0f) {
-                continue;
+  private:
+    void up_strengths(const fired_neuron * neurons, int n, const char * const * down_rows, int64_t t, float * out) const {
+        float ups[DOT_ROWS] = {1.0f, 1.0f, 1.0f, 1.0f};
+        if (f.gated) {
+            const char * rows[DOT_ROWS];
+            for (int k = 0; k < n; k++) {
+                rows[k] = row_of(up, f.up, neurons[k].row);
             }
-            if (!loaded) {
-                f.down.to_float(row_of(down, f.down, r), scratch, f.n_embd);
-                loaded = true;
-            }
-            axpy(f.n_embd, strength(f, gates[t], up_of(r, t)), scratch, sums + t * f.n_embd);
+            // The rows of both matrices are of one length only where they are of one type.
+            const bool fetch = f.up.row_size == f.down.row_size;
+            dots(f.up, f.n_embd, n, rows, fetch ? down_rows : nullptr, x + t * f.x_stride, ups);
+        }
+        for (int k = 0; k < n; k++) {
+            out[k] = strength(f, neurons[k].gate, ups[k] + (f.gated ? bias_of(bias, neurons[k].row) : 0.0f));
         }
     }
 };
 
-// The compacted list is split evenly, whatever part of the rows its neurons came from.
 void down_one_token(const accumulator & a, const gate_result & gates, int ith, int nth) {
-    const int64_t total = total_of(gates, nth);
-    walk(gates, nth, split(total, ith, nth), split(total, ith + 1, nth), [&](int64_t k) { a.add_one(gates.list()[k].row, gates.list()[k].gate); });
+    share<gate_result> mine(gates, ith, nth);
+    fired_neuron now[AXPY_ROWS], ahead[AXPY_ROWS];
+    int n = mine.take(now, AXPY_ROWS);
+    while (n > 0) {
+        const int n_ahead = mine.take(ahead, AXPY_ROWS);
+        a.add(now, n, ahead, n_ahead, 0);
+        std::copy(ahead, ahead + n_ahead, now);
+        n = n_ahead;
+    }
 }
 
+// Token by token within a tile and a block of rows: the rows stay in the cache, and so do the sums.
 void down_tokens(const accumulator & a, const gate_result & gates, int64_t n_tokens, int ith, int nth) {
     for (int64_t t0 = 0; t0 < n_tokens; t0 += TOKEN_TILE) {
         const int64_t t1 = std::min(t0 + TOKEN_TILE, n_tokens);
         for (int64_t block = ith * ROW_BLOCK; block < a.f.n_ff; block += nth * ROW_BLOCK) {
-            for (int64_t r = block; r < std::min<int64_t>(block + ROW_BLOCK, a.f.n_ff); r++) {
-                a.add_tokens(r, gates.matrix() + r * n_tokens, t0, t1);
+            const int64_t end = std::min<int64_t>(block + ROW_BLOCK, a.f.n_ff);
+            for (int64_t t = t0; t < t1; t++) {
+                fired_neuron fired[ROW_BLOCK];
+                int n = 0;
+                for (int64_t r = block; r < end; r++) {
+                    const float gate = gates.matrix()[r * n_tokens + t];
+                    fired[n] = {static_cast<int32_t>(r), gate};
+                    n += gate != 0.0f;
+                }
+                for (int k = 0; k < n; k += AXPY_ROWS) {
+                    a.add(fired + k, std::min(AXPY_ROWS, n - k), nullptr, 0, t);
+                }
             }
         }
     }
@@ -298,8 +411,13 @@ void lzn_ffn_predict(ggml_tensor * dst, int ith, int nth, void * userdata) {
     for (int64_t t = 0; t < n_tokens; t++) {
         f.predictor.from_float(static_cast<const float *>(z->data) + t * f.rank, out.input(ith) + t * x_size, f.rank);
     }
-    choose(f, out, n_tokens, ith, nth, static_cast<const float *>(dst->src[2]->data),
-           [&](int64_t r, int64_t t) { return dot(f.predictor, f.rank, row_of(rows, f.predictor, r), out.input(ith) + t * x_size); });
+    choose(f, out, n_tokens, ith, nth, static_cast<const float *>(dst->src[2]->data), [&](int64_t r, int n, int64_t t, float * scores) {
+        const char * row[DOT_ROWS];
+        for (int k = 0; k < n; k++) {
+            row[k] = row_of(rows, f.predictor, r + k);
+        }
+        dots(f.predictor, f.rank, n, row, nullptr, out.input(ith) + t * x_size, scores);
+    });
 }
 
 void lzn_ffn_predict_sign(ggml_tensor * dst, int ith, int nth, void * userdata) {
@@ -312,8 +430,11 @@ void lzn_ffn_predict_sign(ggml_tensor * dst, int ith, int nth, void * userdata) 
         pack_signs(f.n_embd, static_cast<const float *>(x->data) + t * f.n_embd, signs + t * n_bytes);
     }
     const uint8_t * rows = static_cast<const uint8_t *>(dst->src[1]->data);
-    choose(f, out, n_tokens, ith, nth, static_cast<const float *>(dst->src[2]->data),
-           [&](int64_t r, int64_t t) { return -static_cast<float>(count_differing(n_bytes, rows + r * n_bytes, signs + t * n_bytes)); });
+    choose(f, out, n_tokens, ith, nth, static_cast<const float *>(dst->src[2]->data), [&](int64_t r, int n, int64_t t, float * scores) {
+        for (int k = 0; k < n; k++) {
+            scores[k] = -static_cast<float>(count_differing(n_bytes, rows + (r + k) * n_bytes, signs + t * n_bytes));
+        }
+    });
 }
 
 void lzn_ffn_quantize(ggml_tensor * dst, int ith, int nth, void * userdata) {
@@ -339,10 +460,12 @@ void lzn_ffn_gate(ggml_tensor * dst, int ith, int nth, void * userdata) {
     if (f.predicted) {
         chosen = candidates_of(f, dst->src[f.gate_bias ? 3 : 2], n_tokens);
     }
-    if (n_tokens == 1) {
-        gate_one_token(gate, f.predicted ? &chosen : nullptr, out, ith, nth);
-    } else {
+    if (n_tokens > 1) {
         gate_tokens(gate, f.predicted ? &chosen : nullptr, out, n_tokens, ith, nth);
+    } else if (f.predicted) {
+        gate_candidates(gate, chosen, out, ith, nth);
+    } else {
+        gate_every(gate, out, ith, nth);
     }
 }
 

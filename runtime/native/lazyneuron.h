@@ -9,6 +9,7 @@
 // No operator allocates, locks or depends on timing: the same number of threads gives the same bits.
 #pragma once
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -28,7 +29,11 @@ struct lzn_rows {
     void (*from_float)(const float * x, void * y, int64_t k);
     void (*vec_dot)(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc);
     void (*to_float)(const void * x, float * y, int64_t k);
+    const void * kernels;  // our own loops for this type on this CPU, or null: then ggml's functions above do
 };
+
+// Variants of the kernels; PORTABLE stands for ggml's functions and plain C++.
+enum lzn_variant { LZN_PORTABLE = 0, LZN_AVX2 = 1, LZN_AVX512 = 2 };
 
 enum lzn_activation { LZN_RELU = 0, LZN_RELU2 = 1, LZN_FATRELU = 2, LZN_DRELU = 3 };
 
@@ -59,6 +64,11 @@ struct lzn_ffn {
 LZN_API const char * lzn_ggml_version(void);
 LZN_API size_t lzn_sizeof_tensor(void);
 LZN_API size_t lzn_sizeof_ffn(void);
+
+// The fastest variant that this CPU and this build have; whether they have `variant`; and its kernels for a ggml type.
+LZN_API int32_t lzn_best_variant(void);
+LZN_API bool lzn_has_variant(int32_t variant);
+LZN_API const void * lzn_kernels(int32_t type, int32_t variant);
 
 // Bytes of the operators' results that are not plain F32 matrices.
 LZN_API size_t lzn_predict_size(const struct lzn_ffn * ffn, int64_t n_tokens);

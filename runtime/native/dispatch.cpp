@@ -1,0 +1,38 @@
+// Chooses among the variants of the row kernels by what the CPU can do.
+#include "kernels.h"
+#include "lazyneuron.h"
+
+bool lzn_has_variant(int32_t variant) {
+    switch (variant) {
+        case LZN_PORTABLE: return true;
+#if defined(LZN_X86)
+        case LZN_AVX2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+        case LZN_AVX512:
+            return lzn_has_variant(LZN_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+#endif
+        default: return false;
+    }
+}
+
+int32_t lzn_best_variant(void) {
+    int32_t best = LZN_PORTABLE;
+    for (int32_t variant = LZN_PORTABLE; variant <= LZN_AVX512; variant++) {
+        best = lzn_has_variant(variant) ? variant : best;
+    }
+    return best;
+}
+
+const void * lzn_kernels(int32_t type, int32_t variant) {
+#if defined(LZN_X86)
+    if (variant == LZN_AVX2) {
+        return lzn::kernels_avx2(type);
+    }
+    if (variant == LZN_AVX512) {
+        return lzn::kernels_avx512(type);
+    }
+#endif
+    (void) type;
+    (void) variant;
+    return nullptr;
+}
