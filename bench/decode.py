@@ -1,207 +1,122 @@
-"""Decoding speed, side by side: llama.cpp's own runtime, and ours in `dense` and `exact` mode, taking turns in one run.
+"""Decoding speed, side by side: llama.cpp's own runtime and ours in `dense`, `exact` and `predicted` mode, taking turns in one run.
 
-    python -m bench.decode MODEL.gguf [--threads N] [--tokens N] [--rounds N]
+    python -m bench.decode --shape mistral-7b --active 0.10 --type q4_0 --threads 2 [--rounds N] [--tokens N] [--prompt]
+    python -m bench.decode MODEL.gguf
 
-Prints medians with their spread, ratios to llama.cpp, bytes read per token and the speed that these bytes allow at the memory bandwidth measured in the same run; the last line is one JSON object.
+Prints medians with their spread, ratios to llama.cpp, bytes read per token (with the activity measured in the run) and the speed that these bytes allow at
+the memory bandwidth that ggml's dense product reaches in the same run; with `--prompt` also prompt processing, load time and resident memory. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-import runtime
-from bench import stock
-from runtime import ggml
-from runtime.engine import on_worker, physical_cores
-from runtime.errors import run_command
-from runtime.traffic import Activity, bytes_per_token
-from runtime.weights import new_context
+from bench.contenders import LLAMA_CPP
+from bench.make_model import add_recipe, cached, recipe_of
+from bench.race import planned, race
+from bench.tables import console, table
+from runtime.engine import physical_cores
+from runtime.errors import UserError, run_command
 
-PROMPT = 16  # tokens in the context before decoding starts
-
-
-@dataclass
-class Runner:
-    """One contender: `decode(n)` generates n tokens after a short prompt and returns the seconds that took."""
-
-    name: str
-    decode: Callable[[int], float]
-    close: Callable[[], None]
-    bytes_per_token: Callable[[], float]
-    speeds: list[float] = field(default_factory=list)  # tokens per second
+_KINDS = (LLAMA_CPP, "dense", "exact", "predicted")
 
 
-def ours(path: Path, ffn: str, threads: int) -> Runner:
-    """Our runtime in one FFN mode."""
-    model = runtime.load(path, ffn=ffn, threads=threads)
-
-    def decode(n: int) -> float:
-        engine, ids = model._engine, [1] * PROMPT
-        engine.reset()
-        logits = engine.logits(ids, 1)
-        engine.reset_counts()
-        start = time.perf_counter()
-        for _ in range(n):
-            ids.append(int(logits[0].argmax()))
-            logits = engine.logits(ids, 1)
-        return time.perf_counter() - start
-
-    def read() -> float:
-        return bytes_per_token(
-            model.structure, model.tensors, Activity(ffn, model.layer_shares(), model.gate_shares())
-        ).total
-
-    return Runner(ffn, decode, model.close, read)
+def measure(
+    path: Path, twin: Path | None, threads: int, tokens: int = 64, rounds: int = 5, prompts: bool = False
+) -> dict[str, Any]:
+    """Race on a model; twin: a stock file with the same weights, or None to make one. Returns what is printed as JSON."""
+    if tokens < 1 or rounds < 1:
+        raise UserError("--tokens and --rounds: expected at least 1")
+    with planned(path, twin, threads, tokens) as plan:
+        return race(plan, tokens, rounds, prompts, lambda text: print(text, file=sys.stderr))
 
 
-def llama_cpp(path: Path, threads: int, bytes_read: Callable[[], float]) -> Runner:
-    """llama.cpp through llama-cpp-python, flash attention on, on the same thread as ours so that both use one OpenMP team."""
-    import llama_cpp as lib  # noqa: PLC0415  (only here: its import is slow, and the product never needs it)
-
-    def silent(_level: int, _text: bytes, _user: Any) -> None: ...
-
-    callback = lib.llama_log_callback(silent)
-    lib.llama_log_set(callback, None)
-    llm = on_worker(
-        lambda: lib.Llama(
-            str(path), n_ctx=512, n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False
-        )
-    )
-
-    def run(ids: list[int]) -> int:
-        tokens = (lib.llama_token * len(ids))(*ids)  # the batch only points to it
-        if lib.llama_decode(llm.ctx, lib.llama_batch_get_one(tokens, len(ids))):
-            raise RuntimeError("llama_decode failed")
-        return int(np.ctypeslib.as_array(lib.llama_get_logits_ith(llm.ctx, -1), (llm.n_vocab(),)).argmax())
-
-    def decode(n: int) -> float:
-        lib.llama_memory_clear(lib.llama_get_memory(llm.ctx), True)
-        token = run([1] * PROMPT)
-        start = time.perf_counter()
-        for _ in range(n):
-            token = run([token])
-        return time.perf_counter() - start
-
-    def close() -> None:
-        on_worker(llm.close)
-        del callback_kept[:]
-
-    callback_kept = [callback]
-    return Runner("llama_cpp", lambda n: on_worker(lambda: decode(n)), close, bytes_read)
-
-
-def memory_bandwidth(threads: int, size: int = 1 << 29) -> float:
-    """Bytes per second that ggml's own product of a large F16 matrix with a vector reaches: the best of a few passes."""
-    return on_worker(lambda: _memory_bandwidth(threads, size))
-
-
-def _memory_bandwidth(threads: int, size: int) -> float:
-    width = 8192
-    backend = ggml.ggml_backend_cpu_init()
-    ggml.ggml_backend_cpu_set_n_threads(backend, threads)
-    ctx = new_context(8, ggml.ggml_graph_overhead_custom(8, False))
-    matrix = ggml.ggml_new_tensor_2d(ctx, ggml.F16, width, size // (2 * width))
-    vector = ggml.ggml_new_tensor_1d(ctx, ggml.F32, width)
-    graph = ggml.ggml_new_graph_custom(ctx, 8, False)
-    ggml.ggml_build_forward_expand(graph, ggml.ggml_mul_mat(ctx, matrix, vector))
-    buffer = ggml.ggml_backend_alloc_ctx_tensors(ctx, backend)
-    ggml.ggml_backend_buffer_clear(buffer, 1)
-    best = 0.0
-    for _ in range(6):
-        start = time.perf_counter()
-        ggml.ggml_backend_graph_compute(backend, graph)
-        best = max(best, size / (time.perf_counter() - start))
-    ggml.ggml_backend_buffer_free(buffer)
-    ggml.ggml_free(ctx)
-    ggml.ggml_backend_free(backend)
-    return best
-
-
-def measure(path: Path, threads: int, tokens: int, rounds: int) -> dict[str, Any]:
-    """Let the contenders take turns; returns the figures that are printed as JSON."""
-    with tempfile.TemporaryDirectory() as folder:
-        twin = Path(folder) / "stock.gguf"
-        stock.write(path, twin)
-        dense = ours(path, "dense", threads)
-        runners = [llama_cpp(twin, threads, dense.bytes_per_token), dense, ours(path, "exact", threads)]
-        try:
-            for round_number in range(rounds + 1):  # the first one warms up
-                for runner in runners:
-                    seconds = runner.decode(tokens)
-                    if round_number:
-                        runner.speeds.append(tokens / seconds)
-            return figures(runners, memory_bandwidth(threads), threads, path)
-        finally:
-            for runner in runners:
-                runner.close()
-
-
-def figures(runners: list[Runner], bandwidth: float, threads: int, path: Path) -> dict[str, Any]:
-    """Medians, spread, bytes, bounds and ratios."""
-    result: dict[str, Any] = {"model": path.name, "threads": threads, "bandwidth_bytes_per_s": bandwidth}
-    for r in runners:
-        read = r.bytes_per_token()
-        result[r.name] = {
-            "tokens_per_s": statistics.median(r.speeds),
-            "min": min(r.speeds),
-            "max": max(r.speeds),
-            "bytes_per_token": read,
-            "bound_tokens_per_s": bandwidth / read,
-        }
-    base = result["llama_cpp"]["tokens_per_s"]
-    result["ratios"] = {r.name: result[r.name]["tokens_per_s"] / base for r in runners if r.name != "llama_cpp"}
-    return result
-
-
-def show(result: dict[str, Any], console: Console) -> None:
-    """Print the table for people."""
-    table = Table(
-        title=f"decoding {result['model']}, {result['threads']} threads, memory {result['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s"
-    )
-    for column in ("", "tokens/s", "min - max", "x llama.cpp", "MB/token", "bound tokens/s"):
-        table.add_column(column, justify="right" if column else "left")
-    for name in ("llama_cpp", "dense", "exact"):
-        r = result[name]
-        ratio = result["ratios"].get(name, 1.0)
-        table.add_row(
-            name,
-            f"{r['tokens_per_s']:.1f}",
-            f"{r['min']:.1f} - {r['max']:.1f}",
-            f"{ratio:.2f}",
-            f"{r['bytes_per_token'] / 1e6:.2f}",
+def _decoding(result: Mapping[str, Any]) -> Table:
+    bandwidth = result["bandwidth_bytes_per_s"] / 1e9
+    spread = f"{result['bandwidth_min'] / 1e9:.1f} - {result['bandwidth_max'] / 1e9:.1f}"
+    title = f"decoding {result['model']}, {result['threads']} threads, memory {bandwidth:.1f} GB/s ({spread})"
+    columns = ("", "tokens/s", "min - max", "x llama.cpp", "active", "MB/token", "bound", "of bound")
+    rows = [
+        (
+            kind,
+            f"{r['tokens_per_s']:.2f}",
+            f"{r['min']:.2f} - {r['max']:.2f}",
+            f"{result['ratios'].get(kind, 1.0):.2f}",
+            f"{r['active']:.1%}",
+            f"{r['bytes_per_token'] / 1e6:.1f}",
             f"{r['bound_tokens_per_s']:.1f}",
+            f"{r['share_of_bound']:.0%}",
         )
-    console.print(table)
-    console.print("The bound is bandwidth / bytes per token; a model that fits the CPU's caches may exceed it.")
+        for kind, r in _entries(result)
+    ]
+    return table(title, columns, rows)
+
+
+def _entries(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(kind, result[kind]) for kind in _KINDS if kind in result]
+
+
+def _prompts(result: Mapping[str, Any]) -> Table:
+    base = result[LLAMA_CPP]["prompt"]
+    rows = [
+        (kind, *(f"{r['prompt'][n]:.1f} ({r['prompt'][n] / base[n]:.2f}x)" for n in base))
+        for kind, r in _entries(result)
+    ]
+    return table("prompts, tokens/s (x llama.cpp)", ("", *(f"{n} tokens" for n in base)), rows)
+
+
+def _loading(result: Mapping[str, Any]) -> Table:
+    columns = ("", "load s", "first token s", "peak MB", "anonymous MB", "file MB", "touchable MB")
+    keys = ("peak_bytes", "anonymous_bytes", "file_bytes", "touchable_bytes")
+    rows = [
+        (
+            kind,
+            f"{r['load_s']:.2f}",
+            f"{r['first_token_s']:.2f}",
+            *(f"{r['memory'].get(key, 0) / 1e6:.0f}" for key in keys),
+        )
+        for kind, r in _entries(result)
+    ]
+    return table("loading a mapped, cached file; memory after decoding", columns, rows)
+
+
+def show(result: Mapping[str, Any], out: Console) -> None:
+    """Print the tables for people."""
+    out.print(_decoding(result))
+    if "prompt" in result[LLAMA_CPP]:
+        out.print(_prompts(result))
+        out.print(_loading(result))
+    if result["synthetic"]:
+        out.print("SYNTHETIC weights: speed and memory only.")
+    out.print("The bound is bandwidth / bytes per token; a model that fits the CPU's caches may exceed it.")
 
 
 def main() -> None:
-    """Read the command line, measure, print."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.decode", description="Decoding speed beside llama.cpp on the same weights."
     )
-    parser.add_argument("model", type=Path, help="a converted GGUF file")
+    parser.add_argument("model", type=Path, nargs="?", help="a converted GGUF file (else: --shape)")
+    add_recipe(parser, required=False)
     parser.add_argument(
         "--threads", type=int, default=physical_cores(), help="threads for every contender (default: physical cores)"
     )
     parser.add_argument("--tokens", type=int, default=64, help="tokens decoded per turn")
     parser.add_argument("--rounds", type=int, default=5, help="turns that count")
+    parser.add_argument("--prompt", action="store_true", help="also prompts, load time and memory")
     args = parser.parse_args()
-    result = measure(args.model, args.threads, args.tokens, args.rounds)
-    show(result, Console())
+    if (args.model is None) == (args.shape is None):
+        raise UserError("expected either a model file or --shape")
+    path, twin = (args.model, None) if args.model else cached(recipe_of(args))
+    result = measure(path, twin, args.threads, args.tokens, args.rounds, args.prompt)
+    show(result, console())
     print(json.dumps(result))
 
 

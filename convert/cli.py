@@ -17,9 +17,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from convert.arch import Generated
+from convert.arch import Source
 from convert.job import Report, convert
 from convert.quantize import TYPES
+from predictors.fit import DEFAULT_ENERGY
+from predictors.fit import TYPES as PREDICTOR_TYPES
+from predictors.kinds import KINDS
 from runtime.errors import run_command
 from runtime.structure import LAYOUTS
 
@@ -44,10 +47,33 @@ def configure_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layout", choices=LAYOUTS, default="both", help="`sparse`: smaller, for sparse CPU runs only")
     parser.add_argument("--ffn-type", metavar="RELU", help="the activation, where config.json is wrong about it")
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: one per CPU")
+    _add_predictor_options(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--force", action="store_true", help="replace OUT.gguf if it exists")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object, last line of stdout")
     return parser
+
+
+def _add_predictor_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("calibration and predictors")
+    group.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="text to calibrate on (default: one in the package; `none`: leave neurons as they are, without predictors)",
+    )
+    group.add_argument("--calibration-tokens", type=_positive, metavar="N", help="how many of its tokens")
+    group.add_argument(
+        "--predictor", choices=tuple(KINDS), default="lowrank", help="kind of predictor (default lowrank)"
+    )
+    group.add_argument("--predictor-type", choices=PREDICTOR_TYPES, default="auto", help="format of its matrices")
+    group.add_argument(
+        "--energy",
+        type=float,
+        default=DEFAULT_ENERGY,
+        metavar="SHARE",
+        help=f"share of the FFNs' output energy to keep (default {DEFAULT_ENERGY})",
+    )
+    group.add_argument("--seed", type=int, default=0, help="which parts of the text are used for what")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,7 +127,7 @@ def _print_plan(report: Report) -> None:
     table.add_column("bytes", justify="right")
     for tensor in report.plan.tensors:
         source = tensor.source
-        origin = ("config.json", "") if isinstance(source, Generated) else (source.name, source.rewrite)
+        origin = (source.name, source.rewrite) if isinstance(source, Source) else ("config.json", "")
         kind = tensor.type if tensor.type == tensor.wanted else f"{tensor.type} (for {tensor.wanted})"
         shape = " x ".join(map(str, tensor.shape))
         table.add_row(tensor.name, *origin, shape, kind, f"{tensor.nbytes:,}")

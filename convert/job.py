@@ -9,19 +9,22 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.hub import fetch
 from convert.metadata import general_metadata
-from convert.plan import Plan, Types, make_plan
+from convert.plan import Plan, Types, make_plan, with_neurons
 from convert.quantize import NUMBERS, check_type
 from convert.stream import Bytes, Encoder
 from convert.tokenizer import tokenizer_metadata
 from convert.write import Stream, check_target, write_gguf
+from predictors.fit import DEFAULT_ENERGY, ModelFit, fit_model
 from runtime.errors import UserError
+from runtime.structure import required_tensors
 
 Progress = Callable[[str, int, int], None]
 
@@ -53,6 +56,12 @@ def convert(
     layout: str = "both",
     threads: int | None = None,
     ffn_type: str | None = None,
+    predictor: str = "lowrank",
+    predictor_type: str = "auto",
+    energy: float = DEFAULT_ENERGY,
+    calibration: str | Path | None = None,
+    calibration_tokens: int | None = None,
+    seed: int = 0,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -62,7 +71,9 @@ def convert(
     type, output_type: format of the matrices and of the output head (see `convert.quantize.TYPES`).
     layout: "both" stores the down projection twice; "sparse" only as the sparse kernels read it.
     ffn_type: the activation, where config.json does not tell the truth. threads: None for one per CPU.
-    progress: called with (tensor, bytes done, bytes in all) as the file grows.
+    calibration: the text on which neurons are ordered and predictors fitted: a UTF-8 file, None for the one in the package, "none" to leave both out.
+    calibration_tokens, predictor, predictor_type, energy, seed: see `predictors.fit.fit_model`.
+    progress: called with (what, done, of how much) as the work goes on.
     Raises UserError for whatever is wrong with the checkpoint or the target; then nothing is written.
     """
     started = time.monotonic()
@@ -74,9 +85,60 @@ def convert(
     metadata = _metadata(folder, repo, plan)
     size = plan.nbytes
     if target:
-        check_target(target, plan.nbytes, force)
-        size = _write(checkpoint, plan, metadata, target, threads or available_threads(), progress)
+        workers = threads or available_threads()
+        calibrated = str(calibration) != "none"
+        check_target(target, plan.nbytes * (2 if calibrated else 1), force)
+        if calibrated:
+            fitting = Fitting(predictor, energy, _text(calibration), calibration_tokens, predictor_type, seed, workers)
+            with _unordered(checkpoint, plan, metadata, target, workers, progress) as file:
+                fit = fitting.run(file, progress)
+            plan = with_neurons(plan, fit)
+            metadata |= plan.structure.to_metadata() | fit.metadata
+        size = _write(checkpoint, plan, metadata, target, workers, progress)
     return _report(plan, str(out or ""), size, dry_run, time.monotonic() - started)
+
+
+def _text(calibration: str | Path | None) -> Path | None:
+    return None if calibration is None else Path(calibration)
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How to fit predictors: the parameters of `predictors.fit.fit_model`."""
+
+    kind: str
+    energy: float
+    calibration: Path | None
+    tokens: int | None
+    predictor_type: str
+    seed: int
+    threads: int
+
+    def run(self, file: Path, progress: Progress | None) -> ModelFit:
+        """Fit the model in `file`."""
+
+        def layers(layer: int, n_layers: int, share: float) -> None:
+            if progress:
+                progress(f"calibrating layer {layer}", round((layer + share) * 1000), n_layers * 1000)
+
+        return fit_model(file, **self.__dict__, progress=layers)
+
+
+@contextmanager
+def _unordered(
+    checkpoint: Checkpoint, plan: Plan, metadata: dict[str, Any], target: Path, threads: int, progress: Progress | None
+) -> Iterator[Path]:
+    """The model with its neurons in the checkpoint's order, for as long as it is calibrated: a temporary file beside the target."""
+    sparse = replace(plan.structure, layout="sparse")
+    tensors = tuple(t for t in plan.tensors if t.name in required_tensors(sparse))
+    file = target.with_name(f".{target.name}.{os.getpid()}.unordered")
+    try:
+        _write(
+            checkpoint, replace(plan, tensors=tensors), {**metadata, **sparse.to_metadata()}, file, threads, progress
+        )
+        yield file
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def available_threads() -> int:

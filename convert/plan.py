@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +17,9 @@ from convert.arch import Arch, Generated, Source, describe, find_arch
 from convert.checkpoint import FLOATS, Checkpoint
 from convert.quantize import fitting, output_type, row_bytes
 from convert.rewrites import REWRITES, Shape
+from predictors.fit import ModelFit
 from runtime.errors import UserError
 from runtime.structure import Structure, required_tensors
-
-if TYPE_CHECKING:
-    from predictors.fit import ModelFit
 
 _ALWAYS_F32 = ("position_embd.weight",)  # besides everything with one dimension: norms, biases, frequencies
 _LISTED = 5  # names per complaint

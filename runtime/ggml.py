@@ -59,6 +59,7 @@ ConstFloatP = Annotated[int | None, C(ctypes.c_void_p, "const float *")]
 ConstInt64P = Annotated["ctypes._Pointer[ctypes.c_int64]", C(ctypes.POINTER(ctypes.c_int64), "const int64_t *")]
 CustomOp = Annotated[int | None, C(ctypes.c_void_p, "ggml_custom_op_t")]
 TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)  # ggml_to_float_t
+GET_EXTRA_BUFTS = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)  # ggml_backend_dev_get_extra_bufts_t
 LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 LogCallback = Annotated[object, C(LOG_CALLBACK, "ggml_log_callback")]
 
@@ -85,6 +86,10 @@ class BackendP(Handle):
 
 class DeviceP(Handle):
     spelling = "ggml_backend_dev_t"
+
+
+class RegP(Handle):
+    spelling = "ggml_backend_reg_t"
 
 
 class BufferP(Handle):
@@ -378,6 +383,10 @@ def ggml_backend_free(backend: BackendP) -> None: ...
 @stub(GGML_BASE)
 def ggml_backend_get_device(backend: BackendP) -> DeviceP: ...
 @stub(GGML_BASE)
+def ggml_backend_dev_backend_reg(device: DeviceP) -> RegP: ...
+@stub(GGML_BASE)
+def ggml_backend_reg_get_proc_address(reg: RegP, name: CharP) -> VoidP: ...
+@stub(GGML_BASE)
 def ggml_backend_dev_supports_op(device: DeviceP, op: ConstTensorP) -> Bool: ...
 @stub(GGML_BASE)
 def ggml_backend_graph_compute(backend: BackendP, cgraph: GraphP) -> Status: ...
@@ -393,6 +402,8 @@ def ggml_backend_buffer_clear(buffer: BufferP, value: Annotated[int, C(ctypes.c_
 def ggml_backend_buffer_get_size(buffer: BufferP) -> SizeT: ...
 @stub(GGML_BASE)
 def ggml_backend_alloc_ctx_tensors(ctx: ContextP, backend: BackendP) -> BufferP: ...
+@stub(GGML_BASE)
+def ggml_backend_alloc_ctx_tensors_from_buft(ctx: ContextP, buft: BufferTypeP) -> BufferP: ...
 @stub(GGML_BASE)
 def ggml_backend_tensor_alloc(buffer: BufferP, tensor: TensorP, addr: VoidP) -> Status: ...
 @stub(GGML_BASE)

@@ -6,6 +6,7 @@ Knows the container, and nothing of what the tensors are for.
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from runtime.errors import UserError
 from runtime.logs import captured_log
 from runtime.structure import Structure, required_tensors
 
+_AGAIN = "the file is damaged: download or convert it again"
 _SCALARS: dict[int, tuple[Any, Callable[[Any], Any]]] = {
     0: (ctypes.c_uint8, int),
     1: (ctypes.c_int8, int),
@@ -69,11 +71,14 @@ class GgufFile:
             self.tensors = {info.name: info for info in parsed.tensors()}
         self._check_extents()
 
-    @property
+    @functools.cached_property
     def structure(self) -> Structure:
-        """The model's description, checked against the tensors: each required one present with its shape."""
+        """The model's description, checked against the tensors: each required one present with its shape, neurons in the order it says."""
         structure = Structure.from_metadata(self.metadata, f"`{self.path}`")
         self._check_tensors(structure)
+        if structure.neuron_order == "hot":
+            for i in range(structure.block_count):
+                self._check_order(i)
         return structure
 
     def address(self, name: str) -> int:
@@ -146,6 +151,18 @@ class GgufFile:
             wanted = _wanted_type(self.tensors[name])
             if wanted:
                 raise UserError(f"`{self.path}`: tensor `{name}` has type {self.tensors[name].type}, expected {wanted}")
+
+    def _check_order(self, i: int) -> None:
+        index = self.read(f"blk.{i}.ffn_neuron_index").view(np.int32)
+        if not np.array_equal(np.sort(index), np.arange(len(index))):
+            raise UserError(
+                f"`{self.path}`: `blk.{i}.ffn_neuron_index` is no permutation of 0 to {len(index) - 1}", _AGAIN
+            )
+        freq = self.read(f"blk.{i}.ffn_neuron_freq").view(np.float32)
+        if not (np.all(freq[:-1] >= freq[1:]) and np.all((freq >= 0) & (freq <= 1))):
+            raise UserError(
+                f"`{self.path}`: `blk.{i}.ffn_neuron_freq` is not sorted from hot to cold within 0 to 1", _AGAIN
+            )
 
 
 def _wanted_type(info: TensorInfo) -> str:

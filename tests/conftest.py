@@ -32,13 +32,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Converted:
-    """Path of a checkpoint's GGUF file in a type, e.g. converted("bundled", "q4_0")."""
+    """Path of a checkpoint's GGUF file in a type, without calibration, e.g. converted("bundled", "q4_0")."""
     folder = tmp_path_factory.mktemp("converted")
 
-    def get(name: str, type: str = "f32") -> Path:  # noqa: A002
-        out = folder / f"{name}-{type}.gguf"
+    def get(name: str, type: str = "f32", calibration: str | None = "none") -> Path:  # noqa: A002
+        out = folder / f"{name}-{type}-{calibration}.gguf"
         if not out.exists():
-            convert(checkpoint(name), out, type=type)
+            convert(checkpoint(name), out, type=type, calibration=calibration)
         return out
 
     return get
@@ -46,5 +46,11 @@ def converted(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[st
 
 @pytest.fixture(scope="session")
 def tiny_gguf(converted: Converted) -> Path:
-    """The bundled model in F16."""
+    """The bundled model in F16, without calibration."""
     return converted("bundled", "f16")
+
+
+@pytest.fixture(scope="session")
+def fitted_gguf(converted: Converted) -> Path:
+    """The bundled model in F16 as `python -m convert` makes it: hot neurons first, with predictors."""
+    return converted("bundled", "f16", None)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import copy_checkpoint, load_tensors, save_tensors
+from plain import PLAIN, convert
 
-from convert import convert
 from convert.quantize import TYPES
 
 Folder = Callable[[str], Path]
@@ -200,7 +200,7 @@ def test_sharded_pickles(checkpoint: Folder, tmp_path: Path) -> None:
 
 
 def run_cli(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "convert", *map(str, arguments)]
+    command = [sys.executable, "-m", "convert", *map(str, arguments), *(PLAIN if arguments else ())]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import copy_checkpoint, load_tensors, save_tensors
+from plain import PLAIN, convert
 
-from convert import convert
 from runtime.errors import UserError
 
 Folder = Callable[[str], Path]
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 def fails(source: object, out: Path, *options: str, env: dict[str, str] | None = None) -> list[str]:
     """Run the command line, expect it to fail as promised, and return the lines of its stderr."""
     before = sorted(out.parent.iterdir())
-    command = [sys.executable, "-m", "convert", str(source), str(out), *options]
+    command = [sys.executable, "-m", "convert", str(source), str(out), *options, *PLAIN]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, **(env or {})}
     )

@@ -16,8 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 from checkpoints import copy_checkpoint, load_tensors
-
-from convert import convert
+from plain import PLAIN, convert
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -91,7 +90,7 @@ def hub(checkpoint: Callable[[str], Path], tmp_path: Path) -> Iterator[Hub]:
 
 def run(hub: Hub, repo: str, out: Path, **env: str) -> subprocess.CompletedProcess[str]:
     settings = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(out.parent / "home"), **env}
-    command = [sys.executable, "-m", "convert", repo, str(out), "--force"]
+    command = [sys.executable, "-m", "convert", repo, str(out), "--force", *PLAIN]
     environment = {**os.environ, "HF_HUB_DISABLE_XET": "1", **settings}
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
 

@@ -31,14 +31,15 @@ def chat(
     system: str = "",
     max_tokens: int | None = None,
     sampling: Sampling | None = None,
-    ffn: str = "exact",
+    ffn: str | None = None,
     threads: int | None = None,
     n_ctx: int | None = None,
     kv_type: str = "f16",
+    predictor_bias: float = 0.0,
     as_json: bool = False,
 ) -> None:
     """Talk to a model; with no terminal, each line of stdin is a prompt and stdout gets the replies."""
-    with load(model, ffn, threads, n_ctx, kv_type) as loaded:
+    with load(model, ffn, threads, n_ctx, kv_type, predictor_bias=predictor_bias) as loaded:
         session = _session(loaded, system, max_tokens, sampling or Sampling())
         worked = _converse(session)
         if as_json:

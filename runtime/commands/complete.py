@@ -45,16 +45,17 @@ def complete(
     prompt_file: Path | None = None,
     max_tokens: int | None = None,
     sampling: Sampling | None = None,
-    ffn: str = "exact",
+    ffn: str | None = None,
     threads: int | None = None,
     n_ctx: int | None = None,
     kv_type: str = "f16",
+    predictor_bias: float = 0.0,
     as_json: bool = False,
 ) -> None:
     """Print the continuation of a prompt (`prompt`, else `prompt_file`, else stdin), or one JSON object about it."""
     text = _prompt(prompt, prompt_file)
     sampling = (sampling or Sampling()).seeded()
-    with load(model, ffn, threads, n_ctx, kv_type) as loaded:
+    with load(model, ffn, threads, n_ctx, kv_type, predictor_bias=predictor_bias) as loaded:
         with loaded.generate(text, max_tokens or DEFAULT_MAX_TOKENS, sampling) as generation:
             _show(generation, as_json)
         if as_json:

@@ -22,7 +22,19 @@ from runtime.tokenizer import Tokenizer
 from runtime.traffic import Activity, bytes_per_token
 
 HELP = "show what a model file holds"
-_KINDS = ("embeddings", "attention", "ffn_gate", "ffn_up", "ffn_down", "ffn_down_t", "output", "norms", "other")
+_KINDS = (
+    "embeddings",
+    "attention",
+    "ffn_gate",
+    "ffn_up",
+    "ffn_down",
+    "ffn_down_t",
+    "neurons",
+    "predictor",
+    "output",
+    "norms",
+    "other",
+)
 _FREQUENCIES = "blk.{}.ffn_neuron_freq"
 
 
@@ -55,6 +67,10 @@ def kind_of(name: str) -> str:
         return "attention"
     if stem in _KINDS:
         return stem
+    if stem.startswith("ffn_neuron_"):
+        return "neurons"
+    if stem.startswith("predictor_"):
+        return "predictor"
     fixed = {"token_embd": "embeddings", "position_embd": "embeddings", "token_embd_proj": "embeddings"}
     return fixed.get(stem, "output" if stem.startswith("output") else "other")
 
@@ -114,17 +130,26 @@ def _sparsity(file: GgufFile, s: Structure) -> dict[str, Any]:
 
 
 def _traffic(file: GgufFile, s: Structure, shares: list[float] | None) -> dict[str, float | None]:
-    """Bytes of weights that one token reads: `dense`, and `exact` when all, none, or the usual neurons fire."""
+    """Bytes of weights that one token reads: `dense`; `exact` when all, none, or the usual neurons fire; `predicted` as measured."""
 
-    def total(ffn: str, layer_shares: list[float]) -> float:
-        return bytes_per_token(s, file.tensors, Activity(ffn, layer_shares, [1.0] * n)).total
+    def total(ffn: str, layer_shares: list[float], gates: list[float] | None = None) -> float:
+        return bytes_per_token(s, file.tensors, Activity(ffn, layer_shares, gates or [1.0] * n)).total
 
     n = s.block_count
+    predicted = file.metadata.get("lazyneuron.predictor.predicted_share")
+    recalls = file.metadata.get("lazyneuron.predictor.recall")
+    kept = (
+        shares
+        and predicted is not None
+        and recalls is not None
+        and [a * float(r) for a, r in zip(shares, recalls, strict=True)]
+    )
     return {
         "dense": None if s.layout == "sparse" else total("dense", [1.0] * n),
         "exact_all": total("exact", [1.0] * n),
         "exact_none": total("exact", [0.0] * n),
         "exact_calibrated": total("exact", shares) if shares else None,
+        "predicted_calibrated": total("predicted", kept, [float(p) for p in predicted]) if kept else None,
     }
 
 
@@ -176,6 +201,7 @@ def _traffic_table(traffic: dict[str, float | None]) -> Table:
         "exact_all": "exact, if every neuron fired",
         "exact_none": "exact, if none fired",
         "exact_calibrated": "exact, firing as on the calibration text",
+        "predicted_calibrated": "predicted, as measured on calibration text that the fit did not see",
     }
     for name, size in traffic.items():
         if size is not None:

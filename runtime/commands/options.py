@@ -42,7 +42,16 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     """How the model is run: the parameters of `runtime.load`."""
     group = parser.add_argument_group("running the model")
     group.add_argument(
-        "--ffn", choices=FFN_MODES, default="exact", help="compute the neurons that fire, or all of them (exact)"
+        "--ffn",
+        choices=FFN_MODES,
+        help="compute the neurons expected to fire, those that do, or all (predicted where the file has a predictor, else exact)",
+    )
+    group.add_argument(
+        "--predictor-bias",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="compute more neurons (above 0; inf: all that fire) or fewer, in units of the predictor's typical error (0)",
     )
     group.add_argument("--threads", "-t", type=int, metavar="N", help="default: one per physical core")
     group.add_argument("--n-ctx", "-c", type=int, metavar="N", help="context in tokens (default: the model's, <= 8192)")

@@ -47,15 +47,16 @@ def perplexity(
     window: int | None = None,
     stride: int | None = None,
     tokens: int | None = None,
-    ffn: str = "exact",
+    ffn: str | None = None,
     threads: int | None = None,
     n_ctx: int | None = None,
     kv_type: str = "f16",
+    predictor_bias: float = 0.0,
     as_json: bool = False,
 ) -> None:
     """Print the perplexity of a text, with the window and stride it was measured with."""
     text = read_text(file)
-    with load(model, ffn, threads, n_ctx, kv_type) as loaded:
+    with load(model, ffn, threads, n_ctx, kv_type, predictor_bias=predictor_bias) as loaded:
         plan = _plan(loaded, file, loaded.tokenize(text, add_special=False)[:tokens], window, stride)
         started = time.perf_counter()
         losses = np.concatenate(list(_measured(loaded, plan)))

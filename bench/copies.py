@@ -1,0 +1,234 @@
+"""Several copies of one FFN in memory, and graphs that compute them one after the other, so that no cache holds what comes next.
+
+Four ways to compute: ggml's products on plain rows (`plain`) and on rows repacked for the CPU (`repacked`), and our operators with every gate
+(`exact`) and with the list of neurons given (`listed`); beside them the predictor that makes such a list (`predictor`). Which neurons fire is planted in the gate's bias.
+Everything here is called on the thread that owns ggml.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bench.case import RANK, Case
+from convert.quantize import NUMBERS, encode, row_bytes
+from runtime import ggml, native_ffn
+from runtime.graph import NativeTensors, add_native_ffn, add_predictor
+from runtime.weights import new_context
+
+_NODES = 32  # of one copy, at most
+_CERTAIN = 100.0  # a bias that decides whether a neuron fires
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass
+class Prepared:
+    """A graph over all copies. `run` computes it and returns the seconds that took."""
+
+    backend: ggml.BackendP
+    graph: ggml.GraphP
+    ffns: list[native_ffn.Ffn] = field(default_factory=list)
+
+    def run(self) -> float:
+        """Compute every copy once."""
+        begin = time.perf_counter()
+        status = ggml.ggml_backend_graph_compute(self.backend, self.graph)
+        seconds = time.perf_counter() - begin
+        assert status == ggml.STATUS_SUCCESS
+        return seconds
+
+    def fired(self, n_ff: int) -> float:
+        """Share of neurons whose up and down rows were read in all runs."""
+        seen = sum(ffn.seen for ffn in self.ffns)
+        return sum(ffn.fired for ffn in self.ffns) / (seen * n_ff) if seen else 1.0
+
+
+class Copies:
+    """Weights and graphs of a case; `prepared` maps the variants that this machine and type allow. Call `close`."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.s = case, replace(case.structure, ffn_bias=True)
+        self._closing: list[Callable[[], None]] = []
+        self.backend = ggml.ggml_backend_cpu_init()
+        ggml.ggml_backend_cpu_set_n_threads(self.backend, case.threads)
+        self._bytes: dict[tuple[str, int, int], Bytes] = {}
+        self.names = ("gate", "up") if self.s.gated else ("gate",)  # ungated: the up rows decide who fires
+        plain = self._weights((*self.names, "down", "down_t", "gate_bias", "up_bias", "predictor_in", "predictor_out"))
+        assert plain
+        self.prepared = {"plain": self._products(plain)}
+        if repacked := self._repacked():
+            self.prepared["repacked"] = self._products(repacked)
+        self.prepared["exact"] = self._native(plain, None)
+        predictor, lists = self._predictor(plain)
+        self.prepared["listed"] = self._native(plain, lists)
+        self.prepared["predictor"] = predictor
+
+    def close(self) -> None:
+        """Free everything."""
+        for call in reversed(self._closing):
+            call()
+        ggml.ggml_backend_free(self.backend)
+
+    # --- weights -----------------------------------------------------------------------------------------------------
+
+    def _shape(self, name: str) -> tuple[str, int, int]:
+        """Format, elements of a row, rows."""
+        d, ff, kind = self.s.embedding_length, self.s.feed_forward_length, self.case.type
+        return {
+            "down": (kind, ff, d),
+            "gate_bias": ("f32", ff, 1),
+            "up_bias": ("f32", ff, 1),
+            "predictor_in": (self.case.predictor_type, d, RANK),
+            "predictor_out": (self.case.predictor_type, RANK, ff),
+        }.get(name, (kind, d, ff))
+
+    def _weights(
+        self, names: tuple[str, ...], kind: ggml.BufferTypeP | None = None
+    ) -> list[dict[str, ggml.TensorP]] | None:
+        """The tensors of every copy, filled; kind: an extra buffer type, and then None where it cannot hold these tensors."""
+        context = new_context(len(names) * self.case.copies)
+        shapes = {name: self._shape(name) for name in names}
+        copies = [
+            {
+                name: ggml.ggml_new_tensor_2d(context, NUMBERS[type_name], *ne)
+                for name, (type_name, *ne) in shapes.items()
+            }
+            for _ in range(self.case.copies)
+        ]
+        if kind is None:
+            buffer = ggml.ggml_backend_alloc_ctx_tensors(context, self.backend)
+        else:
+            buffer = ggml.ggml_backend_alloc_ctx_tensors_from_buft(context, kind)
+        self._closing += [lambda: ggml.ggml_free(context), lambda: ggml.ggml_backend_buffer_free(buffer)]
+        if kind is not None and not all(self._product_supported(tensor) for tensor in copies[0].values()):
+            return None
+        for copy in copies:
+            for name, tensor in copy.items():
+                data = self._data(name)
+                ggml.ggml_backend_tensor_set(tensor, data.ctypes.data, 0, data.nbytes)
+        return copies
+
+    def _repacked(self) -> list[dict[str, ggml.TensorP]] | None:
+        """The weights as ggml's first fitting buffer type holds them; None where there is none for this type."""
+        kinds = extra_buffer_types(ggml.ggml_backend_get_device(self.backend))
+        found = (self._weights((*self.names, "down"), kind) for kind in kinds)
+        return next((weights for weights in found if weights), None)
+
+    def _product_supported(self, tensor: ggml.TensorP) -> bool:
+        device = ggml.ggml_backend_get_device(self.backend)
+        context = new_context(4)
+        vector = ggml.ggml_new_tensor_1d(context, ggml.F32, tensor.ne[0])
+        product = ggml.ggml_mul_mat(context, tensor, vector)
+        supported = bool(tensor.struct.extra) and ggml.ggml_backend_dev_supports_op(
+            device, ggml.ConstTensorP(product.value)
+        )
+        ggml.ggml_free(context)
+        return supported
+
+    def _data(self, name: str) -> Bytes:
+        if name == "gate_bias":
+            return np.where(self.case.fires, _CERTAIN, -_CERTAIN).astype(np.float32).view(np.uint8)
+        if name == "up_bias":
+            return np.zeros(self.s.feed_forward_length * 4, np.uint8)
+        kind, length, rows = self._shape(name)
+        if (kind, length, rows) not in self._bytes:
+            some = np.random.default_rng(1).standard_normal((64, length), np.float32) / np.float32(math.sqrt(length))
+            self._bytes[kind, length, rows] = np.resize(encode(some, kind), rows * row_bytes(kind, length))
+        return self._bytes[kind, length, rows]
+
+    # --- graphs ------------------------------------------------------------------------------------------------------
+
+    def _graph(
+        self, build: Callable[[ggml.ContextP, ggml.TensorP, int], ggml.TensorP]
+    ) -> tuple[Prepared, list[ggml.TensorP]]:
+        """A graph with `build(context, x, i)` for every copy i; x is F32 [n_embd, 1]. Returns the copies' results too."""
+        size = self.case.copies * _NODES
+        context = new_context(2 * size, ggml.ggml_graph_overhead_custom(size, False))
+        graph = ggml.ggml_new_graph_custom(context, size, False)
+        x = ggml.ggml_new_tensor_2d(context, ggml.F32, self.s.embedding_length, 1)
+        results = [build(context, x, i) for i in range(self.case.copies)]
+        for result in results:
+            ggml.ggml_build_forward_expand(graph, result)
+        buffer = ggml.ggml_backend_alloc_ctx_tensors(context, self.backend)
+        self._closing += [lambda: ggml.ggml_free(context), lambda: ggml.ggml_backend_buffer_free(buffer)]
+        values = np.random.default_rng(2).standard_normal(self.s.embedding_length, np.float32)
+        ggml.ggml_backend_tensor_set(x, values.ctypes.data, 0, values.nbytes)
+        return Prepared(self.backend, graph), results
+
+    def _products(self, weights: list[dict[str, ggml.TensorP]]) -> Prepared:
+        """The whole FFN through ggml's own operators."""
+
+        def build(ctx: ggml.ContextP, x: ggml.TensorP, i: int) -> ggml.TensorP:
+            w = weights[i]
+            h = ggml.ggml_relu(ctx, ggml.ggml_mul_mat(ctx, w["gate"], x))
+            if self.s.gated:
+                h = ggml.ggml_mul(ctx, h, ggml.ggml_mul_mat(ctx, w["up"], x))
+            return ggml.ggml_mul_mat(ctx, w["down"], h)
+
+        return self._graph(build)[0]
+
+    def _native(self, weights: list[dict[str, ggml.TensorP]], lists: list[Bytes] | None) -> Prepared:
+        """Our operators; lists: the candidates of each copy, or None for every neuron."""
+        rows = [self._rows(w) for w in weights]
+        ffns = [native_ffn.describe(self.s, t.types, self.case.threads) for t in rows]
+        given: list[ggml.TensorP] = []
+
+        def build(ctx: ggml.ContextP, x: ggml.TensorP, i: int) -> ggml.TensorP:
+            if lists is None:
+                return add_native_ffn(ctx, x, ffns[i], rows[i])
+            native_ffn.predict(ffns[i], RANK, NUMBERS[self.case.predictor_type], 0.0)
+            given.append(ggml.ggml_new_tensor_2d(ctx, ggml.I8, lists[i].nbytes, 1))
+            return add_native_ffn(ctx, x, ffns[i], rows[i], given[i])
+
+        prepared, _ = self._graph(build)
+        for tensor, data in zip(given, lists or [], strict=True):
+            ggml.ggml_backend_tensor_set(tensor, data.ctypes.data, 0, data.nbytes)
+        prepared.ffns = ffns
+        return prepared
+
+    def _rows(self, w: dict[str, ggml.TensorP]) -> NativeTensors:
+        gated = self.s.gated
+        return NativeTensors(
+            gate=w["gate"],
+            down=w["down_t"],
+            up=w["up"] if gated else None,
+            gate_bias=w["gate_bias"],
+            up_bias=w["up_bias"] if gated else None,
+        )
+
+    def _predictor(self, weights: list[dict[str, ggml.TensorP]]) -> tuple[Prepared, list[Bytes]]:
+        """The low-rank predictor, and the lists that it makes: the planted ones."""
+        ffns = [native_ffn.describe(self.s, self._rows(w).types, self.case.threads) for w in weights]
+
+        def build(ctx: ggml.ContextP, x: ggml.TensorP, i: int) -> ggml.TensorP:
+            z = ggml.ggml_mul_mat(ctx, weights[i]["predictor_in"], x)
+            return add_predictor(ctx, z, ffns[i], weights[i]["predictor_out"], weights[i]["gate_bias"], 0.0)
+
+        prepared, results = self._graph(build)
+        prepared.run()
+        lists = [np.empty(int(np.prod(r.ne)), np.uint8) for r in results]
+        for result, data in zip(results, lists, strict=True):
+            ggml.ggml_backend_tensor_get(ggml.ConstTensorP(result.value), data.ctypes.data, 0, data.nbytes)
+        self._kept = ffns  # the graph reads them
+        return prepared, lists
+
+
+def extra_buffer_types(device: ggml.DeviceP) -> list[ggml.BufferTypeP]:
+    """The device's buffer types in which weights are stored otherwise than in a file, e.g. repacked for its instructions."""
+    registry = ggml.ggml_backend_dev_backend_reg(device)
+    address = ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
+    if not address:
+        return []
+    found: Any = ggml.GET_EXTRA_BUFTS(address)(ctypes.c_void_p(device.value))
+    kinds: list[ggml.BufferTypeP] = []
+    while found and found[len(kinds)]:
+        kinds.append(ggml.BufferTypeP(found[len(kinds)]))
+    return kinds

@@ -1,0 +1,74 @@
+"""Random matrices as encoded bytes, cheaply: a pool of rows is drawn and quantised once, and each tensor strings groups of them together.
+
+Every tensor still gets bytes of its own in the file, so page cache and memory traffic are those of a real model. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from convert.quantize import NUMBERS, encode, row_bytes
+
+GROUP = 256  # rows that stay together; a multiple of every type's block
+_STEP = 256  # rows encoded or delivered at a time
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+Groups = npt.NDArray[np.int64]
+
+
+def choose_groups(rng: np.random.Generator, pool_rows: int, rows: int) -> Groups:
+    """Which groups of a pool a tensor of `rows` rows consists of."""
+    return rng.integers(0, pool_rows // GROUP, -(-rows // GROUP))
+
+
+def row_ids(groups: Groups, rows: int) -> npt.NDArray[np.int64]:
+    """The pool's row behind each of the tensor's rows."""
+    ids: npt.NDArray[np.int64] = (groups[:, None] * GROUP + np.arange(GROUP)).reshape(-1)[:rows]
+    return ids
+
+
+def decode(data: Bytes, type_name: str, row_length: int) -> Floats:
+    """The numbers that encoded rows stand for, float32 [rows, row_length]."""
+    packed = data.reshape(-1, row_bytes(type_name, row_length))
+    kind = gguf.GGMLQuantizationType(NUMBERS[type_name])
+    return np.asarray(gguf.quants.dequantize(packed, kind), np.float32)
+
+
+class RowPool:
+    """Encoded rows [n, length]; n is a multiple of GROUP."""
+
+    def __init__(self, rows: Floats, type_name: str) -> None:
+        self.type, self.length, self.rows = type_name, rows.shape[1], len(rows)
+        parts = [encode(rows[i : i + _STEP], type_name) for i in range(0, len(rows), _STEP)]
+        self._groups = np.concatenate(parts).reshape(self.rows // GROUP, -1)
+
+    def pieces(self, groups: Groups, rows: int, zeros: int = 0) -> Iterator[Bytes]:
+        """The bytes of `rows` rows, of which the first `zeros` hold only zeros."""
+        size = row_bytes(self.type, self.length)
+        if zeros:
+            yield encode(np.zeros((zeros, self.length), np.float32), self.type)
+        for at in range(zeros, rows, GROUP):
+            yield self._groups[groups[at // GROUP]][: min(GROUP, rows - at) * size]
+
+    def floats(self) -> Floats:
+        """The numbers that the pool's bytes stand for, float32 [n, length]."""
+        return np.concatenate([decode(group, self.type, self.length) for group in self._groups])
+
+
+class ColumnPool:
+    """The same rows as columns: encoded along the other dimension, in groups of GROUP columns."""
+
+    def __init__(self, rows: Floats, type_name: str) -> None:
+        self.type, (self.columns, self.height) = type_name, rows.shape
+        turned = [encode(rows[:, i : i + _STEP].T, type_name) for i in range(0, self.height, _STEP)]
+        self._groups = np.concatenate(turned).reshape(self.height, self.columns // GROUP, -1)
+
+    def pieces(self, groups: Groups) -> Iterator[Bytes]:
+        """The bytes of the matrix [len(groups) * GROUP, height] (ggml's order) whose columns are the chosen groups."""
+        for at in range(0, self.height, _STEP):
+            yield self._groups[at : at + _STEP, groups].reshape(-1)

@@ -1,0 +1,196 @@
+"""A race: contenders take turns on one machine in one run, and what came of it is kept as numbers. Prints nothing."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench import stock
+from bench.contenders import LLAMA_CPP
+from bench.make_model import ACTIVE_KEY, random_ids
+from bench.memory import read_through
+from bench.worker import BANDWIDTH, Worker
+from runtime.errors import UserError
+from runtime.gguf_file import GgufFile, TensorInfo
+from runtime.structure import Structure
+from runtime.tokenizer import Tokenizer
+from runtime.traffic import Activity, bytes_per_token, kv_bytes
+
+PROMPT = 16  # tokens in the context before decoding starts
+PROMPTS = (32, 128, 512)  # lengths of the prompts that are timed
+N_CTX = 1024
+_KV_ELEMENT = 2  # bytes; F16, as in every contender
+_TEXT = Path(__file__).parent.parent / "examples/heldout.txt"
+_UNUSED = {  # tensors that no token touches in a mode
+    LLAMA_CPP: (".ffn_down_t.", ".predictor_", ".ffn_neuron_"),
+    "dense": (".ffn_down_t.", ".predictor_", ".ffn_neuron_"),
+    "exact": (".ffn_down.weight", ".predictor_", ".ffn_neuron_"),
+    "predicted": (".ffn_down.weight", ".ffn_neuron_"),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model to race on. ids: what all contenders compute, at least as long as the longest prompt."""
+
+    path: Path
+    twin: Path
+    structure: Structure
+    tensors: dict[str, TensorInfo]
+    synthetic: bool
+    ids: list[int]
+    threads: int
+
+    @property
+    def n_ctx(self) -> int:
+        """Positions of every contender's context."""
+        return min(N_CTX, self.structure.context_length)
+
+    @property
+    def modes(self) -> list[str]:
+        """Our modes that this file allows."""
+        return ["dense", "exact", *(["predicted"] if any(self.structure.predictor_rank) else [])]
+
+
+@dataclass
+class Entry:
+    """One contender's results so far."""
+
+    worker: Worker
+    speeds: list[float] = field(default_factory=list)  # tokens per second
+    loads: list[dict[str, float]] = field(default_factory=list)
+    prompts: dict[int, list[float]] = field(default_factory=dict)  # tokens per second, by length
+    activity: dict[str, list[float]] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+
+
+@contextmanager
+def planned(path: Path, twin: Path | None, threads: int, tokens: int) -> Iterator[Plan]:
+    """The plan for a model; its twin for llama.cpp is made where none is given, and goes away at the end."""
+    with ExitStack() as stack:
+        with GgufFile(path) as file:
+            s, tensors, synthetic = file.structure, dict(file.tensors), ACTIVE_KEY in file.metadata
+        if PROMPT + tokens > min(N_CTX, s.context_length):
+            raise UserError(f"--tokens {tokens}, expected at most {min(N_CTX, s.context_length) - PROMPT}")
+        if twin is None:
+            twin = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "stock.gguf"
+            stock.write(path, twin)
+        wanted = max(*PROMPTS, PROMPT + tokens)
+        ids = random_ids(s.vocab_size, wanted) if synthetic else _text_ids(path, wanted)
+        yield Plan(path, twin, s, tensors, synthetic, ids, threads)
+
+
+def _text_ids(path: Path, n: int) -> list[int]:
+    """The first `n` ids of a real text, repeated where it is shorter."""
+    tokenizer = Tokenizer(path)
+    try:
+        ids = tokenizer.encode(_TEXT.read_text(encoding="utf-8"))
+    finally:
+        tokenizer.close()
+    return (ids * (n // len(ids) + 1))[:n]
+
+
+def race(plan: Plan, tokens: int, rounds: int, prompts: bool, say: Callable[[str], object]) -> dict[str, Any]:
+    """Let the contenders take turns, the first round to warm up; returns the figures that are printed as JSON."""
+    for path in (plan.path, plan.twin):
+        read_through(path)
+    with ExitStack() as stack:
+        entries = {}
+        for kind in (LLAMA_CPP, *plan.modes):
+            path = plan.twin if kind == LLAMA_CPP else plan.path
+            worker = Worker(kind, path, plan.threads, plan.n_ctx)
+            entries[kind] = Entry(stack.enter_context(worker))
+        yardstick = stack.enter_context(Worker(BANDWIDTH, plan.path, plan.threads, plan.n_ctx))
+        say("loading")
+        _load(entries, plan, rounds if prompts else 1)
+        bandwidths = []
+        for i in range(rounds + 1):
+            say(f"round {i} of {rounds}" if i else "warming up")
+            _decode_round(entries, plan, tokens, counts=i > 0)
+            bandwidths.append(yardstick.ask("measure"))
+        for entry in entries.values():
+            entry.memory = entry.worker.ask("memory")
+        for i in range(rounds + 1 if prompts else 0):
+            say(f"prompts, round {i} of {rounds}" if i else "prompts, warming up")
+            _prompt_round(entries, plan, counts=i > 0)
+    return _figures(entries, plan, bandwidths[1:], tokens, prompts)
+
+
+def _load(entries: dict[str, Entry], plan: Plan, times: int) -> None:
+    for _ in range(times):
+        for entry in entries.values():
+            entry.loads.append(entry.worker.open(plan.ids[:PROMPT]))
+
+
+def _decode_round(entries: dict[str, Entry], plan: Plan, tokens: int, counts: bool) -> None:
+    for entry in entries.values():
+        reply = entry.worker.ask("decode", prompt=plan.ids[:PROMPT], ids=plan.ids[PROMPT : PROMPT + tokens])
+        if counts:
+            entry.speeds.append(tokens / reply.pop("seconds"))
+            entry.activity = reply
+
+
+def _prompt_round(entries: dict[str, Entry], plan: Plan, counts: bool) -> None:
+    for length in PROMPTS:
+        for entry in entries.values():
+            if length <= plan.n_ctx:
+                seconds = entry.worker.ask("prompt", ids=plan.ids[:length])
+                if counts:
+                    entry.prompts.setdefault(length, []).append(length / seconds)
+
+
+def _figures(
+    entries: dict[str, Entry], plan: Plan, bandwidths: Sequence[float], tokens: int, prompts: bool
+) -> dict[str, Any]:
+    bandwidth = statistics.median(bandwidths)
+    result: dict[str, Any] = {
+        "model": plan.path.name,
+        "synthetic": plan.synthetic,
+        "threads": plan.threads,
+        "tokens": tokens,
+        "rounds": len(bandwidths),
+        "bandwidth_bytes_per_s": bandwidth,
+        "bandwidth_min": min(bandwidths),
+        "bandwidth_max": max(bandwidths),
+    }
+    for kind, entry in entries.items():
+        result[kind] = _entry_figures(kind, entry, plan, bandwidth, tokens)
+        if not prompts:
+            result[kind].pop("prompt")
+    base = result[LLAMA_CPP]["tokens_per_s"]
+    result["ratios"] = {kind: result[kind]["tokens_per_s"] / base for kind in plan.modes}
+    return result
+
+
+def _entry_figures(kind: str, entry: Entry, plan: Plan, bandwidth: float, tokens: int) -> dict[str, Any]:
+    mode = "dense" if kind == LLAMA_CPP else kind
+    fired = entry.activity.get("fired") or [1.0] * plan.structure.block_count
+    gates = entry.activity.get("gates") or fired
+    kv = kv_bytes(plan.structure, PROMPT + (tokens + 1) / 2, _KV_ELEMENT)
+    traffic = bytes_per_token(plan.structure, plan.tensors, Activity(mode, fired, gates), kv)
+    speed = statistics.median(entry.speeds)
+    loads = {key: statistics.median(load[key] for load in entry.loads) for key in ("load_s", "first_token_s")}
+    return {
+        "tokens_per_s": speed,
+        "min": min(entry.speeds),
+        "max": max(entry.speeds),
+        "bytes_per_token": traffic.total,
+        "bound_tokens_per_s": bandwidth / traffic.total,
+        "share_of_bound": speed * traffic.total / bandwidth,
+        "active": statistics.mean(fired),
+        "gate_rows": statistics.mean(gates),
+        **loads,
+        "memory": {**entry.memory, "touchable_bytes": _touchable(kind, plan)},
+        "prompt": {str(length): statistics.median(speeds) for length, speeds in entry.prompts.items()},
+    }
+
+
+def _touchable(kind: str, plan: Plan) -> float:
+    """Bytes of the tensors that some token reads in this mode, and of all keys and values."""
+    weights = sum(t.nbytes for name, t in plan.tensors.items() if not any(part in name for part in _UNUSED[kind]))
+    return weights + kv_bytes(plan.structure, plan.n_ctx, _KV_ELEMENT)

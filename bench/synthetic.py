@@ -1,0 +1,227 @@
+"""A model of random weights whose neurons fire as planned: every tensor of the file as a stream of bytes.
+
+How activity is planted. The pre-activation of a neuron is (low-rank part + noise) . x + bias, where x, the normed input of the FFN, has variance 1.
+LayerNorm models have a real bias. RMSNorm models keep a first block of residual coordinates that nothing writes to: coordinate 0 is the
+same for every token, the others are 0, and the norm's weight turns it into 1, so that the gate's column 0 is the bias. Its sign does not depend on the
+size of the stream. The low-rank part is the stored predictor itself; attention and FFN add little to the stream, so activity is the same in every block.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from bench.firing import plan_firing
+from bench.pool import GROUP, Bytes, ColumnPool, Floats, RowPool, choose_groups, decode, row_ids
+from convert.quantize import NUMBERS, encode, fitting, output_type, row_bytes
+from convert.write import Stream
+from runtime import ggml
+from runtime.errors import UserError
+from runtime.structure import Structure, required_tensors
+
+POOL_ROWS = 4096
+NOISE = 0.2  # standard deviation of what the predictor cannot know of a pre-activation, whose own is 1
+MARGIN = 0.6  # threshold of the predictor, in units of its error
+FFN_GROWTH, ATTENTION_GROWTH = 0.3, 0.1  # what all blocks together add to the stream's variance, at most
+_TYPICAL_ATTENTION = 0.3  # of that: an average over many values is smaller than one value
+_SMALL_TYPES = ("q4_0", "q4_k", "q5_k")  # of files whose predictor is q4_0
+
+
+class Synthetic:
+    """A planned model. structure: with neuron order and predictor; `streams` are its tensors, made while they are written.
+
+    shape: from bench.shapes. active: share of neurons that fire. type: of the matrices, as in `convert --type`.
+    Raises UserError for a type whose blocks are too long for the shape.
+    """
+
+    def __init__(self, shape: Structure, active: float, type_name: str, seed: int = 0) -> None:
+        d, ff = shape.embedding_length, shape.feed_forward_length
+        self.type, self.seed = type_name, seed
+        self.predictor_type = "q4_0" if type_name in _SMALL_TYPES else "q8_0"
+        self.firing = plan_firing(ff, active)
+        self.constant = max(32, ggml.ggml_blck_size(NUMBERS[type_name])) if shape.norm == "rms" else 0
+        if self.constant > d // 4:
+            raise UserError(f"--type {type_name}: its blocks are too long for {d} wide rows", "use q4_0, q8_0 or f16")
+        self.pool_rows = min(POOL_ROWS, ff)
+        rank = min(128, d // 8)
+        error = math.hypot(NOISE, rounding_error(fitting(type_name, d), d))
+        n = shape.block_count
+        self.structure = replace(
+            shape, neuron_order="hot", predictor="lowrank", predictor_rank=(rank,) * n, predictor_error=(error,) * n
+        )
+        self._make_pools()
+        self._block = Block(self, 0)
+
+    def _make_pools(self) -> None:
+        s, rng = self.structure, np.random.default_rng([self.seed, 1 << 20])
+        d, main = s.embedding_length, fitting(self.type, s.embedding_length)
+        head = fitting(output_type(self.type), d)
+        plain = self._normal(rng, d, 1 / math.sqrt(d))
+        self.plain = RowPool(plain, main)
+        self.head = RowPool(plain, head)
+        embedding = self._normal(rng, d, 1.0)
+        if self.constant:
+            embedding[:, 0] = math.sqrt(d)
+        self.embedding = RowPool(embedding, head if s.tied_output else main)
+        attended = s.head_count * s.head_length
+        scale = math.sqrt(ATTENTION_GROWTH / s.block_count / attended)
+        self.output = RowPool(self._normal(rng, attended, scale), fitting(self.type, attended))
+        down = self._normal(rng, d, self._down_scale())
+        self.down_t = RowPool(down, main)
+        self.down = ColumnPool(down, fitting(self.type, s.feed_forward_length))
+        self.noise = self._normal(rng, d, NOISE / math.sqrt(d - self.constant))
+
+    def _normal(self, rng: np.random.Generator, length: int, scale: float) -> Floats:
+        rows = rng.standard_normal((self.pool_rows, length), np.float32) * np.float32(scale)
+        if length == self.structure.embedding_length:
+            rows[:, : self.constant] = 0
+        return rows
+
+    def _down_scale(self) -> float:
+        """Standard deviation of the down projection's elements: the growth is as wanted."""
+        energy = self.firing.energies - (0 if self.structure.gated else self.firing.outputs**2)
+        return math.sqrt(FFN_GROWTH / self.structure.block_count / max(float(energy.sum()), 1e-9))
+
+    def streams(self) -> list[Stream]:
+        """Every tensor of the file, in its order; to be written once, in that order or any other."""
+        return [self._stream(name, shape) for name, shape in required_tensors(self.structure).items()]
+
+    def _stream(self, name: str, shape: tuple[int, ...]) -> Stream:
+        kind = self._type(name, shape)
+        rows, length = (math.prod(shape[1:]), shape[0]) if len(shape) > 1 else (shape[0], 1)
+        return Stream(name, shape, NUMBERS[kind], rows * row_bytes(kind, length), self._pieces(name, shape, kind))
+
+    def _type(self, name: str, shape: tuple[int, ...]) -> str:
+        if name.endswith("ffn_neuron_index"):
+            return "i32"
+        if len(shape) == 1 or name == "position_embd.weight":
+            return "f32"
+        if ".predictor_" in name:
+            return self.predictor_type
+        head = "token_embd.weight" if self.structure.tied_output else "output.weight"
+        return fitting(output_type(self.type) if name == head else self.type, shape[0])
+
+    def _pieces(self, name: str, shape: tuple[int, ...], kind: str) -> Iterator[Bytes]:
+        if name.startswith("blk."):
+            _, i, part = name.split(".", 2)
+            yield from self.block(int(i)).pieces(part, shape)
+        elif len(shape) == 1:
+            yield encode(self.vector(name, self.structure.block_count), kind)
+        elif name == "position_embd.weight":
+            rng = np.random.default_rng([self.seed, 1 << 21])
+            yield encode(rng.standard_normal(shape[::-1], np.float32) * np.float32(0.1), kind)
+        else:
+            pool = self.embedding if name == "token_embd.weight" else self.head
+            groups = choose_groups(np.random.default_rng([self.seed, 1 << 22]), self.pool_rows, shape[1])
+            yield from pool.pieces(groups, shape[1])
+
+    def block(self, i: int) -> Block:
+        """What is planted in block `i`; the last one asked for is kept."""
+        if self._block.i != i:
+            self._block = Block(self, i)
+        return self._block
+
+    def vector(self, name: str, depth: float) -> Floats:
+        """A norm's weight or bias, or another bias. depth: blocks before it; a half more for the norm of an FFN."""
+        s = self.structure
+        d = s.embedding_length
+        if not name.endswith("norm.weight"):
+            return np.zeros(s.kv_length if name.startswith(("attn_k.", "attn_v.")) else d, np.float32)
+        if not self.constant:
+            return np.ones(d, np.float32)
+        variance = 1 + (depth * FFN_GROWTH + math.ceil(depth) * _TYPICAL_ATTENTION * ATTENTION_GROWTH) / s.block_count
+        rms = math.sqrt(1 + variance * (d - self.constant) / d)
+        weight = np.full(d, rms / math.sqrt(variance), np.float32)
+        # The constant, sqrt(d) in the stream: 1 for the FFN, where it is the gate's bias; nobody else sees it.
+        weight[: self.constant] = rms / math.sqrt(d) if name.startswith("ffn") else 0
+        return weight
+
+
+class Block:
+    """What is planted in one block: predictor, biases, and which groups of the pools its matrices consist of."""
+
+    def __init__(self, model: Synthetic, i: int) -> None:
+        self.m, self.i, s = model, i, model.structure
+        self.rng = np.random.default_rng([model.seed, i])
+        d, ff, rank, kind = s.embedding_length, s.feed_forward_length, s.rank(i), model.predictor_type
+        inner = self.rng.standard_normal((rank, d), np.float32) / np.float32(math.sqrt(d - model.constant))
+        inner[:, : model.constant] = 0
+        outer = self.rng.standard_normal((ff, rank), np.float32) * np.float32(math.sqrt((1 - NOISE**2) / rank))
+        self.inner_bytes, self.outer_bytes = encode(inner, kind), encode(outer, kind)
+        self.inner, self.outer = decode(self.inner_bytes, kind, d), decode(self.outer_bytes, kind, rank)
+        explained = ((self.outer @ (self.inner @ self.inner.T)) * self.outer).sum(1)
+        self.bias = (model.firing.means * np.sqrt(explained + NOISE**2)).astype(np.float32)
+        self.groups = {
+            name: choose_groups(self.rng, model.pool_rows, max(ff, s.head_count * s.head_length))
+            for name in ("gate", "up", "down", "attn_q", "attn_k", "attn_v", "attn_output")
+        }
+        self.ids = self.rng.permutation(ff).astype(np.int32)
+
+    def pieces(self, part: str, shape: tuple[int, ...]) -> Iterator[Bytes]:
+        """The bytes of the block's tensor `part`, e.g. "ffn_up.weight"."""
+        m, first = self.m, "ffn_gate" if self.m.structure.gated else "ffn_up"
+        kind, _, _ = part.partition(".")
+        if part == f"{first}.weight":
+            yield from self._gate_rows()
+        elif kind == "ffn_up" and len(shape) > 1:
+            yield from m.plain.pieces(self.groups["up"], shape[1])
+        elif part == "ffn_down_t.weight":
+            yield from m.down_t.pieces(self.groups["down"], shape[1])
+        elif part == "ffn_down.weight":
+            yield from m.down.pieces(self.groups["down"][: shape[0] // GROUP])
+        elif part == "attn_output.weight":
+            yield from m.output.pieces(self.groups[kind], shape[1], zeros=m.constant)
+        elif kind.startswith("attn_") and len(shape) > 1:
+            yield from m.plain.pieces(self.groups[kind], shape[1])
+        else:
+            yield self._small(part, f"{first}.bias")
+
+    def _small(self, part: str, bias: str) -> Bytes:
+        """Vectors, and the predictor."""
+        m = self.m
+        if part == "predictor_in.weight":
+            return self.inner_bytes
+        if part == "predictor_out.weight":
+            return self.outer_bytes
+        if part == "ffn_neuron_index":
+            return self.ids.view(np.uint8)
+        vectors = {
+            "ffn_neuron_freq": lambda: m.firing.frequencies,
+            "predictor_out.bias": lambda: self.bias + MARGIN * m.structure.predictor_error[self.i],
+            bias: lambda: self.bias,
+            "ffn_down.bias": self._centring,
+        }
+        depth = self.i + 0.5 if part.startswith("ffn_norm") else self.i
+        return encode(vectors.get(part, lambda: m.vector(part, depth))(), "f32")
+
+    def _centring(self) -> npt.NDArray[np.float64]:
+        """Ungated outputs are positive, so that their mean is a vector of its own: this bias takes it away."""
+        ids = row_ids(self.groups["down"], self.m.structure.feed_forward_length)
+        share = np.zeros(self.m.pool_rows)
+        np.add.at(share, ids, self.m.firing.outputs)
+        return -share @ self.m.down_t.floats()
+
+    def _gate_rows(self) -> Iterator[Bytes]:
+        """Low-rank part, noise and bias, encoded by several threads and delivered in order."""
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
+            yield from threads.map(self._gate_group, range(self.m.structure.feed_forward_length // GROUP))
+
+    def _gate_group(self, group: int) -> Bytes:
+        m, rows = self.m, slice(group * GROUP, (group + 1) * GROUP)
+        at = int(self.groups["gate"][group]) * GROUP
+        weights = self.outer[rows] @ self.inner + m.noise[at : at + GROUP]
+        if m.constant:
+            weights[:, 0] = self.bias[rows]
+        return encode(weights, m.plain.type)
+
+
+def rounding_error(type_name: str, length: int) -> float:
+    """How far normally distributed rows of `length` are from their encoded selves: relative, root mean square."""
+    rows = np.random.default_rng(0).standard_normal((64, length), np.float32)
+    return float(np.sqrt(np.mean((decode(encode(rows, type_name), type_name, length) - rows) ** 2)))

@@ -1,0 +1,143 @@
+"""A contender in a process of its own that waits for its turn: requests and replies are lines of JSON over pipes.
+
+`Worker` is the near end. The far end is this module run as a program; between requests it sleeps in a read, so that it takes no time from the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from bench.contenders import make, timed_decode, timed_open, timed_prompt
+from bench.memory import DenseProduct, resident
+from runtime.errors import UserError
+
+BANDWIDTH = "bandwidth"
+
+
+class Worker:
+    """The near end of one contender (or of the yardstick BANDWIDTH); use it in a `with` statement.
+
+    Every request raises UserError or RuntimeError where the far end failed.
+    """
+
+    def __init__(self, kind: str, path: Path, threads: int, n_ctx: int) -> None:
+        self.kind = kind
+        command = [sys.executable, "-m", "bench.worker", kind, str(path), str(threads), str(n_ctx)]
+        folder = str(Path(__file__).parent.parent)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        }
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        """Send one request and wait for its reply."""
+        assert self._process.stdin and self._process.stdout
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise RuntimeError(f"the process of `{self.kind}` died with status {self._process.wait()}")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise UserError(reply["error"], reply["hint"])
+        return reply["result"]
+
+    def open(self, ids: Sequence[int]) -> dict[str, float]:
+        """Load the model and answer to a prompt: `load_s` and `first_token_s`."""
+        return dict(self.ask("open", ids=list(ids)))
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin and self._process.stdout
+        try:
+            self._process.stdin.close()
+            self._process.wait(timeout=60)
+        except (subprocess.TimeoutExpired, BrokenPipeError):
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Model:
+    """The far end of a contender: its requests as methods."""
+
+    def __init__(self, kind: str, path: Path, threads: int, n_ctx: int) -> None:
+        self._contender = make(kind, path, threads, n_ctx)
+        self._opened = False
+
+    def open(self, ids: list[int]) -> dict[str, float]:
+        self.close()
+        self._opened = True
+        return timed_open(self._contender, ids)
+
+    def prompt(self, ids: list[int]) -> float:
+        return timed_prompt(self._contender, ids)
+
+    def decode(self, prompt: list[int], ids: list[int]) -> dict[str, Any]:
+        seconds = timed_decode(self._contender, prompt, ids)
+        return {"seconds": seconds, **self._contender.facts()}
+
+    def memory(self) -> dict[str, int]:
+        return resident()
+
+    def close(self) -> None:
+        if self._opened:
+            self._contender.close()
+        self._opened = False
+
+
+class _Yardstick:
+    """The far end of the bandwidth measurement."""
+
+    def __init__(self, threads: int) -> None:
+        self._product = DenseProduct(threads)
+
+    def measure(self) -> float:
+        return self._product.bandwidth()
+
+    def close(self) -> None:
+        self._product.close()
+
+
+def _serve(target: Any, replies: Callable[[str], object]) -> None:
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            reply = {"result": getattr(target, request.pop("do"))(**request)}
+        except UserError as error:
+            reply = {"error": error.message, "hint": error.hint}
+        replies(json.dumps(reply) + "\n")
+    target.close()
+
+
+def _main(kind: str, path: str, threads: str, n_ctx: str) -> None:
+    # Libraries that print must not print into the replies.
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    target = _Yardstick(int(threads)) if kind == BANDWIDTH else _Model(kind, Path(path), int(threads), int(n_ctx))
+    _serve(target, replies.write)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,163 @@
+"""What a model's neurons do on calibration text, layer by layer: the inputs of each FFN, which neurons fire, and how much each contributes.
+
+All hidden states are kept between layers, weights and pre-activations only a chunk of neurons at a time: memory does not grow with the number of blocks.
+Knows how an FFN computes; knows nothing of predictors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.layers import BlockRunner
+from runtime.structure import Structure
+
+Floats = npt.NDArray[np.float32]
+Progress = Callable[[int, int, float], None]
+
+DEFAULT_TOKENS = 24576
+SHARES = (0.7, 0.15, 0.15)  # of the windows: to fit predictors, to choose among them, to say what they achieve
+MOST_JUDGED = 4096  # tokens of the second and third part; more would change nothing
+_MOST_BYTES = 1 << 30  # of hidden states and FFN inputs
+_CHUNK_BYTES = 1 << 26  # of one float32 matrix [tokens, neurons of a chunk]
+
+
+def default_tokens(s: Structure, tap: str = "ffn_norm") -> int:
+    """24,576, or what 1 GiB holds of float32 [tokens, n_embd], two matrices (three where the predictor's input is not the FFN's)."""
+    kept = 2 if tap == "ffn_norm" else 3
+    return min(DEFAULT_TOKENS, _MOST_BYTES // (4 * kept * s.embedding_length))
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What the neurons first .. end - 1 do on some tokens; float32 or bool [n_tokens, end - first]."""
+
+    gate: Floats  # pre-activations (ungated: of the up rows), biases included
+    fired: npt.NDArray[np.bool_]
+    energy: Floats  # (activation x norm of the down row)^2, relative to the squared norm of the residual stream after the block; 0 where not fired
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some tokens of one layer. x: inputs of the predictor, ffn_input: of the FFN, both float32 [n_tokens, n_embd].
+
+    weight: float32 [n_tokens], one over the squared norm of the residual stream after the block.
+    """
+
+    x: Floats
+    ffn_input: Floats
+    weight: Floats
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+class LayerSamples:
+    """One layer on the calibration text, in three parts that share no window."""
+
+    def __init__(self, runner: BlockRunner, i: int, parts: tuple[Part, Part, Part]) -> None:
+        self.structure, self.i, self._runner = runner.structure, i, runner
+        self.fit, self.validation, self.test = parts
+        self._first = "ffn_gate" if self.structure.gated else "ffn_up"
+
+    def chunks(self, n_tokens: int) -> Iterator[tuple[int, int]]:
+        """Ranges of neurons, first and end, small enough for a few matrices [n_tokens, neurons]."""
+        n_ff = self.structure.feed_forward_length
+        step = max(64, _CHUNK_BYTES // (4 * max(n_tokens, self.structure.embedding_length)))
+        for first in range(0, n_ff, step):
+            yield first, min(first + step, n_ff)
+
+    def gate_rows(self, first: int, end: int) -> Floats:
+        """Rows whose product with the FFN's input decides who fires: float32 [end - first, n_embd]."""
+        return self._rows(self._first, first, end)
+
+    @cached_property
+    def gate_bias(self) -> Floats:
+        """float32 [n_ff], zeros where the FFN has none."""
+        return self._bias(self._first)
+
+    @cached_property
+    def down_norm2(self) -> Floats:
+        """Squared norms of the down rows, float32 [n_ff]."""
+        parts = [(self._rows("ffn_down_t", *c) ** 2).sum(1) for c in self.chunks(1)]
+        return np.concatenate(parts)
+
+    def gate(self, part: Part, first: int, end: int) -> Floats:
+        """Pre-activations of the neurons first .. end - 1: float32 [len(part), end - first]."""
+        return part.ffn_input @ self.gate_rows(first, end).T + self.gate_bias[first:end]
+
+    def activity(self, part: Part, first: int, end: int) -> Activity:
+        """What the neurons first .. end - 1 do on the tokens of a part."""
+        s = self.structure
+        gate = self.gate(part, first, end)
+        fired = gate > s.activation_threshold
+        h = np.where(fired, gate**2 if s.ffn_activation == "relu2" else gate, np.float32(0))
+        if s.gated:
+            up = part.ffn_input @ self._rows("ffn_up", first, end).T + self._bias("ffn_up")[first:end]
+            h *= np.maximum(up, 0) if s.ffn_activation == "drelu" else up
+        energy = h * h * self.down_norm2[first:end] * part.weight[:, None]
+        return Activity(gate, fired, energy)
+
+    @cached_property
+    def frequency(self) -> Floats:
+        """Share of all calibration tokens at which each neuron fires, float32 [n_ff]."""
+        counts = np.zeros(self.structure.feed_forward_length, np.int64)
+        parts = (self.fit, self.validation, self.test)
+        for first, end in self.chunks(max(len(p) for p in parts)):
+            for part in parts:
+                counts[first:end] += (self.gate(part, first, end) > self.structure.activation_threshold).sum(0)
+        return (counts / sum(len(p) for p in parts)).astype(np.float32)
+
+    def _rows(self, name: str, first: int, end: int) -> Floats:
+        return self._runner.rows(f"blk.{self.i}.{name}.weight", first, end)
+
+    def _bias(self, name: str) -> Floats:
+        bias = self._runner.vector(f"blk.{self.i}.{name}.bias")
+        return np.zeros(self.structure.feed_forward_length, np.float32) if bias is None else bias
+
+
+def split(n_windows: int) -> tuple[slice, slice, slice]:
+    """Which windows belong to the fit, validation and test parts; at least one each, where there are three."""
+    judged = [max(1, round(share * n_windows)) for share in SHARES[1:]]
+    at = n_windows - sum(judged)
+    return slice(0, at), slice(at, at + judged[0]), slice(at + judged[0], n_windows)
+
+
+def calibrate(
+    runner: BlockRunner,
+    windows: npt.NDArray[np.int32],
+    parts: tuple[slice, slice, slice] | None = None,
+    tap: str = "ffn_norm",
+    progress: Progress | None = None,
+) -> Iterator[LayerSamples]:
+    """Run windows [n_windows, length] through the model and yield its layers in turn; each is valid until the next.
+
+    parts: which windows fit, validate and test (default: 70, 15 and 15 %). tap: what predictors look at,
+    "ffn_norm" (the FFN's input) or "residual" (the stream before its norm). progress: called with (layer, n_layers, share of it that is done).
+    """
+    n = runner.structure.block_count
+    shown = progress or (lambda *_: None)
+    hidden = np.stack([runner.embed(window) for window in windows])
+    inputs = np.empty_like(hidden)
+    residuals = np.empty_like(hidden) if tap == "residual" else inputs
+    weight = np.empty(windows.shape, np.float32)
+    for i in range(n):
+        for k in range(len(windows)):
+            result = runner.block(i, hidden[k])
+            hidden[k], inputs[k] = result.output, result.ffn_input
+            weight[k] = 1 / np.maximum((result.output**2).sum(-1), np.finfo(np.float32).tiny)
+            if tap == "residual":
+                residuals[k] = result.residual
+            shown(i, n, (k + 1) / len(windows) / 2)
+        fit, validation, test = (_part(residuals, inputs, weight, at) for at in parts or split(len(windows)))
+        yield LayerSamples(runner, i, (fit, validation, test))
+        shown(i, n, 1.0)
+
+
+def _part(x: Floats, ffn_input: Floats, weight: Floats, at: slice) -> Part:
+    d = x.shape[-1]
+    return Part(x[at].reshape(-1, d), ffn_input[at].reshape(-1, d), weight[at].reshape(-1))

@@ -1,0 +1,140 @@
+"""Which predictor a layer gets, and from which score on a neuron is computed: fewest bytes per token for a share of the output energy.
+
+Lagrangian: at a price (bytes one would read for a unit of energy) every neuron has a best threshold, and every layer a best candidate, independently of all others.
+Knows margins and bytes; knows nothing of files or of how scores are made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from predictors.kind import Candidate
+from predictors.margins import EDGES, Margins, Scale
+from predictors.quantized import Floats
+
+Doubles = npt.NDArray[np.float64]
+Shares = TypeVar("Shares", float, npt.NDArray[np.float64])
+PRICES: Doubles = np.geomspace(1e-3, 1e6, 217)  # in units of the layer's dense bytes per unit of relative energy
+GAIN = 0.03  # a predictor has to save this share of what `exact` reads
+_SHRINKAGE = 0.2
+_NEVER = 1e6  # a margin that no score reaches
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes of one neuron: gate: of the row that decides whether it fires; rest: of its up and down rows. fixed: of the FFN's biases."""
+
+    gate: float
+    rest: float
+    n_ff: int
+    fixed: float = 0.0
+
+    def exact(self, fired: float) -> float:
+        """Bytes per token in `exact` mode when a share `fired` of the neurons fires."""
+        return self.fixed + self.n_ff * (self.gate + fired * self.rest)
+
+    @property
+    def dense(self) -> float:
+        """Bytes per token in `dense` mode."""
+        return self.exact(1.0)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a rule of thresholds achieves at each of PRICES; shares of all neurons, float64 [len(PRICES)]. energy: per token."""
+
+    predicted: Doubles
+    hits: Doubles
+    energy: Doubles
+    fired: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Thresholds at every price. size: float64 [n_ff], a neuron's energy relative to the others'; worth: what a token at an edge brings for its bytes, never falling."""
+
+    size: Doubles
+    worth: Doubles  # [len(EDGES)]
+
+    def edges(self, price: int) -> npt.NDArray[np.int64]:
+        """The edge from which each neuron is worth its bytes at PRICES[price], [n_ff]; len(EDGES): never."""
+        return np.searchsorted(self.worth, 1 / (PRICES[price] * np.maximum(self.size, 1e-30)))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A candidate with thresholds for every price, and what they achieve. bytes: per token on the validation part, [len(PRICES)]."""
+
+    candidate: Candidate
+    scale: Scale
+    rule: Rule
+    validation: Curve
+    test: Curve
+    bytes: Doubles
+
+    def bias(self, price: int) -> Floats:
+        """`predictor_out.bias` at PRICES[price], float32 [n_ff]."""
+        thresholds = np.append(EDGES, np.float32(_NEVER))[self.rule.edges(price)]
+        return self.scale.bias(thresholds).astype(np.float32)
+
+
+def judge(candidate: Candidate, measured: tuple[Scale, Margins, Margins], cost: Cost) -> Judged:
+    """Thresholds for every price from the validation margins, and what they achieve there and on the test margins."""
+    scale, validation, test = measured
+    rule = thresholds(validation, cost)
+    curves = [_curve(m, rule) for m in (validation, test)]
+    nbytes = predicted_bytes(candidate, cost, curves[0].predicted, curves[0].hits)
+    return Judged(candidate, scale, rule, curves[0], curves[1], nbytes)
+
+
+def predicted_bytes(candidate: Candidate, cost: Cost, predicted: Shares, hits: Shares) -> Shares:
+    """Bytes per token of an FFN and its predictor, by the shares of neurons that are candidates and that fire among them."""
+    own = sum(t.nbytes for t in candidate.tensors) + 4 * cost.n_ff
+    return own + cost.fixed + cost.n_ff * (cost.gate * predicted + cost.rest * hits)
+
+
+def thresholds(m: Margins, cost: Cost) -> Rule:
+    """The best thresholds for given margins.
+
+    Energy at a margin is modelled as (the neuron's own size) x (a function of the margin, the same for the layer's neurons): few enough parameters for few tokens.
+    """
+    count, hits, energy = (_between(x) for x in (m.predicted, m.hits, m.energy))
+    size, shape = _factors(count, energy)
+    nbytes = cost.gate + cost.rest * _ratio(hits.sum(0), count.sum(0))
+    return Rule(size, np.maximum.accumulate(shape / nbytes) * cost.dense)
+
+
+def _between(above: Floats) -> Floats:
+    """From what is above each edge to what is between it and the next."""
+    return above - np.append(above[:, 1:], np.zeros((len(above), 1), np.float32), axis=1)
+
+
+def _ratio(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+    return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
+
+
+def _factors(count: Floats, energy: Floats) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]:
+    """Energy per count as an outer product: sizes [n_ff], shrunk towards the layer's mean where a neuron was seen little, times a function of the edge."""
+    size = np.ones(len(count))
+    for _ in range(3):
+        shape = _ratio(energy.sum(0, dtype=np.float64), size @ count)
+        expected = count @ shape
+        prior = _SHRINKAGE * expected.mean()
+        size = (energy.sum(1) + prior) / (expected + prior)
+    return size, shape
+
+
+def _curve(m: Margins, rule: Rule) -> Curve:
+    rows, n = np.arange(len(m.fired)), len(m.fired)
+    edges = [rule.edges(price) for price in range(len(PRICES))]
+
+    def at(above: Floats) -> Doubles:
+        padded = np.append(above, np.zeros((n, 1), np.float32), axis=1)
+        return np.array([padded[rows, e].sum(dtype=np.float64) for e in edges])
+
+    return Curve(at(m.predicted) / n, at(m.hits) / n, at(m.energy), float(m.fired.mean()), float(m.total.sum()))

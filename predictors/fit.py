@@ -1,0 +1,236 @@
+"""One fit from end to end: calibrate a model file, order its neurons, choose each layer's predictor. `fit_model`'s signature is the command line.
+
+Returns what is to be stored; writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from predictors import text
+from predictors.allocate import LayerOptions, allocate
+from predictors.calibrate import LayerSamples, Progress, calibrate, default_tokens
+from predictors.choose import Cost, Judged, judge, predicted_bytes
+from predictors.kind import Candidate, FitOptions
+from predictors.kinds import KINDS, METHODS
+from predictors.margins import EDGES, measure
+from predictors.quantized import MATRIX_TYPES, Floats, Tensor, block_size, plain
+from runtime.engine import physical_cores
+from runtime.errors import UserError
+from runtime.gguf_file import GgufFile
+from runtime.layers import BlockRunner
+from runtime.structure import ARCHITECTURE, Structure
+from runtime.tokenizer import Tokenizer
+from runtime.traffic import Activity, ffn_bytes_of_block
+
+DEFAULT_ENERGY = 0.995
+TYPES = ("auto", *MATRIX_TYPES)
+_BATCH_BYTES = 1 << 28  # of margins that are held at once
+TAP = "ffn_norm"
+
+Order = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a layer's predictor achieves on calibration text that neither the fit nor the choice saw. Shares are of all neurons; bytes per token, of FFN and predictor."""
+
+    active_share: float
+    predicted_share: float
+    recall: float
+    precision: float
+    energy_kept: float
+    bytes_predicted: float
+    bytes_exact: float
+    bytes_dense: float
+
+
+@dataclass(frozen=True)
+class BlockFit:
+    """What a fit adds to one block.
+
+    order: int32 [n_ff], stored position -> position in the file that was read. freq: float32 [n_ff], in the new order.
+    rank: 0 for no predictor. tensors: in the new order, those of runtime.structure.neuron_tensors.
+    """
+
+    order: Order
+    freq: Floats
+    rank: int
+    type: str
+    error: float
+    tensors: tuple[Tensor, ...]
+    figures: Figures
+
+
+@dataclass(frozen=True)
+class ModelFit:
+    """What a fit adds to a model. metadata: every key of predictors, calibration and neuron order."""
+
+    kind: str
+    neuron_order: str
+    blocks: tuple[BlockFit, ...]
+    metadata: dict[str, Any]
+
+    def structure_fields(self) -> dict[str, Any]:
+        """The fields of runtime.structure.Structure that it sets."""
+        none = self.kind == "none"
+        return {
+            "neuron_order": self.neuron_order,
+            "predictor": self.kind,
+            "predictor_tap": TAP,
+            "predictor_rank": () if none else tuple(b.rank for b in self.blocks),
+            "predictor_error": () if none else tuple(b.error for b in self.blocks),
+        }
+
+
+def fit_model(
+    path: Path,
+    kind: str = "lowrank",
+    energy: float = DEFAULT_ENERGY,
+    calibration: Path | None = None,
+    tokens: int | None = None,
+    predictor_type: str = "auto",
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    reorder: bool = True,
+) -> ModelFit:
+    """Fit predictors to the converted model `path`.
+
+    energy: share of the FFNs' output energy that the chosen neurons have to carry, 1 for no predictor at all.
+    calibration: a UTF-8 text, None for the one in the package; tokens: how many of its tokens (default: 24,576, fewer for very wide models).
+    predictor_type: ggml type of the matrices, "auto" for the cheaper of q4_0 and q8_0 in each layer.
+    reorder: put neurons hottest first; else they stay as they are. progress: called with (layer, n_layers, share of it that is done).
+    Raises UserError for options out of range, and for calibration text that is too short, empty or not UTF-8.
+    """
+    _check(kind, energy, predictor_type)
+    corpus = text.read_corpus(calibration)
+    with GgufFile(path) as file:
+        s = file.structure
+        with Tokenizer(path) as tokenizer:
+            n = default_tokens(s) if tokens is None else tokens
+            windows = text.windows(corpus, tokenizer, n, s.context_length, seed)
+        cores = threads or physical_cores()
+        options = FitOptions(_types(predictor_type, s), seed, cores)
+        with BlockRunner(file, cores, windows.shape[1]) as runner:
+            layers = [
+                _fit_layer(layer, file, kind, options)
+                for layer in calibrate(runner, windows, tap=TAP, progress=progress)
+            ]
+        chosen = allocate([layer.options for layer in layers], energy)
+        order = "hot" if reorder else s.neuron_order
+        blocks = tuple(_block(layer, choice, reorder) for layer, choice in zip(layers, chosen, strict=True))
+    fit = ModelFit(kind, order, blocks, {})
+    calibrated = {"corpus": corpus.name, "sha256": corpus.sha256, "tokens": int(windows.size), "seed": seed}
+    return replace(fit, metadata=_metadata(s, fit, energy, calibrated | {"method": METHODS[kind]}))
+
+
+def _check(kind: str, energy: float, predictor_type: str) -> None:
+    if kind not in KINDS:
+        raise UserError(f"predictor kind `{kind}`, expected one of {', '.join(KINDS)}")
+    if predictor_type not in TYPES:
+        raise UserError(f"predictor type `{predictor_type}`, expected one of {', '.join(TYPES)}")
+    if not 0 < energy <= 1:
+        raise UserError(f"energy {energy}, expected more than 0 and at most 1")
+
+
+def _types(predictor_type: str, s: Structure) -> tuple[str, ...]:
+    wanted = ("q4_0", "q8_0") if predictor_type == "auto" else (predictor_type,)
+    return tuple(t for t in wanted if s.embedding_length % block_size(t) == 0) or ("f16",)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What is remembered of a layer until all are calibrated."""
+
+    i: int
+    frequency: Floats
+    options: LayerOptions
+
+
+def _fit_layer(layer: LayerSamples, file: GgufFile, kind: str, options: FitOptions) -> _Layer:
+    cost = cost_of(file, layer.structure, layer.i)
+    known = LayerOptions([], cost, float(layer.frequency.mean()))
+    for batch in _batches(KINDS[kind](layer, options), cost.n_ff):
+        new = [judge(c, m, cost) for c, m in zip(batch, measure(layer, batch), strict=True)]
+        known = replace(known, candidates=[*known.candidates, *new]).worth_keeping()
+    return _Layer(layer.i, layer.frequency, known)
+
+
+def cost_of(file: GgufFile, s: Structure, i: int) -> Cost:
+    """Bytes of block `i`'s neurons."""
+    nothing, gates, rest = (
+        ffn_bytes_of_block(s, file.tensors, Activity("exact", [fired] * (i + 1), [gate] * (i + 1)), i)
+        for fired, gate in ((0, 0), (0, 1), (1, 0))
+    )
+    n = s.feed_forward_length
+    return Cost((gates - nothing) / n, (rest - nothing) / n, n, nothing)
+
+
+def _batches(candidates: Iterator[Candidate], n_ff: int) -> Iterator[list[Candidate]]:
+    """Candidates in groups whose margins fit in memory together."""
+    size = max(1, _BATCH_BYTES // (6 * 4 * n_ff * len(EDGES)))
+    while batch := list(islice(candidates, size)):
+        yield batch
+
+
+def _block(layer: _Layer, choice: tuple[Judged, int] | None, reorder: bool) -> BlockFit:
+    n = len(layer.frequency)
+    order = np.argsort(-layer.frequency, kind="stable") if reorder else np.arange(n)
+    order, freq = order.astype(np.int32), layer.frequency[order]
+    tensors = (plain("ffn_neuron_index", "i32", order), plain("ffn_neuron_freq", "f32", freq)) if reorder else ()
+    if choice is None:
+        return BlockFit(order, freq, 0, "none", 0.0, tensors, _exact_figures(layer))
+    judged, price = choice
+    *shared, rows = judged.candidate.tensors
+    bias = plain("predictor_out.bias", "f32", judged.bias(price)[order])
+    return BlockFit(
+        order=order,
+        freq=freq,
+        rank=judged.candidate.rank,
+        type=judged.candidate.type,
+        error=float(np.median(judged.scale.error)),
+        tensors=(*tensors, *shared, rows.reordered(order), bias),
+        figures=_figures(layer.options.cost, judged, price),
+    )
+
+
+def _figures(cost: Cost, judged: Judged, price: int) -> Figures:
+    curve = judged.test
+    predicted, hits = float(curve.predicted[price]), float(curve.hits[price])
+    return Figures(
+        active_share=curve.fired,
+        predicted_share=predicted,
+        recall=hits / max(curve.fired, 1e-12),
+        precision=hits / max(predicted, 1e-12),
+        energy_kept=float(curve.energy[price]) / max(curve.total, 1e-30),
+        bytes_predicted=predicted_bytes(judged.candidate, cost, predicted, hits),
+        bytes_exact=cost.exact(curve.fired),
+        bytes_dense=cost.dense,
+    )
+
+
+def _exact_figures(layer: _Layer) -> Figures:
+    cost, known = layer.options.cost, layer.options.candidates
+    fired = known[0].test.fired if known else float(layer.frequency.mean())
+    return Figures(fired, 1.0, 1.0, fired, 1.0, cost.exact(fired), cost.exact(fired), cost.dense)
+
+
+def _metadata(s: Structure, fit: ModelFit, energy: float, calibration: dict[str, Any]) -> dict[str, Any]:
+    described = replace(s, **fit.structure_fields()).to_metadata()
+    kept = ("predictor.", "neuron_order")
+    keys = {k: v for k, v in described.items() if k.removeprefix(f"{ARCHITECTURE}.").startswith(kept)}
+    keys |= {f"{ARCHITECTURE}.calibration.{name}": value for name, value in calibration.items()}
+    if fit.kind == "none":
+        return keys
+    figures = ("recall", "precision", "predicted_share", "active_share", "energy_kept")
+    measured = {name: [float(getattr(b.figures, name)) for b in fit.blocks] for name in figures}
+    measured |= {"energy": float(energy), "type": [b.type for b in fit.blocks]}
+    return keys | {f"{ARCHITECTURE}.predictor.{name}": value for name, value in measured.items()}

@@ -1,0 +1,75 @@
+"""Calibration text as windows of token ids: which corpus, cut and chosen the same way for a seed.
+
+Knows text and tokens; knows nothing of neurons.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.errors import UserError
+from runtime.tokenizer import Tokenizer
+
+DEFAULT_CORPUS = Path(__file__).parent / "calibration.txt"
+LONGEST_WINDOW = 512
+FEWEST_TOKENS = 512
+_FEWEST_WINDOWS = 20  # enough to be shared out to fit, validation and test
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text and where it is from. name: the file's name; sha256: of its bytes."""
+
+    name: str
+    sha256: str
+    text: str
+
+
+def read_corpus(path: Path | None) -> Corpus:
+    """Read a calibration text, None for the one that comes with the package. Raises UserError when it is empty or not UTF-8."""
+    path = path or DEFAULT_CORPUS
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"`{path}`: byte {error.start} is {raw[error.start]:#04x}, expected a calibration text in UTF-8"
+        ) from None
+    if not text.strip():
+        raise UserError(
+            f"`{path}`: empty, expected a calibration text", "give some 100 kB of the language you will use"
+        )
+    return Corpus(path.name, hashlib.sha256(raw).hexdigest(), text)
+
+
+def window_length(tokens: int, context: int) -> int:
+    """Tokens per window: up to 512, less where the context or the number of tokens is small."""
+    return min(context, LONGEST_WINDOW, max(16, tokens // _FEWEST_WINDOWS))
+
+
+def windows(corpus: Corpus, tokenizer: Tokenizer, tokens: int, context: int, seed: int) -> npt.NDArray[np.int32]:
+    """Windows of ids, int32 [n_windows, length], about `tokens` in all, each with BOS in front where the tokenizer adds one.
+
+    The text is cut from end to end; which pieces are taken, and in what order, is drawn with `seed`.
+    Raises UserError when there are fewer tokens than asked for.
+    """
+    if tokens < FEWEST_TOKENS:
+        raise UserError(f"{tokens} calibration tokens, expected at least {FEWEST_TOKENS}")
+    length = window_length(tokens, context)
+    bos = [tokenizer.bos] if tokenizer.add_bos and tokenizer.bos is not None else []
+    ids = np.array(tokenizer.encode(corpus.text, add_special=False, parse_special=False), np.int32)
+    body, n = length - len(bos), tokens // length
+    if len(ids) < n * body:
+        raise UserError(
+            f"`{corpus.name}`: {len(ids)} tokens of calibration text, expected at least {n * body}",
+            f"give a longer text, or ask for less: --calibration-tokens {max(FEWEST_TOKENS, len(ids) // 2)}",
+        )
+    pieces = ids[: len(ids) // body * body].reshape(-1, body)
+    chosen = pieces[np.random.default_rng(seed).permutation(len(pieces))[:n]]
+    starts = np.tile(np.array(bos, np.int32), (n, 1))
+    return np.ascontiguousarray(np.concatenate([starts, chosen], axis=1))

@@ -1,0 +1,193 @@
+"""The benchmarks' own promises, on tiny synthetic models: what is planted is what is measured, and what is printed can be read by scripts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import runtime
+from bench import kernels, stock
+from bench.case import Case
+from bench.contenders import LlamaCpp
+from bench.firing import plan_firing
+from bench.make_model import Recipe, measure, random_ids, write_model
+from bench.pool import GROUP, ColumnPool, RowPool, choose_groups, decode, row_ids
+from bench.shapes import shape
+from runtime.engine import on_worker
+from runtime.errors import UserError
+from runtime.gguf_file import GgufFile
+from runtime.layers import BlockRunner
+
+ROOT = Path(__file__).parent.parent
+RECIPES = {"gated": Recipe("tiny", 0.1, "q4_0"), "ungated": Recipe("tiny-opt", 0.04, "q8_0")}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bench")
+    for name, recipe in RECIPES.items():
+        write_model(recipe, folder / f"{name}.gguf")
+        stock.write(folder / f"{name}.gguf", folder / f"{name}.stock.gguf")
+    return {path.name.removesuffix(".gguf"): path for path in folder.iterdir()}
+
+
+def last_line(module: str, *arguments: str, cache: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", f"bench.{module}", *arguments, "--threads", "2"],
+        capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "LAZYNEURON_CACHE": str(cache)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_neurons_fire_and_are_predicted_as_planned(models: dict[str, Path], name: str) -> None:
+    found, wanted = measure(models[name], threads=2), RECIPES[name].active
+    assert found["active"] == pytest.approx(wanted, rel=0.15)
+    assert all(share == pytest.approx(wanted, rel=0.3) for share in found["layers"]["active"])
+    assert wanted < found["predicted_share"] < 1.5 * wanted
+    assert 0.85 < found["recall"] < 1
+
+
+def test_everything_fires_where_that_is_wanted(tmp_path: Path) -> None:
+    write_model(Recipe("tiny", 1.0, "q8_0", layers=2), tmp_path / "m.gguf")
+    assert measure(tmp_path / "m.gguf", threads=2, tokens=8)["active"] > 0.999
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_stored_frequencies_are_those_that_are_measured(models: dict[str, Path], name: str) -> None:
+    with GgufFile(models[name]) as file, BlockRunner(file, 2, 256) as runner:
+        s = file.structure
+        hidden = runner.embed(np.array(random_ids(s.vocab_size, 256), np.int32))
+        first = "ffn_gate" if s.gated else "ffn_up"
+        for i in range(s.block_count):
+            result = runner.block(i, hidden)
+            gate = result.ffn_input @ runner.rows(f"blk.{i}.{first}.weight", 0, s.feed_forward_length).T
+            bias = runner.vector(f"blk.{i}.{first}.bias")
+            measured = ((gate if bias is None else gate + bias) > 0).mean(0)
+            stored = file.read(f"blk.{i}.ffn_neuron_freq").view(np.float32)
+            assert (np.diff(stored) <= 0).all()
+            assert sorted(file.read(f"blk.{i}.ffn_neuron_index").view(np.int32)) == list(range(len(stored)))
+            assert np.abs(measured - stored).mean() < 0.02
+            assert np.corrcoef(measured, stored)[0, 1] > 0.95
+            hidden = result.output
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_all_modes_compute_the_same(models: dict[str, Path], name: str) -> None:
+    """Both layouts of the down projection are one matrix, and its part of the logits can be seen."""
+    logits = {}
+    for ffn in ("dense", "exact", "predicted"):
+        with runtime.load(models[name], ffn=ffn, threads=2, n_ctx=64) as model:
+            logits[ffn] = model.logits(random_ids(model.structure.vocab_size, 24))
+
+    def error(a: str, b: str) -> float:
+        return float(np.linalg.norm(logits[a] - logits[b]) / np.linalg.norm(logits[b]))
+
+    assert error("exact", "dense") < 0.12  # quantised twice
+    assert 1e-4 < error("predicted", "exact") < 0.25
+
+
+def test_one_recipe_gives_the_same_bytes(models: dict[str, Path], tmp_path: Path) -> None:
+    def digest(path: Path) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    write_model(RECIPES["gated"], tmp_path / "again.gguf")
+    write_model(Recipe("tiny", 0.1, "q4_0", seed=1), tmp_path / "other.gguf")
+    assert digest(tmp_path / "again.gguf") == digest(models["gated"]) != digest(tmp_path / "other.gguf")
+
+
+def test_blocks_have_bytes_of_their_own_and_the_file_says_what_it_is(models: dict[str, Path]) -> None:
+    with GgufFile(models["gated"]) as file:
+        for part in ("ffn_gate", "ffn_up", "ffn_down", "ffn_down_t", "attn_q"):
+            blocks = {file.read(f"blk.{i}.{part}.weight").tobytes() for i in range(file.structure.block_count)}
+            assert len(blocks) == file.structure.block_count, part
+        assert file.metadata["general.name"].startswith("SYNTHETIC")
+        assert "SYNTHETIC" in file.metadata["general.description"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_llama_cpp_loads_the_twin(models: dict[str, Path], name: str) -> None:
+    with GgufFile(models[name]) as file:
+        mine = {n: t.nbytes for n, t in file.tensors.items() if "blk." in n and "ffn_down_t" not in n}
+        shared = sum(size for n, size in mine.items() if "predictor" not in n and "neuron" not in n)
+    contender = LlamaCpp(models[f"{name}.stock"], 2, 64)
+    on_worker(contender.open)
+    try:
+        on_worker(lambda: contender.start(random_ids(512, 16)))
+        on_worker(lambda: contender.step(5))
+    finally:
+        on_worker(contender.close)
+    assert models[f"{name}.stock"].stat().st_size > shared
+
+
+def test_a_race_prints_one_line_for_scripts(tmp_path: Path) -> None:
+    made = last_line("make_model", "--shape", "tiny", "--layers", "2", cache=tmp_path)
+    assert made["active"] == pytest.approx(made["active_wanted"], rel=0.15)
+    result = last_line(
+        "decode", "--shape", "tiny", "--layers", "2", "--rounds", "1", "--tokens", "4", "--prompt", cache=tmp_path
+    )
+    kinds = ("llama_cpp", "dense", "exact", "predicted")
+    keys = {"tokens_per_s", "min", "max", "bytes_per_token", "bound_tokens_per_s", "share_of_bound", "prompt", "memory"}
+    assert all(keys <= set(result[kind]) for kind in kinds)
+    assert set(result["ratios"]) == {"dense", "exact", "predicted"}
+    assert set(result["exact"]["prompt"]) == {"32", "128", "512"}
+    read = {kind: result[kind]["bytes_per_token"] for kind in kinds}
+    assert read["predicted"] < read["exact"] < read["dense"] == read["llama_cpp"]
+    assert result["exact"]["active"] == pytest.approx(0.1, rel=0.3)
+    assert len(list((tmp_path / "bench").glob("*.gguf"))) == 2  # the race took what make_model had made
+
+
+def test_a_race_takes_a_real_model(tiny_gguf: Path, tmp_path: Path) -> None:
+    result = last_line("decode", str(tiny_gguf), "--rounds", "1", "--tokens", "2", cache=tmp_path)
+    assert not result["synthetic"]
+    assert {"llama_cpp", "dense", "exact"} <= set(result)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("tiny", "q4_0"), ("tiny", "f16"), ("tiny-opt", "q8_0")])
+def test_kernels_compute_what_was_planted(name: str, kind: str) -> None:
+    case = Case(shape(name), kind, 0.25, threads=2, copies=2)
+    found = kernels.measure(case, rounds=1)
+    assert found["fired"] == {"exact": 0.25, "listed": 0.25}
+    result = kernels.figures(case, found, 1e9, name)
+    assert {"plain", "exact", "listed", "predictor"} <= set(result)
+    assert result["listed"]["bytes"] < result["exact"]["bytes"] < result["plain"]["bytes"]
+
+
+def test_firing_has_the_wanted_mean_and_closed_forms() -> None:
+    firing = plan_firing(4096, 0.1)
+    assert firing.frequencies.mean() == pytest.approx(0.1, rel=0.01)
+    assert (np.diff(firing.frequencies) <= 0).all()
+    drawn = np.maximum(np.random.default_rng(0).normal(size=(4000, 1)) + firing.means[::512], 0)
+    assert drawn.mean(0) == pytest.approx(firing.outputs[::512], abs=0.05)
+    assert (drawn**2).mean(0) == pytest.approx(firing.energies[::512], abs=0.15)
+
+
+def test_row_and_column_pools_hold_one_matrix() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((2 * GROUP, 64), np.float32)
+    groups = choose_groups(rng, len(rows), 3 * GROUP)
+    expected = rows[row_ids(groups, 3 * GROUP)]
+    by_row = np.concatenate(list(RowPool(rows, "f32").pieces(groups, 3 * GROUP)))
+    by_column = np.concatenate(list(ColumnPool(rows, "f32").pieces(groups)))
+    assert np.array_equal(decode(by_row, "f32", 64), expected)
+    assert np.array_equal(decode(by_column, "f32", 3 * GROUP), expected.T)
+    headed = np.concatenate(list(RowPool(rows, "f32").pieces(groups, 300, zeros=32)))
+    assert np.array_equal(decode(headed, "f32", 64), np.concatenate([np.zeros((32, 64)), expected[:268]]))
+
+
+def test_mistakes_are_reported() -> None:
+    for recipe in (Recipe("tiny", 0.0), Recipe("tiny", 1.5), Recipe("tiny", type="q4_k"), Recipe("tiny", layers=0)):
+        with pytest.raises(UserError):
+            write_model(recipe, Path("never.gguf"))
+    with pytest.raises(UserError, match="expected a type"):
+        kernels.measure(Case(shape("tiny"), "i32", 0.1, threads=1), rounds=1)
