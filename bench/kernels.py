@@ -23,6 +23,7 @@ from bench.memory import DenseProduct
 from bench.shapes import SHAPES, shape
 from bench.tables import console, table
 from convert.quantize import NUMBERS, fitting
+from runtime import ggml
 from runtime.engine import on_worker, physical_cores
 from runtime.errors import UserError, run_command
 from runtime.logs import captured_log
@@ -47,9 +48,9 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
 
 def _check(case: Case) -> None:
     s = case.structure
-    if case.type not in NUMBERS or any(
-        fitting(case.type, n) != case.type for n in (s.embedding_length, s.feed_forward_length)
-    ):
+    number = NUMBERS.get(case.type)
+    usable = number is not None and ggml.ggml_get_type_traits_cpu(number).contents.vec_dot
+    if not usable or any(fitting(case.type, n) != case.type for n in (s.embedding_length, s.feed_forward_length)):
         raise UserError(f"--type {case.type}: expected a type of matrices whose blocks fit the shape's rows")
     if not 0 < case.active <= 1:
         raise UserError(f"--active {case.active}: expected more than 0 and at most 1")

@@ -118,6 +118,10 @@ def race(plan: Plan, tokens: int, rounds: int, prompts: bool, say: Callable[[str
         for i in range(rounds + 1 if prompts else 0):
             say(f"prompts, round {i} of {rounds}" if i else "prompts, warming up")
             _prompt_round(entries, plan, counts=i > 0)
+        for (
+            entry
+        ) in entries.values():  # what is mapped and allocated now includes prompts; the peak is that of the whole run
+            entry.memory |= {"peak_bytes": entry.worker.ask("memory").get("peak_bytes", 0)}
     return _figures(entries, plan, bandwidths[1:], tokens, prompts)
 
 

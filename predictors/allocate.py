@@ -8,11 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from predictors.choose import GAIN, PRICES, Cost, Judged
-
-JOINT = True
 
 
 @dataclass(frozen=True)
@@ -55,16 +51,15 @@ class LayerOptions:
 
 
 def allocate(layers: Sequence[LayerOptions], energy: float) -> list[tuple[Judged, int] | None]:
-    """For each layer its candidate and price, or None for exact, such that a share `energy` of the output energy is kept."""
-    if energy >= 1:
+    """For each layer its candidate and price, or None for exact, such that a share `energy` of all layers' output energy is kept.
+
+    One price for all: energy is measured relative to the residual stream, and what is lost of that costs about the same in every layer
+    (docs/predictors.md), so layers that predict well give more than those that do not.
+    """
+    wanted = energy * sum(layer.total for layer in layers)
+    enough = (p for p in range(len(PRICES)) if sum(layer.kept(p) for layer in layers) >= wanted)
+    price = None if energy >= 1 else next(enough, None)
+    if price is None:
         return [None for _ in layers]
-    groups = [layers] if JOINT else [[layer] for layer in layers]
-    chosen: list[tuple[Judged, int] | None] = []
-    for group in groups:
-        wanted = energy * sum(layer.total for layer in group)
-        enough = (p for p in range(len(PRICES)) if sum(layer.kept(p) for layer in group) >= wanted)
-        price = next(enough, len(PRICES) - 1)
-        for layer in group:
-            best = layer.best(price)
-            chosen.append(None if best is None else (best, price))
-    return chosen
+    best = [layer.best(price) for layer in layers]
+    return [None if judged is None else (judged, price) for judged in best]

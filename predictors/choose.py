@@ -7,7 +7,7 @@ Knows margins and bytes; knows nothing of files or of how scores are made.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +63,8 @@ class Rule:
 
     def edges(self, price: int) -> npt.NDArray[np.int64]:
         """The edge from which each neuron is worth its bytes at PRICES[price], [n_ff]; len(EDGES): never."""
-        return np.searchsorted(self.worth, 1 / (PRICES[price] * np.maximum(self.size, 1e-30)))
+        edges: npt.NDArray[np.int64] = np.searchsorted(self.worth, 1 / (PRICES[price] * np.maximum(self.size, 1e-30)))
+        return edges
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Judged:
     def bias(self, price: int) -> Floats:
         """`predictor_out.bias` at PRICES[price], float32 [n_ff]."""
         thresholds = np.append(EDGES, np.float32(_NEVER))[self.rule.edges(price)]
-        return self.scale.bias(thresholds).astype(np.float32)
+        return self.scale.bias(thresholds)
 
 
 def judge(candidate: Candidate, measured: tuple[Scale, Margins, Margins], cost: Cost) -> Judged:
@@ -114,11 +115,12 @@ def _between(above: Floats) -> Floats:
     return above - np.append(above[:, 1:], np.zeros((len(above), 1), np.float32), axis=1)
 
 
-def _ratio(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-    return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
+def _ratio(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> Doubles:
+    ratio: Doubles = np.divide(a, b, out=np.zeros(a.shape), where=b > 0)
+    return ratio
 
 
-def _factors(count: Floats, energy: Floats) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]:
+def _factors(count: Floats, energy: Floats) -> tuple[Doubles, Doubles]:
     """Energy per count as an outer product: sizes [n_ff], shrunk towards the layer's mean where a neuron was seen little, times a function of the edge."""
     size = np.ones(len(count))
     for _ in range(3):

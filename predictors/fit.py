@@ -183,8 +183,8 @@ def _batches(candidates: Iterator[Candidate], n_ff: int) -> Iterator[list[Candid
 
 def _block(layer: _Layer, choice: tuple[Judged, int] | None, reorder: bool) -> BlockFit:
     n = len(layer.frequency)
-    order = np.argsort(-layer.frequency, kind="stable") if reorder else np.arange(n)
-    order, freq = order.astype(np.int32), layer.frequency[order]
+    hottest_first = np.argsort(-layer.frequency, kind="stable") if reorder else np.arange(n)
+    order, freq = hottest_first.astype(np.int32), layer.frequency[hottest_first]
     tensors = (plain("ffn_neuron_index", "i32", order), plain("ffn_neuron_freq", "f32", freq)) if reorder else ()
     if choice is None:
         return BlockFit(order, freq, 0, "none", 0.0, tensors, _exact_figures(layer))
@@ -231,6 +231,6 @@ def _metadata(s: Structure, fit: ModelFit, energy: float, calibration: dict[str,
     if fit.kind == "none":
         return keys
     figures = ("recall", "precision", "predicted_share", "active_share", "energy_kept")
-    measured = {name: [float(getattr(b.figures, name)) for b in fit.blocks] for name in figures}
+    measured: dict[str, Any] = {name: [float(getattr(b.figures, name)) for b in fit.blocks] for name in figures}
     measured |= {"energy": float(energy), "type": [b.type for b in fit.blocks]}
     return keys | {f"{ARCHITECTURE}.predictor.{name}": value for name, value in measured.items()}

@@ -5,7 +5,7 @@ Knows no kind by name, and nothing of thresholds: a candidate gives scores, othe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,16 +23,27 @@ class FitOptions:
 
 
 class Candidate(Protocol):
-    """A predictor fitted to one layer, in the numbers that would be stored, but for its bias.
+    """A predictor fitted to one layer, in the numbers that would be stored, but for its bias."""
 
-    tensors: without `predictor_out.bias`; rows of the last one are neurons, in the order of the file. rank: 1 or more.
-    type: what the choice was between, for reports. unit_slope: whether scores are estimates of pre-activations (less the threshold that these have to pass).
-    """
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All but `predictor_out.bias`; rows of the last one are neurons, in the order of the file."""
+        ...
 
-    tensors: tuple[Tensor, ...]
-    rank: int
-    type: str
-    unit_slope: bool
+    @property
+    def rank(self) -> int:
+        """As the file says it, 1 or more."""
+        ...
+
+    @property
+    def type(self) -> str:
+        """In which numbers it is stored, for reports."""
+        ...
+
+    @property
+    def unit_slope(self) -> bool:
+        """Whether scores are estimates of pre-activations but for a constant per neuron; else they only rise with them."""
+        ...
 
     def prepare(self, x: Floats) -> Floats:
         """What is computed once per token, from inputs float32 [n_tokens, n_embd]."""
@@ -43,9 +54,5 @@ class Candidate(Protocol):
         ...
 
 
-class Kind(Protocol):
-    """A way to predict: fits candidates to one layer."""
-
-    def __call__(self, layer: LayerSamples, options: FitOptions) -> Iterator[Candidate]:
-        """Candidates, in no particular order; none where the layer's shape does not allow any."""
-        ...
+# A way to predict: fits candidates to one layer, in no particular order; none where the layer's shape does not allow any.
+Kind = Callable[[LayerSamples, FitOptions], Iterator[Candidate]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from predictors import lowrank
+from predictors import lowrank, mlp, signbit
 from predictors.calibrate import LayerSamples
 from predictors.kind import Candidate, FitOptions, Kind
 
@@ -13,7 +13,7 @@ def _none(layer: LayerSamples, options: FitOptions) -> Iterator[Candidate]:
     return iter(())
 
 
-KINDS: dict[str, Kind] = {"lowrank": lowrank.fit, "none": _none}
+KINDS: dict[str, Kind] = {"lowrank": lowrank.fit, "signbit": signbit.fit, "mlp": mlp.fit, "none": _none}
 METHODS = {
     "lowrank": "whitened truncated SVD",
     "signbit": "sign bits (SparseInfer)",

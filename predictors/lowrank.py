@@ -20,7 +20,7 @@ from predictors.quantized import Floats, Tensor, block_size, matrix
 RIDGE = 1e-2  # added to the covariance, times its mean diagonal: directions that the text hardly shows count a little
 _RANKS = (32, 64, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024)
 
-Matrix = npt.NDArray[np.floating]
+Matrix = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,21 @@ class LowRank:
 
     def prepare(self, x: Floats) -> Floats:
         """z, float32 [n_tokens, rank]."""
-        return x @ self.matrices[0].T
+        z: Floats = x @ self.matrices[0].T
+        return z
 
     def scores(self, prepared: Floats, first: int, end: int) -> Floats:
         """Estimated pre-activations but for a constant per neuron."""
-        return prepared @ self.matrices[1][first:end].T
+        scores: Floats = prepared @ self.matrices[1][first:end].T
+        return scores
 
 
 def fit(layer: LayerSamples, options: FitOptions) -> Iterator[LowRank]:
     """One candidate for each rank and matrix type."""
-    covariance = _covariance(layer.fit.x)
-    basis = _basis(layer, covariance)  # [r_max, n_embd], the most important direction first
+    spread = covariance(layer.fit.x)
+    directions = basis(layer, spread)
     for type_name in options.types:
-        yield from _candidates(layer, covariance, basis, type_name)
+        yield from _candidates(layer, spread, directions, type_name)
 
 
 def ranks(n_embd: int, n_ff: int, block: int) -> list[int]:
@@ -56,16 +58,16 @@ def ranks(n_embd: int, n_ff: int, block: int) -> list[int]:
     return sorted({-(-r // block) * block for r in _RANKS if -(-r // block) * block <= min(most, n_embd)})
 
 
-def _covariance(x: Floats) -> Matrix:
+def covariance(x: Floats) -> Matrix:
     """Ridge-regularised covariance of inputs [n_tokens, n_embd]."""
     centred = x - x.mean(0)
-    c = (centred.T @ centred).astype(np.float64) / len(x)
+    c: Matrix = (centred.T @ centred).astype(np.float64) / len(x)
     c[np.diag_indices_from(c)] += RIDGE * np.trace(c) / len(c)
     return c
 
 
-def _basis(layer: LayerSamples, covariance: Matrix) -> Floats:
-    """Rows A [r_max, n_embd] such that A (x - mean x) are the leading components of the pre-activations, each with its own variance."""
+def basis(layer: LayerSamples, covariance: Matrix) -> Floats:
+    """Rows A [r_max, n_embd], the most important direction first, such that A (x - mean x) are the leading components of the pre-activations, each with its own variance."""
     s = layer.structure
     gram = np.zeros_like(covariance, np.float32)
     for chunk in layer.chunks(1):
@@ -76,7 +78,8 @@ def _basis(layer: LayerSamples, covariance: Matrix) -> Floats:
     n = max(ranks(s.embedding_length, s.feed_forward_length, 32), default=0)
     leading, scale = vectors[:, ::-1][:, :n], np.sqrt(np.maximum(values[::-1][:n], 0))
     rows = np.linalg.solve(lower.T, leading.astype(np.float64)).T * scale[:, None]
-    return rows.astype(np.float32)
+    scaled: Floats = rows.astype(np.float32)
+    return scaled
 
 
 def _candidates(layer: LayerSamples, covariance: Matrix, basis: Floats, type_name: str) -> Iterator[LowRank]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from predictors.calibrate import LayerSamples, Part
+from predictors.calibrate import LayerSamples
 from predictors.kind import Candidate
 from predictors.quantized import Floats
 
@@ -32,11 +32,13 @@ class Scale:
     @property
     def error(self) -> Floats:
         """Spread in units of the score, float32 [n_ff]."""
-        return self.spread / self.slope
+        error: Floats = self.spread / self.slope
+        return error
 
     def bias(self, thresholds: Floats) -> Floats:
         """What to add to scores so that they are above 0 where margins are above `thresholds` [n_ff]."""
-        return (self.intercept - thresholds * self.spread) / self.slope
+        bias: Floats = ((self.intercept - thresholds * self.spread) / self.slope).astype(np.float32)
+        return bias
 
     def __getitem__(self, at: slice) -> Scale:
         return Scale(self.slope[at], self.intercept[at], self.spread[at])
@@ -99,7 +101,8 @@ def _margins(scores: Floats, scale: Scale, fired: npt.NDArray[np.bool_], energy:
 
     def above(at: npt.NDArray[np.int32], weights: Floats | None = None) -> Floats:
         counts = np.bincount(at.ravel(), weights, size).reshape(n, _BINS) / n_tokens
-        return counts[:, ::-1].cumsum(1)[:, ::-1].astype(np.float32)
+        from_there: Floats = counts[:, ::-1].cumsum(1)[:, ::-1].astype(np.float32)
+        return from_there
 
     predicted, hits, kept = above(bins), above(active), above(active, energy[fired])
     return Margins(predicted[:, 1:], hits[:, 1:], kept[:, 1:], hits[:, 0], kept[:, 0])

@@ -79,7 +79,8 @@ def _pack(rows: Floats, type_name: str, importance: Floats | None) -> Bytes:
 def unpack(data: Bytes, type_name: str, row_length: int) -> Floats:
     """Numbers of packed rows, float32 [n_rows, row_length]."""
     if type_name in _NUMPY:
-        return data.view(_NUMPY[type_name]).astype(np.float32).reshape(-1, row_length)
+        plain_numbers: Floats = data.view(_NUMPY[type_name]).astype(np.float32).reshape(-1, row_length)
+        return plain_numbers
     data = np.ascontiguousarray(data)
     out = np.empty(data.size // row_bytes(type_name, row_length) * row_length, np.float32)
     to_float: Any = ggml.TO_FLOAT(ggml.ggml_get_type_traits(ggml.TYPES[type_name]).contents.to_float)

@@ -266,6 +266,44 @@ void axpys_q4_0_float(int64_t n, int n_rows, const char * const * rows, const ch
 }
 
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+// 16 bytes of each of four rows, side by side.
+__m512i four_rows(const void * a, const void * b, const void * c, const void * d) {
+    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128(static_cast<const __m128i *>(a)));
+    v = _mm512_inserti32x4(v, _mm_loadu_si128(static_cast<const __m128i *>(b)), 1);
+    v = _mm512_inserti32x4(v, _mm_loadu_si128(static_cast<const __m128i *>(c)), 2);
+    return _mm512_inserti32x4(v, _mm_loadu_si128(static_cast<const __m128i *>(d)), 3);
+}
+
+// Four rows per pass: a lane of 16 bytes is one row's nibbles, against the same 16 values of x in every lane.
+void dots_q4_0(int64_t n, int n_rows, const char * const * rows, const char * const * next, const void * x, float * out) {
+    const block_q4_0 * w[4];
+    for (int k = 0; k < 4; k++) {
+        w[k] = reinterpret_cast<const block_q4_0 *>(rows[k < n_rows ? k : 0]);
+    }
+    const block_q8_0 * xs = static_cast<const block_q8_0 *>(x);
+    const __m512i mask = _mm512_set1_epi8(15), offset = _mm512_set1_epi8(8), none = _mm512_setzero_si512();
+    // The first word of a block is its scale: each row's four times, for the four sums of its lane.
+    const __m512i scale_words = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 24, 24, 24, 24, 16, 16, 16, 16, 8, 8, 8, 8, 0, 0, 0, 0);
+    vec acc = zero();
+    for (int64_t i = 0; i < n / BLOCK; i++) {
+        fetch<sizeof(block_q4_0)>(next, n_rows, i * sizeof(block_q4_0));
+        const __m512i low_x = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(xs[i].qs)));
+        const __m512i high_x = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(xs[i].qs + 16)));
+        const __m512i minus = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(none, offset, low_x), offset, high_x);
+        const __m512i q = four_rows(w[0][i].qs, w[1][i].qs, w[2][i].qs, w[3][i].qs);
+        __m512i p = _mm512_dpbusd_epi32(_mm512_sub_epi32(none, minus), _mm512_and_si512(q, mask), low_x);
+        p = _mm512_dpbusd_epi32(p, _mm512_and_si512(_mm512_srli_epi16(q, 4), mask), high_x);
+        const __m512i scales = _mm512_permutexvar_epi16(scale_words, four_rows(w[0] + i, w[1] + i, w[2] + i, w[3] + i));
+        const vec d = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(scales)), all(f16(xs[i].d)));
+        acc = fma(_mm512_cvtepi32_ps(p), d, acc);
+    }
+    alignas(64) float sums[16];
+    store(sums, acc);
+    for (int k = 0; k < n_rows; k++) {
+        out[k] = (sums[4 * k] + sums[4 * k + 1]) + (sums[4 * k + 2] + sums[4 * k + 3]);
+    }
+}
+
 // Sixteen rows per pass in integers: the coefficients a[k] * d[k] of one block are rounded to 8 bits of the largest among them (ggml rounds the activations of a dense product as much),
 // the four rows of a group are interleaved byte by byte, and one instruction multiplies four weights with four coefficients.
 void axpys_q4_0(int64_t n, int n_rows, const char * const * rows, const char * const * next, const float * a, float * y) {
@@ -284,13 +322,14 @@ void axpys_q4_0(int64_t n, int n_rows, const char * const * rows, const char * c
     }
     const __m512i interleave = _mm512_load_si512(order), mask = _mm512_set1_epi8(15);
     const __m512 strengths = _mm512_load_ps(padded);
+    // The first words of eight blocks, side by side.
+    const __m512i scale_words = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 56, 48, 40, 32, 24, 16, 8, 0);
     for (int64_t i = 0; i < n / BLOCK; i++) {
         fetch<sizeof(block_q4_0)>(next, n_rows, i * sizeof(block_q4_0));
-        alignas(32) uint16_t scales[AXPY_ROWS];
-        for (int k = 0; k < AXPY_ROWS; k++) {
-            scales[k] = w[k][i].d;
-        }
-        const __m512 c = _mm512_mul_ps(strengths, _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i *>(scales))));
+        const __m512i first = _mm512_permutex2var_epi16(four_rows(w[0] + i, w[1] + i, w[2] + i, w[3] + i), scale_words, four_rows(w[4] + i, w[5] + i, w[6] + i, w[7] + i));
+        const __m512i second = _mm512_permutex2var_epi16(four_rows(w[8] + i, w[9] + i, w[10] + i, w[11] + i), scale_words, four_rows(w[12] + i, w[13] + i, w[14] + i, w[15] + i));
+        const __m256i scales = _mm256_inserti128_si256(_mm512_castsi512_si256(first), _mm512_castsi512_si128(second), 1);
+        const __m512 c = _mm512_mul_ps(strengths, _mm512_cvtph_ps(scales));
         const float largest = _mm512_reduce_max_ps(_mm512_abs_ps(c));
         if (largest == 0.0f) {
             continue;
@@ -300,10 +339,7 @@ void axpys_q4_0(int64_t n, int n_rows, const char * const * rows, const char * c
         _mm_store_si128(reinterpret_cast<__m128i *>(groups), _mm512_cvtepi32_epi8(rounded));
         __m512i low = _mm512_set1_epi32(-8 * _mm512_reduce_add_epi32(rounded)), high = low;
         for (int g = 0; g < AXPY_ROWS / 4; g++) {
-            __m512i q = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i *>(w[4 * g][i].qs)));
-            q = _mm512_inserti32x4(q, _mm_loadu_si128(reinterpret_cast<const __m128i *>(w[4 * g + 1][i].qs)), 1);
-            q = _mm512_inserti32x4(q, _mm_loadu_si128(reinterpret_cast<const __m128i *>(w[4 * g + 2][i].qs)), 2);
-            q = _mm512_inserti32x4(q, _mm_loadu_si128(reinterpret_cast<const __m128i *>(w[4 * g + 3][i].qs)), 3);
+            __m512i q = four_rows(w[4 * g][i].qs, w[4 * g + 1][i].qs, w[4 * g + 2][i].qs, w[4 * g + 3][i].qs);
             q = _mm512_permutexvar_epi8(interleave, q);
             const __m512i four = _mm512_set1_epi32(groups[g]);
             low = _mm512_dpbusd_epi32(low, _mm512_and_si512(q, mask), four);
@@ -315,8 +351,6 @@ void axpys_q4_0(int64_t n, int n_rows, const char * const * rows, const char * c
         store(out + 16, fma(_mm512_cvtepi32_ps(high), unit, load(out + 16)));
     }
 }
-#else
-void axpys_q4_0(int64_t n, int n_rows, const char * const * rows, const char * const * next, const float * a, float * y) { axpys_q4_0_float(n, n_rows, rows, next, a, y); }
 #endif
 
 // --- tables ----------------------------------------------------------------------------------------------------------
@@ -333,7 +367,11 @@ const row_kernels F32 = {dots<dots_float<f32_rows, 1>, dots_float<f32_rows, 2>, 
 const row_kernels F16 = {dots<dots_float<f16_rows, 1>, dots_float<f16_rows, 2>, dots_float<f16_rows, 3>, dots_float<f16_rows, 4>>, axpys_float<f16_rows>};
 const row_kernels BF16 = {dots<dots_bf16<1>, dots_bf16<2>, dots_bf16<3>, dots_bf16<4>>, axpys_float<bf16_rows>};
 const row_kernels Q8_0 = {dots<dots_block<q8_0_rows, 1>, dots_block<q8_0_rows, 2>, dots_block<q8_0_rows, 3>, dots_block<q8_0_rows, 4>>, axpys_q8_0};
-const row_kernels Q4_0 = {dots<dots_block<q4_0_rows, 1>, dots_block<q4_0_rows, 2>, dots_block<q4_0_rows, 3>, dots_block<q4_0_rows, 4>>, axpys_q4_0};
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+const row_kernels Q4_0 = {dots_q4_0, axpys_q4_0};
+#else
+const row_kernels Q4_0 = {dots<dots_block<q4_0_rows, 1>, dots_block<q4_0_rows, 2>, dots_block<q4_0_rows, 3>, dots_block<q4_0_rows, 4>>, axpys_q4_0_float};
+#endif
 
 }  // namespace
 
