@@ -33,8 +33,8 @@ class LayerOptions:
         """The candidate that loses least at PRICES[price], None for exact."""
 
         def saved(j: Judged) -> float:
-            lost = PRICES[price] * self.cost.dense * (self.total - j.validation.energy[price])
-            return float((1 - GAIN) * self.exact - j.bytes[price] - lost)
+            lost = max(0.0, self.total - j.validation.energy[price])
+            return float((1 - GAIN) * self.exact - j.bytes[price] - PRICES[price] * self.cost.dense * lost)
 
         best = max(self.candidates, key=saved, default=None)
         return best if best is not None and saved(best) > 0 else None

@@ -18,7 +18,7 @@ from predictors.quantized import Floats
 
 Doubles = npt.NDArray[np.float64]
 Shares = TypeVar("Shares", float, npt.NDArray[np.float64])
-PRICES: Doubles = np.geomspace(1e-3, 1e6, 217)  # in units of the layer's dense bytes per unit of relative energy
+PRICES: Doubles = np.geomspace(1e-6, 1e9, 361)  # in units of the layer's dense bytes per unit of relative energy
 GAIN = 0.03  # a predictor has to save this share of what `exact` reads
 _SHRINKAGE = 0.2
 _NEVER = 1e6  # a margin that no score reaches

@@ -85,38 +85,30 @@ def _train(torch: Any, x: Floats, weights: Any, basis: Floats, options: FitOptio
     """Both matrices, float32 [rank, n_embd] and [n_ff, rank]."""
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
-    centre, spread = x.mean(0), (x @ basis.T).std(0)[:, None]
-    start = np.concatenate([basis / spread, -basis / spread])
-    inner = torch.nn.Parameter(torch.tensor(start + 0.02 * np.abs(start).mean() * _noise(start.shape, options.seed)))
-    outer = torch.nn.Parameter(0.1 * torch.randn(weights.shape[1], len(start)))
+    directions = basis / (x @ basis.T).std(0)[:, None]
+    inner = torch.nn.Parameter(torch.from_numpy(np.concatenate([directions, -directions])))
+    outer = torch.nn.Parameter(0.1 * torch.randn(weights.shape[1], len(inner)))
     bias = torch.nn.Parameter(torch.full((weights.shape[1],), -2.0))
-    steps = EPOCHS * (len(x) // BATCH)
+    steps = max(1, EPOCHS * (len(x) // BATCH))
     optimiser = torch.optim.AdamW([inner, outer, bias], lr=RATE, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE * 2, total_steps=max(steps, 1), pct_start=0.1)
-    scale = (np.abs(inner.detach().numpy() @ centre).mean() + 1) / 1.0
-    batches = _batches(len(x), options.seed)
-    for _, rows in zip(range(steps), batches, strict=False):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE * 2, total_steps=steps, pct_start=0.1)
+    for _, rows in zip(range(steps), _batches(len(x), options.seed), strict=False):
         w = torch.from_numpy(weights[rows].astype(np.float32))
-        z = torch.relu(torch.from_numpy(x[rows]) @ inner.T)
-        logits = z @ outer.T / float(scale) + bias
+        logits = torch.relu(torch.from_numpy(x[rows]) @ inner.T) @ outer.T + bias
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, (w > 0).float(), torch.clamp(w, min=1))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
-    return inner.detach().numpy(), outer.detach().numpy() / np.float32(scale)
-
-
-def _noise(shape: tuple[int, ...], seed: int) -> Floats:
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return inner.detach().numpy(), outer.detach().numpy()
 
 
 def _batches(n: int, seed: int) -> Iterator[Any]:
     """Index arrays [BATCH], epoch after epoch in a new order."""
     rng = np.random.default_rng(seed)
+    size = min(n, BATCH)
     while True:
-        order = rng.permutation(n)
-        yield from order[: n // BATCH * BATCH].reshape(-1, BATCH)
+        yield from rng.permutation(n)[: n // size * size].reshape(-1, size)
 
 
 def _stored(layer: LayerSamples, inner: Floats, outer: Floats, type_name: str) -> Mlp:

@@ -72,7 +72,8 @@ def _pack(rows: Floats, type_name: str, importance: Floats | None) -> Bytes:
     packed = np.empty(len(rows) * row_bytes(type_name, rows.shape[1]), np.uint8)
     weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
     address = None if weights is None else weights.ctypes.data
-    ggml.ggml_quantize_chunk(ggml.TYPES[type_name], rows.ctypes.data, packed.ctypes.data, 0, *rows.shape, address)
+    n, length = rows.shape
+    ggml.ggml_quantize_chunk(ggml.TYPES[type_name], rows.ctypes.data, packed.ctypes.data, 0, n, length, address)
     return packed
 
 

@@ -42,7 +42,7 @@ class SignBit:
     def scores(self, prepared: Floats, first: int, end: int) -> Floats:
         """Minus the number of differing signs: whole numbers, exact in float32."""
         bits = self.tensors[0].data.reshape(-1, self.rank // 8)[first:end]
-        scores: Floats = (prepared @ unpack(bits).T - self.rank) / 2
+        scores: Floats = (prepared @ unpack(bits).T - np.float32(self.rank)) / np.float32(2)
         return scores
 
 

@@ -20,6 +20,8 @@ LONGEST_WINDOW = 512
 FEWEST_TOKENS = 512
 _FEWEST_WINDOWS = 20  # enough to be shared out to fit, validation and test
 
+Ids = npt.NDArray[np.int32]
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -52,8 +54,22 @@ def window_length(tokens: int, context: int) -> int:
     return min(context, LONGEST_WINDOW, max(16, tokens // _FEWEST_WINDOWS))
 
 
-def windows(corpus: Corpus, tokenizer: Tokenizer, tokens: int, context: int, seed: int) -> npt.NDArray[np.int32]:
-    """Windows of ids, int32 [n_windows, length], about `tokens` in all, each with BOS in front where the tokenizer adds one.
+def encode(corpus: Corpus, tokenizer: Tokenizer) -> tuple[Ids, list[int]]:
+    """The text's ids, without BOS; and what goes before each window: BOS, where the tokenizer adds one."""
+    bos = [tokenizer.bos] if tokenizer.add_bos and tokenizer.bos is not None else []
+    return np.array(tokenizer.encode(corpus.text, add_special=False, parse_special=False), np.int32), bos
+
+
+def cut(ids: Ids, bos: list[int], length: int) -> Ids:
+    """All whole windows of a text, one after the other, int32 [n_windows, length], `bos` before each."""
+    body = length - len(bos)
+    pieces = ids[: len(ids) // body * body].reshape(-1, body)
+    starts = np.tile(np.array(bos, np.int32), (len(pieces), 1))
+    return np.ascontiguousarray(np.concatenate([starts, pieces], axis=1))
+
+
+def windows(corpus: Corpus, tokenizer: Tokenizer, tokens: int, context: int, seed: int) -> Ids:
+    """Windows to calibrate on, int32 [n_windows, length], about `tokens` in all.
 
     The text is cut from end to end; which pieces are taken, and in what order, is drawn with `seed`.
     Raises UserError when there are fewer tokens than asked for.
@@ -61,15 +77,13 @@ def windows(corpus: Corpus, tokenizer: Tokenizer, tokens: int, context: int, see
     if tokens < FEWEST_TOKENS:
         raise UserError(f"{tokens} calibration tokens, expected at least {FEWEST_TOKENS}")
     length = window_length(tokens, context)
-    bos = [tokenizer.bos] if tokenizer.add_bos and tokenizer.bos is not None else []
-    ids = np.array(tokenizer.encode(corpus.text, add_special=False, parse_special=False), np.int32)
-    body, n = length - len(bos), tokens // length
-    if len(ids) < n * body:
+    ids, bos = encode(corpus, tokenizer)
+    n = tokens // length
+    if len(ids) < n * (length - len(bos)):
+        less = f", or ask for less: --calibration-tokens {len(ids)}" if len(ids) >= FEWEST_TOKENS else ""
         raise UserError(
-            f"`{corpus.name}`: {len(ids)} tokens of calibration text, expected at least {n * body}",
-            f"give a longer text, or ask for less: --calibration-tokens {max(FEWEST_TOKENS, len(ids) // 2)}",
+            f"`{corpus.name}`: {len(ids)} tokens of calibration text, expected at least {n * (length - len(bos))}",
+            f"give a longer text{less}",
         )
-    pieces = ids[: len(ids) // body * body].reshape(-1, body)
-    chosen = pieces[np.random.default_rng(seed).permutation(len(pieces))[:n]]
-    starts = np.tile(np.array(bos, np.int32), (n, 1))
-    return np.ascontiguousarray(np.concatenate([starts, chosen], axis=1))
+    pieces = cut(ids, bos, length)
+    return pieces[np.random.default_rng(seed).permutation(len(pieces))[:n]]

@@ -59,7 +59,9 @@ ConstFloatP = Annotated[int | None, C(ctypes.c_void_p, "const float *")]
 ConstInt64P = Annotated["ctypes._Pointer[ctypes.c_int64]", C(ctypes.POINTER(ctypes.c_int64), "const int64_t *")]
 CustomOp = Annotated[int | None, C(ctypes.c_void_p, "ggml_custom_op_t")]
 TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)  # ggml_to_float_t
-GET_EXTRA_BUFTS = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)  # ggml_backend_dev_get_extra_bufts_t
+GET_EXTRA_BUFTS = ctypes.CFUNCTYPE(
+    ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p
+)  # ggml_backend_dev_get_extra_bufts_t
 LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 LogCallback = Annotated[object, C(LOG_CALLBACK, "ggml_log_callback")]
 

@@ -176,7 +176,8 @@ def with_tensors(source: Path, target: Path, extra: dict[str, Any]) -> Path:
         ("blk.3.ffn_norm.weight", "norms"),
         ("blk.3.ffn_down.bias", "ffn_down"),
         ("blk.13.ffn_down_t.weight", "ffn_down_t"),
-        ("blk.0.ffn_neuron_freq", "other"),
+        ("blk.0.ffn_neuron_freq", "neurons"),
+        ("blk.0.predictor_in.weight", "predictor"),
         ("rope_freqs.weight", "other"),
     ],
 )

@@ -136,21 +136,22 @@ def _traffic(file: GgufFile, s: Structure, shares: list[float] | None) -> dict[s
         return bytes_per_token(s, file.tensors, Activity(ffn, layer_shares, gates or [1.0] * n)).total
 
     n = s.block_count
-    predicted = file.metadata.get("lazyneuron.predictor.predicted_share")
-    recalls = file.metadata.get("lazyneuron.predictor.recall")
-    kept = (
-        shares
-        and predicted is not None
-        and recalls is not None
-        and [a * float(r) for a, r in zip(shares, recalls, strict=True)]
-    )
+    predicted, recalls = (_floats(file, f"lazyneuron.predictor.{name}") for name in ("predicted_share", "recall"))
+    computed = [share * recall for share, recall in zip(shares or [], recalls, strict=False)]
     return {
         "dense": None if s.layout == "sparse" else total("dense", [1.0] * n),
         "exact_all": total("exact", [1.0] * n),
         "exact_none": total("exact", [0.0] * n),
         "exact_calibrated": total("exact", shares) if shares else None,
-        "predicted_calibrated": total("predicted", kept, [float(p) for p in predicted]) if kept else None,
+        "predicted_calibrated": total("predicted", computed, predicted)
+        if len(computed) == len(predicted) == n
+        else None,
     }
+
+
+def _floats(file: GgufFile, key: str) -> list[float]:
+    """An array of the file's metadata, empty where it has none."""
+    return [float(value) for value in file.metadata.get(key, ())]
 
 
 def _tables(report: dict[str, Any]) -> Iterator[Table | Text]:
