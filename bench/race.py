@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from runtime.traffic import Activity, bytes_per_token, kv_bytes
 PROMPT = 16  # tokens in the context before decoding starts
 PROMPTS = (32, 128, 512)  # lengths of the prompts that are timed
 N_CTX = 1024
+_BUSY = 0.7  # load average above which others take part
 _KV_ELEMENT = 2  # bytes; F16, as in every contender
 _TEXT = Path(__file__).parent.parent / "examples/heldout.txt"
 _UNUSED = {  # tensors that no token touches in a mode
@@ -62,11 +64,17 @@ class Entry:
     """One contender's results so far."""
 
     worker: Worker
+    path: Path
     speeds: list[float] = field(default_factory=list)  # tokens per second
     loads: list[dict[str, float]] = field(default_factory=list)
     prompts: dict[int, list[float]] = field(default_factory=dict)  # tokens per second, by length
     activity: dict[str, list[float]] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+
+    def turn(self) -> Worker:
+        """The worker, with its file in the page cache: some systems drop what lay idle while the others had their turns."""
+        read_through(self.path)
+        return self.worker
 
 
 @contextmanager
@@ -97,14 +105,15 @@ def _text_ids(path: Path, n: int) -> list[int]:
 
 def race(plan: Plan, tokens: int, rounds: int, prompts: bool, say: Callable[[str], object]) -> dict[str, Any]:
     """Let the contenders take turns, the first round to warm up; returns the figures that are printed as JSON."""
-    for path in (plan.path, plan.twin):
-        read_through(path)
+    others = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if others > _BUSY:
+        say(f"warning: the machine is busy (load {others:.1f}): these figures will not be worth much")
     with ExitStack() as stack:
         entries = {}
         for kind in (LLAMA_CPP, *plan.modes):
             path = plan.twin if kind == LLAMA_CPP else plan.path
             worker = Worker(kind, path, plan.threads, plan.n_ctx)
-            entries[kind] = Entry(stack.enter_context(worker))
+            entries[kind] = Entry(stack.enter_context(worker), path)
         yardstick = stack.enter_context(Worker(BANDWIDTH, plan.path, plan.threads, plan.n_ctx))
         say("loading")
         _load(entries, plan, rounds if prompts else 1)
@@ -122,18 +131,18 @@ def race(plan: Plan, tokens: int, rounds: int, prompts: bool, say: Callable[[str
             entry
         ) in entries.values():  # what is mapped and allocated now includes prompts; the peak is that of the whole run
             entry.memory |= {"peak_bytes": entry.worker.ask("memory").get("peak_bytes", 0)}
-    return _figures(entries, plan, bandwidths[1:], tokens, prompts)
+    return {**_figures(entries, plan, bandwidths[1:], tokens, prompts), "load_average_before": others}
 
 
 def _load(entries: dict[str, Entry], plan: Plan, times: int) -> None:
     for _ in range(times):
         for entry in entries.values():
-            entry.loads.append(entry.worker.open(plan.ids[:PROMPT]))
+            entry.loads.append(entry.turn().open(plan.ids[:PROMPT]))
 
 
 def _decode_round(entries: dict[str, Entry], plan: Plan, tokens: int, counts: bool) -> None:
     for entry in entries.values():
-        reply = entry.worker.ask("decode", prompt=plan.ids[:PROMPT], ids=plan.ids[PROMPT : PROMPT + tokens])
+        reply = entry.turn().ask("decode", prompt=plan.ids[:PROMPT], ids=plan.ids[PROMPT : PROMPT + tokens])
         if counts:
             entry.speeds.append(tokens / reply.pop("seconds"))
             entry.activity = reply
@@ -143,7 +152,7 @@ def _prompt_round(entries: dict[str, Entry], plan: Plan, counts: bool) -> None:
     for length in PROMPTS:
         for entry in entries.values():
             if length <= plan.n_ctx:
-                seconds = entry.worker.ask("prompt", ids=plan.ids[:length])
+                seconds = entry.turn().ask("prompt", ids=plan.ids[:length])
                 if counts:
                     entry.prompts.setdefault(length, []).append(length / seconds)
 

@@ -46,6 +46,8 @@ class LowRank:
 
 def fit(layer: LayerSamples, options: FitOptions) -> Iterator[LowRank]:
     """One candidate for each rank and matrix type."""
+    if not ranks(layer.structure.embedding_length, layer.structure.feed_forward_length, 32):
+        return
     spread = covariance(layer.fit.x)
     directions = basis(layer, spread)
     for type_name in options.types:
@@ -75,7 +77,7 @@ def basis(layer: LayerSamples, covariance: Matrix) -> Floats:
         gram += rows.T @ rows
     lower = np.linalg.cholesky(covariance)
     values, vectors = np.linalg.eigh(lower.astype(np.float32).T @ gram @ lower.astype(np.float32))
-    n = max(ranks(s.embedding_length, s.feed_forward_length, 32), default=0)
+    n = max(ranks(s.embedding_length, s.feed_forward_length, 32))
     leading, scale = vectors[:, ::-1][:, :n], np.sqrt(np.maximum(values[::-1][:n], 0))
     rows = np.linalg.solve(lower.T, leading.astype(np.float64)).T * scale[:, None]
     scaled: Floats = rows.astype(np.float32)
@@ -90,8 +92,11 @@ def _candidates(layer: LayerSamples, covariance: Matrix, basis: Floats, type_nam
     stored = inner.floats()
     spread = covariance.astype(np.float32) @ stored.T  # [n_embd, r_max]: of inputs with components
     moments = (stored @ spread).astype(np.float64)
+    moments[np.diag_indices_from(moments)] += (
+        1e-6 * np.diag(moments).max()
+    )  # directions beyond the rows' own rank are noise
     mixed = np.concatenate([layer.gate_rows(*chunk) @ spread for chunk in layer.chunks(1)])  # [n_ff, r_max]
-    row = inner.nbytes // max(1, len(basis))
+    row = inner.nbytes // len(basis)
     for r in ranks(s.embedding_length, s.feed_forward_length, block_size(type_name)):
         # The best outer matrix for the inner one as it was rounded, not for the one that was meant.
         outer_rows = np.linalg.solve(moments[:r, :r], mixed[:, :r].T.astype(np.float64)).T.astype(np.float32)

@@ -1,0 +1,161 @@
+"""Each kind of predictor alone: planted structure is found, noise is not, and numpy's scores are what the native operators compute."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+from predictor_harness import Array, made_up_layer, native_candidates
+
+from predictors import lowrank, mlp, signbit
+from predictors.allocate import LayerOptions, allocate
+from predictors.calibrate import LayerSamples
+from predictors.choose import Cost, Judged, judge
+from predictors.kind import Candidate, FitOptions
+from predictors.kinds import KINDS
+from predictors.margins import measure
+from predictors.quantized import plain
+from runtime.errors import UserError
+
+F16, Q4_0 = Cost(512, 1024, 1024), Cost(144, 288, 1024)  # bytes of a neuron of 256 elements
+AUTO = FitOptions(("q4_0", "q8_0"))
+
+
+def chosen(layer: LayerSamples, cost: Cost, energy: float, kind: str = "lowrank") -> tuple[Judged, int] | None:
+    candidates = list(KINDS[kind](layer, AUTO))
+    judged = [judge(c, m, cost) for c, m in zip(candidates, measure(layer, candidates), strict=True)]
+    return allocate([LayerOptions(judged, cost, float(layer.frequency.mean()))], energy)[0]
+
+
+def planted(rank: int, quantile: float, rng: np.random.Generator) -> LayerSamples:
+    """A gate of rank `rank` with a bias, so that neurons fire where a Gaussian exceeds `quantile`."""
+    gate = rng.normal(size=(1024, rank)) @ rng.normal(size=(rank, 256)) / np.sqrt(rank)
+    return made_up_layer(gate, -quantile * np.linalg.norm(gate, axis=1), 3000, rng)
+
+
+@pytest.mark.parametrize(("rank", "at_most"), [(20, 32), (32, 32), (40, 64)])
+@pytest.mark.parametrize("quantile", [1.645, 0.524])
+def test_lowrank_finds_planted_structure(rank: int, at_most: int, quantile: float) -> None:
+    choice = chosen(planted(rank, quantile, np.random.default_rng(0)), F16, energy=0.999999)
+    assert choice is not None
+    judged, price = choice
+    assert judged.candidate.rank <= at_most
+    assert judged.test.hits[price] / judged.test.fired >= 0.99
+    assert judged.test.hits[price] / judged.test.predicted[price] >= 0.90
+
+
+@pytest.mark.parametrize(("cost", "quantile"), [(F16, 0.0), (Q4_0, 0.0), (Q4_0, 1.28)])
+def test_nothing_pays_on_noise(cost: Cost, quantile: float) -> None:
+    rng = np.random.default_rng(0)
+    gate = rng.normal(size=(1024, 256))
+    layer = made_up_layer(gate, -quantile * np.linalg.norm(gate, axis=1), 3000, rng)
+    assert chosen(layer, cost, 0.997) is None
+    assert chosen(layer, cost, 0.997, "signbit") is None
+
+
+def test_all_of_the_energy_means_exact() -> None:
+    assert chosen(planted(20, 1.645, np.random.default_rng(0)), F16, energy=1.0) is None
+
+
+def test_less_energy_reads_less() -> None:
+    layer = planted(40, 1.28, np.random.default_rng(1))
+    read = []
+    for energy in (0.9, 0.99, 0.999):
+        choice = chosen(layer, F16, energy)
+        assert choice is not None
+        judged, price = choice
+        assert judged.validation.energy[price] >= energy * judged.validation.total
+        assert judged.test.energy[price] / judged.test.total == pytest.approx(energy, abs=0.3 * (1 - energy) + 1e-3)
+        read.append(judged.bytes[price])
+    assert read == sorted(read)
+
+
+def small_layer(rng: np.random.Generator) -> LayerSamples:
+    gate = rng.normal(size=(192, 20)) @ rng.normal(size=(20, 256)) + 0.3 * rng.normal(size=(192, 256))
+    return made_up_layer(gate, rng.normal(size=192), 600, rng)
+
+
+def numpy_scores(candidate: Candidate, x: Array) -> Array:
+    return candidate.scores(candidate.prepare(x), 0, 192)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 5])
+@pytest.mark.parametrize("type_name", ["q4_0", "q8_0", "f16", "f32"])
+@pytest.mark.parametrize("kind", ["lowrank", "mlp"])
+def test_native_candidates_are_numpys(kind: str, type_name: str, n_tokens: int) -> None:
+    """But for ties: ggml rounds what it multiplies with quantised rows to 8 bits."""
+    rng = np.random.default_rng(2)
+    layer, x = small_layer(rng), rng.normal(size=(n_tokens, 256)).astype(np.float32)
+    candidate: Candidate = next(iter(lowrank.fit(layer, FitOptions((type_name,)))))
+    if kind == "mlp":
+        inner, outer = candidate.tensors
+        candidate = mlp.Mlp((inner, outer), candidate.rank, type_name, (inner.floats(), outer.floats()))
+    bias = -np.median(numpy_scores(candidate, rng.normal(size=(65, 256)).astype(np.float32)), axis=0)
+    scores = numpy_scores(candidate, x)
+    found = native_candidates(kind, candidate.tensors, bias, x)
+    assert 0.2 < found.mean() < 0.8
+    clear = np.abs(scores + bias) > (1e-3 if type_name.startswith("f") else 2e-2) * scores.std()
+    assert clear.mean() > 0.9
+    assert np.array_equal(found[clear], (scores + bias > 0)[clear])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("n_tokens", [1, 7])
+def test_signbit_is_the_plain_reference_bit_for_bit(n_tokens: int, threads: int) -> None:
+    rng = np.random.default_rng(3)
+    layer, x = small_layer(rng), rng.normal(size=(n_tokens, 256)).astype(np.float32)
+    x[:, ::17], x[:, 5] = 0.0, -0.0
+    (candidate,) = signbit.fit(layer, AUTO)
+    rows = layer.gate_rows(0, 192)
+    differing = np.array(
+        [[sum(bool(a < 0) != bool(b < 0) for a, b in zip(t, w, strict=True)) for w in rows] for t in x]
+    )
+    assert np.array_equal(numpy_scores(candidate, x), -differing)
+    for bias in (np.full(192, 128.0), np.full(192, 128.5), rng.integers(100, 150, 192).astype(np.float64)):
+        found = native_candidates("signbit", candidate.tensors, bias, x, threads)
+        assert np.array_equal(found, bias - differing > 0)
+
+
+def test_signbit_packs_as_the_format_says() -> None:
+    rows = np.ones((1, 16), np.float32)
+    rows[0, [0, 3, 9]] = -1
+    assert signbit.pack(rows).tolist() == [[0b1001, 0b10]]
+    assert np.array_equal(signbit.unpack(signbit.pack(rows)), rows)
+    assert list(signbit.fit(made_up_layer(np.ones((8, 12)), np.zeros(8), 4, np.random.default_rng(0)), AUTO)) == []
+
+
+def test_signbit_leaves_a_neuron_that_it_knows_nothing_of_to_its_average() -> None:
+    """A row whose signs say the contrary of its pre-activation does not get a rule that says so too."""
+    rng = np.random.default_rng(4)
+    gate = rng.normal(size=(64, 64)) * np.where(np.arange(64) == 0, 30.0, 1.0)  # one element decides
+    layer = made_up_layer(gate, np.zeros(64), 2000, rng)
+    (candidate,) = signbit.fit(layer, AUTO)
+    (scale, _, _) = measure(layer, [candidate])[0]
+    assert (scale.slope > 0).all()
+    assert np.isfinite(scale.bias(np.zeros(64, np.float32))).all()
+
+
+def test_mlp_learns_and_repeats() -> None:
+    pytest.importorskip("torch")
+    rng = np.random.default_rng(5)
+    gate = rng.normal(size=(192, 16)) @ rng.normal(size=(16, 128)) / 4
+    layer = made_up_layer(gate, -1.3 * np.linalg.norm(gate, axis=1), 3000, rng)
+    first, second = (next(iter(mlp.fit(layer, FitOptions(("q8_0",), seed=7)))) for _ in range(2))
+    assert all(np.array_equal(a.data, b.data) for a, b in zip(first.tensors, second.tensors, strict=True))
+    judged = judge(first, measure(layer, [first])[0], Cost(256, 512, 192))
+    price = int(np.searchsorted(judged.test.energy, 0.99 * judged.test.total))
+    assert judged.test.predicted[price] < 0.3
+
+
+def test_mlp_says_that_torch_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match="needs torch") as caught:
+        list(mlp.fit(small_layer(np.random.default_rng(6)), AUTO))
+    assert "lazyneuron[torch]" in caught.value.hint
+
+
+def test_a_layer_too_narrow_for_the_type_gets_no_candidate() -> None:
+    layer = made_up_layer(np.ones((64, 48)), np.zeros(64), 10, np.random.default_rng(0))
+    assert list(lowrank.fit(layer, FitOptions(("q4_0",)))) == []
+    assert plain("x", "i32", np.arange(3)).nbytes == 12
