@@ -21,13 +21,12 @@ Progress = Callable[[int, int, float], None]
 
 DEFAULT_TOKENS = 24576
 SHARES = (0.7, 0.15, 0.15)  # of the windows: to fit predictors, to choose among them, to say what they achieve
-MOST_JUDGED = 4096  # tokens of the second and third part; more would change nothing
-_MOST_BYTES = 1 << 30  # of hidden states and FFN inputs
+_MOST_BYTES = 1 << 29  # of hidden states and FFN inputs
 _CHUNK_BYTES = 1 << 26  # of one float32 matrix [tokens, neurons of a chunk]
 
 
 def default_tokens(s: Structure, tap: str = "ffn_norm") -> int:
-    """24,576, or what 1 GiB holds of float32 [tokens, n_embd], two matrices (three where the predictor's input is not the FFN's)."""
+    """24,576, or what 512 MiB hold of float32 [tokens, n_embd], two matrices (three where the predictor's input is not the FFN's)."""
     kept = 2 if tap == "ffn_norm" else 3
     return min(DEFAULT_TOKENS, _MOST_BYTES // (4 * kept * s.embedding_length))
 

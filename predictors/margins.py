@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from predictors.calibrate import LayerSamples
+from predictors.calibrate import Activity, LayerSamples
 from predictors.kind import Candidate
 from predictors.quantized import Floats
 
 STEP = 1 / 8
-EDGES: Floats = np.arange(-8, 8 + STEP, STEP, dtype=np.float32)  # the margins that a threshold can have
+EDGES: Floats = np.arange(-6, 6 + STEP, STEP, dtype=np.float32)  # the margins that a threshold can have
 _BINS = len(EDGES) + 1
 _TINY = np.finfo(np.float32).tiny
 
@@ -43,6 +43,11 @@ class Scale:
     def __getitem__(self, at: slice) -> Scale:
         return Scale(self.slope[at], self.intercept[at], self.spread[at])
 
+    @classmethod
+    def empty(cls, n_ff: int) -> Scale:
+        """To be filled."""
+        return cls(*(np.empty(n_ff, np.float32) for _ in range(3)))
+
 
 @dataclass(frozen=True)
 class Margins:
@@ -54,27 +59,34 @@ class Margins:
     fired: Floats  # share of tokens, whatever the margin
     total: Floats  # energy per token, whatever the margin
 
+    @classmethod
+    def empty(cls, n_ff: int) -> Margins:
+        """To be filled."""
+        shapes = [(n_ff, len(EDGES))] * 3 + [(n_ff,)] * 2
+        return cls(*(np.empty(shape, np.float32) for shape in shapes))
+
 
 def measure(layer: LayerSamples, candidates: list[Candidate]) -> list[tuple[Scale, Margins, Margins]]:
     """For each candidate its scale and margins on the validation part, and the margins on the test part."""
-    parts = (layer.validation, layer.test)
+    n, parts = layer.structure.feed_forward_length, (layer.validation, layer.test)
+    found = [(Scale.empty(n), Margins.empty(n), Margins.empty(n)) for _ in candidates]
     prepared = [[c.prepare(part.x) for part in parts] for c in candidates]
-    pieces: list[list[tuple[Scale, Margins, Margins]]] = [[] for _ in candidates]
     for first, end in layer.chunks(max(len(part) for part in parts)):
-        scales: list[Scale] = []
-        margins: list[list[Margins]] = []
+        at = slice(first, end)
         for k, part in enumerate(parts):
             activity = layer.activity(part, first, end)
-            scores = [c.scores(p[k], first, end) for c, p in zip(candidates, prepared, strict=True)]
-            if k == 0:
-                goal = activity.gate - np.float32(layer.structure.activation_threshold)
-                scales = [_scale(goal, s, c.unit_slope) for c, s in zip(candidates, scores, strict=True)]
-            margins.append(
-                [_margins(s, scale, activity.fired, activity.energy) for s, scale in zip(scores, scales, strict=True)]
-            )
-        for i, piece in enumerate(zip(scales, *margins, strict=True)):
-            pieces[i].append(piece)
-    return [_joined(piece) for piece in pieces]
+            goal = activity.gate - np.float32(layer.structure.activation_threshold)
+            for c, x, (scale, *margins) in zip(candidates, prepared, found, strict=True):
+                scores = c.scores(x[k], first, end)
+                if k == 0:
+                    _fill(scale, at, _scale(goal, scores, c.unit_slope))
+                _fill(margins[k], at, _margins(scores, scale[at], activity))
+    return found
+
+
+def _fill(whole: Scale | Margins, at: slice, part: Scale | Margins) -> None:
+    for name, values in vars(part).items():
+        getattr(whole, name)[at] = values
 
 
 def _scale(goal: Floats, scores: Floats, unit_slope: bool) -> Scale:
@@ -92,25 +104,17 @@ def _scale(goal: Floats, scores: Floats, unit_slope: bool) -> Scale:
     return Scale(slope, intercept, spread)
 
 
-def _margins(scores: Floats, scale: Scale, fired: npt.NDArray[np.bool_], energy: Floats) -> Margins:
+def _margins(scores: Floats, scale: Scale, activity: Activity) -> Margins:
     n_tokens, n = scores.shape
     z = (scores * scale.slope + scale.intercept) / scale.spread
     bins = np.clip((z - EDGES[0]) * (1 / STEP) + 1, 0, _BINS - 1).astype(np.int32)
     bins += np.arange(n, dtype=np.int32) * _BINS
-    active, size = bins[fired], n * _BINS
+    active, size = bins[activity.fired], n * _BINS
 
     def above(at: npt.NDArray[np.int32], weights: Floats | None = None) -> Floats:
         counts = np.bincount(at.ravel(), weights, size).reshape(n, _BINS) / n_tokens
         from_there: Floats = counts[:, ::-1].cumsum(1)[:, ::-1].astype(np.float32)
         return from_there
 
-    predicted, hits, kept = above(bins), above(active), above(active, energy[fired])
+    predicted, hits, kept = above(bins), above(active), above(active, activity.energy[activity.fired])
     return Margins(predicted[:, 1:], hits[:, 1:], kept[:, 1:], hits[:, 0], kept[:, 0])
-
-
-def _joined(pieces: list[tuple[Scale, Margins, Margins]]) -> tuple[Scale, Margins, Margins]:
-    scales, validation, test = zip(*pieces, strict=True)
-    scale = Scale(*(np.concatenate([getattr(s, n) for s in scales]) for n in ("slope", "intercept", "spread")))
-    names = ("predicted", "hits", "energy", "fired", "total")
-    both = [Margins(*(np.concatenate([getattr(m, n) for m in part]) for n in names)) for part in (validation, test)]
-    return scale, both[0], both[1]

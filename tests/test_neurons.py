@@ -120,12 +120,18 @@ def test_a_damaged_order_is_refused(fitted_gguf: Path, tmp_path: Path) -> None:
     def unsort(values: np.ndarray[Any, Any]) -> None:
         values[10] = values[9] + 0.001
 
-    assert "`blk.1.ffn_neuron_index` is no permutation" in damaged(fitted_gguf, tmp_path, "blk.1.ffn_neuron_index", repeat, np.int32)
-    assert "`blk.4.ffn_neuron_freq` is not sorted" in damaged(fitted_gguf, tmp_path, "blk.4.ffn_neuron_freq", unsort, np.float32)
+    assert "`blk.1.ffn_neuron_index` is no permutation" in damaged(
+        fitted_gguf, tmp_path, "blk.1.ffn_neuron_index", repeat, np.int32
+    )
+    assert "`blk.4.ffn_neuron_freq` is not sorted" in damaged(
+        fitted_gguf, tmp_path, "blk.4.ffn_neuron_freq", unsort, np.float32
+    )
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "runtime", *map(str, arguments)], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "runtime", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
 
 
 def test_sparsity_command(fitted_gguf: Path, tiny_gguf: Path, tmp_path: Path) -> None:
