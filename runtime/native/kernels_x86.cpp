@@ -111,7 +111,7 @@ using dots_fixed = void (*)(int64_t, const char * const *, const char * const *,
 
 template <dots_fixed One, dots_fixed Two, dots_fixed Three, dots_fixed Four>
 void dots(int64_t n, int n_rows, const char * const * rows, const char * const * next, const void * x, float * out) {
-    constexpr dots_fixed by_rows[] = {One, Two, Three, Four};
+    static constexpr dots_fixed by_rows[] = {One, Two, Three, Four};
     by_rows[n_rows - 1](n, rows, next, x, out);
 }
 

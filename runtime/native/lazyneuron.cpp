@@ -246,9 +246,8 @@ struct firing_list {
         float gates[DOT_ROWS];
         gate.of(neurons, count, ahead, 0, gates);
         for (int k = 0; k < count; k++) {
-            if (fires(gate.f, gates[k])) {
-                list[n++] = {neurons[k], gates[k]};
-            }
+            list[n] = {neurons[k], gates[k]};  // overwritten by the next one if this does not fire: a branch here would be mispredicted
+            n += fires(gate.f, gates[k]);
         }
     }
 };
