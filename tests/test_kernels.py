@@ -13,6 +13,8 @@ from ffn_harness import as_rounded, make, reference, relative_error, run_native,
 from runtime import native_ffn
 from runtime.errors import UserError
 
+pytestmark = pytest.mark.native
+
 TYPES = (
     "f32",
     "f16",
@@ -70,13 +72,6 @@ def test_rounding_of_activations_costs_less_than_a_percent(type_name: str) -> No
     assert relative_error(run_native(ffn, x, 2)[0], reference(ffn, x.astype(np.float64))[0]) <= ROUNDED.get(
         type_name, 1e-2
     )
-
-
-@pytest.fixture(params=[v for i, v in enumerate(native_ffn.VARIANTS) if native_ffn.library().lzn_has_variant(i)])
-def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each variant of the kernels that this CPU can run."""
-    monkeypatch.setenv("LAZYNEURON_KERNELS", request.param)
-    return str(request.param)
 
 
 def test_an_unknown_variant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
