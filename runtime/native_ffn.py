@@ -164,6 +164,8 @@ def predict(ffn: Ffn, rank: int, type_id: int | None, shift: float) -> None:
     ffn.predicted, ffn.rank, ffn.shift = True, rank, shift
     if type_id is not None:
         ffn.predictor = _rows(type_id, rank)
+    else:
+        ffn.predictor.kernels = library().lzn_kernels(ggml.I8, variant())
 
 
 def predict_size(ffn: Ffn, n_tokens: int) -> int:

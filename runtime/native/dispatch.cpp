@@ -1,6 +1,6 @@
 // Chooses among the variants of the row kernels by what the CPU can do.
-#include "kernels.h"
 #include "lazyneuron.h"
+#include "tables.h"
 
 bool lzn_has_variant(int32_t variant) {
     switch (variant) {
@@ -8,8 +8,10 @@ bool lzn_has_variant(int32_t variant) {
 #if defined(LZN_X86)
         case LZN_AVX2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
         case LZN_AVX512:
+            // Every CPU with BF16 and VBMI has VPOPCNTDQ as well.
             return lzn_has_variant(LZN_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
+                   __builtin_cpu_supports("avx512vpopcntdq");
 #endif
         default: return false;
     }
@@ -26,10 +28,10 @@ int32_t lzn_best_variant(void) {
 const void * lzn_kernels(int32_t type, int32_t variant) {
 #if defined(LZN_X86)
     if (variant == LZN_AVX2) {
-        return lzn::kernels_avx2(type);
+        return type == GGML_TYPE_I8 ? &lzn::signs_avx2 : lzn::kernels_avx2(type);
     }
     if (variant == LZN_AVX512) {
-        return lzn::kernels_avx512(type);
+        return type == GGML_TYPE_I8 ? &lzn::signs_avx512 : lzn::kernels_avx512(type);
     }
 #endif
     (void) type;
