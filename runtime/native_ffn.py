@@ -21,6 +21,7 @@ VARIANTS = ("portable", "avx2", "avx512")
 OPERATORS = ("predict", "predict_sign", "quantize", "gate", "down", "reduce")
 
 
+_CACHE_LINE = 64
 _SIZES = ("lzn_predict_size", "lzn_gate_size", "lzn_down_size")
 
 
@@ -30,6 +31,7 @@ class Rows(ctypes.Structure):
     _fields_ = [
         ("row_size", ctypes.c_size_t),
         ("x_size", ctypes.c_size_t),
+        ("arranged_size", ctypes.c_size_t),
         ("x_offset", ctypes.c_size_t),
         ("from_float", ctypes.c_void_p),
         ("vec_dot", ctypes.c_void_p),
@@ -78,6 +80,8 @@ def library() -> ctypes.CDLL:
     _check(lib, path)
     lib.lzn_kernels.restype = ctypes.c_void_p
     lib.lzn_has_variant.restype = ctypes.c_bool
+    lib.lzn_arranged_size.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    lib.lzn_arranged_size.restype = ctypes.c_size_t
     for name in _SIZES:
         getattr(lib, name).argtypes = [ctypes.POINTER(Ffn), ctypes.c_int64]
         getattr(lib, name).restype = ctypes.c_size_t
@@ -138,11 +142,8 @@ def variant() -> int:
 def describe(s: Structure, types: tuple[int, int, int], n_threads: int) -> Ffn:
     """The FFN of structure `s`, whose gate, up and down_t rows have the ggml types `types`."""
     gate, up, down = (_rows(t, s.embedding_length) for t in types)
-    same = (
-        ggml.ggml_get_type_traits_cpu(types[0]).contents.vec_dot_type
-        == ggml.ggml_get_type_traits_cpu(types[1]).contents.vec_dot_type
-    )
-    up.x_offset = 0 if same or not s.gated else _aligned(gate.x_size)
+    gate_x, up_x = gate.arranged_size + gate.x_size, up.arranged_size + up.x_size
+    up.x_offset = 0 if types[0] == types[1] or not s.gated else _aligned(gate_x)
     return Ffn(
         n_embd=s.embedding_length,
         n_ff=s.feed_forward_length,
@@ -152,7 +153,7 @@ def describe(s: Structure, types: tuple[int, int, int], n_threads: int) -> Ffn:
         gate_bias=s.ffn_bias,
         up_bias=s.ffn_bias and s.gated,
         threshold=s.activation_threshold,
-        x_stride=_aligned(up.x_offset + max(up.x_size, gate.x_size)),
+        x_stride=_aligned(up.x_offset + max(up_x, gate_x)) + _CACHE_LINE,
         gate=gate,
         up=up,
         down=down,
@@ -188,19 +189,21 @@ def _rows(type_id: int, n_embd: int) -> Rows:
     x_type = cpu.vec_dot_type
     # F32 rows are read as they are: ggml gives them no to_float.
     to_float = traits.to_float or ggml.ggml_get_type_traits_cpu(ggml.F32).contents.from_float
+    # Our loops take rows by 32 elements.
+    kernels = None if n_embd % 32 else library().lzn_kernels(type_id, variant())
     return Rows(
         row_size=ggml.ggml_row_size(type_id, n_embd),
         x_size=ggml.ggml_row_size(x_type, n_embd),
+        arranged_size=library().lzn_arranged_size(kernels, n_embd),
         from_float=ggml.ggml_get_type_traits_cpu(x_type).contents.from_float,
         vec_dot=cpu.vec_dot,
         to_float=to_float,
-        # Our loops take rows by 32 elements.
-        kernels=None if n_embd % 32 else library().lzn_kernels(type_id, variant()),
+        kernels=kernels,
     )
 
 
 def _aligned(size: int) -> int:
-    return (size + 63) // 64 * 64
+    return (size + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE
 
 
 def address_of(ffn: Ffn) -> int:

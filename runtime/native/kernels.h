@@ -1,19 +1,26 @@
 // Products with several rows of weights at once: the inner loops of the operators. One table per weight type and variant of the CPU.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace lzn {
 
-constexpr int DOT_ROWS = 4;    // rows per pass over x
-constexpr int AXPY_ROWS = 16;  // rows per pass over y
+constexpr int DOT_ROWS = 4;     // rows per pass over x, at most
+constexpr int AXPY_ROWS = 16;   // rows per pass over y, at most
+constexpr int64_t GROUP = 128;  // y has room for a multiple of this many elements: a kernel may take columns by as many
 
-// Both fetch `next` into the cache on their way: as many rows as they read themselves, null for none.
+// Both products fetch `next` into the cache on their way: as many rows as they read themselves, null for none.
 struct row_kernels {
-    // out[k] = rows[k] . x, for k < n_rows <= DOT_ROWS; x as ggml's from_float of the matching type left it
+    // out[k] = rows[k] . x, for k < n_rows <= DOT_ROWS; x as `arrange` left it, or as ggml's from_float of the matching type did where that is null
     void (*dots)(int64_t n, int n_rows, const char * const * rows, const char * const * next, const void * x, float * out);
-    // y += sum over k < n_rows <= AXPY_ROWS of a[k] * rows[k]
+    // y += sum over k < n_rows <= AXPY_ROWS of a[k] * rows[k]; y is in the kernel's own order until `finish`
     void (*axpys)(int64_t n, int n_rows, const char * const * rows, const char * const * next, const float * a, float * y);
+    // Bytes of an arranged x, a multiple of 64; and arranges x, once per token, for many rows. Null for neither.
+    size_t (*arranged_size)(int64_t n);
+    void (*arrange)(int64_t n, const void * x, void * out);
+    // Puts y in order; null where it is.
+    void (*finish)(int64_t n, float * y);
 };
 
 // The tables of each variant; null where the variant has none of its own for a type, or was not built.

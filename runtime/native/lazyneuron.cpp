@@ -17,6 +17,7 @@ constexpr int64_t ROW_BLOCK = 64;   // rows are dealt to threads in blocks of th
 
 using lzn::AXPY_ROWS;
 using lzn::DOT_ROWS;
+using lzn::row_kernels;
 
 struct fired_neuron {
     int32_t row;
@@ -45,6 +46,9 @@ struct gate_result {
 
 size_t aligned(size_t size) { return (size + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE; }
 
+// ggml aligns its tensors to less than our loops like: operators' results are longer by a cache line.
+char * aligned_data(const ggml_tensor * t) { return reinterpret_cast<char *>(aligned(reinterpret_cast<uintptr_t>(t->data))); }
+
 // The result of a predictor: what each thread found, room for its own copy of the input, then
 //   for one token    I32 [n_ff], the candidates, one thread's after `start`
 //   for several      I8 [n_tokens, n_ff], 1 for a candidate
@@ -61,10 +65,20 @@ struct candidates {
 };
 
 // Bytes of one token's input to the predictor, as its rows want it; sign bits where the rows have no type.
-size_t predictor_x_size(const lzn_ffn & f) { return f.predictor.vec_dot ? f.predictor.x_size : f.n_embd / 8; }
+size_t predictor_x_size(const lzn_ffn & f) { return f.predictor.vec_dot ? aligned(f.predictor.arranged_size + f.predictor.x_size) : f.n_embd / 8; }
 
 candidates candidates_of(const lzn_ffn & f, const ggml_tensor * result, int64_t n_tokens) {
-    return {static_cast<char *>(result->data), f.n_threads, aligned(n_tokens * predictor_x_size(f))};
+    return {aligned_data(result), f.n_threads, aligned(n_tokens * predictor_x_size(f))};
+}
+
+const row_kernels * kernels_of(const lzn_rows & rows) { return static_cast<const row_kernels *>(rows.kernels); }
+
+// One token's activations as `rows` want them.
+void prepare(const lzn_rows & rows, int64_t n, const float * x, char * out) {
+    rows.from_float(x, out + rows.arranged_size, n);
+    if (rows.arranged_size) {
+        kernels_of(rows)->arrange(n, out + rows.arranged_size, out);
+    }
 }
 
 int64_t split(int64_t n, int ith, int nth) { return n * ith / nth; }
@@ -84,7 +98,7 @@ float strength(const lzn_ffn & f, float gate, float up) {
 void dots(const lzn_rows & rows, int64_t n, int n_rows, const char * const * row, const char * const * next, const char * x_token, float * out) {
     const void * x = x_token + rows.x_offset;
     if (rows.kernels) {
-        return static_cast<const lzn::row_kernels *>(rows.kernels)->dots(n, n_rows, row, next, x, out);
+        return kernels_of(rows)->dots(n, n_rows, row, next, x, out);
     }
     for (int k = 0; k < n_rows; k++) {
         rows.vec_dot(static_cast<int>(n), out + k, 0, row[k], 0, x, 0, 1);
@@ -94,7 +108,7 @@ void dots(const lzn_rows & rows, int64_t n, int n_rows, const char * const * row
 // y += sum of a[k] * row[k]; scratch: n floats
 void axpys(const lzn_rows & rows, int64_t n, int n_rows, const char * const * row, const char * const * next, const float * a, float * y, float * scratch) {
     if (rows.kernels) {
-        return static_cast<const lzn::row_kernels *>(rows.kernels)->axpys(n, n_rows, row, next, a, y);
+        return kernels_of(rows)->axpys(n, n_rows, row, next, a, y);
     }
     for (int k = 0; k < n_rows; k++) {
         rows.to_float(row[k], scratch, n);
@@ -253,17 +267,13 @@ struct firing_list {
     }
 };
 
-// Every neuron: the hardware fetches the rows ahead, they follow each other.
+// Every neuron, row by row: one stream of bytes is what the hardware fetches best, several at once it does not follow.
 void gate_every(const gate_rows & gate, const gate_result & out, int ith, int nth) {
     const int64_t first = split(gate.f.n_ff, ith, nth), last = split(gate.f.n_ff, ith + 1, nth);
     firing_list found{gate, out.list() + first};
-    for (int64_t r = first; r < last; r += DOT_ROWS) {
-        int32_t neurons[DOT_ROWS];
-        const int n = static_cast<int>(std::min<int64_t>(DOT_ROWS, last - r));
-        for (int k = 0; k < n; k++) {
-            neurons[k] = static_cast<int32_t>(r + k);
-        }
-        found.look(neurons, n, nullptr);
+    for (int64_t r = first; r < last; r++) {
+        const int32_t neuron = static_cast<int32_t>(r);
+        found.look(&neuron, 1, nullptr);
     }
     out.of(ith) = {found.n, first, last - first};
 }
@@ -317,6 +327,9 @@ void gate_tokens(const gate_rows & gate, const candidates * chosen, const gate_r
     out.of(ith) = found;
 }
 
+// Floats from one token's sums to the next one's.
+int64_t y_stride(int64_t n_embd) { return (n_embd + lzn::GROUP - 1) / lzn::GROUP * lzn::GROUP; }
+
 // The up and down rows of one FFN, and where one thread's sums go.
 struct accumulator {
     const lzn_ffn & f;
@@ -324,7 +337,7 @@ struct accumulator {
     const ggml_tensor * up;
     const ggml_tensor * bias;
     const char * x;
-    float * sums;     // [n_embd, n_tokens]
+    float * sums;     // [y_stride(n_embd), n_tokens]
     float * scratch;  // [n_embd]
 
     // Add up to AXPY_ROWS neurons to token t: first their up rows, while their down rows are fetched; then the down rows, while the up rows of `ahead` are.
@@ -341,10 +354,20 @@ struct accumulator {
         for (int k = 0; fetch && k < n; k++) {
             next[k] = row_of(up, f.up, ahead[k].row);
         }
-        axpys(f.down, f.n_embd, n, down_rows, fetch ? next : nullptr, strengths, sums + t * f.n_embd, scratch);
+        axpys(f.down, f.n_embd, n, down_rows, fetch ? next : nullptr, strengths, of(t), scratch);
+    }
+
+    // Put the sums in order.
+    void finish(int64_t n_tokens) const {
+        const row_kernels * kernels = kernels_of(f.down);
+        for (int64_t t = 0; kernels && kernels->finish && t < n_tokens; t++) {
+            kernels->finish(f.n_embd, of(t));
+        }
     }
 
   private:
+    float * of(int64_t t) const { return sums + t * y_stride(f.n_embd); }
+
     void up_strengths(const fired_neuron * neurons, int n, const char * const * down_rows, int64_t t, float * out) const {
         float ups[DOT_ROWS] = {1.0f, 1.0f, 1.0f, 1.0f};
         if (f.gated) {
@@ -396,7 +419,7 @@ void down_tokens(const accumulator & a, const gate_result & gates, int64_t n_tok
     }
 }
 
-size_t partial_size(const lzn_ffn & f, int64_t n_tokens) { return (n_tokens + 1) * f.n_embd * sizeof(float); }
+size_t partial_size(const lzn_ffn & f, int64_t n_tokens) { return (n_tokens + 1) * y_stride(f.n_embd) * sizeof(float); }
 
 }  // namespace
 
@@ -406,14 +429,19 @@ size_t lzn_sizeof_ffn(void) { return sizeof(lzn_ffn); }
 
 size_t lzn_predict_size(const lzn_ffn * ffn, int64_t n_tokens) {
     const size_t body = ffn->n_ff * (n_tokens == 1 ? sizeof(int32_t) : n_tokens);
-    return ffn->n_threads * (CACHE_LINE + aligned(n_tokens * predictor_x_size(*ffn))) + body;
+    return CACHE_LINE + ffn->n_threads * (CACHE_LINE + aligned(n_tokens * predictor_x_size(*ffn))) + body;
 }
 
 size_t lzn_gate_size(const lzn_ffn * ffn, int64_t n_tokens) {
     return ffn->n_threads * CACHE_LINE + ffn->n_ff * (n_tokens == 1 ? sizeof(fired_neuron) : n_tokens * sizeof(float));
 }
 
-size_t lzn_down_size(const lzn_ffn * ffn, int64_t n_tokens) { return ffn->n_threads * partial_size(*ffn, n_tokens); }
+size_t lzn_down_size(const lzn_ffn * ffn, int64_t n_tokens) { return CACHE_LINE + ffn->n_threads * partial_size(*ffn, n_tokens); }
+
+size_t lzn_arranged_size(const void * kernels, int64_t n) {
+    const row_kernels * k = static_cast<const row_kernels *>(kernels);
+    return k && k->arranged_size ? k->arranged_size(n) : 0;
+}
 
 // Every thread makes its own copy of the input: it is short, and a barrier costs more.
 void lzn_ffn_predict(ggml_tensor * dst, int ith, int nth, void * userdata) {
@@ -421,9 +449,9 @@ void lzn_ffn_predict(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const ggml_tensor *z = dst->src[0], *rows = dst->src[1];
     const int64_t n_tokens = z->ne[1];
     const candidates out = candidates_of(f, dst, n_tokens);
-    const size_t x_size = f.predictor.x_size;
+    const size_t x_size = predictor_x_size(f);
     for (int64_t t = 0; t < n_tokens; t++) {
-        f.predictor.from_float(static_cast<const float *>(z->data) + t * f.rank, out.input(ith) + t * x_size, f.rank);
+        prepare(f.predictor, f.rank, static_cast<const float *>(z->data) + t * f.rank, out.input(ith) + t * x_size);
     }
     choose(f, out, n_tokens, ith, nth, static_cast<const float *>(dst->src[2]->data), [&](int64_t r, int n, int64_t t, float * scores) {
         const char * row[DOT_ROWS];
@@ -465,10 +493,10 @@ void lzn_ffn_quantize(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const int64_t n_tokens = x->ne[1];
     for (int64_t t = split(n_tokens, ith, nth); t < split(n_tokens, ith + 1, nth); t++) {
         const float * from = reinterpret_cast<const float *>(static_cast<const char *>(x->data) + t * x->nb[1]);
-        char * to = static_cast<char *>(dst->data) + t * f.x_stride;
-        f.gate.from_float(from, to + f.gate.x_offset, f.n_embd);
+        char * to = aligned_data(dst) + t * f.x_stride;
+        prepare(f.gate, f.n_embd, from, to + f.gate.x_offset);
         if (f.gated && f.up.x_offset != f.gate.x_offset) {
-            f.up.from_float(from, to + f.up.x_offset, f.n_embd);
+            prepare(f.up, f.n_embd, from, to + f.up.x_offset);
         }
     }
 }
@@ -476,7 +504,7 @@ void lzn_ffn_quantize(ggml_tensor * dst, int ith, int nth, void * userdata) {
 void lzn_ffn_gate(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const lzn_ffn & f = *static_cast<const lzn_ffn *>(userdata);
     const int64_t n_tokens = dst->src[0]->ne[1];
-    const gate_rows gate{f, dst->src[1], f.gate_bias ? dst->src[2] : nullptr, static_cast<const char *>(dst->src[0]->data)};
+    const gate_rows gate{f, dst->src[1], f.gate_bias ? dst->src[2] : nullptr, aligned_data(dst->src[0])};
     const gate_result out{static_cast<char *>(dst->data), f.n_threads};
     candidates chosen{};
     if (f.predicted) {
@@ -494,32 +522,30 @@ void lzn_ffn_gate(ggml_tensor * dst, int ith, int nth, void * userdata) {
 void lzn_ffn_down(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const lzn_ffn & f = *static_cast<const lzn_ffn *>(userdata);
     const int64_t n_tokens = dst->src[0]->ne[1];
-    float * sums = reinterpret_cast<float *>(static_cast<char *>(dst->data) + ith * partial_size(f, n_tokens));
+    float * sums = reinterpret_cast<float *>(aligned_data(dst) + ith * partial_size(f, n_tokens));
+    float * scratch = sums + n_tokens * y_stride(f.n_embd);
     const gate_result gates{static_cast<char *>(dst->src[1]->data), f.n_threads};
-    const accumulator a{f,
-                        dst->src[2],
-                        f.gated ? dst->src[3] : nullptr,
-                        f.gated && f.up_bias ? dst->src[4] : nullptr,
-                        static_cast<const char *>(dst->src[0]->data),
-                        sums,
-                        sums + n_tokens * f.n_embd};
-    std::memset(sums, 0, n_tokens * f.n_embd * sizeof(float));
+    const accumulator a{f, dst->src[2], f.gated ? dst->src[3] : nullptr, f.gated && f.up_bias ? dst->src[4] : nullptr, aligned_data(dst->src[0]), sums, scratch};
+    std::memset(sums, 0, (scratch - sums) * sizeof(float));
     if (n_tokens == 1) {
         down_one_token(a, gates, ith, nth);
     } else {
         down_tokens(a, gates, n_tokens, ith, nth);
     }
+    a.finish(n_tokens);
 }
 
 void lzn_ffn_reduce(ggml_tensor * dst, int ith, int nth, void * userdata) {
     lzn_ffn & f = *static_cast<lzn_ffn *>(userdata);
-    const int64_t n_tokens = dst->ne[1], n = f.n_embd * n_tokens;
-    const int64_t first = split(n, ith, nth), last = split(n, ith + 1, nth);
-    const char * partial = static_cast<const char *>(dst->src[0]->data);
-    float * y = static_cast<float *>(dst->data);
-    std::memcpy(y + first, reinterpret_cast<const float *>(partial) + first, (last - first) * sizeof(float));
-    for (int i = 1; i < nth; i++) {
-        add(last - first, reinterpret_cast<const float *>(partial + i * partial_size(f, n_tokens)) + first, y + first);
+    const int64_t n_tokens = dst->ne[1], width = y_stride(f.n_embd);
+    const char * partial = aligned_data(dst->src[0]);
+    for (int64_t t = 0; t < n_tokens; t++) {
+        const int64_t first = split(f.n_embd, ith, nth), last = split(f.n_embd, ith + 1, nth);
+        float * y = static_cast<float *>(dst->data) + t * f.n_embd + first;
+        std::memset(y, 0, (last - first) * sizeof(float));
+        for (int i = 0; i < nth; i++) {
+            add(last - first, reinterpret_cast<const float *>(partial + i * partial_size(f, n_tokens)) + t * width + first, y);
+        }
     }
     if (ith == 0) {
         const gate_result gates{static_cast<char *>(dst->src[1]->data), f.n_threads};

@@ -23,9 +23,10 @@
 
 // How to read rows (of n_embd elements, if not said otherwise) of one weight type.
 struct lzn_rows {
-    size_t row_size;  // bytes of a row of weights
-    size_t x_size;    // bytes of a row of activations in the type that vec_dot expects
-    size_t x_offset;  // where those activations lie within one token's activations
+    size_t row_size;       // bytes of a row of weights
+    size_t x_size;         // bytes of a row of activations in the type that vec_dot expects
+    size_t arranged_size;  // bytes of the same as our own loops want it, in front of them; 0 where these want them as they are
+    size_t x_offset;       // where both lie within one token's activations
     void (*from_float)(const float * x, void * y, int64_t k);
     void (*vec_dot)(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc);
     void (*to_float)(const void * x, float * y, int64_t k);
@@ -50,7 +51,7 @@ struct lzn_ffn {
     int32_t rank;       // elements of a predictor row
     float shift;        // added to every score of the predictor
     float threshold;    // a neuron fires where its gate is above this
-    size_t x_stride;    // bytes of one token's activations, all types together
+    size_t x_stride;    // bytes from one token's activations, all types together, to the next one's; 64 more than they need
     struct lzn_rows gate;
     struct lzn_rows up;
     struct lzn_rows down;
@@ -69,6 +70,7 @@ LZN_API size_t lzn_sizeof_ffn(void);
 LZN_API int32_t lzn_best_variant(void);
 LZN_API bool lzn_has_variant(int32_t variant);
 LZN_API const void * lzn_kernels(int32_t type, int32_t variant);
+LZN_API size_t lzn_arranged_size(const void * kernels, int64_t n);
 
 // Bytes of the operators' results that are not plain F32 matrices.
 LZN_API size_t lzn_predict_size(const struct lzn_ffn * ffn, int64_t n_tokens);

@@ -1,0 +1,244 @@
+// Q8_0 and Q4_0 with AVX-512 (VBMI, VNNI, BF16): a cache line of a row at a time.
+//
+// Integer products follow ggml: 4-bit weights are unsigned with an offset of 8, so w . x = q . x - 8 sum(x), and the offset is folded into the accumulator's start.
+#pragma once
+
+#include "x86.h"
+
+namespace {
+
+// Rows by groups of 128 columns: the 72 bytes of four blocks at a time, one block's nibbles in each lane of 16 bytes.
+struct q4_0_group {
+    static constexpr int64_t COLUMNS = 128;
+    static constexpr int64_t BYTES = 4 * sizeof(block_q4_0);
+
+    __m512i first;   // the group's first 64 bytes: all four scales are there
+    __m512i quants;  // 64 bytes of two weights each
+
+    // blocks: of the group that the row still has, 1 to 4; the others read as zeros
+    static q4_0_group whole(const char * p) { return of(_mm512_loadu_si512(p), _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p + 64))); }
+    static q4_0_group part(const char * p, int blocks) {
+        return of(_mm512_maskz_loadu_epi8((1ull << blocks * sizeof(block_q4_0)) - 1, p), _mm_setzero_si128());
+    }
+
+  private:
+    static q4_0_group of(__m512i first, __m128i rest) {
+        const __m512i from = _mm512_set_epi8(71, 70, 69, 68, 67, 66, 65, 64, 63, 62, 61, 60, 59, 58, 57, 56, 53, 52, 51, 50, 49, 48, 47, 46, 45, 44, 43, 42, 41, 40, 39, 38, 35, 34,
+                                             33, 32, 31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2);
+        return {first, _mm512_permutex2var_epi8(first, from, _mm512_castsi128_si512(rest))};
+    }
+};
+
+// x of one group: what belongs to the low nibbles, to the high ones, the sums that fold in the offset of 8, and the scales.
+struct alignas(64) q4_0_x {
+    int8_t low[64];
+    int8_t high[64];
+    int32_t start[16];
+    float d[16];
+};
+
+size_t q4_0_arranged_size(int64_t n) { return (n + q4_0_group::COLUMNS - 1) / q4_0_group::COLUMNS * sizeof(q4_0_x); }
+
+void q4_0_arrange(int64_t n, const void * x, void * out) {
+    const block_q8_0 * xs = static_cast<const block_q8_0 *>(x);
+    std::memset(out, 0, q4_0_arranged_size(n));
+    for (int64_t b = 0; b < n / BLOCK; b++) {
+        q4_0_x & group = static_cast<q4_0_x *>(out)[b / 4];
+        const int lane = static_cast<int>(b % 4);
+        std::memcpy(group.low + 16 * lane, xs[b].qs, 16);
+        std::memcpy(group.high + 16 * lane, xs[b].qs + 16, 16);
+        for (int i = 0; i < 16; i++) {
+            group.start[4 * lane + i / 4] -= 8 * (xs[b].qs[i] + xs[b].qs[i + 16]);
+        }
+        for (int i = 0; i < 4; i++) {
+            group.d[4 * lane + i] = f16(xs[b].d);
+        }
+    }
+}
+
+// acc + the products of one group; every lane of 16 bytes has its own scale.
+vec q4_0_dot(const q4_0_group & w, const q4_0_x & x, vec acc) {
+    const __m512i nibbles = _mm512_set1_epi8(15);
+    const __m512i scale_words = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 27, 27, 27, 27, 18, 18, 18, 18, 9, 9, 9, 9, 0, 0, 0, 0);
+    __m512i p = _mm512_dpbusd_epi32(_mm512_load_si512(x.start), _mm512_and_si512(w.quants, nibbles), _mm512_load_si512(x.low));
+    p = _mm512_dpbusd_epi32(p, _mm512_and_si512(_mm512_srli_epi16(w.quants, 4), nibbles), _mm512_load_si512(x.high));
+    const vec d = _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_permutexvar_epi16(scale_words, w.first)));
+    return fma(_mm512_cvtepi32_ps(p), _mm512_mul_ps(d, _mm512_load_ps(x.d)), acc);
+}
+
+template <int R> void dots_q4_0(int64_t n, const char * const * rows, const char * const * next, const void * x, float * out) {
+    const q4_0_x * xs = static_cast<const q4_0_x *>(x);
+    const int64_t whole = n / q4_0_group::COLUMNS;
+    const int rest = static_cast<int>(n % q4_0_group::COLUMNS / BLOCK);
+    vec acc[R];
+    for (int k = 0; k < R; k++) {
+        acc[k] = zero();
+    }
+    for (int64_t g = 0; g < whole; g++) {
+        fetch<q4_0_group::BYTES>(next, R, g * q4_0_group::BYTES);
+        for (int k = 0; k < R; k++) {
+            acc[k] = q4_0_dot(q4_0_group::whole(rows[k] + g * q4_0_group::BYTES), xs[g], acc[k]);
+        }
+    }
+    for (int k = 0; k < R; k++) {
+        if (rest) {
+            acc[k] = q4_0_dot(q4_0_group::part(rows[k] + whole * q4_0_group::BYTES, rest), xs[whole], acc[k]);
+        }
+        out[k] = sum(acc[k]);
+    }
+}
+
+// Two rows of one group, ready to be added: the words of both alternate, and so do their coefficients a * scale, rounded to bfloat16 (a 4-bit weight is exact in it).
+struct q4_0_pair {
+    __m512i low, high;  // of the lanes: words 0 to 3 and 4 to 7 of each
+    __m512bh c;
+
+    q4_0_pair() = default;
+    q4_0_pair(const q4_0_group & u, const q4_0_group & v, const float * a) {
+        const __m512i scale_words = _mm512_set_epi16(59, 27, 59, 27, 59, 27, 59, 27, 50, 18, 50, 18, 50, 18, 50, 18, 41, 9, 41, 9, 41, 9, 41, 9, 32, 0, 32, 0, 32, 0, 32, 0);
+        const __m512i d = _mm512_permutex2var_epi16(u.first, scale_words, v.first);
+        const vec both = _mm512_castpd_ps(_mm512_set1_pd(*reinterpret_cast<const double *>(a)));
+        const vec first = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(d)), both);
+        c = _mm512_cvtne2ps_pbh(_mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(d, 1)), both), first);
+        low = _mm512_unpacklo_epi16(u.quants, v.quants);
+        high = _mm512_unpackhi_epi16(u.quants, v.quants);
+    }
+};
+
+// Sums of one group: 2 s + h holds, in each lane, nibble s of words 4 h to 4 h + 3, that is columns 8 h + s / 2 + {0, 2, 4, 6}, + 16 where s is odd.
+struct q4_0_sums {
+    vec of[8];
+
+    void add(const q4_0_pair & p) {
+        // bfloat16 of -8 to 7, twice: the fifth bit of an index belongs to the next nibble.
+        const __m512i weights = _mm512_set_epi16(0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, -0x4080, -0x4000, -0x3fc0, -0x3f80, -0x3f60, -0x3f40, -0x3f20, -0x3f00, 0x40e0,
+                                                 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, -0x4080, -0x4000, -0x3fc0, -0x3f80, -0x3f60, -0x3f40, -0x3f20, -0x3f00);
+        const __m512i words[8] = {p.low,
+                                  p.high,
+                                  _mm512_srli_epi16(p.low, 4),
+                                  _mm512_srli_epi16(p.high, 4),
+                                  _mm512_srli_epi16(p.low, 8),
+                                  _mm512_srli_epi16(p.high, 8),
+                                  _mm512_srli_epi16(p.low, 12),
+                                  _mm512_srli_epi16(p.high, 12)};
+        for (int j = 0; j < 8; j++) {
+            of[j] = _mm512_dpbf16_ps(of[j], (__m512bh)_mm512_permutexvar_epi16(words[j], weights), p.c);
+        }
+    }
+};
+
+// One group of columns; get is (row) -> q4_0_group. The next pair is made ready while one is added: they do not wait for each other.
+template <typename Get> void axpys_q4_0_group(int n_rows, const float * a, float * y, Get get) {
+    q4_0_sums sums;
+    for (int j = 0; j < 8; j++) {
+        sums.of[j] = load(y + j * WIDTH);
+    }
+    q4_0_pair now(get(0), get(1), a);
+    for (int k = 2; k < n_rows; k += 2) {
+        const q4_0_pair ahead(get(k), get(k + 1), a + k);
+        sums.add(now);
+        now = ahead;
+    }
+    sums.add(now);
+    for (int j = 0; j < 8; j++) {
+        store(y + j * WIDTH, sums.of[j]);
+    }
+}
+
+void axpys_q4_0(int64_t n, int n_rows, const char * const * rows, const char * const * next, const float * a, float * y) {
+    alignas(8) float even[AXPY_ROWS] = {};
+    const char * w[AXPY_ROWS];
+    std::memcpy(even, a, n_rows * sizeof(float));
+    for (int k = 0; k < n_rows; k++) {
+        w[k] = rows[k];
+    }
+    if (n_rows % 2) {
+        w[n_rows] = w[n_rows - 1];  // times 0
+    }
+    const int64_t whole = n / q4_0_group::COLUMNS;
+    const int rest = static_cast<int>(n % q4_0_group::COLUMNS / BLOCK);
+    for (int64_t g = 0; g < whole; g++) {
+        fetch<q4_0_group::BYTES>(next, n_rows, g * q4_0_group::BYTES);
+        axpys_q4_0_group(n_rows, even, y + g * q4_0_group::COLUMNS, [&](int k) { return q4_0_group::whole(w[k] + g * q4_0_group::BYTES); });
+    }
+    if (rest) {
+        axpys_q4_0_group(n_rows, even, y + whole * q4_0_group::COLUMNS, [&](int k) { return q4_0_group::part(w[k] + whole * q4_0_group::BYTES, rest); });
+    }
+}
+
+void q4_0_finish(int64_t n, float * y) {
+    for (int64_t g = 0; g < (n + q4_0_group::COLUMNS - 1) / q4_0_group::COLUMNS; g++) {
+        alignas(64) float sums[8][16];
+        float * out = y + g * q4_0_group::COLUMNS;
+        std::memcpy(sums, out, sizeof(sums));
+        for (int s = 0; s < 4; s++) {
+            for (int h = 0; h < 2; h++) {
+                for (int i = 0; i < 16; i++) {
+                    out[i / 4 * BLOCK + s % 2 * 16 + 8 * h + s / 2 + 2 * (i % 4)] = sums[2 * s + h][i];
+                }
+            }
+        }
+    }
+}
+
+// Q8_0 by groups of 64 columns, two blocks.
+struct alignas(64) q8_0_x {
+    int8_t q[64];
+    int32_t start[16];  // folds in the offset of 128 that makes weights unsigned
+    float d[16];
+};
+constexpr int64_t Q8_0_COLUMNS = 64, Q8_0_BYTES = 2 * sizeof(block_q8_0);
+
+size_t q8_0_arranged_size(int64_t n) { return (n + Q8_0_COLUMNS - 1) / Q8_0_COLUMNS * sizeof(q8_0_x); }
+
+void q8_0_arrange(int64_t n, const void * x, void * out) {
+    const block_q8_0 * xs = static_cast<const block_q8_0 *>(x);
+    std::memset(out, 0, q8_0_arranged_size(n));
+    for (int64_t b = 0; b < n / BLOCK; b++) {
+        q8_0_x & group = static_cast<q8_0_x *>(out)[b / 2];
+        const int half = static_cast<int>(b % 2);
+        std::memcpy(group.q + BLOCK * half, xs[b].qs, BLOCK);
+        for (int i = 0; i < BLOCK; i++) {
+            group.start[8 * half + i / 4] -= 128 * xs[b].qs[i];
+        }
+        for (int i = 0; i < 8; i++) {
+            group.d[8 * half + i] = f16(xs[b].d);
+        }
+    }
+}
+
+// first: the group's first 64 bytes; last: the four that follow
+vec q8_0_dot(__m512i first, __m128i last, const q8_0_x & x, vec acc) {
+    const __m512i from = _mm512_set_epi8(67, 66, 65, 64, 63, 62, 61, 60, 59, 58, 57, 56, 55, 54, 53, 52, 51, 50, 49, 48, 47, 46, 45, 44, 43, 42, 41, 40, 39, 38, 37, 36, 33, 32, 31, 30,
+                                         29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2);
+    const __m512i scale_words = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 17, 17, 17, 17, 17, 17, 17, 17, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m512i w = _mm512_xor_si512(_mm512_permutex2var_epi8(first, from, _mm512_castsi128_si512(last)), _mm512_set1_epi8(static_cast<char>(0x80)));
+    const __m512i p = _mm512_dpbusd_epi32(_mm512_load_si512(x.start), w, _mm512_load_si512(x.q));
+    const vec d = _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_permutexvar_epi16(scale_words, first)));
+    return fma(_mm512_cvtepi32_ps(p), _mm512_mul_ps(d, _mm512_load_ps(x.d)), acc);
+}
+
+template <int R> void dots_q8_0(int64_t n, const char * const * rows, const char * const * next, const void * x, float * out) {
+    const q8_0_x * xs = static_cast<const q8_0_x *>(x);
+    const int64_t whole = n / Q8_0_COLUMNS;
+    vec acc[R];
+    for (int k = 0; k < R; k++) {
+        acc[k] = zero();
+    }
+    for (int64_t g = 0; g < whole; g++) {
+        fetch<Q8_0_BYTES>(next, R, g * Q8_0_BYTES);
+        for (int k = 0; k < R; k++) {
+            const char * p = rows[k] + g * Q8_0_BYTES;
+            acc[k] = q8_0_dot(_mm512_loadu_si512(p), _mm_loadu_si32(p + 64), xs[g], acc[k]);
+        }
+    }
+    for (int k = 0; k < R; k++) {
+        if (n % Q8_0_COLUMNS) {
+            const __m512i first = _mm512_maskz_loadu_epi8((1ull << sizeof(block_q8_0)) - 1, rows[k] + whole * Q8_0_BYTES);
+            acc[k] = q8_0_dot(first, _mm_setzero_si128(), xs[whole], acc[k]);
+        }
+        out[k] = sum(acc[k]);
+    }
+}
+
+}  // namespace

@@ -1,0 +1,76 @@
+// What all x86-64 kernels share: vectors as wide as the variant has them, blocks as ggml lays them out, prefetching.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "ggml.h"
+#include "kernels.h"
+
+namespace {
+
+using lzn::AXPY_ROWS;
+using lzn::row_kernels;
+
+struct block_q4_0 {
+    uint16_t d;
+    uint8_t qs[16];
+};
+struct block_q8_0 {
+    uint16_t d;
+    int8_t qs[32];
+};
+static_assert(sizeof(block_q4_0) == 18 && sizeof(block_q8_0) == 34, "as in ggml");
+
+constexpr int BLOCK = 32;
+
+#if defined(__AVX512F__)
+using vec = __m512;
+constexpr int WIDTH = 16;
+vec zero() { return _mm512_setzero_ps(); }
+vec all(float a) { return _mm512_set1_ps(a); }
+vec load(const float * p) { return _mm512_loadu_ps(p); }
+void store(float * p, vec v) { _mm512_storeu_ps(p, v); }
+vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+float sum(vec v) { return _mm512_reduce_add_ps(v); }
+vec load_f16(const uint16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))); }
+vec load_bf16(const uint16_t * p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))), 16));
+}
+vec from_i8(const int8_t * p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)))); }
+#else
+using vec = __m256;
+constexpr int WIDTH = 8;
+vec zero() { return _mm256_setzero_ps(); }
+vec all(float a) { return _mm256_set1_ps(a); }
+vec load(const float * p) { return _mm256_loadu_ps(p); }
+void store(float * p, vec v) { _mm256_storeu_ps(p, v); }
+vec fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+float sum(vec v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+vec load_f16(const uint16_t * p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))); }
+vec load_bf16(const uint16_t * p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))), 16));
+}
+vec from_i8(const int8_t * p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)))); }
+#endif
+
+float f16(uint16_t h) { return _cvtsh_ss(h); }
+
+// Fetch the cache lines that begin within the next `size` bytes after `at`.
+template <size_t size> void fetch(const char * const * next, int n_rows, size_t at) {
+    if (next && (size >= 64 || at % 64 < size)) {
+        for (int k = 0; k < n_rows; k++) {
+            for (size_t line = 0; line < size; line += 64) {
+                _mm_prefetch(next[k] + at + line, _MM_HINT_T0);
+            }
+        }
+    }
+}
+
+}  // namespace
