@@ -43,7 +43,8 @@ test: $(VENV)/.test
 # The native tests on a library that stops at the first bad address or undefined operation. With gcc on Linux: its runtimes must be loaded before Python is.
 sanitize: $(VENV)/.test
 	cmake -S runtime/native -B build/sanitize -DLZN_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX) -DPython_EXECUTABLE=$(CURDIR)/$(PY) >&2
-	cmake --build build/sanitize --parallel 2 >&2
+	cmake --build build/sanitize --parallel 2 --target lazyneuron row_kernels_test >&2
+	build/sanitize/row_kernels_test
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LAZYNEURON_LIBRARY=$(CURDIR)/build/sanitize/liblazyneuron.so $(PY) -m pytest --capture=sys -m native tests/test_kernels.py tests/test_predictors_kinds.py
 

@@ -17,7 +17,7 @@ from runtime.errors import UserError
 from runtime.structure import ACTIVATIONS, Structure
 
 _FILE = {"win32": "lazyneuron.dll", "darwin": "liblazyneuron.dylib"}.get(sys.platform, "liblazyneuron.so")
-VARIANTS = ("portable", "avx2", "avx512")
+VARIANTS = ("portable", "avx2", "avx512", "neon")
 OPERATORS = ("predict", "predict_sign", "quantize", "gate", "down", "reduce")
 
 
