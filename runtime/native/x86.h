@@ -62,13 +62,14 @@ vec from_i8(const int8_t * p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_
 
 float f16(uint16_t h) { return _cvtsh_ss(h); }
 
-// Fetch the cache lines that begin within the next `size` bytes after `at`.
+// Fetch what follows the first `at` bytes of some rows, `size` bytes, a line at a time: no line twice.
 template <size_t size> void fetch(const char * const * next, int n_rows, size_t at) {
-    if (next && (size >= 64 || at % 64 < size)) {
+    if (!next) {
+        return;
+    }
+    for (size_t line = (at + 63) / 64 * 64; line < at + size; line += 64) {
         for (int k = 0; k < n_rows; k++) {
-            for (size_t line = 0; line < size; line += 64) {
-                _mm_prefetch(next[k] + at + line, _MM_HINT_T0);
-            }
+            _mm_prefetch(next[k] + line, _MM_HINT_T1);
         }
     }
 }
