@@ -34,7 +34,12 @@ TYPES = (
 )
 TOLERANCE = 1e-5  # relative error of y; sums in float32 over a few hundred terms
 # The accumulation of these rows rounds its coefficients: to bfloat16, or to 16 bits of the largest among them.
-IN_INTEGERS = {("avx512", "q4_0"): 4e-3, ("avx2", "q4_0"): 1e-4}
+IN_INTEGERS = {
+    ("avx512", "q4_0"): 4e-3,
+    ("avx512", "q4_K"): 4e-3,
+    ("avx512", "q6_K"): 4e-3,
+    ("avx2", "q4_0"): 1e-4,
+}
 # q4_1 and q5_1 rows are multiplied with activations (q8_1) that carry their own sum in half precision.
 SUM_IN_F16 = {"q4_1": 2e-3, "q5_1": 2e-3}
 ROUNDED = {"f32": 1e-5, "f16": 1e-3, "bf16": 4e-3}  # with the activations' rounding; 1e-2 for quantised types

@@ -38,11 +38,12 @@ int32_t lzn_best_variant(void) {
 
 const void * lzn_kernels(int32_t type, int32_t variant) {
 #if defined(LZN_X86)
+    const bool k_quant = type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q6_K;
     if (variant == LZN_AVX2) {
-        return type == GGML_TYPE_I8 ? &lzn::signs_avx2 : lzn::kernels_avx2(type);
+        return type == GGML_TYPE_I8 ? &lzn::signs_avx2 : k_quant ? lzn::k_kernels_avx2(type) : lzn::kernels_avx2(type);
     }
     if (variant == LZN_AVX512) {
-        return type == GGML_TYPE_I8 ? &lzn::signs_avx512 : lzn::kernels_avx512(type);
+        return type == GGML_TYPE_I8 ? &lzn::signs_avx512 : k_quant ? lzn::k_kernels_avx512(type) : lzn::kernels_avx512(type);
     }
 #elif defined(LZN_ARM64)
     if (variant == LZN_NEON) {

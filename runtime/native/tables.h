@@ -11,6 +11,9 @@ constexpr int32_t LAST_VARIANT = LZN_NEON;
 
 const row_kernels * kernels_neon(int type);
 
+const row_kernels * k_kernels_avx2(int type);
+const row_kernels * k_kernels_avx512(int type);
+
 extern const row_kernels signs_avx2;
 extern const row_kernels signs_avx512;
 

@@ -239,6 +239,9 @@ double axpy_bound(const std::string & variant, const std::string & type) {
     if (variant == "avx2" && type == "q4_0") {
         return 1e-4;
     }
+    if (variant == "avx2" && (type == "q4_K" || type == "q6_K")) {
+        return 4 * FLOAT;  // products of w + 128
+    }
     return FLOAT;
 }
 
