@@ -57,5 +57,5 @@ def test_row_kernels_of_this_machine() -> None:
 def test_row_kernels_of_aarch64() -> None:
     """Under an emulator, of a CPU with the dot product instructions and of one without; the library as a whole is compiled."""
     program = build("row-kernels-aarch64", *ARM64, targets=("row_kernels_test", "lazyneuron"))
-    assert run(EMULATOR, program, "neon").startswith("neon: f32 f16 bf16 q8_0 q4_0")
+    assert run(EMULATOR, program, "neon").startswith("neon: f32 f16 bf16 q8_0 q4_0 q4_K q6_K signs\n")
     assert run(EMULATOR, "-cpu", "cortex-a53", program) == "0 checks, 0 failed\n"

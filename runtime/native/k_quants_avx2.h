@@ -5,11 +5,20 @@
 
 namespace {
 
-// One 16-bit number of eight in each of the lower and the upper 16 bytes.
-__m256i words(__m128i eight, int lower, int upper) {
-    const __m256i at = _mm256_set_m128i(_mm_set1_epi16(static_cast<short>(upper * 0x0202 + 0x0100)), _mm_set1_epi16(static_cast<short>(lower * 0x0202 + 0x0100)));
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(eight), at);
-}
+// Which bytes to take for one 16-bit number of eight in the lower 16 bytes, and one in the upper. From memory: gcc would put such constants together in the loop.
+struct alignas(32) word_places {
+    uint8_t at[32];
+
+    constexpr word_places(int lower, int upper) : at{} {
+        for (int i = 0; i < 32; i++) {
+            at[i] = static_cast<uint8_t>(2 * (i < 16 ? lower : upper) + i % 2);
+        }
+    }
+};
+constexpr word_places SAME[8] = {{0, 0}, {1, 1}, {2, 2}, {3, 3}, {4, 4}, {5, 5}, {6, 6}, {7, 7}};
+constexpr word_places NEIGHBOURS[4] = {{0, 1}, {2, 3}, {4, 5}, {6, 7}};
+
+__m256i words(__m256i eight_twice, const word_places & places) { return _mm256_shuffle_epi8(eight_twice, _mm256_load_si256(reinterpret_cast<const __m256i *>(places.at))); }
 
 __m256i scaled_products(__m256i w, const int8_t * x, __m256i scale) { return _mm256_madd_epi16(_mm256_maddubs_epi16(w, _mm256_load_si256(reinterpret_cast<const __m256i *>(x))), scale); }
 
@@ -27,20 +36,20 @@ struct q4_K_rows {
 
     // Eight scales, eight minima.
     static __m128i scales(const block & b) {
-        uint32_t s[3];
-        std::memcpy(s, b.scales, sizeof(s));
-        const uint32_t six = 0x3f3f3f3f, four = 0x0f0f0f0f, two = 0x30303030;
-        return _mm_set_epi32(static_cast<int>((s[2] >> 4 & four) | (s[1] >> 2 & two)), static_cast<int>(s[1] & six), static_cast<int>((s[2] & four) | (s[0] >> 2 & two)),
-                             static_cast<int>(s[0] & six));
+        const __m128i head = _mm_loadu_si128(reinterpret_cast<const __m128i *>(&b));  // d and dmin before them
+        const __m128i lower = _mm_srlv_epi32(_mm_shuffle_epi32(head, _MM_SHUFFLE(3, 2, 3, 1)), _mm_set_epi32(4, 0, 0, 0));
+        const __m128i upper = _mm_srli_epi32(_mm_shuffle_epi32(head, _MM_SHUFFLE(2, 2, 1, 1)), 2);
+        return _mm_or_si128(_mm_and_si128(lower, _mm_set1_epi64x(0x0f0f0f0f3f3f3f3f)), _mm_and_si128(upper, _mm_set1_epi64x(0x3030303000000000)));
     }
 
     static vec dot(const block & b, const k_x & x, vec acc) {
-        const __m128i both = scales(b), scale = _mm_cvtepu8_epi16(both), least = _mm_cvtepu8_epi16(_mm_srli_si128(both, 8));
+        const __m256i both = _mm256_cvtepu8_epi16(scales(b)), scale = _mm256_permute2x128_si256(both, both, 0x00);
         __m256i p = _mm256_setzero_si256();
+#pragma GCC unroll 8
         for (int j = 0; j < 8; j++) {
-            p = _mm256_add_epi32(p, scaled_products(bytes(b, j), x.q + 32 * j, words(scale, j, j)));
+            p = _mm256_add_epi32(p, scaled_products(bytes(b, j), x.q + 32 * j, words(scale, SAME[j])));
         }
-        const __m128i minus = _mm_madd_epi16(least, _mm_load_si128(reinterpret_cast<const __m128i *>(x.sums)));
+        const __m128i minus = _mm_madd_epi16(_mm256_extracti128_si256(both, 1), _mm_load_si128(reinterpret_cast<const __m128i *>(x.sums)));
         acc = fma(_mm256_cvtepi32_ps(p), all(f16(b.d) * x.d), acc);
         return _mm256_fnmadd_ps(_mm256_cvtepi32_ps(_mm256_zextsi128_si256(minus)), all(f16(b.dmin) * x.d), acc);
     }
@@ -88,11 +97,11 @@ struct q6_K_rows {
     static __m256i scales(const block & b) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(b.scales))); }
 
     static vec dot(const block & b, const k_x & x, vec acc) {
-        const __m256i scale = scales(b);
+        const __m256i scale = scales(b), halves[2] = {_mm256_permute2x128_si256(scale, scale, 0x00), _mm256_permute2x128_si256(scale, scale, 0x11)};
         __m256i p = _mm256_setzero_si256();
+#pragma GCC unroll 8
         for (int j = 0; j < 8; j++) {
-            const __m128i half = j < 4 ? _mm256_castsi256_si128(scale) : _mm256_extracti128_si256(scale, 1);
-            p = _mm256_add_epi32(p, scaled_products(bytes(b, j), x.q + 32 * j, words(half, j % 4 * 2, j % 4 * 2 + 1)));
+            p = _mm256_add_epi32(p, scaled_products(bytes(b, j), x.q + 32 * j, words(halves[j / 4], NEIGHBOURS[j % 4])));
         }
         const __m256i offset = _mm256_slli_epi32(_mm256_madd_epi16(scale, _mm256_load_si256(reinterpret_cast<const __m256i *>(x.sums))), 5);
         return fma(_mm256_cvtepi32_ps(_mm256_sub_epi32(p, offset)), all(f16(b.d) * x.d), acc);

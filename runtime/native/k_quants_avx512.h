@@ -5,6 +5,19 @@
 
 namespace {
 
+// Products with x, times their scales. Four weights' products fit into 16 bits: two quarters of a half, g and g + 1, share each lane of 16 bytes of one vector.
+// of: which of the scales' words belong to the first half; those of the second follow 4 or 8 later.
+template <typename Rows> __m512i k_products(const typename Rows::block & b, const k_x & x, __m512i scales, __m512i of) {
+    const __m512i none = _mm512_setzero_si512();
+    const auto half = [&](int g) {
+        const __m512i first = _mm512_dpbusd_epi32(none, Rows::bytes(b, g), _mm512_load_si512(x.q + 64 * g));
+        return _mm512_packs_epi32(first, _mm512_dpbusd_epi32(none, Rows::bytes(b, g + 1), _mm512_load_si512(x.q + 64 * g + 64)));
+    };
+    const __m512i after = _mm512_add_epi16(of, _mm512_set1_epi16(128 / Rows::RUN));
+    const __m512i p = _mm512_madd_epi16(half(0), _mm512_permutexvar_epi16(of, scales));
+    return _mm512_dpwssd_epi32(p, half(2), _mm512_permutexvar_epi16(after, scales));
+}
+
 struct q4_K_rows {
     using block = block_q4_K;
     static constexpr int RUN = 32;  // weights of one scale
@@ -32,12 +45,8 @@ struct q4_K_rows {
 
     static vec dot(const block & b, const k_x & x, vec acc) {
         const __m256i words = _mm256_cvtepu8_epi16(scales(head(b)));
-        __m512i p = _mm512_setzero_si512();
-        for (int g = 0; g < 4; g++) {
-            const __m512i first = _mm512_set1_epi16(static_cast<short>(g / 2 * 4 + g % 2));
-            const __m512i scale = _mm512_mask_add_epi16(first, 0xffff0000, first, _mm512_set1_epi16(2));
-            p = _mm512_dpwssd_epi32(p, _mm512_maddubs_epi16(bytes(b, g), _mm512_load_si512(x.q + 64 * g)), _mm512_permutexvar_epi16(scale, _mm512_castsi256_si512(words)));
-        }
+        const __m512i of = _mm512_set_epi64(0x0003000300030003, 0x0002000200020002, 0x0003000300030003, 0x0002000200020002, 0x0001000100010001, 0, 0x0001000100010001, 0);
+        const __m512i p = k_products<q4_K_rows>(b, x, _mm512_castsi256_si512(words), of);
         const __m128i least = _mm_madd_epi16(_mm256_extracti128_si256(words, 1), _mm_load_si128(reinterpret_cast<const __m128i *>(x.sums)));
         const __m128 d = _mm_mul_ps(_mm_cvtph_ps(head(b)), _mm_set1_ps(x.d));
         acc = fma(_mm512_cvtepi32_ps(p), _mm512_broadcastss_ps(d), acc);
@@ -68,6 +77,7 @@ struct q4_K_rows {
         off.exact = fma(c, all(8.0f), off.exact);
         off.exact = _mm512_fnmadd_ps(least, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpackhi_epi64(su, sv))), off.exact);
         const __m512i words = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(c));
+#pragma GCC unroll 4
         for (int g = 0; g < 4; g++) {
             const __m512i run = _mm512_set1_epi32((g / 2 * 4 + g % 2) | (g / 2 * 4 + g % 2 + 8) << 16);
             const __m512i pair = _mm512_mask_add_epi32(run, 0xff00, run, _mm512_set1_epi32(2 | 2 << 16));
@@ -98,12 +108,8 @@ struct q6_K_rows {
 
     static vec dot(const block & b, const k_x & x, vec acc) {
         const __m256i words = _mm256_cvtepi8_epi16(scales(b));
-        __m512i p = _mm512_setzero_si512();
-        const __m512i first = _mm512_set_epi64(0x0003000300030003, 0x0003000300030003, 0x0002000200020002, 0x0002000200020002, 0x0001000100010001, 0x0001000100010001, 0, 0);
-        for (int g = 0; g < 4; g++) {
-            const __m512i scale = _mm512_add_epi16(first, _mm512_set1_epi16(static_cast<short>(4 * g)));
-            p = _mm512_dpwssd_epi32(p, _mm512_maddubs_epi16(bytes(b, g), _mm512_load_si512(x.q + 64 * g)), _mm512_permutexvar_epi16(scale, _mm512_castsi256_si512(words)));
-        }
+        const __m512i of = _mm512_set_epi64(0x0007000700070007, 0x0003000300030003, 0x0006000600060006, 0x0002000200020002, 0x0005000500050005, 0x0001000100010001, 0x0004000400040004, 0);
+        __m512i p = k_products<q6_K_rows>(b, x, _mm512_castsi256_si512(words), of);
         const __m256i offset = _mm256_slli_epi32(_mm256_madd_epi16(words, _mm256_load_si256(reinterpret_cast<const __m256i *>(x.sums))), 5);
         p = _mm512_sub_epi32(p, _mm512_zextsi256_si512(offset));
         return fma(_mm512_cvtepi32_ps(p), all(f16(b.d) * x.d), acc);
@@ -120,6 +126,7 @@ struct q6_K_rows {
         const vec cv = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(scales(v))), all(a[1] * f16(v.d)));
         const __m512i words = (__m512i)_mm512_cvtne2ps_pbh(cv, cu);
         const __m512i first = _mm512_add_epi32(_mm512_set1_epi32(16 << 16), _mm512_mullo_epi32(_mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0), _mm512_set1_epi32(0x00010001)));
+#pragma GCC unroll 4
         for (int g = 0; g < 4; g++) {
             out[g] = (__m512bh)_mm512_permutexvar_epi16(_mm512_add_epi32(first, _mm512_set1_epi32(4 * g * 0x00010001)), words);
             off.rounded[g] = _mm512_dpbf16_ps(off.rounded[g], out[g], (__m512bh)_mm512_set1_epi16(static_cast<short>(0xc320)));  // -160
