@@ -70,13 +70,13 @@ template <typename Rows, int R> void dots_k(int64_t n, const char * const * rows
     }
 }
 
-// Rows::stored says where the accumulation keeps a column.
+// Rows::stored says where the accumulation keeps four columns.
 template <typename Rows> void k_finish(int64_t n, float * y) {
     for (int64_t i = 0; i < n; i += K_COLUMNS) {
         float stored[K_COLUMNS];
         std::memcpy(stored, y + i, sizeof(stored));
-        for (int c = 0; c < K_COLUMNS; c++) {
-            y[i + c] = stored[Rows::stored(c)];
+        for (int c = 0; c < K_COLUMNS; c += 4) {
+            std::memcpy(y + i + c, stored + Rows::stored(c), 4 * sizeof(float));
         }
     }
 }
