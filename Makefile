@@ -11,7 +11,7 @@ NATIVE := $(wildcard runtime/native/*)
 # As in pyproject.toml. Installed before the package, so that its wheel (about 6 minutes on two cores) is built once and then comes from pip's cache.
 LLAMA_CPP := $(shell sed -n 's/^requires = .*"\(llama-cpp-python==[0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: chat setup test check bench clean
+.PHONY: chat setup test sanitize check bench clean
 
 chat: $(MODEL)
 	@$(PY) -m runtime chat $(MODEL)
@@ -39,6 +39,14 @@ $(MODEL): $(VENV)/.setup $(wildcard examples/tiny-relu-llama/* convert/*.py conv
 
 test: $(VENV)/.test
 	$(PY) -m pytest
+
+# The native tests on a library that stops at the first bad address or undefined operation. With gcc on Linux: its runtimes must be loaded before Python is.
+sanitize: $(VENV)/.test
+	cmake -S runtime/native -B build/sanitize -DLZN_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX) -DPython_EXECUTABLE=$(CURDIR)/$(PY) >&2
+	cmake --build build/sanitize --parallel 2 --target lazyneuron row_kernels_test >&2
+	build/sanitize/row_kernels_test
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LAZYNEURON_LIBRARY=$(CURDIR)/build/sanitize/liblazyneuron.so $(PY) -m pytest --capture=sys -m native tests/test_kernels.py tests/test_predictors_kinds.py
 
 check: $(VENV)/.check
 	$(VENV)/bin/ruff check .

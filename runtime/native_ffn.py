@@ -17,7 +17,7 @@ from runtime.errors import UserError
 from runtime.structure import ACTIVATIONS, Structure
 
 _FILE = {"win32": "lazyneuron.dll", "darwin": "liblazyneuron.dylib"}.get(sys.platform, "liblazyneuron.so")
-VARIANTS = ("portable", "avx2", "avx512")
+VARIANTS = ("portable", "avx2", "avx512", "neon")
 OPERATORS = ("predict", "predict_sign", "quantize", "gate", "down", "reduce")
 
 
@@ -165,6 +165,8 @@ def predict(ffn: Ffn, rank: int, type_id: int | None, shift: float) -> None:
     ffn.predicted, ffn.rank, ffn.shift = True, rank, shift
     if type_id is not None:
         ffn.predictor = _rows(type_id, rank)
+    else:
+        ffn.predictor.kernels = library().lzn_kernels(ggml.I8, variant())
 
 
 def predict_size(ffn: Ffn, n_tokens: int) -> int:

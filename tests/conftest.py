@@ -1,4 +1,4 @@
-"""Converted models, made once per test run."""
+"""Converted models, made once per test run; the variants of the native kernels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from checkpoints import CHECKPOINTS
 
 from convert import convert
+from runtime import native_ffn
 
 BUNDLED = Path(__file__).parent.parent / "examples/tiny-relu-llama"
 
@@ -54,3 +55,10 @@ def tiny_gguf(converted: Converted) -> Path:
 def fitted_gguf(converted: Converted) -> Path:
     """The bundled model in F16 as `python -m convert` makes it: hot neurons first, with predictors."""
     return converted("bundled", "f16", None)
+
+
+@pytest.fixture(params=[v for i, v in enumerate(native_ffn.VARIANTS) if native_ffn.library().lzn_has_variant(i)])
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each variant of the kernels that this CPU can run."""
+    monkeypatch.setenv("LAZYNEURON_KERNELS", request.param)
+    return str(request.param)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,7 +145,7 @@ def _run_native(f: Ffn, x: Array, threads: int) -> tuple[Array, native_ffn.Ffn]:
     y = add_native_ffn(ctx, source, ffn, tensors)
     graph = ggml.ggml_new_graph_custom(ctx, 64, False)
     ggml.ggml_build_forward_expand(graph, y)
-    buffer = ggml.ggml_backend_alloc_ctx_tensors(ctx, backend)
+    memory = ExactMemory(graph)
     for name, tensor in data.items():
         if tensor is not None:
             ggml.ggml_backend_tensor_set(tensor, f.packed[name].ctypes.data, 0, f.packed[name].nbytes)
@@ -152,11 +153,43 @@ def _run_native(f: Ffn, x: Array, threads: int) -> tuple[Array, native_ffn.Ffn]:
     assert ggml.ggml_backend_graph_compute(backend, graph) == ggml.STATUS_SUCCESS
     result = np.empty((len(x), s.embedding_length), np.float32)
     ggml.ggml_backend_tensor_get(ggml.ConstTensorP(y.value), result.ctypes.data, 0, result.nbytes)
-    ggml.ggml_backend_buffer_free(buffer)
+    memory.close()
     ggml.ggml_free(ctx)
     ggml.ggml_backend_free(backend)
     copy = native_ffn.Ffn.from_buffer_copy(ctypes.string_at(native_ffn.address_of(ffn), ctypes.sizeof(ffn)))
     return result, copy
+
+
+class ExactMemory:
+    """Memory for a graph, each tensor in an allocation of just its size: under a sanitizer nothing can be read past the end of any of them."""
+
+    def __init__(self, graph: ggml.GraphP) -> None:
+        self._libc = ctypes.CDLL(None)
+        self._owned: list[tuple[ggml.BufferP, ctypes.c_void_p]] = []
+        for tensor in _tensors(graph):
+            size, memory = ggml.ggml_nbytes(ggml.ConstTensorP(tensor.value)), ctypes.c_void_p()
+            assert not self._libc.posix_memalign(ctypes.byref(memory), ctypes.c_size_t(64), ctypes.c_size_t(size))
+            buffer = ggml.ggml_backend_cpu_buffer_from_ptr(memory, size)
+            ggml.ggml_backend_tensor_alloc(buffer, tensor, memory)
+            self._owned.append((buffer, memory))
+
+    def close(self) -> None:
+        """Free the memory, and with it the graph's results."""
+        for buffer, memory in self._owned:
+            ggml.ggml_backend_buffer_free(buffer)
+            self._libc.free(memory)
+
+
+def _tensors(graph: ggml.GraphP) -> Iterator[ggml.TensorP]:
+    """The graph's nodes and what they read, each once."""
+    seen = set()
+    for i in range(ggml.ggml_graph_n_nodes(graph)):
+        node = ggml.ggml_graph_node(graph, i)
+        sources = [ctypes.cast(s, ctypes.c_void_p).value for s in node.struct.src if s]
+        for address in (node.value, *sources):
+            if address not in seen:
+                seen.add(address)
+                yield ggml.TensorP(address)
 
 
 def relative_error(found: Array, expected: Array) -> float:

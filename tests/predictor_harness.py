@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from ffn_harness import structure
+from ffn_harness import ExactMemory, structure
 
 from predictors.calibrate import LayerSamples, Part
 from predictors.quantized import Tensor
@@ -56,13 +56,13 @@ def _run(kind: str, tensors: tuple[Tensor, ...], bias: Array, x: Array, threads:
     y = add_native_ffn(ctx, source, ffn, rows, chosen)
     graph = ggml.ggml_new_graph_custom(ctx, 64, False)
     ggml.ggml_build_forward_expand(graph, y)
-    buffer = ggml.ggml_backend_alloc_ctx_tensors(ctx, backend)
+    memory = ExactMemory(graph)
     for made, array in data:
         ggml.ggml_backend_tensor_set(made, array.ctypes.data, 0, array.nbytes)
     assert ggml.ggml_backend_graph_compute(backend, graph) == ggml.STATUS_SUCCESS
     result = np.empty((n_tokens, n_embd), np.float32)
     ggml.ggml_backend_tensor_get(ggml.ConstTensorP(y.value), result.ctypes.data, 0, result.nbytes)
-    ggml.ggml_backend_buffer_free(buffer)
+    memory.close()
     ggml.ggml_free(ctx)
     ggml.ggml_backend_free(backend)
     return result[:, :n_ff] > 0.5

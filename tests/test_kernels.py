@@ -13,6 +13,8 @@ from ffn_harness import as_rounded, make, reference, relative_error, run_native,
 from runtime import native_ffn
 from runtime.errors import UserError
 
+pytestmark = pytest.mark.native
+
 TYPES = (
     "f32",
     "f16",
@@ -32,7 +34,12 @@ TYPES = (
 )
 TOLERANCE = 1e-5  # relative error of y; sums in float32 over a few hundred terms
 # The accumulation of these rows rounds its coefficients: to bfloat16, or to 16 bits of the largest among them.
-IN_INTEGERS = {("avx512", "q4_0"): 4e-3, ("avx2", "q4_0"): 1e-4}
+IN_INTEGERS = {
+    ("avx512", "q4_0"): 4e-3,
+    ("avx512", "q4_K"): 4e-3,
+    ("avx512", "q6_K"): 4e-3,
+    ("avx2", "q4_0"): 1e-4,
+}
 # q4_1 and q5_1 rows are multiplied with activations (q8_1) that carry their own sum in half precision.
 SUM_IN_F16 = {"q4_1": 2e-3, "q5_1": 2e-3}
 ROUNDED = {"f32": 1e-5, "f16": 1e-3, "bf16": 4e-3}  # with the activations' rounding; 1e-2 for quantised types
@@ -70,13 +77,6 @@ def test_rounding_of_activations_costs_less_than_a_percent(type_name: str) -> No
     assert relative_error(run_native(ffn, x, 2)[0], reference(ffn, x.astype(np.float64))[0]) <= ROUNDED.get(
         type_name, 1e-2
     )
-
-
-@pytest.fixture(params=[v for i, v in enumerate(native_ffn.VARIANTS) if native_ffn.library().lzn_has_variant(i)])
-def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each variant of the kernels that this CPU can run."""
-    monkeypatch.setenv("LAZYNEURON_KERNELS", request.param)
-    return str(request.param)
 
 
 def test_an_unknown_variant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,8 @@ def numpy_scores(candidate: Candidate, x: Array) -> Array:
     return candidate.scores(candidate.prepare(x), 0, 192)
 
 
+@pytest.mark.native
+@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("n_tokens", [1, 5])
 @pytest.mark.parametrize("type_name", ["q4_0", "q8_0", "f16", "f32"])
 @pytest.mark.parametrize("kind", ["lowrank", "mlp"])
@@ -100,6 +102,8 @@ def test_native_candidates_are_numpys(kind: str, type_name: str, n_tokens: int) 
     assert np.array_equal(found[clear], (scores + bias > 0)[clear])
 
 
+@pytest.mark.native
+@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("n_tokens", [1, 7])
 def test_signbit_is_the_plain_reference_bit_for_bit(n_tokens: int, threads: int) -> None:

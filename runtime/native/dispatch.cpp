@@ -1,6 +1,13 @@
 // Chooses among the variants of the row kernels by what the CPU can do.
-#include "kernels.h"
 #include "lazyneuron.h"
+#include "tables.h"
+
+#if defined(LZN_ARM64) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+using lzn::LZN_NEON;
 
 bool lzn_has_variant(int32_t variant) {
     switch (variant) {
@@ -8,8 +15,14 @@ bool lzn_has_variant(int32_t variant) {
 #if defined(LZN_X86)
         case LZN_AVX2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
         case LZN_AVX512:
+            // Every CPU with BF16 and VBMI has VPOPCNTDQ as well.
             return lzn_has_variant(LZN_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
+                   __builtin_cpu_supports("avx512vpopcntdq");
+#elif defined(LZN_ARM64) && defined(__APPLE__)
+        case LZN_NEON: return true;  // since the first M
+#elif defined(LZN_ARM64) && defined(__linux__)
+        case LZN_NEON: return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
 #endif
         default: return false;
     }
@@ -17,7 +30,7 @@ bool lzn_has_variant(int32_t variant) {
 
 int32_t lzn_best_variant(void) {
     int32_t best = LZN_PORTABLE;
-    for (int32_t variant = LZN_PORTABLE; variant <= LZN_AVX512; variant++) {
+    for (int32_t variant = LZN_PORTABLE; variant <= lzn::LAST_VARIANT; variant++) {
         best = lzn_has_variant(variant) ? variant : best;
     }
     return best;
@@ -25,11 +38,16 @@ int32_t lzn_best_variant(void) {
 
 const void * lzn_kernels(int32_t type, int32_t variant) {
 #if defined(LZN_X86)
+    const bool k_quant = type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q6_K;
     if (variant == LZN_AVX2) {
-        return lzn::kernels_avx2(type);
+        return type == GGML_TYPE_I8 ? &lzn::signs_avx2 : k_quant ? lzn::k_kernels_avx2(type) : lzn::kernels_avx2(type);
     }
     if (variant == LZN_AVX512) {
-        return lzn::kernels_avx512(type);
+        return type == GGML_TYPE_I8 ? &lzn::signs_avx512 : k_quant ? lzn::k_kernels_avx512(type) : lzn::kernels_avx512(type);
+    }
+#elif defined(LZN_ARM64)
+    if (variant == LZN_NEON) {
+        return lzn::kernels_neon(type);
     }
 #endif
     (void) type;

@@ -5,6 +5,10 @@
 
 #include "kernels.h"
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr size_t CACHE_LINE = 64;
@@ -149,13 +153,23 @@ template <typename Scores> void choose(const lzn_ffn & f, const candidates & out
     out.of(ith) = {n, first, last - first};
 }
 
+// The signs of eight numbers, the first one's in the lowest bit; 1 is negative, and zero is not, whatever its sign.
+uint8_t eight_signs(const float * x) {
+#if defined(__SSE2__)
+    const __m128 zero = _mm_setzero_ps();
+    return static_cast<uint8_t>(_mm_movemask_ps(_mm_cmplt_ps(_mm_loadu_ps(x), zero)) | _mm_movemask_ps(_mm_cmplt_ps(_mm_loadu_ps(x + 4), zero)) << 4);
+#else
+    uint8_t byte = 0;
+    for (int j = 0; j < 8; j++) {
+        byte |= static_cast<uint8_t>(x[j] < 0.0f) << j;
+    }
+    return byte;
+#endif
+}
+
 void pack_signs(int64_t n, const float * x, uint8_t * bits) {
     for (int64_t i = 0; i < n / 8; i++) {
-        uint8_t byte = 0;
-        for (int j = 0; j < 8; j++) {
-            byte |= static_cast<uint8_t>(x[8 * i + j] < 0.0f) << j;
-        }
-        bits[i] = byte;
+        bits[i] = eight_signs(x + 8 * i);
     }
 }
 
@@ -457,7 +471,15 @@ void lzn_ffn_predict_sign(ggml_tensor * dst, int ith, int nth, void * userdata) 
         pack_signs(f.n_embd, static_cast<const float *>(x->data) + t * f.n_embd, signs + t * n_bytes);
     }
     const uint8_t * rows = static_cast<const uint8_t *>(dst->src[1]->data);
+    const auto * kernels = static_cast<const lzn::row_kernels *>(f.predictor.kernels);
     choose(f, out, n_tokens, ith, nth, static_cast<const float *>(dst->src[2]->data), [&](int64_t r, int n, int64_t t, float * scores) {
+        if (kernels) {
+            const char * row[DOT_ROWS];
+            for (int k = 0; k < n; k++) {
+                row[k] = reinterpret_cast<const char *>(rows + (r + k) * n_bytes);
+            }
+            return kernels->dots(f.n_embd, n, row, nullptr, signs + t * n_bytes, scores);
+        }
         for (int k = 0; k < n; k++) {
             scores[k] = -static_cast<float>(count_differing(n_bytes, rows + (r + k) * n_bytes, signs + t * n_bytes));
         }

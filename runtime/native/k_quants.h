@@ -1,0 +1,84 @@
+// What the kernels for q4_K and q6_K share: blocks of 256 weights as ggml lays them out, and activations as the products want them.
+//
+// Weights stay unsigned bytes in every product, 0 to 15 or 0 to 63; what is to be taken off is the same for a whole run of 32 or 16 weights and enters once for all of them.
+#pragma once
+
+#include "x86.h"
+
+namespace {
+
+constexpr int64_t K_COLUMNS = 256;
+
+struct block_q4_K {
+    uint16_t d, dmin;
+    uint8_t scales[12];  // eight scales and eight minima of 6 bits
+    uint8_t qs[128];     // of 64 columns the first 32 in the low nibbles, the others in the high ones
+};
+struct block_q6_K {
+    uint8_t ql[128];     // of 128 columns the first 64 in the low nibbles, the others in the high ones
+    uint8_t qh[64];      // of 128 columns four times 32, two bits each
+    int8_t scales[16];
+    uint16_t d;
+};
+struct block_q8_K {
+    float d;
+    int8_t qs[256];
+    int16_t bsums[16];   // of 16 values each
+};
+static_assert(sizeof(block_q4_K) == 144 && sizeof(block_q6_K) == 210 && sizeof(block_q8_K) == 292, "as in ggml");
+
+// x of one block: values in the order in which Rows::bytes gives the weights, and their sums by scale.
+struct alignas(64) k_x {
+    int8_t q[256];
+    int16_t sums[16];
+    float d;
+};
+
+size_t k_arranged_size(int64_t n) { return n / K_COLUMNS * sizeof(k_x); }
+
+// Rows::place says where 32 columns' values go.
+template <typename Rows> void k_arrange(int64_t n, const void * x, void * out) {
+    for (int64_t i = 0; i < n / K_COLUMNS; i++) {
+        const block_q8_K & from = static_cast<const block_q8_K *>(x)[i];
+        k_x & to = static_cast<k_x *>(out)[i];
+        std::memset(to.sums, 0, sizeof(to.sums));
+        to.d = from.d;
+        for (int c = 0; c < K_COLUMNS; c += 32) {
+            std::memcpy(to.q + Rows::place(c), from.qs + c, 32);
+        }
+        for (int s = 0; s < 16; s++) {
+            to.sums[s * 16 / Rows::RUN] += from.bsums[s];
+        }
+    }
+}
+
+template <typename Rows, int R> void dots_k(int64_t n, const char * const * rows, const char * const * next, const void * x, float * out) {
+    using block = typename Rows::block;
+    const k_x * xs = static_cast<const k_x *>(x);
+    vec acc[R];
+    for (int k = 0; k < R; k++) {
+        acc[k] = zero();
+    }
+    for (int64_t i = 0; i < n / K_COLUMNS; i++) {
+        fetch<sizeof(block)>(next, R, i * sizeof(block));
+        for (int k = 0; k < R; k++) {
+            acc[k] = Rows::dot(reinterpret_cast<const block *>(rows[k])[i], xs[i], acc[k]);
+        }
+    }
+    for (int k = 0; k < R; k++) {
+        out[k] = sum(acc[k]);
+    }
+}
+
+// Rows::stored says where the accumulation keeps four columns.
+template <typename Rows> void k_finish(int64_t n, float * y) {
+    for (int64_t i = 0; i < n; i += K_COLUMNS) {
+        float stored[K_COLUMNS];
+        std::memcpy(stored, y + i, sizeof(stored));
+        for (int c = 0; c < K_COLUMNS; c += 4) {
+            std::memcpy(y + i + c, stored + Rows::stored(c), 4 * sizeof(float));
+        }
+    }
+}
+
+}  // namespace

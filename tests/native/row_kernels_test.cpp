@@ -1,0 +1,387 @@
+// Every row kernel of every variant that this machine can run, against loops in float64 on random blocks.
+//
+// Stands alone: blocks are made and read here, as ggml lays them out, by code that shares nothing with the kernels. So it runs where there is no Python and no ggml, under an emulator for instance.
+// Every row and every x ends where memory ends, so that a kernel that reads past one stops the program.
+#include <signal.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "lazyneuron.h"
+#include "tables.h"
+
+namespace {
+
+using lzn::row_kernels;
+
+std::mt19937 rng(1);
+
+int uniform(int first, int last) { return std::uniform_int_distribution<int>(first, last)(rng); }
+
+// --- numbers in bits ---
+
+double from_f16(uint16_t h) {
+    const int exponent = h >> 10 & 31, fraction = h & 1023;
+    const double size = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
+    return h & 0x8000 ? -size : size;
+}
+
+double from_bf16(uint16_t h) {
+    const uint32_t bits = static_cast<uint32_t>(h) << 16;
+    float f;
+    std::memcpy(&f, &bits, sizeof(f));
+    return f;
+}
+
+// Halves between 2^-8 and 4, of either sign, and now and then one below the normal ones.
+uint16_t random_f16() { return static_cast<uint16_t>(uniform(0, 1) << 15 | (uniform(0, 40) ? uniform(7, 16) : 0) << 10 | uniform(0, 1023)); }
+uint16_t random_bf16() { return static_cast<uint16_t>(uniform(0, 1) << 15 | uniform(119, 128) << 7 | uniform(0, 127)); }
+
+uint16_t word(const uint8_t * p) { return static_cast<uint16_t>(p[0] | p[1] << 8); }
+void put_word(uint8_t * p, uint16_t w) { p[0] = static_cast<uint8_t>(w), p[1] = static_cast<uint8_t>(w >> 8); }
+float number(const uint8_t * p) {
+    float f;
+    std::memcpy(&f, p, sizeof(f));
+    return f;
+}
+void put_number(uint8_t * p, float f) { std::memcpy(p, &f, sizeof(f)); }
+
+// --- formats: how to make one block at random, and which numbers it stands for ---
+
+struct format {
+    const char * name;
+    int ggml_type;
+    int elements, bytes;  // of a block
+    void (*make)(uint8_t * block);
+    void (*read)(const uint8_t * block, double * out);
+    const format * x;  // of the activations
+};
+
+void make_f32(uint8_t * b) { put_number(b, std::normal_distribution<float>()(rng)); }
+void read_f32(const uint8_t * b, double * out) { *out = number(b); }
+void make_f16(uint8_t * b) { put_word(b, random_f16()); }
+void read_f16(const uint8_t * b, double * out) { *out = from_f16(word(b)); }
+void make_bf16(uint8_t * b) { put_word(b, random_bf16()); }
+void read_bf16(const uint8_t * b, double * out) { *out = from_bf16(word(b)); }
+
+void random_bytes(uint8_t * p, int n) { std::generate(p, p + n, [] { return static_cast<uint8_t>(uniform(0, 255)); }); }
+
+void make_q8_0(uint8_t * b) {
+    put_word(b, random_f16());
+    std::generate(b + 2, b + 34, [] { return static_cast<uint8_t>(uniform(-127, 127)); });
+}
+void read_q8_0(const uint8_t * b, double * out) {
+    for (int i = 0; i < 32; i++) {
+        out[i] = from_f16(word(b)) * static_cast<int8_t>(b[2 + i]);
+    }
+}
+
+void make_q4_0(uint8_t * b) {
+    put_word(b, random_f16());
+    random_bytes(b + 2, 16);
+}
+void read_q4_0(const uint8_t * b, double * out) {
+    for (int i = 0; i < 32; i++) {
+        out[i] = from_f16(word(b)) * ((i < 16 ? b[2 + i] & 15 : b[2 + i - 16] >> 4) - 8);
+    }
+}
+
+// Activations for k-quants: a scale, 256 values, and the sums of every 16 of them.
+void make_q8_K(uint8_t * b) {
+    put_number(b, std::normal_distribution<float>()(rng));
+    for (int i = 0; i < 16; i++) {
+        int sum = 0;
+        for (int j = 0; j < 16; j++) {
+            const int v = uniform(-127, 127);
+            b[4 + 16 * i + j] = static_cast<uint8_t>(v);
+            sum += v;
+        }
+        put_word(b + 260 + 2 * i, static_cast<uint16_t>(sum));
+    }
+}
+void read_q8_K(const uint8_t * b, double * out) {
+    for (int i = 0; i < 256; i++) {
+        out[i] = static_cast<double>(number(b)) * static_cast<int8_t>(b[4 + i]);
+    }
+}
+
+// d, dmin; eight scales and eight minima of 6 bits in 12 bytes; 128 bytes of nibbles, the low ones of 32 bytes before the high ones.
+void make_q4_K(uint8_t * b) {
+    put_word(b, random_f16());
+    put_word(b + 2, random_f16());
+    random_bytes(b + 4, 140);
+}
+void read_q4_K(const uint8_t * b, double * out) {
+    const uint8_t *s = b + 4, *q = b + 16;
+    for (int j = 0; j < 8; j++) {
+        const int scale = j < 4 ? s[j] & 63 : (s[j + 4] & 15) | s[j - 4] >> 6 << 4;
+        const int least = j < 4 ? s[j + 4] & 63 : s[j + 4] >> 4 | s[j] >> 6 << 4;
+        for (int i = 0; i < 32; i++) {
+            const int v = j % 2 ? q[j / 2 * 32 + i] >> 4 : q[j / 2 * 32 + i] & 15;
+            out[32 * j + i] = from_f16(word(b)) * scale * v - from_f16(word(b + 2)) * least;
+        }
+    }
+}
+
+// 128 bytes of low nibbles, 64 bytes of high pairs of bits, 16 scales of 8 bits, d.
+void make_q6_K(uint8_t * b) {
+    random_bytes(b, 208);
+    put_word(b + 208, random_f16());
+}
+void read_q6_K(const uint8_t * b, double * out) {
+    for (int i = 0; i < 256; i++) {
+        const int half = i / 128, quarter = i % 128 / 32, at = i % 32;  // two halves of 128, in each four runs of 32
+        const uint8_t nibbles = b[half * 64 + quarter % 2 * 32 + at], pairs = b[128 + half * 32 + at];
+        const int v = (quarter < 2 ? nibbles & 15 : nibbles >> 4) | (pairs >> 2 * quarter & 3) << 4;
+        out[i] = from_f16(word(b + 208)) * static_cast<int8_t>(b[192 + i / 16]) * (v - 32);
+    }
+}
+
+const format F32 = {"f32", GGML_TYPE_F32, 1, 4, make_f32, read_f32, &F32};
+const format F16 = {"f16", GGML_TYPE_F16, 1, 2, make_f16, read_f16, &F16};
+const format BF16 = {"bf16", GGML_TYPE_BF16, 1, 2, make_bf16, read_bf16, &BF16};
+const format Q8_0 = {"q8_0", GGML_TYPE_Q8_0, 32, 34, make_q8_0, read_q8_0, &Q8_0};
+const format Q4_0 = {"q4_0", GGML_TYPE_Q4_0, 32, 18, make_q4_0, read_q4_0, &Q8_0};
+const format Q8_K = {"q8_K", GGML_TYPE_Q8_K, 256, 292, make_q8_K, read_q8_K, nullptr};
+const format Q4_K = {"q4_K", GGML_TYPE_Q4_K, 256, 144, make_q4_K, read_q4_K, &Q8_K};
+const format Q6_K = {"q6_K", GGML_TYPE_Q6_K, 256, 210, make_q6_K, read_q6_K, &Q8_K};
+const format * const FORMATS[] = {&F32, &F16, &BF16, &Q8_0, &Q4_0, &Q4_K, &Q6_K};
+
+// `size` bytes, the last of them before a page that nobody may touch.
+class guarded {
+  public:
+    explicit guarded(size_t size) {
+        const size_t page = sysconf(_SC_PAGESIZE), used = (size + page - 1) / page * page;
+        length_ = used + page;
+        pages_ = static_cast<uint8_t *>(mmap(nullptr, length_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0));
+        if (pages_ == MAP_FAILED || mprotect(pages_ + used, page, PROT_NONE)) {
+            std::perror("mmap");
+            std::exit(1);
+        }
+        data_ = pages_ + used - size;
+    }
+    guarded(guarded && other) : pages_(other.pages_), data_(other.data_), length_(other.length_) { other.length_ = 0; }
+    ~guarded() {
+        if (length_) {
+            munmap(pages_, length_);
+        }
+    }
+
+    uint8_t * data() const { return data_; }
+
+  private:
+    uint8_t *pages_, *data_;
+    size_t length_;
+};
+
+struct row {
+    guarded memory;
+    std::vector<double> numbers;
+
+    const char * data() const { return reinterpret_cast<const char *>(memory.data()); }
+};
+
+row random_row(const format & f, int64_t n) {
+    const int64_t blocks = n / f.elements;
+    row made{guarded(blocks * f.bytes), std::vector<double>(n)};
+    for (int64_t i = 0; i < blocks; i++) {
+        f.make(made.memory.data() + i * f.bytes);
+        f.read(made.memory.data() + i * f.bytes, made.numbers.data() + i * f.elements);
+    }
+    return made;
+}
+
+struct freed {
+    void operator()(void * p) const { std::free(p); }
+};
+using aligned_memory = std::unique_ptr<char, freed>;
+
+aligned_memory cache_lines(size_t size) {
+    void * p = nullptr;
+    return aligned_memory(posix_memalign(&p, 64, size) ? nullptr : static_cast<char *>(p));
+}
+
+// --- the tests ---
+
+int failures = 0, checks = 0;
+char at_work[64];  // the kernel being tested
+
+void name_the_culprit(int) {
+    const char before[] = "FAILED, read or wrote past the end: ";
+    const bool told = write(STDOUT_FILENO, before, sizeof(before) - 1) + write(STDOUT_FILENO, at_work, std::strlen(at_work)) > 0;
+    _exit(told ? 1 : 2);
+}
+
+void check(bool right, const std::string & what, double found, double bound) {
+    checks++;
+    if (!right && failures++ < 20) {
+        std::printf("FAILED %s: %g, expected at most %g\n", what.c_str(), found, bound);
+    }
+}
+
+const char * const VARIANTS[] = {"portable", "avx2", "avx512", "neon"};
+
+// Bounds of the error in units of the sum of the terms' sizes. Some accumulations round their coefficients: to bfloat16 (within 1/256), or to 16 bits of the largest among them.
+constexpr double FLOAT = 1e-6;
+double axpy_bound(const std::string & variant, const std::string & type) {
+    if (variant == "avx512" && (type == "q4_0" || type == "q4_K" || type == "q6_K")) {
+        return 1.0 / 256;
+    }
+    if (variant == "avx2" && type == "q4_0") {
+        return 1e-4;
+    }
+    if (variant == "avx2" && (type == "q4_K" || type == "q6_K")) {
+        return 4 * FLOAT;  // products of w + 128
+    }
+    return FLOAT;
+}
+
+struct rows_of {
+    std::vector<row> rows;
+    std::vector<const char *> pointers;
+
+    rows_of(const format & f, int64_t n, int count) {
+        for (int k = 0; k < count; k++) {
+            rows.push_back(random_row(f, n));
+            pointers.push_back(rows.back().data());
+        }
+    }
+};
+
+void test_dots(const row_kernels & kernels, const format & f, const std::string & name, int64_t n, const rows_of & w, const rows_of & next) {
+    std::snprintf(at_work, sizeof(at_work), "%s dots\n", name.c_str());
+    const row x = random_row(*f.x, n);
+    const void * given = x.data();
+    aligned_memory arranged;
+    if (kernels.arrange) {
+        arranged = cache_lines(kernels.arranged_size(n));
+        kernels.arrange(n, x.data(), arranged.get());
+        given = arranged.get();
+    }
+    for (int count = 1; count <= lzn::DOT_ROWS; count++) {
+        float out[lzn::DOT_ROWS + 1];
+        std::fill(out, out + lzn::DOT_ROWS + 1, -7.0f);
+        kernels.dots(n, count, w.pointers.data(), count % 2 ? next.pointers.data() : nullptr, given, out);
+        for (int k = 0; k < count; k++) {
+            double expected = 0, size = 0;
+            for (int64_t i = 0; i < n; i++) {
+                const double term = w.rows[k].numbers[i] * x.numbers[i];
+                expected += term;
+                size += std::fabs(term);
+            }
+            // Where weights have an offset, the kernels add and subtract parts that are larger than the products.
+            const double error = std::fabs(out[k] - expected) / size;
+            check(error <= 4 * FLOAT, name + " dots of " + std::to_string(count), error, 4 * FLOAT);
+        }
+        check(out[count] == -7.0f, name + " dots writes past its results", out[count], -7);
+    }
+}
+
+void test_axpys(const row_kernels & kernels, const std::string & name, int64_t n, const rows_of & w, const rows_of & next, double bound) {
+    std::snprintf(at_work, sizeof(at_work), "%s axpys\n", name.c_str());
+    const int64_t room = (n + lzn::GROUP - 1) / lzn::GROUP * lzn::GROUP;
+    for (int count = 1; count <= lzn::AXPY_ROWS; count++) {
+        const aligned_memory memory = cache_lines(room * sizeof(float));
+        float * y = reinterpret_cast<float *>(memory.get());
+        std::fill(y, y + room, 0.0f);
+        std::vector<double> expected(n), size(n);
+        for (int pass = 0; pass < 2; pass++) {  // the second one adds to the first
+            std::vector<float> a(count);
+            for (int k = 0; k < count; k++) {
+                a[k] = uniform(0, 9) ? std::normal_distribution<float>()(rng) : 0.0f;
+                for (int64_t i = 0; i < n; i++) {
+                    expected[i] += a[k] * w.rows[k].numbers[i];
+                    size[i] += std::fabs(a[k] * w.rows[k].numbers[i]);
+                }
+            }
+            kernels.axpys(n, count, w.pointers.data(), pass ? next.pointers.data() : nullptr, a.data(), y);
+        }
+        if (kernels.finish) {
+            kernels.finish(n, y);
+        }
+        double error = 0, scale = 1e-30;
+        for (int64_t i = 0; i < n; i++) {
+            error += (y[i] - expected[i]) * (y[i] - expected[i]);
+            scale += size[i] * size[i];
+        }
+        check(std::sqrt(error / scale) <= bound, name + " axpys of " + std::to_string(count), std::sqrt(error / scale), bound);
+    }
+}
+
+void test_format(const row_kernels & kernels, const format & f, const std::string & variant) {
+    for (const int64_t n : {32, 64, 96, 128, 160, 256, 352, 512, 1024, 4096}) {
+        if (n % f.elements) {
+            continue;
+        }
+        const std::string name = variant + " " + f.name + " [" + std::to_string(n) + "]";
+        const rows_of w(f, n, lzn::AXPY_ROWS), next(f, n, lzn::AXPY_ROWS);
+        test_dots(kernels, f, name, n, w, next);
+        test_axpys(kernels, name, n, w, next, axpy_bound(variant, f.name));
+    }
+}
+
+void test_signs(const row_kernels & kernels, const std::string & variant) {
+    std::snprintf(at_work, sizeof(at_work), "%s signs\n", variant.c_str());
+    for (const int n : {8, 24, 128, 256, 264, 512, 600, 1024, 4096, 5000}) {
+        const format bits = {"", 0, 8, 1, [](uint8_t * b) { *b = static_cast<uint8_t>(uniform(0, 255)); }, [](const uint8_t * b, double * out) {
+                                 for (int i = 0; i < 8; i++) {
+                                     out[i] = *b >> i & 1;
+                                 }
+                             }, nullptr};
+        const rows_of w(bits, n, lzn::DOT_ROWS);
+        const row x = random_row(bits, n);
+        for (int count = 1; count <= lzn::DOT_ROWS; count++) {
+            float out[lzn::DOT_ROWS];
+            kernels.dots(n, count, w.pointers.data(), nullptr, x.data(), out);
+            for (int k = 0; k < count; k++) {
+                int differing = 0;
+                for (int i = 0; i < n; i++) {
+                    differing += w.rows[k].numbers[i] != x.numbers[i];
+                }
+                check(out[k] == -differing, variant + " signs [" + std::to_string(n) + "]", out[k], -differing);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+// Prints the variants that were tested, one line each; exits with 1 where a kernel is wrong, or where a variant named as an argument cannot run.
+int main(int argc, char ** argv) {
+    std::setvbuf(stdout, nullptr, _IOLBF, 0);
+    signal(SIGSEGV, name_the_culprit);
+    signal(SIGBUS, name_the_culprit);
+    for (int32_t variant = LZN_PORTABLE + 1; variant <= lzn::LAST_VARIANT; variant++) {
+        const std::string name = VARIANTS[variant];
+        if (!lzn_has_variant(variant)) {
+            if (std::find(argv + 1, argv + argc, name) != argv + argc) {
+                std::printf("FAILED %s cannot run here\n", name.c_str());
+                failures++;
+            }
+            continue;
+        }
+        std::string tested;
+        for (const format * f : FORMATS) {
+            if (const void * kernels = lzn_kernels(f->ggml_type, variant)) {
+                test_format(*static_cast<const row_kernels *>(kernels), *f, name);
+                tested += std::string(" ") + f->name;
+            }
+        }
+        if (const void * signs = lzn_kernels(GGML_TYPE_I8, variant)) {
+            test_signs(*static_cast<const row_kernels *>(signs), name);
+            tested += " signs";
+        }
+        std::printf("%s:%s\n", name.c_str(), tested.c_str());
+    }
+    std::printf("%d checks, %d failed\n", checks, failures);
+    return failures != 0;
+}

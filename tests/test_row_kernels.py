@@ -1,0 +1,61 @@
+"""The row kernels alone, by a C++ program with its own oracle (tests/native): on this machine, and under an emulator of aarch64."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime import native_ffn
+
+ROOT = Path(__file__).parent.parent
+CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+ARM64 = (
+    "-DCMAKE_SYSTEM_NAME=Linux",
+    "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+    f"-DCMAKE_CXX_COMPILER={CROSS_COMPILER}",
+    "-DCMAKE_EXE_LINKER_FLAGS=-static",
+)
+
+
+def needs(*programs: str) -> pytest.MarkDecorator:
+    missing = [p for p in programs if not shutil.which(p)]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
+def build(folder: str, *options: str, targets: tuple[str, ...] = ("row_kernels_test",)) -> Path:
+    """The test program, in build/<folder>: only what changed is compiled again."""
+    out = ROOT / "build" / folder
+    configure = ["cmake", "-S", ROOT / "runtime/native", "-B", out, f"-DPython_EXECUTABLE={sys.executable}", *options]
+    for command in (configure, ["cmake", "--build", out, "--parallel", "2", "--target", *targets]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"LD_PRELOAD": ""})
+        assert done.returncode == 0, done.stdout + done.stderr
+    return out / "row_kernels_test"
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@needs("cmake", "c++")
+@pytest.mark.skipif(sys.platform == "win32", reason="the program wants mmap")
+def test_row_kernels_of_this_machine() -> None:
+    variants = [v for i, v in enumerate(native_ffn.VARIANTS) if native_ffn.library().lzn_has_variant(i) and i]
+    tested = run(build("row-kernels"), *variants)
+    assert [line.split(":")[0] for line in tested.splitlines()[:-1]] == variants
+
+
+@needs("cmake", CROSS_COMPILER, EMULATOR)
+@pytest.mark.skipif(platform.machine() == "aarch64", reason="aarch64 itself runs the test above")
+def test_row_kernels_of_aarch64() -> None:
+    """Under an emulator, of a CPU with the dot product instructions and of one without; the library as a whole is compiled."""
+    program = build("row-kernels-aarch64", *ARM64, targets=("row_kernels_test", "lazyneuron"))
+    assert run(EMULATOR, program, "neon").startswith("neon: f32 f16 bf16 q8_0 q4_0 q4_K q6_K signs\n")
+    assert run(EMULATOR, "-cpu", "cortex-a53", program) == "0 checks, 0 failed\n"
