@@ -21,6 +21,7 @@ from bench.case import RANK, Case
 from convert.quantize import NUMBERS, encode, row_bytes
 from runtime import ggml, native_ffn
 from runtime.graph import NativeTensors, add_native_ffn, add_predictor
+from runtime.repack import extra_buffer_types, holds
 from runtime.weights import new_context
 
 _NODES = 32  # of one copy, at most
@@ -94,8 +95,11 @@ class Copies:
         self, names: tuple[str, ...], kind: ggml.BufferTypeP | None = None
     ) -> list[dict[str, ggml.TensorP]] | None:
         """The tensors of every copy, filled; kind: an extra buffer type, and then None where it cannot hold these tensors."""
-        context = new_context(len(names) * self.case.copies)
         shapes = {name: self._shape(name) for name in names}
+        device = ggml.ggml_backend_get_device(self.backend)
+        if kind and not all(holds(device, kind, NUMBERS[type_name], tuple(ne)) for type_name, *ne in shapes.values()):
+            return None
+        context = new_context(len(names) * self.case.copies)
         copies = [
             {
                 name: ggml.ggml_new_tensor_2d(context, NUMBERS[type_name], *ne)
@@ -108,8 +112,6 @@ class Copies:
         else:
             buffer = ggml.ggml_backend_alloc_ctx_tensors_from_buft(context, kind)
         self._closing += [lambda: ggml.ggml_free(context), lambda: ggml.ggml_backend_buffer_free(buffer)]
-        if kind is not None and not all(self._product_supported(tensor) for tensor in copies[0].values()):
-            return None
         for copy in copies:
             for name, tensor in copy.items():
                 data = self._data(name)
@@ -121,17 +123,6 @@ class Copies:
         kinds = extra_buffer_types(ggml.ggml_backend_get_device(self.backend))
         found = (self._weights((*self.names, "down"), kind) for kind in kinds)
         return next((weights for weights in found if weights), None)
-
-    def _product_supported(self, tensor: ggml.TensorP) -> bool:
-        device = ggml.ggml_backend_get_device(self.backend)
-        context = new_context(4)
-        vector = ggml.ggml_new_tensor_1d(context, ggml.F32, tensor.ne[0])
-        product = ggml.ggml_mul_mat(context, tensor, vector)
-        supported = bool(tensor.struct.extra) and ggml.ggml_backend_dev_supports_op(
-            device, ggml.ConstTensorP(product.value)
-        )
-        ggml.ggml_free(context)
-        return supported
 
     def _data(self, name: str) -> Bytes:
         if name == "gate_bias":
@@ -219,16 +210,3 @@ class Copies:
             ggml.ggml_backend_tensor_get(ggml.ConstTensorP(result.value), data.ctypes.data, 0, data.nbytes)
         self._kept = ffns  # the graph reads them
         return prepared, lists
-
-
-def extra_buffer_types(device: ggml.DeviceP) -> list[ggml.BufferTypeP]:
-    """The device's buffer types in which weights are stored otherwise than in a file, e.g. repacked for its instructions."""
-    registry = ggml.ggml_backend_dev_backend_reg(device)
-    address = ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
-    if not address:
-        return []
-    found: Any = ggml.GET_EXTRA_BUFTS(address)(ctypes.c_void_p(device.value))
-    kinds: list[ggml.BufferTypeP] = []
-    while found and found[len(kinds)]:
-        kinds.append(ggml.BufferTypeP(found[len(kinds)]))
-    return kinds

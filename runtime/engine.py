@@ -7,6 +7,7 @@ Knows ids and logits; knows nothing of text.
 from __future__ import annotations
 
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from runtime import ggml, native_ffn
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.graph import Graph, GraphSpec
+from runtime.repack import repack
 from runtime.structure import required_tensors
 from runtime.weights import KvCache, Weights
 
@@ -31,6 +33,14 @@ FFN_MODES = ("predicted", "exact", "dense")
 BATCH = 512  # tokens of a prompt computed at once
 _KV_PAD = 256  # graphs are built for multiples of this many positions
 _KEPT_GRAPHS = 4
+
+# By mode: matrices that every token is multiplied with as a whole, beside the head.
+_ALWAYS = r"attn_(q|k|v|output)|output_proj|token_embd_proj"
+_EVERY_TOKEN_MULTIPLIES = {
+    "exact": re.compile(rf"\b({_ALWAYS})\.weight$"),
+    "predicted": re.compile(rf"\b({_ALWAYS}|predictor_in)\.weight$"),
+    "dense": re.compile(rf"\b({_ALWAYS}|ffn_(gate|up|down))\.weight$"),
+}
 
 _worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ggml")
 
@@ -108,13 +118,27 @@ class Engine:
         self._backend = ggml.ggml_backend_cpu_init()
         ggml.ggml_backend_cpu_set_n_threads(self._backend, self.options.threads)
         self.weights = Weights(file, required_tensors(s))
-        n_cells = _padded(self.options.n_ctx)
+        self._closing: list[Callable[[], None]] = [
+            lambda: ggml.ggml_backend_free(self._backend),
+            self.weights.close,
+        ]
         try:
-            self.kv = KvCache(self._backend, KV_TYPES[self.options.kv_type], s.kv_length, n_cells, s.block_count)
+            self._allocate()
         except UserError:
-            self.weights.close()
-            ggml.ggml_backend_free(self._backend)
+            self._close()
             raise
+
+    def _allocate(self) -> None:
+        s = self.structure
+        multiplied = [name for name in self.weights.tensors if self._every_token_multiplies(name)]
+        self._closing.append(repack(self.weights, self._backend, multiplied).close)
+        n_cells = _padded(self.options.n_ctx)
+        self.kv = KvCache(self._backend, KV_TYPES[self.options.kv_type], s.kv_length, n_cells, s.block_count)
+        self._closing.append(self.kv.close)
+
+    def _every_token_multiplies(self, name: str) -> bool:
+        head = "token_embd.weight" if self.structure.tied_output else "output.weight"
+        return name == head or _EVERY_TOKEN_MULTIPLIES[self.options.ffn].search(name) is not None
 
     def close(self) -> None:
         """Free everything."""
@@ -124,9 +148,8 @@ class Engine:
         for graph in self._graphs.values():
             graph.close()
         self._graphs.clear()
-        self.kv.close()
-        self.weights.close()
-        ggml.ggml_backend_free(self._backend)
+        while self._closing:
+            self._closing.pop()()
 
     def reset(self) -> None:
         """Forget the sequence in the cache."""

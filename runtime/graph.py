@@ -190,7 +190,7 @@ class _Builder:
 
     def linear(self, x: ggml.TensorP, name: str) -> ggml.TensorP:
         """[n_in, n] -> [n_out, n]."""
-        return self.biased(ggml.ggml_mul_mat(self.ctx, self.w[f"{name}.weight"], x), name)
+        return self.biased(ggml.ggml_mul_mat(self.ctx, self.w.matrix(f"{name}.weight"), x), name)
 
     def biased(self, x: ggml.TensorP, name: str) -> ggml.TensorP:
         bias = self.w.get(f"{name}.bias")
@@ -290,7 +290,7 @@ class _Builder:
         else:
             gate = self.activate(self.linear(x, f"blk.{i}.ffn_gate"))
             h = ggml.ggml_mul(self.ctx, gate, ggml.ggml_relu(self.ctx, up) if self.s.ffn_activation == "drelu" else up)
-        return ggml.ggml_mul_mat(self.ctx, self.w[f"blk.{i}.ffn_down.weight"], h)
+        return ggml.ggml_mul_mat(self.ctx, self.w.matrix(f"blk.{i}.ffn_down.weight"), h)
 
     def activate(self, gate: ggml.TensorP) -> ggml.TensorP:
         if self.s.ffn_activation == "relu2":
@@ -319,7 +319,7 @@ class _Builder:
         bias = self.w[f"blk.{i}.predictor_out.bias"]
         if self.s.predictor == "signbit":
             return add_predictor(self.ctx, x, self.description(i), self.w[f"blk.{i}.predictor_sign"], bias, shift)
-        z = ggml.ggml_mul_mat(self.ctx, self.w[f"blk.{i}.predictor_in.weight"], x)  # [rank, n]
+        z = ggml.ggml_mul_mat(self.ctx, self.w.matrix(f"blk.{i}.predictor_in.weight"), x)  # [rank, n]
         if self.s.predictor == "mlp":
             z = ggml.ggml_relu(self.ctx, z)
         return add_predictor(self.ctx, z, self.description(i), self.w[f"blk.{i}.predictor_out.weight"], bias, shift)
