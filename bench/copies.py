@@ -7,12 +7,10 @@ Everything here is called on the thread that owns ggml.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt

@@ -21,8 +21,9 @@ import numpy.typing as npt
 from runtime import ggml, native_ffn
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
-from runtime.graph import Graph, GraphSpec
-from runtime.repack import repack
+from runtime.graph import FFN_MATRICES, Graph, GraphSpec
+from runtime.prompts import dense_from, expected
+from runtime.repack import GAINING, Repacked, repack
 from runtime.structure import required_tensors
 from runtime.weights import KvCache, Weights
 
@@ -97,6 +98,9 @@ class Engine:
         self.cached: list[int] = []  # the ids whose keys and values are in the cache
         self.counts = [Counts() for _ in range(self.structure.block_count)]
         self._check_modes(file)
+        activity = expected(file, options.ffn, options.predictor_bias)
+        repacked = file.tensors["blk.0.ffn_up.weight"].type_id in GAINING
+        self._dense_from = dense_from(self.structure, file.tensors, activity, repacked)
         on_worker(lambda: self._open(file))
 
     def _check_modes(self, file: GgufFile) -> None:
@@ -132,6 +136,7 @@ class Engine:
         s = self.structure
         multiplied = [name for name in self.weights.tensors if self._every_token_multiplies(name)]
         self._closing.append(repack(self.weights, self._backend, multiplied).close)
+        self._scratch: Repacked | None = None
         n_cells = _padded(self.options.n_ctx)
         self.kv = KvCache(self._backend, KV_TYPES[self.options.kv_type], s.kv_length, n_cells, s.block_count)
         self._closing.append(self.kv.close)
@@ -197,14 +202,27 @@ class Engine:
             self.options.threads,
             self.options.flash_attention,
             self.options.predictor_bias,
+            # Whoever wants every position's logits wants to know what this mode computes.
+            self._dense_from if n_outputs < n_tokens else (),
         )
         if spec in self._graphs:
             self._graphs.move_to_end(spec)
         else:
             if len(self._graphs) >= _KEPT_GRAPHS:
                 self._graphs.popitem(last=False)[1].close()
-            self._graphs[spec] = Graph(spec, self.structure, self.weights, self.kv, self._backend)
+            self._graphs[spec] = Graph(
+                spec, self.structure, self.weights, self.kv, self._backend, self._scratch_for(spec)
+            )
         return self._graphs[spec]
+
+    def _scratch_for(self, spec: GraphSpec) -> Repacked | None:
+        """Made when a batch first needs it, and kept: every graph uses the same."""
+        if self._scratch is None and any(spec.n_tokens >= n for n in spec.dense_from):
+            like = {name: f"blk.0.{name}.weight" for name in FFN_MATRICES}
+            held = {name: source for name, source in like.items() if source in self.weights.tensors}
+            self._scratch = Repacked(self.weights, self._backend, held)
+            self._closing.append(self._scratch.close)
+        return self._scratch
 
     def _count(self, graph: Graph) -> None:
         for i, ffn in graph.ffns.items():

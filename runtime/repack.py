@@ -6,7 +6,8 @@ Knows which formats gain by it; knows nothing of what a matrix is for.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from runtime import ggml
@@ -49,17 +50,29 @@ def holds(device: ggml.DeviceP, kind: ggml.BufferTypeP, type_id: int, ne: tuple[
     return answer
 
 
-class Repacked:
-    """Tensors shaped like `like`, by name, in the buffer types where they multiply faster; those that gain nothing are left out.
+@dataclass(frozen=True)
+class Fill:
+    """One matrix to repack: the copy's name, and the mapped tensor that it comes from. release: whose file pages are not needed afterwards."""
 
-    They hold nothing until `fill`. Call `close`. Raises UserError where memory does not suffice.
+    name: str
+    source: str
+    release: bool
+
+
+class Repacked:
+    """Copies of matrices in the buffer types where they multiply faster: `tensors`, by name. They hold nothing until an operation of `add_fill` has run.
+
+    like: a tensor of the weights for each name; those that gain nothing are left out. Call `close`. Raises UserError where memory does not suffice.
     """
 
-    def __init__(self, backend: ggml.BackendP, like: Mapping[str, ggml.TensorP]) -> None:
+    def __init__(self, weights: Weights, backend: ggml.BackendP, like: Mapping[str, str]) -> None:
         self.tensors: dict[str, ggml.TensorP] = {}
+        self._weights = weights
         self._owned: list[tuple[ggml.ContextP, ggml.BufferP]] = []
+        self._fills: dict[int, list[Fill]] = {}
+        self._operator = ggml.CUSTOM1_OP(self._run)
         device = ggml.ggml_backend_get_device(backend)
-        left = {name: tensor for name, tensor in like.items() if tensor.type in GAINING}
+        left = {name: weights[source] for name, source in like.items() if weights[source].type in GAINING}
         for kind in extra_buffer_types(device):
             held = {key: holds(device, kind, *key) for key in {_format(t) for t in left.values()}}
             self._allocate(kind, {name: tensor for name, tensor in left.items() if held[_format(tensor)]})
@@ -79,10 +92,21 @@ class Repacked:
         self._owned.append((context, buffer))
         self.tensors |= made
 
-    def fill(self, name: str, address: int) -> None:
-        """Repack the matrix `name` from its bytes at `address`, laid out as in a file. Different matrices may be filled by different threads."""
-        tensor = self.tensors[name]
-        ggml.ggml_backend_tensor_set(tensor, address, 0, ggml.ggml_nbytes(ggml.ConstTensorP(tensor.value)))
+    def add_fill(self, ctx: ggml.ContextP, x: ggml.TensorP, key: int, fills: Sequence[Fill]) -> ggml.TensorP:
+        """Add an operation that fills matrices, each by one thread; names that are not in `tensors` are passed over.
+
+        Returns x, to be used by whatever must come after. key: tells the operations of one graph apart; the same one means the same fills.
+        """
+        self._fills[key] = [fill for fill in fills if fill.name in self.tensors]
+        address = ctypes.cast(self._operator, ctypes.c_void_p).value
+        return ggml.ggml_map_custom1_inplace(ctx, x, address, ggml.N_TASKS_MAX, key)
+
+    def _run(self, _dst: int, _x: int, ith: int, nth: int, key: int | None) -> None:
+        for fill in self._fills[key or 0][ith::nth]:
+            tensor = ggml.ConstTensorP(self.tensors[fill.name].value)
+            ggml.ggml_backend_tensor_set(tensor, self._weights[fill.source].data, 0, ggml.ggml_nbytes(tensor))
+            if fill.release:
+                self._weights.release(fill.source)
 
     @property
     def nbytes(self) -> int:
@@ -106,9 +130,20 @@ def repack(weights: Weights, backend: ggml.BackendP, names: Collection[str]) -> 
 
     The copies must outlive the weights' use. Raises UserError where memory does not suffice.
     """
-    copies = Repacked(backend, {name: weights[name] for name in names})
-    for name in copies.tensors:
-        copies.fill(name, weights[name].data)
-        weights.release(name)
+    copies = Repacked(weights, backend, {name: name for name in names})
+    _fill_now(copies, backend)
     weights.copies = copies.tensors
     return copies
+
+
+def _fill_now(copies: Repacked, backend: ggml.BackendP) -> None:
+    # A graph of one operation, so that all of ggml's threads take part: fresh memory costs more time than the repacking.
+    context = new_context(4, ggml.ggml_graph_overhead_custom(4, False))
+    graph = ggml.ggml_new_graph_custom(context, 4, False)
+    x = ggml.ggml_new_tensor_1d(context, ggml.F32, 1)
+    fills = [Fill(name, name, release=True) for name in copies.tensors]
+    ggml.ggml_build_forward_expand(graph, copies.add_fill(context, x, 0, fills))
+    buffer = ggml.ggml_backend_alloc_ctx_tensors(context, backend)
+    ggml.ggml_backend_graph_compute(backend, graph)
+    ggml.ggml_backend_buffer_free(buffer)
+    ggml.ggml_free(context)
