@@ -23,7 +23,7 @@ from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.graph import FFN_MATRICES, Graph, GraphSpec
 from runtime.prompts import dense_from, expected
-from runtime.repack import GAINING, Repacked, repack
+from runtime.repack import Repacked, gains, repack
 from runtime.structure import required_tensors
 from runtime.weights import KvCache, Weights
 
@@ -95,11 +95,12 @@ class Engine:
     def __init__(self, file: GgufFile, options: Options) -> None:
         self.structure, self.options = file.structure, options
         self._graphs: OrderedDict[GraphSpec, Graph] = OrderedDict()
+        self._scratch: Repacked | None = None
         self.cached: list[int] = []  # the ids whose keys and values are in the cache
         self.counts = [Counts() for _ in range(self.structure.block_count)]
         self._check_modes(file)
         activity = expected(file, options.ffn, options.predictor_bias)
-        repacked = file.tensors["blk.0.ffn_up.weight"].type_id in GAINING
+        repacked = gains(file.tensors["blk.0.ffn_up.weight"].type_id)
         self._dense_from = dense_from(self.structure, file.tensors, activity, repacked)
         on_worker(lambda: self._open(file))
 
@@ -136,7 +137,6 @@ class Engine:
         s = self.structure
         multiplied = [name for name in self.weights.tensors if self._every_token_multiplies(name)]
         self._closing.append(repack(self.weights, self._backend, multiplied).close)
-        self._scratch: Repacked | None = None
         n_cells = _padded(self.options.n_ctx)
         self.kv = KvCache(self._backend, KV_TYPES[self.options.kv_type], s.kv_length, n_cells, s.block_count)
         self._closing.append(self.kv.close)
@@ -150,11 +150,16 @@ class Engine:
         on_worker(self._close)
 
     def _close(self) -> None:
-        for graph in self._graphs.values():
-            graph.close()
-        self._graphs.clear()
+        self._close_graphs(lambda spec: True)
         while self._closing:
             self._closing.pop()()
+
+    def _close_graphs(self, which: Callable[[GraphSpec], bool]) -> None:
+        for spec in filter(which, list(self._graphs)):
+            self._graphs.pop(spec).close()
+        if self._scratch and not any(graph.scratch for graph in self._graphs.values()):
+            self._scratch.close()
+            self._scratch = None
 
     def reset(self) -> None:
         """Forget the sequence in the cache."""
@@ -205,23 +210,26 @@ class Engine:
             # Whoever wants every position's logits wants to know what this mode computes.
             self._dense_from if n_outputs < n_tokens else (),
         )
+        if n_tokens == 1:
+            # Prompts seldom have the same length twice, and what their graphs hold is large.
+            self._close_graphs(lambda spec: spec.n_tokens > 1)
         if spec in self._graphs:
             self._graphs.move_to_end(spec)
         else:
             if len(self._graphs) >= _KEPT_GRAPHS:
-                self._graphs.popitem(last=False)[1].close()
-            self._graphs[spec] = Graph(
-                spec, self.structure, self.weights, self.kv, self._backend, self._scratch_for(spec)
-            )
+                self._close_graphs(next(iter(self._graphs)).__eq__)
+            scratch = self._scratch_for(spec)
+            self._graphs[spec] = Graph(spec, self.structure, self.weights, self.kv, self._backend, scratch)
         return self._graphs[spec]
 
     def _scratch_for(self, spec: GraphSpec) -> Repacked | None:
-        """Made when a batch first needs it, and kept: every graph uses the same."""
-        if self._scratch is None and any(spec.n_tokens >= n for n in spec.dense_from):
+        """Where a block's matrices are repacked for a batch; one for all graphs, and None where nothing is computed that way."""
+        if not any(spec.n_tokens >= n for n in spec.dense_from):
+            return None
+        if self._scratch is None:
             like = {name: f"blk.0.{name}.weight" for name in FFN_MATRICES}
             held = {name: source for name, source in like.items() if source in self.weights.tensors}
             self._scratch = Repacked(self.weights, self._backend, held)
-            self._closing.append(self._scratch.close)
         return self._scratch
 
     def _count(self, graph: Graph) -> None:

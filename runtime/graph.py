@@ -228,20 +228,9 @@ class _Builder:
         factors = self.w["rope_freqs.weight"] if s.rope_freq_factors else _NULL
         scale = 1 / s.rope_scaling_factor if s.rope_scaling == "linear" else 1.0
         return ggml.ggml_rope_ext(
-            self.ctx,
-            x,
-            self.g.positions,
-            factors,
-            s.rope_dimension_count,
-            mode,
-            0,
-            s.rope_freq_base,
-            scale,
-            0.0,
-            1.0,
-            0.0,
-            0.0,
-        )
+            self.ctx, x, self.g.positions, factors, s.rope_dimension_count, mode, 0, s.rope_freq_base, scale,
+            0.0, 1.0, 0.0, 0.0,
+        )  # fmt: skip
 
     def remember(self, cache: ggml.TensorP, new: ggml.TensorP) -> ggml.TensorP:
         """Write the new tokens' rows into the cache; returns [head_length, n_kv, head_count_kv]."""

@@ -19,6 +19,11 @@ from runtime.weights import Weights, new_context
 GAINING = frozenset({ggml.TYPES["q4_0"], ggml.TYPES["iq4_nl"]})
 
 
+def gains(type_id: int) -> bool:
+    """Whether products with matrices of a format are worth repacking them for, where a buffer type can hold them."""
+    return type_id in GAINING
+
+
 def extra_buffer_types(device: ggml.DeviceP) -> list[ggml.BufferTypeP]:
     """The device's buffer types in which weights are stored otherwise than in a file, the preferred one first."""
     registry = ggml.ggml_backend_dev_backend_reg(device)
@@ -72,7 +77,7 @@ class Repacked:
         self._fills: dict[int, list[Fill]] = {}
         self._operator = ggml.CUSTOM1_OP(self._run)
         device = ggml.ggml_backend_get_device(backend)
-        left = {name: weights[source] for name, source in like.items() if weights[source].type in GAINING}
+        left = {name: weights[source] for name, source in like.items() if gains(weights[source].type)}
         for kind in extra_buffer_types(device):
             held = {key: holds(device, kind, *key) for key in {_format(t) for t in left.values()}}
             self._allocate(kind, {name: tensor for name, tensor in left.items() if held[_format(tensor)]})
