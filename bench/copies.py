@@ -51,10 +51,13 @@ class Prepared:
 
 
 class Copies:
-    """Weights and graphs of a case; `prepared` maps the variants that this machine and type allow. Call `close`."""
+    """Weights and graphs of a case; `prepared` maps the variants that this machine and type allow. Call `close`.
 
-    def __init__(self, case: Case) -> None:
-        self.case, self.s = case, replace(case.structure, ffn_bias=True)
+    tokens: computed at once; the same neurons fire for each.
+    """
+
+    def __init__(self, case: Case, tokens: int = 1) -> None:
+        self.case, self.s, self._tokens = case, replace(case.structure, ffn_bias=True), tokens
         self._closing: list[Callable[[], None]] = []
         self.backend = ggml.ggml_backend_cpu_init()
         ggml.ggml_backend_cpu_set_n_threads(self.backend, case.threads)
@@ -138,17 +141,17 @@ class Copies:
     def _graph(
         self, build: Callable[[ggml.ContextP, ggml.TensorP, int], ggml.TensorP]
     ) -> tuple[Prepared, list[ggml.TensorP]]:
-        """A graph with `build(context, x, i)` for every copy i; x is F32 [n_embd, 1]. Returns the copies' results too."""
+        """A graph with `build(context, x, i)` for every copy i; x is F32 [n_embd, tokens]. Returns the copies' results too."""
         size = self.case.copies * _NODES
         context = new_context(2 * size, ggml.ggml_graph_overhead_custom(size, False))
         graph = ggml.ggml_new_graph_custom(context, size, False)
-        x = ggml.ggml_new_tensor_2d(context, ggml.F32, self.s.embedding_length, 1)
+        x = ggml.ggml_new_tensor_2d(context, ggml.F32, self.s.embedding_length, self._tokens)
         results = [build(context, x, i) for i in range(self.case.copies)]
         for result in results:
             ggml.ggml_build_forward_expand(graph, result)
         buffer = ggml.ggml_backend_alloc_ctx_tensors(context, self.backend)
         self._closing += [lambda: ggml.ggml_free(context), lambda: ggml.ggml_backend_buffer_free(buffer)]
-        values = np.random.default_rng(2).standard_normal(self.s.embedding_length, np.float32)
+        values = np.random.default_rng(2).standard_normal(self.s.embedding_length * self._tokens, np.float32)
         ggml.ggml_backend_tensor_set(x, values.ctypes.data, 0, values.nbytes)
         return Prepared(self.backend, graph), results
 

@@ -100,7 +100,9 @@ def test_repacked_models_compute_the_same(
     monkeypatch.setattr(repack, "GAINING", frozenset())
     plain, n_plain = logits(path, ids, ffn=ffn)
     assert n_plain == 0
-    assert relative(plain, repacked) < 0.02  # sums in another order flip roundings of activations to 8 bits; a wrong layout gives 1
+    assert (
+        relative(plain, repacked) < 0.02
+    )  # sums in another order flip roundings of activations to 8 bits; a wrong layout gives 1
     with GgufFile(path) as file:
         some = any(".attn_q." in n and t.type == "q4_0" for n, t in file.tensors.items())
     assert bool(n_repacked) == some
