@@ -82,12 +82,8 @@ class Graph:
         self.outputs = self._input(b"outputs", ggml.I32, spec.n_outputs)
         self._mask = np.empty((n, spec.n_kv), np.float16)
 
-    def _input(self, name: bytes, type_id: int, *ne: int) -> ggml.TensorP:
-        tensor = (
-            ggml.ggml_new_tensor_2d(self.ctx, type_id, *ne)
-            if len(ne) == 2
-            else ggml.ggml_new_tensor_1d(self.ctx, type_id, *ne)
-        )
+    def _input(self, name: bytes, type_id: int, ne0: int, ne1: int = 1) -> ggml.TensorP:
+        tensor = ggml.ggml_new_tensor_2d(self.ctx, type_id, ne0, ne1)
         ggml.ggml_set_name(tensor, name)
         ggml.ggml_set_input(tensor)
         # Listed even where nothing reads it, so that it always has memory.
