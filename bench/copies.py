@@ -7,12 +7,10 @@ Everything here is called on the thread that owns ggml.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +19,7 @@ from bench.case import RANK, Case
 from convert.quantize import NUMBERS, encode, row_bytes
 from runtime import ggml, native_ffn
 from runtime.graph import NativeTensors, add_native_ffn, add_predictor
+from runtime.repack import extra_buffer_types, holds
 from runtime.weights import new_context
 
 _NODES = 32  # of one copy, at most
@@ -52,10 +51,13 @@ class Prepared:
 
 
 class Copies:
-    """Weights and graphs of a case; `prepared` maps the variants that this machine and type allow. Call `close`."""
+    """Weights and graphs of a case; `prepared` maps the variants that this machine and type allow. Call `close`.
 
-    def __init__(self, case: Case) -> None:
-        self.case, self.s = case, replace(case.structure, ffn_bias=True)
+    tokens: computed at once; the same neurons fire for each.
+    """
+
+    def __init__(self, case: Case, tokens: int = 1) -> None:
+        self.case, self.s, self._tokens = case, replace(case.structure, ffn_bias=True), tokens
         self._closing: list[Callable[[], None]] = []
         self.backend = ggml.ggml_backend_cpu_init()
         ggml.ggml_backend_cpu_set_n_threads(self.backend, case.threads)
@@ -94,8 +96,11 @@ class Copies:
         self, names: tuple[str, ...], kind: ggml.BufferTypeP | None = None
     ) -> list[dict[str, ggml.TensorP]] | None:
         """The tensors of every copy, filled; kind: an extra buffer type, and then None where it cannot hold these tensors."""
-        context = new_context(len(names) * self.case.copies)
         shapes = {name: self._shape(name) for name in names}
+        device = ggml.ggml_backend_get_device(self.backend)
+        if kind and not all(holds(device, kind, NUMBERS[type_name], tuple(ne)) for type_name, *ne in shapes.values()):
+            return None
+        context = new_context(len(names) * self.case.copies)
         copies = [
             {
                 name: ggml.ggml_new_tensor_2d(context, NUMBERS[type_name], *ne)
@@ -108,8 +113,6 @@ class Copies:
         else:
             buffer = ggml.ggml_backend_alloc_ctx_tensors_from_buft(context, kind)
         self._closing += [lambda: ggml.ggml_free(context), lambda: ggml.ggml_backend_buffer_free(buffer)]
-        if kind is not None and not all(self._product_supported(tensor) for tensor in copies[0].values()):
-            return None
         for copy in copies:
             for name, tensor in copy.items():
                 data = self._data(name)
@@ -121,17 +124,6 @@ class Copies:
         kinds = extra_buffer_types(ggml.ggml_backend_get_device(self.backend))
         found = (self._weights((*self.names, "down"), kind) for kind in kinds)
         return next((weights for weights in found if weights), None)
-
-    def _product_supported(self, tensor: ggml.TensorP) -> bool:
-        device = ggml.ggml_backend_get_device(self.backend)
-        context = new_context(4)
-        vector = ggml.ggml_new_tensor_1d(context, ggml.F32, tensor.ne[0])
-        product = ggml.ggml_mul_mat(context, tensor, vector)
-        supported = bool(tensor.struct.extra) and ggml.ggml_backend_dev_supports_op(
-            device, ggml.ConstTensorP(product.value)
-        )
-        ggml.ggml_free(context)
-        return supported
 
     def _data(self, name: str) -> Bytes:
         if name == "gate_bias":
@@ -149,17 +141,17 @@ class Copies:
     def _graph(
         self, build: Callable[[ggml.ContextP, ggml.TensorP, int], ggml.TensorP]
     ) -> tuple[Prepared, list[ggml.TensorP]]:
-        """A graph with `build(context, x, i)` for every copy i; x is F32 [n_embd, 1]. Returns the copies' results too."""
+        """A graph with `build(context, x, i)` for every copy i; x is F32 [n_embd, tokens]. Returns the copies' results too."""
         size = self.case.copies * _NODES
         context = new_context(2 * size, ggml.ggml_graph_overhead_custom(size, False))
         graph = ggml.ggml_new_graph_custom(context, size, False)
-        x = ggml.ggml_new_tensor_2d(context, ggml.F32, self.s.embedding_length, 1)
+        x = ggml.ggml_new_tensor_2d(context, ggml.F32, self.s.embedding_length, self._tokens)
         results = [build(context, x, i) for i in range(self.case.copies)]
         for result in results:
             ggml.ggml_build_forward_expand(graph, result)
         buffer = ggml.ggml_backend_alloc_ctx_tensors(context, self.backend)
         self._closing += [lambda: ggml.ggml_free(context), lambda: ggml.ggml_backend_buffer_free(buffer)]
-        values = np.random.default_rng(2).standard_normal(self.s.embedding_length, np.float32)
+        values = np.random.default_rng(2).standard_normal(self.s.embedding_length * self._tokens, np.float32)
         ggml.ggml_backend_tensor_set(x, values.ctypes.data, 0, values.nbytes)
         return Prepared(self.backend, graph), results
 
@@ -219,16 +211,3 @@ class Copies:
             ggml.ggml_backend_tensor_get(ggml.ConstTensorP(result.value), data.ctypes.data, 0, data.nbytes)
         self._kept = ffns  # the graph reads them
         return prepared, lists
-
-
-def extra_buffer_types(device: ggml.DeviceP) -> list[ggml.BufferTypeP]:
-    """The device's buffer types in which weights are stored otherwise than in a file, e.g. repacked for its instructions."""
-    registry = ggml.ggml_backend_dev_backend_reg(device)
-    address = ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
-    if not address:
-        return []
-    found: Any = ggml.GET_EXTRA_BUFTS(address)(ctypes.c_void_p(device.value))
-    kinds: list[ggml.BufferTypeP] = []
-    while found and found[len(kinds)]:
-        kinds.append(ggml.BufferTypeP(found[len(kinds)]))
-    return kinds

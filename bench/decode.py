@@ -93,6 +93,7 @@ def show(result: Mapping[str, Any], out: Console) -> None:
     out.print(_decoding(result))
     if "prompt" in result[LLAMA_CPP]:
         out.print(_prompts(result))
+        out.print("In every mode a prompt goes through whole matrices where that is expected to be faster.")
         out.print(_loading(result))
     if result["synthetic"]:
         out.print("SYNTHETIC weights: speed and memory only.")

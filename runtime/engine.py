@@ -7,6 +7,7 @@ Knows ids and logits; knows nothing of text.
 from __future__ import annotations
 
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,9 @@ import numpy.typing as npt
 from runtime import ggml, native_ffn
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
-from runtime.graph import Graph, GraphSpec
+from runtime.graph import FFN_MATRICES, Graph, GraphSpec
+from runtime.prompts import dense_from, expected
+from runtime.repack import Repacked, gains, repack
 from runtime.structure import required_tensors
 from runtime.weights import KvCache, Weights
 
@@ -31,6 +34,14 @@ FFN_MODES = ("predicted", "exact", "dense")
 BATCH = 512  # tokens of a prompt computed at once
 _KV_PAD = 256  # graphs are built for multiples of this many positions
 _KEPT_GRAPHS = 4
+
+# By mode: matrices that every token is multiplied with as a whole, beside the head.
+_ALWAYS = r"attn_(q|k|v|output)|output_proj|token_embd_proj"
+_EVERY_TOKEN_MULTIPLIES = {
+    "exact": re.compile(rf"\b({_ALWAYS})\.weight$"),
+    "predicted": re.compile(rf"\b({_ALWAYS}|predictor_in)\.weight$"),
+    "dense": re.compile(rf"\b({_ALWAYS}|ffn_(gate|up|down))\.weight$"),
+}
 
 _worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ggml")
 
@@ -84,9 +95,13 @@ class Engine:
     def __init__(self, file: GgufFile, options: Options) -> None:
         self.structure, self.options = file.structure, options
         self._graphs: OrderedDict[GraphSpec, Graph] = OrderedDict()
+        self._scratch: Repacked | None = None
         self.cached: list[int] = []  # the ids whose keys and values are in the cache
         self.counts = [Counts() for _ in range(self.structure.block_count)]
         self._check_modes(file)
+        activity = expected(file, options.ffn, options.predictor_bias)
+        repacked = gains(file.tensors["blk.0.ffn_up.weight"].type_id)
+        self._dense_from = dense_from(self.structure, file.tensors, activity, repacked)
         on_worker(lambda: self._open(file))
 
     def _check_modes(self, file: GgufFile) -> None:
@@ -108,25 +123,43 @@ class Engine:
         self._backend = ggml.ggml_backend_cpu_init()
         ggml.ggml_backend_cpu_set_n_threads(self._backend, self.options.threads)
         self.weights = Weights(file, required_tensors(s))
-        n_cells = _padded(self.options.n_ctx)
+        self._closing: list[Callable[[], None]] = [
+            lambda: ggml.ggml_backend_free(self._backend),
+            self.weights.close,
+        ]
         try:
-            self.kv = KvCache(self._backend, KV_TYPES[self.options.kv_type], s.kv_length, n_cells, s.block_count)
+            self._allocate()
         except UserError:
-            self.weights.close()
-            ggml.ggml_backend_free(self._backend)
+            self._close()
             raise
+
+    def _allocate(self) -> None:
+        s = self.structure
+        multiplied = [name for name in self.weights.tensors if self._every_token_multiplies(name)]
+        self._closing.append(repack(self.weights, self._backend, multiplied).close)
+        n_cells = _padded(self.options.n_ctx)
+        self.kv = KvCache(self._backend, KV_TYPES[self.options.kv_type], s.kv_length, n_cells, s.block_count)
+        self._closing.append(self.kv.close)
+
+    def _every_token_multiplies(self, name: str) -> bool:
+        head = "token_embd.weight" if self.structure.tied_output else "output.weight"
+        return name == head or _EVERY_TOKEN_MULTIPLIES[self.options.ffn].search(name) is not None
 
     def close(self) -> None:
         """Free everything."""
         on_worker(self._close)
 
     def _close(self) -> None:
-        for graph in self._graphs.values():
-            graph.close()
-        self._graphs.clear()
-        self.kv.close()
-        self.weights.close()
-        ggml.ggml_backend_free(self._backend)
+        self._close_graphs(lambda spec: True)
+        while self._closing:
+            self._closing.pop()()
+
+    def _close_graphs(self, which: Callable[[GraphSpec], bool]) -> None:
+        for spec in filter(which, list(self._graphs)):
+            self._graphs.pop(spec).close()
+        if self._scratch and not any(graph.scratch for graph in self._graphs.values()):
+            self._scratch.close()
+            self._scratch = None
 
     def reset(self) -> None:
         """Forget the sequence in the cache."""
@@ -174,14 +207,30 @@ class Engine:
             self.options.threads,
             self.options.flash_attention,
             self.options.predictor_bias,
+            # Whoever wants every position's logits wants to know what this mode computes.
+            self._dense_from if n_outputs < n_tokens else (),
         )
+        if n_tokens == 1:
+            # Prompts seldom have the same length twice, and what their graphs hold is large.
+            self._close_graphs(lambda spec: spec.n_tokens > 1)
         if spec in self._graphs:
             self._graphs.move_to_end(spec)
         else:
             if len(self._graphs) >= _KEPT_GRAPHS:
-                self._graphs.popitem(last=False)[1].close()
-            self._graphs[spec] = Graph(spec, self.structure, self.weights, self.kv, self._backend)
+                self._close_graphs(next(iter(self._graphs)).__eq__)
+            scratch = self._scratch_for(spec)
+            self._graphs[spec] = Graph(spec, self.structure, self.weights, self.kv, self._backend, scratch)
         return self._graphs[spec]
+
+    def _scratch_for(self, spec: GraphSpec) -> Repacked | None:
+        """Where a block's matrices are repacked for a batch; one for all graphs, and None where nothing is computed that way."""
+        if not any(spec.n_tokens >= n for n in spec.dense_from):
+            return None
+        if self._scratch is None:
+            like = {name: f"blk.0.{name}.weight" for name in FFN_MATRICES}
+            held = {name: source for name, source in like.items() if source in self.weights.tensors}
+            self._scratch = Repacked(self.weights, self._backend, held)
+        return self._scratch
 
     def _count(self, graph: Graph) -> None:
         for i, ffn in graph.ffns.items():

@@ -41,6 +41,8 @@ F32, F16, BF16 = TYPES["f32"], TYPES["f16"], TYPES["bf16"]
 I8, I32, I64 = TYPES["i8"], TYPES["i32"], TYPES["i64"]
 TYPE_COUNT = 43
 
+N_TASKS_MAX = -1  # of a custom operation: as many as there are threads
+
 # enum ggml_status
 STATUS_SUCCESS = 0
 
@@ -57,11 +59,15 @@ Status = Annotated[int, C(ctypes.c_int, "enum ggml_status")]
 GgufType = Annotated[int, C(ctypes.c_int, "enum gguf_type")]
 ConstFloatP = Annotated[int | None, C(ctypes.c_void_p, "const float *")]
 ConstInt64P = Annotated["ctypes._Pointer[ctypes.c_int64]", C(ctypes.POINTER(ctypes.c_int64), "const int64_t *")]
+Custom1Op = Annotated[int | None, C(ctypes.c_void_p, "ggml_custom1_op_t")]
 CustomOp = Annotated[int | None, C(ctypes.c_void_p, "ggml_custom_op_t")]
 TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)  # ggml_to_float_t
 GET_EXTRA_BUFTS = ctypes.CFUNCTYPE(
     ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p
 )  # ggml_backend_dev_get_extra_bufts_t
+CUSTOM1_OP = ctypes.CFUNCTYPE(
+    None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p
+)  # ggml_custom1_op_t
 LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 LogCallback = Annotated[object, C(LOG_CALLBACK, "ggml_log_callback")]
 
@@ -334,6 +340,8 @@ def ggml_flash_attn_ext(
     max_bias: Float,
     logit_softcap: Float,
 ) -> TensorP: ...
+@stub(GGML_BASE)
+def ggml_map_custom1_inplace(ctx: ContextP, a: TensorP, fun: Custom1Op, n_tasks: Int, userdata: VoidP) -> TensorP: ...
 @stub(GGML_BASE)
 def ggml_custom_4d(
     ctx: ContextP,

@@ -93,6 +93,17 @@ class GgufFile:
             self._view = np.frombuffer(self._map, np.uint8)
         return int(self._view.ctypes.data), self.size
 
+    def release(self, name: str) -> None:
+        """Give back the memory that the tensor's pages take in this process; touched again, they are read again.
+
+        Pages shared with a neighbour stay. Does nothing where the system has no `madvise`.
+        """
+        info = self.tensors[name]
+        first = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (info.offset + info.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if self._map is not None and first < end and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
+
     def read(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The tensor's raw bytes, copied."""
         info = self.tensors[name]

@@ -13,9 +13,11 @@ import numpy.typing as npt
 
 from runtime import ggml, native_ffn
 from runtime.errors import UserError
+from runtime.repack import Fill, Repacked
 from runtime.structure import Structure
 from runtime.weights import KvCache, Weights, new_context
 
+FFN_MATRICES = ("ffn_gate", "ffn_up", "ffn_down")
 _NODES_PER_BLOCK = 64
 _NULL = ggml.TensorP()
 
@@ -31,6 +33,7 @@ class GraphSpec:
     n_threads: int
     flash_attention: bool = True
     predictor_bias: float = 0.0  # in units of each block's predictor_error
+    dense_from: tuple[float, ...] = ()  # by block: so many tokens at once go through every neuron, whatever `ffn` says
     # A part of the model: from the hidden states before block `first` (None: from token ids) to those before block `end` (None: to logits).
     first: int | None = None
     end: int | None = None
@@ -45,6 +48,9 @@ class Graph:
     weights: Weights
     kv: KvCache
     backend: ggml.BackendP
+    scratch: Repacked | None = (
+        None  # FFN_MATRICES of one block, for blocks that are computed densely without being copied
+    )
     ffns: dict[int, native_ffn.Ffn] = field(default_factory=dict)  # by block
     taps: dict[str, ggml.TensorP] = field(default_factory=dict)  # inner results of a part of the model
 
@@ -76,12 +82,8 @@ class Graph:
         self.outputs = self._input(b"outputs", ggml.I32, spec.n_outputs)
         self._mask = np.empty((n, spec.n_kv), np.float16)
 
-    def _input(self, name: bytes, type_id: int, *ne: int) -> ggml.TensorP:
-        tensor = (
-            ggml.ggml_new_tensor_2d(self.ctx, type_id, *ne)
-            if len(ne) == 2
-            else ggml.ggml_new_tensor_1d(self.ctx, type_id, *ne)
-        )
+    def _input(self, name: bytes, type_id: int, ne0: int, ne1: int = 1) -> ggml.TensorP:
+        tensor = ggml.ggml_new_tensor_2d(self.ctx, type_id, ne0, ne1)
         ggml.ggml_set_name(tensor, name)
         ggml.ggml_set_input(tensor)
         # Listed even where nothing reads it, so that it always has memory.
@@ -190,7 +192,7 @@ class _Builder:
 
     def linear(self, x: ggml.TensorP, name: str) -> ggml.TensorP:
         """[n_in, n] -> [n_out, n]."""
-        return self.biased(ggml.ggml_mul_mat(self.ctx, self.w[f"{name}.weight"], x), name)
+        return self.biased(ggml.ggml_mul_mat(self.ctx, self.w.matrix(f"{name}.weight"), x), name)
 
     def biased(self, x: ggml.TensorP, name: str) -> ggml.TensorP:
         bias = self.w.get(f"{name}.bias")
@@ -222,20 +224,9 @@ class _Builder:
         factors = self.w["rope_freqs.weight"] if s.rope_freq_factors else _NULL
         scale = 1 / s.rope_scaling_factor if s.rope_scaling == "linear" else 1.0
         return ggml.ggml_rope_ext(
-            self.ctx,
-            x,
-            self.g.positions,
-            factors,
-            s.rope_dimension_count,
-            mode,
-            0,
-            s.rope_freq_base,
-            scale,
-            0.0,
-            1.0,
-            0.0,
-            0.0,
-        )
+            self.ctx, x, self.g.positions, factors, s.rope_dimension_count, mode, 0, s.rope_freq_base, scale,
+            0.0, 1.0, 0.0, 0.0,
+        )  # fmt: skip
 
     def remember(self, cache: ggml.TensorP, new: ggml.TensorP) -> ggml.TensorP:
         """Write the new tokens' rows into the cache; returns [head_length, n_kv, head_count_kv]."""
@@ -269,7 +260,7 @@ class _Builder:
         if self.spec.end is not None:
             self.tap("ffn_input", x)
             self.tap("residual", residual)
-        if self.spec.ffn == "dense":
+        if self.spec.ffn == "dense" or (self.spec.dense_from and x.ne[1] >= self.spec.dense_from[i]):
             y = self.ffn_dense(x, i)
         elif self.spec.ffn == "predicted" and self.s.rank(i):
             y = self.ffn_native(x, self.candidates(x if self.s.predictor_tap == "ffn_norm" else residual, i), i)
@@ -284,13 +275,27 @@ class _Builder:
 
     def ffn_dense(self, x: ggml.TensorP, i: int) -> ggml.TensorP:
         """Every neuron, through ggml's own products."""
-        up = self.linear(x, f"blk.{i}.ffn_up")
-        if not self.s.gated:
-            h = self.activate(up)
+        staged = {name: tensor for name in FFN_MATRICES if (tensor := self.staged(name, i))}
+        if staged and self.g.scratch:
+            # No other mode reads `ffn_down`: its pages are released again.
+            fills = [Fill(name, f"blk.{i}.{name}.weight", release=name == "ffn_down") for name in staged]
+            x = self.g.scratch.add_fill(self.ctx, x, i, fills)
+
+        def product(x: ggml.TensorP, name: str) -> ggml.TensorP:
+            return ggml.ggml_mul_mat(self.ctx, staged.get(name) or self.w.matrix(f"blk.{i}.{name}.weight"), x)
+
+        h = self.biased(product(x, "ffn_up"), f"blk.{i}.ffn_up")
+        if self.s.gated:
+            gate = self.activate(self.biased(product(x, "ffn_gate"), f"blk.{i}.ffn_gate"))
+            h = ggml.ggml_mul(self.ctx, gate, ggml.ggml_relu(self.ctx, h) if self.s.ffn_activation == "drelu" else h)
         else:
-            gate = self.activate(self.linear(x, f"blk.{i}.ffn_gate"))
-            h = ggml.ggml_mul(self.ctx, gate, ggml.ggml_relu(self.ctx, up) if self.s.ffn_activation == "drelu" else up)
-        return ggml.ggml_mul_mat(self.ctx, self.w[f"blk.{i}.ffn_down.weight"], h)
+            h = self.activate(h)
+        return product(h, "ffn_down")
+
+    def staged(self, name: str, i: int) -> ggml.TensorP | None:
+        """The scratch tensor that can hold this matrix of block `i`: blocks need not have the same formats."""
+        tensor = self.g.scratch.tensors.get(name) if self.g.scratch else None
+        return tensor if tensor and tensor.type == self.w[f"blk.{i}.{name}.weight"].type else None
 
     def activate(self, gate: ggml.TensorP) -> ggml.TensorP:
         if self.s.ffn_activation == "relu2":
@@ -319,7 +324,7 @@ class _Builder:
         bias = self.w[f"blk.{i}.predictor_out.bias"]
         if self.s.predictor == "signbit":
             return add_predictor(self.ctx, x, self.description(i), self.w[f"blk.{i}.predictor_sign"], bias, shift)
-        z = ggml.ggml_mul_mat(self.ctx, self.w[f"blk.{i}.predictor_in.weight"], x)  # [rank, n]
+        z = ggml.ggml_mul_mat(self.ctx, self.w.matrix(f"blk.{i}.predictor_in.weight"), x)  # [rank, n]
         if self.s.predictor == "mlp":
             z = ggml.ggml_relu(self.ctx, z)
         return add_predictor(self.ctx, z, self.description(i), self.w[f"blk.{i}.predictor_out.weight"], bias, shift)

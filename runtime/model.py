@@ -110,7 +110,7 @@ class Model:
         return self.tokenizer.decode(ids, skip_special=True)
 
     def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Logits at every position of `ids`, from an empty context: float32 [len(ids), n_vocab].
+        """Logits at every position of `ids`, from an empty context, as this mode decodes: float32 [len(ids), n_vocab].
 
         Raises UserError when there are none, too many for the context, or one out of the vocabulary.
         """
@@ -133,8 +133,9 @@ class Model:
     ) -> Generation:
         """Continue a prompt (text, or ids): an iterator of pieces of text.
 
+        A long prompt is computed with every neuron where that is faster: no less accurate than the mode itself.
         max_tokens: None goes on until the model ends or the context is full. cache_prompt: reuse what the previous generation
-        had computed of this prompt, as a chat does; the logits may then differ in their last bits from those of a fresh run.
+        had computed of this prompt, as a chat does; the logits may then differ slightly from those of a fresh run.
         """
         ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
         self._check_ids(ids)

@@ -5,7 +5,7 @@ Knows ggml's buffers; knows nothing of what a tensor is for.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from runtime import ggml
 from runtime.errors import UserError
@@ -19,10 +19,14 @@ def new_context(n_tensors: int, extra: int = 0) -> ggml.ContextP:
 
 
 class Weights:
-    """Tensors of a file, by name; `close` unmaps them."""
+    """Tensors of a file, by name; `close` unmaps them.
+
+    `weights[name]` is the mapped tensor; `weights.matrix(name)` is what to multiply with: its copy in another layout, where `copies` has one.
+    """
 
     def __init__(self, file: GgufFile, names: Collection[str]) -> None:
         self._file = file
+        self.copies: Mapping[str, ggml.TensorP] = {}
         self._context = new_context(len(names))
         address, size = file.mapped()
         self._buffer = ggml.ggml_backend_cpu_buffer_from_ptr(address, size)
@@ -30,6 +34,14 @@ class Weights:
 
     def __getitem__(self, name: str) -> ggml.TensorP:
         return self.tensors[name]
+
+    def matrix(self, name: str) -> ggml.TensorP:
+        """The tensor as a factor of `ggml_mul_mat`; its rows need not lie as in the file."""
+        return self.copies.get(name) or self.tensors[name]
+
+    def release(self, name: str) -> None:
+        """Give the memory of a mapped tensor's pages back; whoever touches them reads them from the file again."""
+        self._file.release(name)
 
     def get(self, name: str) -> ggml.TensorP | None:
         """The tensor, or None where the file has none of that name."""
@@ -45,7 +57,7 @@ class Weights:
 
     def close(self) -> None:
         """Release the tensors and the mapping."""
-        self.tensors = {}
+        self.tensors, self.copies = {}, {}
         ggml.ggml_backend_buffer_free(self._buffer)
         ggml.ggml_free(self._context)
         self._file.close()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import runtime
-from bench import kernels, stock
+from bench import batches, kernels, stock
 from bench.case import Case
 from bench.contenders import LlamaCpp
 from bench.firing import plan_firing
@@ -191,3 +191,11 @@ def test_mistakes_are_reported() -> None:
             write_model(recipe, Path("never.gguf"))
     with pytest.raises(UserError, match="expected a type"):
         kernels.measure(Case(shape("tiny"), "i32", 0.1, threads=1), rounds=1)
+
+
+def test_batches_find_where_whole_matrices_pay() -> None:
+    found = batches.measure(Case(shape("tiny"), "q4_0", 0.25, threads=2, copies=1), tokens=8)
+    assert {"plain", "exact", "predicted"} <= set(found)
+    assert all(ms > 0 for ms in found.values())
+    even = {"plain": 1.0, "repacked": 0.5, "exact": 2.0, "active": 1.0}
+    assert batches.limits([even], n_matrices=3) == [0.25]

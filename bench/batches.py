@@ -1,0 +1,83 @@
+"""Several tokens at once: from how many, and from which share of neurons on, whole matrices are faster than the row kernels (`runtime/prompts.py`).
+
+    python -m bench.batches --type q4_0 q8_0 [--shape mistral-7b] [--tokens 32 128] [--active 0.1 1.0] [--threads N]
+
+One FFN, milliseconds per token: ggml's products on plain and on repacked matrices (without the time that repacking takes), and our operators with every gate and with those of
+the predictor's candidates, predictor included. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+
+from bench.case import Case
+from bench.copies import Copies
+from bench.shapes import SHAPES, shape
+from bench.tables import console, table
+from convert.quantize import NUMBERS
+from runtime.engine import on_worker, physical_cores
+from runtime.errors import UserError, run_command
+from runtime.logs import captured_log
+
+_COLUMNS = ("plain", "repacked", "exact", "predicted")
+_PASSES = 3
+
+
+def measure(case: Case, tokens: int) -> dict[str, float]:
+    """Milliseconds per token of one FFN, by way of computing it: the best of a few passes."""
+
+    def best() -> dict[str, float]:
+        with captured_log():
+            copies = Copies(case, tokens)
+        try:
+            runs = {name: min(made.run() for _ in range(_PASSES)) for name, made in copies.prepared.items()}
+        finally:
+            copies.close()
+        return {name: seconds * 1e3 / tokens / case.copies for name, seconds in runs.items()}
+
+    found = on_worker(best)
+    found["predicted"] = found.pop("listed") + found.pop("predictor")
+    return found
+
+
+def limits(results: Sequence[Mapping[str, float]], n_matrices: int) -> list[float]:
+    """For each result with its `active` share: from which share of rows on the fastest product beats `exact`, if time grows with the rows that are read."""
+    return [
+        min(r["plain"], r.get("repacked", r["plain"])) / r["exact"] * (1 + (n_matrices - 1) * r["active"]) / n_matrices
+        for r in results
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.batches", description="FFNs of several tokens at once.")
+    parser.add_argument("--type", nargs="+", default=["q4_0"], help=f"formats: {', '.join(NUMBERS)}")
+    parser.add_argument("--shape", choices=SHAPES, default="mistral-7b")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[32, 128])
+    parser.add_argument("--active", nargs="+", type=float, default=[0.1, 1.0], help="shares of neurons that fire")
+    parser.add_argument("--threads", type=int, default=physical_cores())
+    args = parser.parse_args()
+    if min(args.tokens) < 2 or not all(0 <= share <= 1 for share in args.active):
+        raise UserError("--tokens: expected at least 2; --active: expected 0 to 1")
+    s, results = shape(args.shape), []
+    for kind, n, share in ((k, n, a) for k in args.type for n in args.tokens for a in args.active):
+        case = Case(s, kind, share, args.threads, copies=1)
+        results.append({"type": kind, "tokens": n, "active": share, **measure(case, n)})
+    found = limits(results, 3 if s.gated else 2)
+    rows = [
+        (
+            f"{r['type']}, {r['tokens']}, {r['active']:.0%}",
+            *(f"{r[c]:.3f}" if c in r else "" for c in _COLUMNS),
+            f"{limit:.2f}",
+        )
+        for r, limit in zip(results, found, strict=True)
+    ]
+    title = f"{args.shape}, one FFN, {args.threads} threads: ms per token"
+    console().print(table(title, ("type, tokens, active", *_COLUMNS, "limit"), rows))
+    print(json.dumps({"shape": args.shape, "threads": args.threads, "results": results, "limits": found}))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

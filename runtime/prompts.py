@@ -1,0 +1,58 @@
+"""How a prompt's FFNs are computed fastest: row by row where neurons fire, or as whole matrices through ggml's products.
+
+A pure function of formats and of how many neurons are expected to fire; knows nothing of graphs. It must not depend on what was computed before, so that
+a prompt always gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from runtime.gguf_file import GgufFile, TensorInfo
+from runtime.structure import Structure
+from runtime.traffic import Activity
+
+# Share of an FFN's rows from which on whole matrices are faster, by format: time per token and row of ggml's product over that of the row kernels, many tokens at once.
+# Measured on two Zen 4 cores (docs/log.md, 2026-11-23). In formats that have row kernels of ggml's only, the whole is faster from a few percent on.
+_LIMITS = {"q4_0": 0.36, "q8_0": 0.53, "f16": 0.41, "bf16": 0.33, "f32": 0.41}
+_OTHER_LIMIT = 0.05
+_FILL = 12  # tokens whose products take as long as repacking the matrices that they need
+_FEWEST = 16  # tokens; with fewer, ggml's products take longer per token than the limits say
+_OVERSHOOT = 1.5  # candidates per neuron that fires, where the file does not say
+
+
+def dense_from(
+    s: Structure, tensors: Mapping[str, TensorInfo], activity: Activity, repacked: bool
+) -> tuple[float, ...]:
+    """For each block, the number of tokens at once from which whole matrices are faster; infinity where they never are.
+
+    repacked: whether the matrices have to be repacked for every batch.
+    """
+    if s.layout == "sparse" or activity.ffn == "dense":
+        return (math.inf,) * s.block_count
+    return tuple(_dense_from(s, tensors, activity, i, _FILL if repacked else 0) for i in range(s.block_count))
+
+
+def _dense_from(s: Structure, tensors: Mapping[str, TensorInfo], activity: Activity, i: int, fill: int) -> float:
+    names = ("ffn_gate", "ffn_up", "ffn_down_t") if s.gated else ("ffn_up", "ffn_down_t")
+    limit = min(_LIMITS.get(tensors[f"blk.{i}.{name}.weight"].type, _OTHER_LIMIT) for name in names)
+    share = (activity.gates[i] + (len(names) - 1) * activity.fired[i]) / len(names)
+    if share <= limit:
+        return math.inf
+    return max(_FEWEST, math.ceil(fill / (share / limit - 1)))
+
+
+def expected(file: GgufFile, ffn: str, predictor_bias: float) -> Activity:
+    """The activity that the file's calibration lets expect; without calibration, that of a model whose neurons all fire."""
+    s = file.structure
+    if s.neuron_order != "hot":
+        return Activity.uniform(ffn, s.block_count, 1.0)
+    fired = [float(file.read(f"blk.{i}.ffn_neuron_freq").view(np.float32).mean()) for i in range(s.block_count)]
+    if ffn != "predicted" or predictor_bias > 0:
+        return Activity(ffn, fired, [1.0] * s.block_count)
+    stored = file.metadata.get("lazyneuron.predictor.predicted_share", ())
+    shares: Sequence[float] = stored if len(stored) == s.block_count else [min(1.0, _OVERSHOOT * f) for f in fired]
+    return Activity(ffn, fired, [float(share) if s.rank(i) else 1.0 for i, share in enumerate(shares)])

@@ -1,0 +1,112 @@
+"""Prompts computed through whole matrices: what `dense` mode computes, counted apart, and only where that pays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from oracle import Logits, random_ids, relative
+
+import runtime
+from convert import convert
+from runtime.gguf_file import GgufFile
+from runtime.prompts import dense_from, expected
+from runtime.traffic import Activity
+
+Converted = Callable[..., Path]
+EVERYWHERE, NOWHERE = 1.0, math.inf
+
+
+def after(model: runtime.Model, ids: list[int], from_tokens: float) -> Logits:
+    """Logits after a prompt whose FFNs are dense from so many tokens on."""
+    engine = model._engine
+    engine._dense_from = (from_tokens,) * engine.structure.block_count
+    engine.reset()
+    return engine.logits(ids, 1)
+
+
+@pytest.mark.parametrize("name", ["bundled", "llama-gqa", "opt-pre-norm", "opt-post-norm"])
+@pytest.mark.parametrize("type_name", ["f32", "q4_0", "q8_0", "q4_k"])
+def test_a_dense_prompt_is_that_of_dense_mode(converted: Converted, name: str, type_name: str) -> None:
+    path, ids = converted(name, type_name), random_ids(70, 4000)
+    with runtime.load(path, ffn="dense") as model:
+        wanted = after(model, ids, NOWHERE)
+    with runtime.load(path, ffn="exact") as model:
+        assert np.array_equal(after(model, ids, EVERYWHERE), wanted)
+        assert np.array_equal(after(model, ids, EVERYWHERE), wanted)
+
+
+@pytest.mark.parametrize("n_tokens", [2, 33, 300])
+@pytest.mark.parametrize(("type_name", "tolerance"), [("f32", 1e-4), ("q4_0", 0.2)])
+def test_a_dense_prompt_is_that_of_the_sparse_kernels(
+    converted: Converted, type_name: str, tolerance: float, n_tokens: int
+) -> None:
+    """Quantised, the two layouts of the down projection are rounded differently."""
+    with runtime.load(converted("bundled", type_name), ffn="exact", kv_type="f32") as model:
+        ids = random_ids(n_tokens, 4000)
+        assert relative(after(model, ids, NOWHERE), after(model, ids, EVERYWHERE)) < tolerance
+
+
+def test_decoding_goes_on_from_a_dense_prompt(converted: Converted) -> None:
+    with runtime.load(converted("bundled", "q4_0"), ffn="exact") as model:
+        ids = random_ids(64, 4000)
+        after(model, ids[:-1], 2)
+        assert model._engine._scratch is not None
+        last = model._engine.logits(ids, 1)
+        assert model._engine._scratch is None  # what only prompts need is freed
+        assert relative(after(model, ids, NOWHERE), last) < 0.2
+
+
+def test_dense_tokens_are_not_counted_as_sparse(converted: Converted) -> None:
+    with runtime.load(converted("bundled", "q4_0"), ffn="exact") as model:
+        engine = model._engine
+        after(model, random_ids(64, 4000), 2)
+        assert [c.seen for c in engine.counts] == [0] * 5 + [1]  # the last block sees the last token only
+        engine.reset_counts()
+        after(model, random_ids(64, 4000), NOWHERE)
+        assert [c.seen for c in engine.counts] == [64] * 5 + [1]
+
+
+def test_logits_of_every_position_are_the_modes_own(fitted_gguf: Path) -> None:
+    """Perplexity must not judge a mode by what another one computes."""
+    with runtime.load(fitted_gguf, ffn="predicted") as model:
+        ids = random_ids(64, 4000)
+        wanted = model.logits(ids)
+        model._engine._dense_from = (EVERYWHERE,) * 6
+        assert np.array_equal(model.logits(ids), wanted)
+        assert all(c.seen == 128 for c in model._engine.counts)
+
+
+def test_a_file_without_ffn_down_keeps_the_sparse_kernels(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    convert(checkpoint("bundled"), tmp_path / "sparse.gguf", type="q4_0", calibration="none", layout="sparse")
+    with runtime.load(tmp_path / "sparse.gguf", ffn="exact") as model:
+        assert model._engine._dense_from == (math.inf,) * 6
+        model._engine.logits(random_ids(300, 4000), 1)
+        assert [c.seen for c in model._engine.counts] == [300] * 5 + [1]
+
+
+def test_what_is_expected(converted: Converted, fitted_gguf: Path) -> None:
+    with GgufFile(converted("bundled", "f16")) as file:
+        assert expected(file, "exact", 0.0).fired == [1.0] * 6  # not calibrated
+    with GgufFile(fitted_gguf) as file:
+        exact, predicted = expected(file, "exact", 0.0), expected(file, "predicted", 0.0)
+        assert exact.gates == [1.0] * 6 == list(expected(file, "predicted", 0.5).gates)
+        assert exact.fired == predicted.fired
+        assert all(0 < fired < 0.4 for fired in exact.fired)
+        assert all((0 < gates < 1) == bool(file.structure.rank(i)) for i, gates in enumerate(predicted.gates))
+
+
+def test_when_whole_matrices_pay(converted: Converted) -> None:
+    with GgufFile(converted("bundled", "q4_0")) as file:
+        s, tensors = file.structure, file.tensors
+
+    def tokens(fired: float, gates: float, repacked: bool = True) -> float:
+        return dense_from(s, tensors, Activity.uniform("exact", 6, fired, gates), repacked)[0]
+
+    assert tokens(0.1, 0.12) == math.inf
+    assert tokens(0.02, 1.0) == math.inf
+    assert tokens(1.0, 1.0) < tokens(0.3, 1.0) < tokens(0.1, 1.0) < 512
+    assert tokens(0.1, 1.0, repacked=False) <= tokens(0.1, 1.0)
