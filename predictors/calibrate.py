@@ -22,6 +22,7 @@ Progress = Callable[[int, int, float], None]
 DEFAULT_TOKENS = 24576
 SHARES = (0.7, 0.15, 0.15)  # of the windows: to fit predictors, to choose among them, to say what they achieve
 _MOST_BYTES = 1 << 29  # of hidden states and FFN inputs
+_CACHED = 1024  # tokens whose pre-activations stay in a cache while they are counted
 _CHUNK_BYTES = 1 << 26  # of one float32 matrix [tokens, neurons of a chunk]
 
 
@@ -106,9 +107,10 @@ class LayerSamples:
         """Share of all calibration tokens at which each neuron fires, float32 [n_ff]."""
         counts = np.zeros(self.structure.feed_forward_length, np.int64)
         parts = (self.fit, self.validation, self.test)
-        for first, end in self.chunks(max(len(p) for p in parts)):
-            for part in parts:
-                counts[first:end] += (self.gate(part, first, end) > self.structure.activation_threshold).sum(0)
+        for first, end in self.chunks(1):
+            rows, least = self.gate_rows(first, end).T, self.structure.activation_threshold - self.gate_bias[first:end]
+            for x in (part.ffn_input[at : at + _CACHED] for part in parts for at in range(0, len(part), _CACHED)):
+                counts[first:end] += np.count_nonzero(x @ rows > least, axis=0)
         return (counts / sum(len(p) for p in parts)).astype(np.float32)
 
     def _rows(self, name: str, first: int, end: int) -> Floats:

@@ -253,7 +253,7 @@ def test_evaluation_of_a_sparse_layout(
 @pytest.mark.parametrize("type_name", ["f16", "q4_0"])
 def test_the_bundled_model_stays_good(converted: Converted, tmp_path: Path, type_name: str) -> None:
     """On text that no fit saw: within 0.5 % of dense for less than 24 % of the bytes, within 2.5 % for less than 17 %."""
-    for energy, worse, read in (("0.997", 0.005, 0.24), ("0.985", 0.025, 0.17)):
+    for energy, worse, read in (("0.997", 0.005, 0.24), ("0.982", 0.025, 0.17)):
         out = tmp_path / "o.gguf"
         assert main(["fit", str(converted("bundled", type_name)), str(out), "--force", "--energy", energy]) == 0
         found = evaluate(out, HELDOUT, tokens=8192)
