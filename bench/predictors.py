@@ -56,23 +56,25 @@ def _judged(
 ) -> dict[str, Any]:
     fit = fitted.at(energy, reorder=False)
     rewrite(model, out, [block.tensors for block in fit.blocks], fit.metadata)
-    return {"ranks": [block.rank for block in fit.blocks], **_figures(evaluate(out, text, tokens))}
+    ranks = [block.rank for block in fit.blocks]
+    return {"ranks": ranks, **_figures(evaluate(out, text, tokens), ranks)}
 
 
-def _figures(found: Evaluation) -> dict[str, Any]:
-    """End to end; recall and precision are those of all layers together."""
+def _figures(found: Evaluation, ranks: Sequence[int]) -> dict[str, Any]:
+    """End to end; recall and precision are those of all layers that have predictors together."""
     modes = {mode.mode: mode for mode in found.modes}
     reference, exact = found.modes[0], modes["exact"]
     used = modes.get("predicted", exact)
-    fired = sum(f.active_share for f in found.layers)
-    hits = sum(f.recall * f.active_share for f in found.layers)
+    layers = [f for f, rank in zip(found.layers, ranks, strict=True) if rank]
+    fired, predicted = sum(f.active_share for f in layers), sum(f.predicted_share for f in layers)
+    hits = sum(f.recall * f.active_share for f in layers)
     return {
         "tokens": found.tokens,
         "reference": reference.perplexity,
         "perplexity": used.perplexity,
         "kl": used.kl,
         "recall": hits / fired if fired else 1.0,
-        "precision": hits / max(1e-30, sum(f.predicted_share for f in found.layers)),
+        "precision": hits / predicted if predicted else 1.0,
         "bytes": used.bytes,
         "bytes_exact": exact.bytes,
     }
@@ -80,13 +82,12 @@ def _figures(found: Evaluation) -> dict[str, Any]:
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (
-        f"{row['kind']} {row['type']}",
+        row["kind"] if row["type"] == "auto" else f"{row['kind']} {row['type']}",
         f"{row['energy']:g}",
         " ".join(map(str, row["ranks"])),
         f"{row['perplexity']:.3f}",
         f"{row['perplexity'] / row['reference'] - 1:+.2%}",
-        f"{row['kl']:.4f}",
-        *(f"{row[key]:.3f}" for key in ("recall", "precision", "bytes", "bytes_exact")),
+        *(f"{row[key]:.3f}" for key in ("kl", "recall", "precision", "bytes")),
     )
 
 
@@ -111,7 +112,8 @@ def main() -> None:
     for row in measure(args.model, args.text, args.kinds, args.types, args.energies, args.tokens):
         rows.append(row)
         print(f"{row['kind']} {row['type']} {row['energy']:g}: {row['perplexity']:.3f}", file=sys.stderr)
-    title = f"{args.model.name}, dense {rows[0]['reference']:.3f} over {rows[0]['tokens']} tokens"
+    first = rows[0]
+    title = f"{args.model.name}, {first['tokens']} tokens: dense {first['reference']:.3f}, exact reads {first['bytes_exact']:.3f}"
     console().print(table(title, _COLUMNS, [_cells(row) for row in rows]))
     print(json.dumps({"model": str(args.model), "text": str(args.text), "rows": rows}))
 

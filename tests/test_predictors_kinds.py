@@ -16,6 +16,7 @@ from predictors.kind import Candidate, FitOptions
 from predictors.kinds import KINDS
 from predictors.margins import Margins, Scale, measure
 from predictors.quantized import plain
+from predictors.shelf import shelve
 from runtime.errors import UserError
 
 F16, Q8_0, Q4_0 = Cost(512, 1024, 1024), Cost(272, 544, 1024), Cost(144, 288, 1024)  # bytes of a neuron of 256 elements
@@ -179,6 +180,20 @@ def test_a_layer_too_narrow_for_the_type_gets_no_candidate() -> None:
     layer = made_up_layer(np.ones((64, 48)), np.zeros(64), 10, np.random.default_rng(0))
     assert list(lowrank.fit(layer, FitOptions(("q4_0",)))) == []
     assert plain("x", "i32", np.arange(3)).nbytes == 12
+
+
+def test_candidates_wait_on_disk() -> None:
+    layer = small_layer(np.random.default_rng(7))
+    found = [judge(c, margins, Cost(256, 512, 192)) for c, margins in measured(layer, "lowrank")]
+    shelved = shelve(found)
+    assert shelve([]) == []
+    for before, after in zip(found, shelved, strict=True):
+        assert all(
+            np.array_equal(a.data, b.data)
+            for a, b in zip(before.candidate.tensors, after.candidate.tensors, strict=True)
+        )
+        assert all(isinstance(tensor.data, np.memmap) for tensor in after.candidate.tensors)
+        assert (before.candidate.rank, before.candidate.type) == (after.candidate.rank, after.candidate.type)
 
 
 # --- how layers share a budget ---------------------------------------------------------------------------------------
