@@ -1,38 +1,31 @@
 """A stock GGUF with the shapes and weights of one of our files, so that llama.cpp can be measured on the same bytes.
 
 llama.cpp computes SiLU where a gated model has ReLU (arch `llama`), and ReLU squared in the arch that stands in for ungated ones (`nemotron`: LayerNorm and
-biases as OPT has them, rotary positions instead of learned ones): the text it writes means nothing, the work is the same. Copied in pieces.
+biases as OPT has them, rotary positions instead of learned ones): the text it writes means nothing, the work is the same.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import gguf
-import numpy as np
-import numpy.typing as npt
-
-from convert.write import Stream
 from runtime.errors import UserError
-from runtime.gguf_file import GgufFile, TensorInfo
+from runtime.gguf_file import GgufFile
+from runtime.gguf_write import Stream, copied, copied_keys, write_gguf
 from runtime.structure import Structure
 
-_PIECE = 1 << 24  # bytes copied at a time
 _OURS = (".ffn_down_t.", ".ffn_neuron_", ".predictor_", "position_embd.")
 
 
 def write(source: Path, target: Path) -> None:
     """Write the stock twin of a model; UserError for a structure that llama.cpp has no counterpart of."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        with GgufFile(source) as file:
-            _write(file, partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with GgufFile(source) as file:
+        s = file.structure
+        arch = architecture(s, f"`{file.path}`")
+        name = f"{file.metadata.get('general.name', '')} (twin for llama.cpp, its text means nothing)"
+        tokenizer = {key: value for key, value in copied_keys(source).items() if key.startswith("tokenizer.")}
+        keys = {f"{arch}.{key}": value for key, value in _keys(s).items()}
+        write_gguf(target, {"general.name": name, **keys, **tokenizer}, list(_streams(file, s)), arch)
 
 
 def architecture(s: Structure, where: str) -> str:
@@ -48,40 +41,12 @@ def architecture(s: Structure, where: str) -> str:
     )
 
 
-def _write(file: GgufFile, target: Path) -> None:
-    s = file.structure
-    arch = architecture(s, f"`{file.path}`")
-    writer = gguf.GGUFWriter(target, arch)
-    writer.add_name(f"{file.metadata.get('general.name', '')} (twin for llama.cpp, its text means nothing)")
-    for key, value in _keys(s).items():
-        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{arch}.{key}", value)
-    _copy_tokenizer(writer, file.metadata)
-    streams = list(_streams(file, s))
-    for stream in streams:
-        kind = gguf.GGMLQuantizationType(stream.type)
-        writer.add_tensor_info(stream.name, stream.shape[::-1], np.dtype(np.float32), stream.nbytes, kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for stream in streams:
-        writer.write_tensor_data(stream)
-    writer.close()
-
-
 def _streams(file: GgufFile, s: Structure) -> Iterator[Stream]:
-    for name, info in file.tensors.items():
+    for name in file.tensors:
         if not any(part in name for part in _OURS):
-            yield Stream(name, info.ne, info.type_id, info.nbytes, _copied(file, info))
+            yield copied(file, name)
     if s.tied_output and not s.gated:  # nemotron has a head of its own
-        info = file.tensors["token_embd.weight"]
-        yield Stream("output.weight", info.ne, info.type_id, info.nbytes, _copied(file, info))
-
-
-def _copied(file: GgufFile, info: TensorInfo) -> Iterator[npt.NDArray[np.uint8]]:
-    with file.path.open("rb") as source:
-        source.seek(info.offset)
-        for at in range(0, info.nbytes, _PIECE):
-            yield np.frombuffer(source.read(min(_PIECE, info.nbytes - at)), np.uint8)
+        yield copied(file, "token_embd.weight", "output.weight")
 
 
 def _keys(s: Structure) -> dict[str, int | float]:
@@ -100,17 +65,3 @@ def _keys(s: Structure) -> dict[str, int | float]:
         "rope.dimension_count": s.rope_dimension_count or s.head_length,
         "rope.freq_base": s.rope_freq_base,
     }
-
-
-def _copy_tokenizer(writer: gguf.GGUFWriter, metadata: dict[str, Any]) -> None:
-    for key, value in metadata.items():
-        if not key.startswith("tokenizer."):
-            continue
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, value if isinstance(value, list) else value.tolist())

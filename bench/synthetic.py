@@ -20,9 +20,9 @@ import numpy.typing as npt
 from bench.firing import plan_firing
 from bench.pool import GROUP, Bytes, ColumnPool, Floats, RowPool, choose_groups, decode, row_ids
 from convert.quantize import NUMBERS, encode, fitting, output_type, row_bytes
-from convert.write import Stream
 from runtime import ggml
 from runtime.errors import UserError
+from runtime.gguf_write import Stream
 from runtime.structure import Structure, required_tensors
 
 POOL_ROWS = 4096

@@ -21,9 +21,9 @@ from convert.plan import Plan, Types, make_plan, with_neurons
 from convert.quantize import NUMBERS, check_type
 from convert.stream import Bytes, Encoder
 from convert.tokenizer import tokenizer_metadata
-from convert.write import Stream, check_target, write_gguf
 from predictors.fit import DEFAULT_ENERGY, ModelFit, fit_model
 from runtime.errors import UserError
+from runtime.gguf_write import Stream, check_target, write_gguf
 from runtime.structure import required_tensors
 
 Progress = Callable[[str, int, int], None]

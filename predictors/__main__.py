@@ -1,6 +1,10 @@
 """`python -m predictors`."""
 
+import os
 import sys
+
+# Before ggml loads OpenMP: threads that wait longer than this sleep, or a machine with other work stalls at every operator (docs/predictors.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from predictors.cli import main
 

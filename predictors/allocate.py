@@ -6,9 +6,14 @@ Knows judged candidates of every layer; knows nothing of how they were fitted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from predictors.choose import GAIN, PRICES, Cost, Judged
+import numpy as np
+import numpy.typing as npt
+
+from predictors.choose import GAIN, PRICES, Cost, Doubles, Judged
+
+Choice = tuple[Judged, int] | None
 
 
 @dataclass(frozen=True)
@@ -26,40 +31,85 @@ class LayerOptions:
 
     @property
     def exact(self) -> float:
-        """Bytes per token without a predictor."""
-        return self.cost.exact(self.fired)
+        """Time without a predictor, as in Cost.exact_time."""
+        return self.cost.exact_time(self.fired)
 
-    def best(self, price: int) -> Judged | None:
-        """The candidate that loses least at PRICES[price], None for exact."""
+    def bests(self) -> npt.NDArray[np.int64]:
+        """The candidate that is best at each of PRICES, counted; its time and what the energy it loses is worth."""
+        best: npt.NDArray[np.int64] = np.argmin([j.time + self.worth(j) for j in self.candidates], axis=0)
+        return best
 
-        def saved(j: Judged) -> float:
-            lost = max(0.0, self.total - j.validation.energy[price])
-            return float((1 - GAIN) * self.exact - j.bytes[price] - PRICES[price] * self.cost.dense * lost)
-
-        best = max(self.candidates, key=saved, default=None)
-        return best if best is not None and saved(best) > 0 else None
-
-    def kept(self, price: int) -> float:
-        """Energy per token that the best candidate keeps."""
-        best = self.best(price)
-        return self.total if best is None else float(best.validation.energy[price])
+    def worth(self, judged: Judged) -> Doubles:
+        """What the energy that a candidate loses is worth at each of PRICES."""
+        lost: Doubles = np.maximum(0.0, self.total - judged.validation.energy)
+        return PRICES * self.cost.dense * lost
 
     def worth_keeping(self) -> LayerOptions:
         """Without the candidates that are best at no price."""
-        used = {id(j) for price in range(len(PRICES)) if (j := self.best(price)) is not None}
-        return LayerOptions([j for j in self.candidates if id(j) in used], self.cost, self.fired)
+        return replace(self, candidates=[self.candidates[k] for k in np.unique(self.bests())])
 
 
-def allocate(layers: Sequence[LayerOptions], energy: float) -> list[tuple[Judged, int] | None]:
+@dataclass(frozen=True)
+class _Path:
+    """What one layer does at each of PRICES, [len(PRICES)]. best: the candidate; pays: whether it saves enough to be used; wins: whether it also is worth what it loses."""
+
+    options: LayerOptions
+    best: npt.NDArray[np.int64]
+    time: Doubles
+    energy: Doubles
+    pays: npt.NDArray[np.bool_]
+    wins: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, options: LayerOptions) -> _Path:
+        never = np.zeros(len(PRICES), np.bool_)
+        if not options.candidates:
+            return cls(
+                options, np.zeros(len(PRICES), np.int64), np.zeros(len(PRICES)), np.zeros(len(PRICES)), never, never
+            )
+        best, each = options.bests(), np.arange(len(PRICES))
+        time, energy, worth = (
+            np.array(found)[best, each]
+            for found in zip(
+                *((j.time, j.validation.energy, options.worth(j)) for j in options.candidates), strict=True
+            )
+        )
+        pays = time < (1 - GAIN) * options.exact
+        return cls(options, best, time, energy, pays, pays & (time + worth < (1 - GAIN) * options.exact))
+
+    @property
+    def lasts(self) -> int:
+        """The number of prices at which the predictor wins."""
+        return int(self.wins.sum())
+
+
+def allocate(layers: Sequence[LayerOptions], energy: float) -> list[Choice]:
     """For each layer its candidate and price, or None for exact, such that a share `energy` of all layers' output energy is kept.
 
     One price for all: energy is measured relative to the residual stream, and what is lost of that costs about the same in every layer
-    (docs/predictors.md), so layers that predict well give more than those that do not.
+    (docs/predictors.md), so layers that predict well give more than those that do not. A layer that turns exact gives back energy that the others
+    cannot always use; so it is also tried to keep the predictors of those that would turn last, at a higher price for all.
     """
-    wanted = energy * sum(layer.total for layer in layers)
-    enough = (p for p in range(len(PRICES)) if sum(layer.kept(p) for layer in layers) >= wanted)
-    price = None if energy >= 1 else next(enough, None)
-    if price is None:
+    paths = [_Path.of(layer) for layer in layers]
+    found = [choice for n in range(len(paths) + 1) if (choice := _at_least(energy, paths, n)) is not None]
+    if energy >= 1 or not found:
         return [None for _ in layers]
-    best = [layer.best(price) for layer in layers]
-    return [None if judged is None else (judged, price) for judged in best]
+    _, price, used = min(found, key=lambda choice: choice[0])
+    return [
+        (path.options.candidates[path.best[price]], price) if predicted else None
+        for path, predicted in zip(paths, used, strict=True)
+    ]
+
+
+def _at_least(energy: float, paths: Sequence[_Path], n_exact: int) -> tuple[float, int, list[bool]] | None:
+    """Time, price and which layers have predictors, where only the `n_exact` layers that turn first are exact although a predictor would pay; None if no price will do."""
+    early = set(np.argsort([path.lasts for path in paths], kind="stable")[:n_exact].tolist())
+    used = np.array([path.wins if i in early else path.pays for i, path in enumerate(paths)])
+    totals = np.array([[path.options.total] for path in paths])
+    kept = np.where(used, [path.energy for path in paths], totals).sum(0)
+    enough = np.flatnonzero(kept >= energy * totals.sum())
+    if not len(enough):
+        return None
+    price = int(enough[0])
+    time = sum(path.time[price] if u[price] else path.options.exact for path, u in zip(paths, used, strict=True))
+    return float(time), price, used[:, price].tolist()

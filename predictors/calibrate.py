@@ -22,13 +22,13 @@ Progress = Callable[[int, int, float], None]
 DEFAULT_TOKENS = 24576
 SHARES = (0.7, 0.15, 0.15)  # of the windows: to fit predictors, to choose among them, to say what they achieve
 _MOST_BYTES = 1 << 29  # of hidden states and FFN inputs
+_CACHED = 1024  # tokens whose pre-activations stay in a cache while they are counted
 _CHUNK_BYTES = 1 << 26  # of one float32 matrix [tokens, neurons of a chunk]
 
 
-def default_tokens(s: Structure, tap: str = "ffn_norm") -> int:
-    """24,576, or what 512 MiB hold of float32 [tokens, n_embd], two matrices (three where the predictor's input is not the FFN's)."""
-    kept = 2 if tap == "ffn_norm" else 3
-    return min(DEFAULT_TOKENS, _MOST_BYTES // (4 * kept * s.embedding_length))
+def default_tokens(s: Structure) -> int:
+    """24,576, or what 512 MiB hold of float32 [tokens, n_embd], two matrices."""
+    return min(DEFAULT_TOKENS, _MOST_BYTES // (4 * 2 * s.embedding_length))
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Activity:
 
 @dataclass(frozen=True)
 class Part:
-    """Some tokens of one layer. x: inputs of the predictor, ffn_input: of the FFN, both float32 [n_tokens, n_embd].
+    """Some tokens of one layer. x: inputs of the FFN, float32 [n_tokens, n_embd]; residual: the stream before the FFN's norm, where it was asked for.
 
     weight: float32 [n_tokens], one over the squared norm of the residual stream after the block.
     """
 
     x: Floats
-    ffn_input: Floats
     weight: Floats
+    residual: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -87,7 +87,7 @@ class LayerSamples:
 
     def gate(self, part: Part, first: int, end: int) -> Floats:
         """Pre-activations of the neurons first .. end - 1: float32 [len(part), end - first]."""
-        return part.ffn_input @ self.gate_rows(first, end).T + self.gate_bias[first:end]
+        return part.x @ self.gate_rows(first, end).T + self.gate_bias[first:end]
 
     def activity(self, part: Part, first: int, end: int) -> Activity:
         """What the neurons first .. end - 1 do on the tokens of a part."""
@@ -96,7 +96,7 @@ class LayerSamples:
         fired = gate > s.activation_threshold
         h = np.where(fired, gate**2 if s.ffn_activation == "relu2" else gate, np.float32(0))
         if s.gated:
-            up = part.ffn_input @ self._rows("ffn_up", first, end).T + self._bias("ffn_up")[first:end]
+            up = part.x @ self._rows("ffn_up", first, end).T + self._bias("ffn_up")[first:end]
             h *= np.maximum(up, 0) if s.ffn_activation == "drelu" else up
         energy = h * h * self.down_norm2[first:end] * part.weight[:, None]
         return Activity(gate, fired, energy)
@@ -106,9 +106,10 @@ class LayerSamples:
         """Share of all calibration tokens at which each neuron fires, float32 [n_ff]."""
         counts = np.zeros(self.structure.feed_forward_length, np.int64)
         parts = (self.fit, self.validation, self.test)
-        for first, end in self.chunks(max(len(p) for p in parts)):
-            for part in parts:
-                counts[first:end] += (self.gate(part, first, end) > self.structure.activation_threshold).sum(0)
+        for first, end in self.chunks(1):
+            rows, least = self.gate_rows(first, end).T, self.structure.activation_threshold - self.gate_bias[first:end]
+            for x in (part.x[at : at + _CACHED] for part in parts for at in range(0, len(part), _CACHED)):
+                counts[first:end] += np.count_nonzero(x @ rows > least, axis=0)
         return (counts / sum(len(p) for p in parts)).astype(np.float32)
 
     def _rows(self, name: str, first: int, end: int) -> Floats:
@@ -130,33 +131,33 @@ def calibrate(
     runner: BlockRunner,
     windows: npt.NDArray[np.int32],
     parts: tuple[slice, slice, slice] | None = None,
-    tap: str = "ffn_norm",
+    residual: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[LayerSamples]:
     """Run windows [n_windows, length] through the model and yield its layers in turn; each is valid until the next.
 
-    parts: which windows fit, validate and test (default: 70, 15 and 15 %). tap: what predictors look at,
-    "ffn_norm" (the FFN's input) or "residual" (the stream before its norm). progress: called with (layer, n_layers, share of it that is done).
+    parts: which windows fit, validate and test (default: 70, 15 and 15 %). residual: keep the stream before the FFN's norm as well.
+    progress: called with (layer, n_layers, share of it that is done).
     """
     n = runner.structure.block_count
     shown = progress or (lambda *_: None)
     hidden = np.stack([runner.embed(window) for window in windows])
     inputs = np.empty_like(hidden)
-    residuals = np.empty_like(hidden) if tap == "residual" else inputs
+    residuals = np.empty_like(hidden) if residual else None
     weight = np.empty(windows.shape, np.float32)
     for i in range(n):
         for k in range(len(windows)):
             result = runner.block(i, hidden[k])
             hidden[k], inputs[k] = result.output, result.ffn_input
             weight[k] = 1 / np.maximum((result.output**2).sum(-1), np.finfo(np.float32).tiny)
-            if tap == "residual":
+            if residuals is not None:
                 residuals[k] = result.residual
             shown(i, n, (k + 1) / len(windows) / 2)
-        fit, validation, test = (_part(residuals, inputs, weight, at) for at in parts or split(len(windows)))
+        fit, validation, test = (_part(inputs, weight, residuals, at) for at in parts or split(len(windows)))
         yield LayerSamples(runner, i, (fit, validation, test))
         shown(i, n, 1.0)
 
 
-def _part(x: Floats, ffn_input: Floats, weight: Floats, at: slice) -> Part:
+def _part(x: Floats, weight: Floats, residual: Floats | None, at: slice) -> Part:
     d = x.shape[-1]
-    return Part(x[at].reshape(-1, d), ffn_input[at].reshape(-1, d), weight[at].reshape(-1))
+    return Part(x[at].reshape(-1, d), weight[at].reshape(-1), None if residual is None else residual[at].reshape(-1, d))

@@ -1,6 +1,6 @@
-"""Which predictor a layer gets, and from which score on a neuron is computed: fewest bytes per token for a share of the output energy.
+"""Which predictor a layer gets, and from which score on a neuron is computed: the least time to read its bytes for a share of the output energy.
 
-Lagrangian: at a price (bytes one would read for a unit of energy) every neuron has a best threshold, and every layer a best candidate, independently of all others.
+Lagrangian: at a price (what one would read for a unit of energy) every neuron has a best threshold, and every layer a best candidate, independently of all others.
 Knows margins and bytes; knows nothing of files or of how scores are made.
 """
 
@@ -19,7 +19,10 @@ from predictors.quantized import Floats
 Doubles = npt.NDArray[np.float64]
 Shares = TypeVar("Shares", float, npt.NDArray[np.float64])
 PRICES: Doubles = np.geomspace(1e-6, 1e9, 361)  # in units of the layer's dense bytes per unit of relative energy
-GAIN = 0.03  # a predictor has to save this share of what `exact` reads
+GAIN = 0.03  # a predictor has to save this share of the time that `exact` takes to read its bytes
+SCATTERED = (
+    1.5  # time to read a byte of rows picked one by one, in units of a byte of all rows in turn (docs/predictors.md)
+)
 _SHRINKAGE = 0.2
 _NEVER = 1e6  # a margin that no score reaches
 
@@ -36,6 +39,10 @@ class Cost:
     def exact(self, fired: float) -> float:
         """Bytes per token in `exact` mode when a share `fired` of the neurons fires."""
         return self.fixed + self.n_ff * (self.gate + fired * self.rest)
+
+    def exact_time(self, fired: float) -> float:
+        """What `exact` takes, in bytes that could be read in turn meanwhile."""
+        return self.fixed + self.n_ff * (self.gate + SCATTERED * fired * self.rest)
 
     @property
     def dense(self) -> float:
@@ -63,20 +70,27 @@ class Rule:
 
     def edges(self, price: int) -> npt.NDArray[np.int64]:
         """The edge from which each neuron is worth its bytes at PRICES[price], [n_ff]; len(EDGES): never."""
-        edges: npt.NDArray[np.int64] = np.searchsorted(self.worth, 1 / (PRICES[price] * np.maximum(self.size, 1e-30)))
+        edges: npt.NDArray[np.int64] = (self.prices() > price).sum(1)
         return edges
+
+    def prices(self) -> npt.NDArray[np.int64]:
+        """The price from which on each neuron is worth its bytes at each edge, [n_ff, len(EDGES)]; len(PRICES): never."""
+        logs = [np.log(np.maximum(x, 1e-30)) for x in (self.size, self.worth)]
+        steps = (-np.log(PRICES[0]) - np.add.outer(*logs)) / np.log(PRICES[1] / PRICES[0])
+        prices: npt.NDArray[np.int64] = np.ceil(np.clip(steps, 0, len(PRICES))).astype(np.int64)
+        return prices
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A candidate with thresholds for every price, and what they achieve. bytes: per token on the validation part, [len(PRICES)]."""
+    """A candidate with thresholds for every price, and what they achieve. time: on the validation part as in Cost.exact_time, [len(PRICES)]."""
 
     candidate: Candidate
     scale: Scale
     rule: Rule
     validation: Curve
     test: Curve
-    bytes: Doubles
+    time: Doubles
 
     def bias(self, price: int) -> Floats:
         """`predictor_out.bias` at PRICES[price], float32 [n_ff]."""
@@ -88,9 +102,10 @@ def judge(candidate: Candidate, measured: tuple[Scale, Margins, Margins], cost: 
     """Thresholds for every price from the validation margins, and what they achieve there and on the test margins."""
     scale, validation, test = measured
     rule = thresholds(validation, cost)
-    curves = [_curve(m, rule) for m in (validation, test)]
-    nbytes = predicted_bytes(candidate, cost, curves[0].predicted, curves[0].hits)
-    return Judged(candidate, scale, rule, curves[0], curves[1], nbytes)
+    prices = rule.prices()
+    curves = [_curve(m, prices) for m in (validation, test)]
+    time = predicted_bytes(candidate, cost, SCATTERED * curves[0].predicted, SCATTERED * curves[0].hits)
+    return Judged(candidate, scale, rule, curves[0], curves[1], time)
 
 
 def predicted_bytes(candidate: Candidate, cost: Cost, predicted: Shares, hits: Shares) -> Shares:
@@ -104,15 +119,9 @@ def thresholds(m: Margins, cost: Cost) -> Rule:
 
     Energy at a margin is modelled as (the neuron's own size) x (a function of the margin, the same for the layer's neurons): few enough parameters for few tokens.
     """
-    count, hits, energy = (_between(x) for x in (m.predicted, m.hits, m.energy))
-    size, shape = _factors(count, energy)
-    nbytes = cost.gate + cost.rest * _ratio(hits.sum(0), count.sum(0))
-    return Rule(size, np.maximum.accumulate(shape / nbytes) * cost.dense)
-
-
-def _between(above: Floats) -> Floats:
-    """From what is above each edge to what is between it and the next."""
-    return above - np.append(above[:, 1:], np.zeros((len(above), 1), np.float32), axis=1)
+    size, shape = _factors(m.predicted, m.energy)
+    nbytes = cost.gate + cost.rest * _ratio(m.hits.sum(0), m.predicted.sum(0))
+    return Rule(size, np.maximum.accumulate(shape / (SCATTERED * nbytes)) * cost.dense)
 
 
 def _ratio(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> Doubles:
@@ -131,12 +140,14 @@ def _factors(count: Floats, energy: Floats) -> tuple[Doubles, Doubles]:
     return size, shape
 
 
-def _curve(m: Margins, rule: Rule) -> Curve:
-    rows, n = np.arange(len(m.fired)), len(m.fired)
-    edges = [rule.edges(price) for price in range(len(PRICES))]
+def _curve(m: Margins, prices: npt.NDArray[np.int64]) -> Curve:
+    """What is achieved where each neuron is computed from these prices on, [n_ff, len(EDGES)]."""
+    n, size = len(m.fired), len(PRICES) + 1
 
-    def at(above: Floats) -> Doubles:
-        padded = np.append(above, np.zeros((n, 1), np.float32), axis=1)
-        return np.array([padded[rows, e].sum(dtype=np.float64) for e in edges])
+    def so_far(found: Floats) -> Doubles:
+        at_price = np.bincount(prices.ravel(), found.ravel(), size).astype(np.float64)
+        return at_price.cumsum()[:-1]
 
-    return Curve(at(m.predicted) / n, at(m.hits) / n, at(m.energy), float(m.fired.mean()), float(m.total.sum()))
+    return Curve(
+        so_far(m.predicted) / n, so_far(m.hits) / n, so_far(m.energy), float(m.fired.mean()), float(m.total.sum())
+    )

@@ -23,9 +23,10 @@ from rich.table import Table
 from predictors.evaluate import Evaluation, evaluate, total_bytes
 from predictors.fit import DEFAULT_ENERGY, TYPES, Figures, ModelFit, fit_model
 from predictors.kinds import KINDS
-from predictors.rewrite import check_target, rewrite
+from predictors.rewrite import rewrite
 from runtime.commands.options import Parser, count
 from runtime.errors import UserError, run_command
+from runtime.gguf_write import check_target
 
 _START = """\
 Fit other predictors to a converted model, or see what a model's predictors are worth:
@@ -89,7 +90,7 @@ def fit(model: Path, out: Path, force: bool = False, as_json: bool = False, **op
 
     The order of the neurons stays: `python -m convert` is what changes it.
     """
-    check_target(model, out, force)
+    check_target(out, model.stat().st_size, force)
     if out.exists() and out.samefile(model):
         raise UserError(f"`{out}`: is the model itself, expected another file", "write to a new name, then rename it")
     with _Bar() as bar:

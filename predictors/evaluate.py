@@ -100,7 +100,7 @@ def _layers(
         s = file.structure
         everything = (slice(0, 0), slice(0, 0), slice(0, len(windows)))
         with BlockRunner(file, threads, windows.shape[1]) as runner:
-            for layer in calibrate(runner, windows, everything, s.predictor_tap, progress):
+            for layer in calibrate(runner, windows, everything, s.predictor_tap == "residual", progress):
                 yield _layer(file, layer, predictor_bias)
 
 
@@ -108,7 +108,8 @@ def _layer(file: GgufFile, layer: LayerSamples, predictor_bias: float) -> Figure
     """Figures of one layer's stored predictor on the test part."""
     cost, found = cost_of(file, layer.structure, layer.i), stored_predictor(file, layer.i)
     n = cost.n_ff * len(layer.test)
-    prepared = found[0].prepare(layer.test.x) if found else layer.test.x
+    seen = layer.test.x if layer.test.residual is None else layer.test.residual
+    prepared = found[0].prepare(seen) if found else seen
     fired = predicted = hits = 0
     energy = kept = 0.0
     for first, end in layer.chunks(len(layer.test)):

@@ -22,6 +22,7 @@ from predictors.kind import Candidate, FitOptions
 from predictors.kinds import KINDS, METHODS
 from predictors.margins import EDGES, measure
 from predictors.quantized import MATRIX_TYPES, Floats, Tensor, block_size, plain
+from predictors.shelf import shelve
 from runtime.engine import physical_cores
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
@@ -33,7 +34,6 @@ from runtime.traffic import Activity, ffn_bytes_of_block
 DEFAULT_ENERGY = 0.997  # 0.995 costs the bundled model 0.6 % of perplexity: see docs/predictors.md
 TYPES = ("auto", *MATRIX_TYPES)
 _BATCH_BYTES = 1 << 28  # of margins that are held at once
-TAP = "ffn_norm"
 
 Order = npt.NDArray[np.int32]
 
@@ -84,10 +84,37 @@ class ModelFit:
         return {
             "neuron_order": self.neuron_order,
             "predictor": self.kind,
-            "predictor_tap": TAP,
+            "predictor_tap": "ffn_norm",
             "predictor_rank": () if none else tuple(b.rank for b in self.blocks),
             "predictor_error": () if none else tuple(b.error for b in self.blocks),
         }
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What is remembered of a layer until all are calibrated."""
+
+    i: int
+    frequency: Floats
+    options: LayerOptions
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What was fitted to the layers of a model; what is left is to choose. calibration: the keys `calibration.*`."""
+
+    structure: Structure
+    kind: str
+    layers: tuple[_Layer, ...]
+    calibration: dict[str, Any]
+
+    def at(self, energy: float, reorder: bool = True) -> ModelFit:
+        """The predictors that keep a share `energy` of the output energy; reorder: as in `fit_model`."""
+        chosen = allocate([layer.options for layer in self.layers], energy)
+        order = "hot" if reorder else self.structure.neuron_order
+        blocks = tuple(_block(layer, choice, reorder) for layer, choice in zip(self.layers, chosen, strict=True))
+        fit = ModelFit(self.kind, order, blocks, {})
+        return replace(fit, metadata=_metadata(self.structure, fit, energy, self.calibration))
 
 
 def fit_model(
@@ -110,7 +137,26 @@ def fit_model(
     reorder: put neurons hottest first; else they stay as they are. progress: called with (layer, n_layers, share of it that is done).
     Raises UserError for options out of range, and for calibration text that is too short, empty or not UTF-8.
     """
-    _check(kind, energy, predictor_type)
+    if not 0 < energy <= 1:
+        raise UserError(f"energy {energy}, expected more than 0 and at most 1")
+    return fit_candidates(path, kind, calibration, tokens, predictor_type, seed, threads, progress).at(energy, reorder)
+
+
+def fit_candidates(
+    path: Path,
+    kind: str = "lowrank",
+    calibration: Path | None = None,
+    tokens: int | None = None,
+    predictor_type: str = "auto",
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Candidates:
+    """All of `fit_model` but the choice: parameters and errors are the same."""
+    if kind not in KINDS:
+        raise UserError(f"predictor kind `{kind}`, expected one of {', '.join(KINDS)}")
+    if predictor_type not in TYPES:
+        raise UserError(f"predictor type `{predictor_type}`, expected one of {', '.join(TYPES)}")
     corpus = text.read_corpus(calibration)
     with GgufFile(path) as file:
         s = file.structure
@@ -120,39 +166,14 @@ def fit_model(
         cores = threads or physical_cores()
         options = FitOptions(_types(predictor_type, s), seed, cores)
         with BlockRunner(file, cores, windows.shape[1]) as runner:
-            layers = [
-                _fit_layer(layer, file, kind, options)
-                for layer in calibrate(runner, windows, tap=TAP, progress=progress)
-            ]
-        chosen = allocate([layer.options for layer in layers], energy)
-        order = "hot" if reorder else s.neuron_order
-        blocks = tuple(_block(layer, choice, reorder) for layer, choice in zip(layers, chosen, strict=True))
-    fit = ModelFit(kind, order, blocks, {})
+            layers = [_fit_layer(layer, file, kind, options) for layer in calibrate(runner, windows, progress=progress)]
     calibrated = {"corpus": corpus.name, "sha256": corpus.sha256, "tokens": int(windows.size), "seed": seed}
-    return replace(fit, metadata=_metadata(s, fit, energy, calibrated | {"method": METHODS[kind]}))
-
-
-def _check(kind: str, energy: float, predictor_type: str) -> None:
-    if kind not in KINDS:
-        raise UserError(f"predictor kind `{kind}`, expected one of {', '.join(KINDS)}")
-    if predictor_type not in TYPES:
-        raise UserError(f"predictor type `{predictor_type}`, expected one of {', '.join(TYPES)}")
-    if not 0 < energy <= 1:
-        raise UserError(f"energy {energy}, expected more than 0 and at most 1")
+    return Candidates(s, kind, tuple(layers), calibrated | {"method": METHODS[kind]})
 
 
 def _types(predictor_type: str, s: Structure) -> tuple[str, ...]:
     wanted = ("q4_0", "q8_0") if predictor_type == "auto" else (predictor_type,)
     return tuple(t for t in wanted if s.embedding_length % block_size(t) == 0) or ("f16",)
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """What is remembered of a layer until all are calibrated."""
-
-    i: int
-    frequency: Floats
-    options: LayerOptions
 
 
 def _fit_layer(layer: LayerSamples, file: GgufFile, kind: str, options: FitOptions) -> _Layer:
@@ -161,7 +182,7 @@ def _fit_layer(layer: LayerSamples, file: GgufFile, kind: str, options: FitOptio
     for batch in _batches(KINDS[kind](layer, options), cost.n_ff):
         new = [judge(c, m, cost) for c, m in zip(batch, measure(layer, batch), strict=True)]
         known = replace(known, candidates=[*known.candidates, *new]).worth_keeping()
-    return _Layer(layer.i, layer.frequency, known)
+    return _Layer(layer.i, layer.frequency, replace(known, candidates=shelve(known.candidates)))
 
 
 def cost_of(file: GgufFile, s: Structure, i: int) -> Cost:

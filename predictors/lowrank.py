@@ -18,7 +18,7 @@ from predictors.kind import FitOptions
 from predictors.quantized import Floats, Tensor, block_size, matrix
 
 RIDGE = 1e-2  # added to the covariance, times its mean diagonal: directions that the text hardly shows count a little
-_RANKS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+_RANKS = (32, 64, 96, 128, 192, 256, 512, 1024)
 
 Matrix = npt.NDArray[np.float64]
 

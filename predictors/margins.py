@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from predictors.calibrate import Activity, LayerSamples
+from predictors.calibrate import LayerSamples
 from predictors.kind import Candidate
 from predictors.quantized import Floats
 
@@ -51,10 +51,10 @@ class Scale:
 
 @dataclass(frozen=True)
 class Margins:
-    """What happens above each margin of EDGES, per neuron and token: float32 [n_ff, len(EDGES)]; the totals [n_ff] count every margin."""
+    """What happens between each margin of EDGES and the next, per neuron and token: float32 [n_ff, len(EDGES)]; the totals [n_ff] count every margin."""
 
-    predicted: Floats  # share of tokens whose margin is above
-    hits: Floats  # share of tokens at which it is above and the neuron fires
+    predicted: Floats  # share of tokens whose margin is there
+    hits: Floats  # share of tokens at which it is there and the neuron fires
     energy: Floats  # of those, per token
     fired: Floats  # share of tokens, whatever the margin
     total: Floats  # energy per token, whatever the margin
@@ -75,12 +75,14 @@ def measure(layer: LayerSamples, candidates: list[Candidate]) -> list[tuple[Scal
         at = slice(first, end)
         for k, part in enumerate(parts):
             activity = layer.activity(part, first, end)
+            active = np.flatnonzero(activity.fired)
+            energy = activity.energy.ravel()[active]
             goal = activity.gate - np.float32(layer.structure.activation_threshold)
             for c, x, (scale, *margins) in zip(candidates, prepared, found, strict=True):
                 scores = c.scores(x[k], first, end)
                 if k == 0:
                     _fill(scale, at, _scale(goal, scores, c.unit_slope))
-                _fill(margins[k], at, _margins(scores, scale[at], activity))
+                _fill(margins[k], at, _margins(scores, scale[at], active, energy))
     return found
 
 
@@ -93,28 +95,31 @@ def _scale(goal: Floats, scores: Floats, unit_slope: bool) -> Scale:
     """Least squares of pre-activations [n_tokens, n] on scores, per neuron."""
     mean, centre = scores.mean(0), goal.mean(0)
     if unit_slope:
-        slope = np.ones_like(mean)
+        slope, error = np.ones_like(mean), goal - scores
     else:
         centred = scores - mean
         slope = (centred * (goal - centre)).mean(0) / np.maximum((centred**2).mean(0), _TINY)
         # Scores that say nothing of a neuron, or the contrary, are worth nothing: all its margins become the same.
         slope = np.maximum(slope, 1e-6 * goal.std(0) + _TINY).astype(np.float32)
+        error = goal - slope * scores
     intercept = centre - slope * mean
-    spread = np.maximum((goal - slope * scores - intercept).std(0), 1e-6 * np.abs(centre) + _TINY)
-    return Scale(slope, intercept, spread)
+    error -= intercept
+    spread = np.sqrt(np.einsum("ij,ij->j", error, error) / np.float32(len(error)))
+    return Scale(slope, intercept, np.maximum(spread, 1e-6 * np.abs(centre) + _TINY))
 
 
-def _margins(scores: Floats, scale: Scale, activity: Activity) -> Margins:
+def _margins(scores: Floats, scale: Scale, active: npt.NDArray[np.int64], energy: Floats) -> Margins:
+    """Margins of scores [n_tokens, n]. active: where a neuron fires, as positions in the flattened scores; energy: of each of those."""
     n_tokens, n = scores.shape
-    z = (scores * scale.slope + scale.intercept) / scale.spread
-    bins = np.clip((z - EDGES[0]) * (1 / STEP) + 1, 0, _BINS - 1).astype(np.int32)
-    bins += np.arange(n, dtype=np.int32) * _BINS
-    active, size = bins[activity.fired], n * _BINS
+    z = scores * (scale.slope / scale.spread / STEP)
+    z += (scale.intercept / scale.spread - EDGES[0]) / STEP + 1
+    bins = np.clip(z, 0, _BINS - 1, out=z).astype(np.intp)
+    bins += np.arange(n) * _BINS
 
-    def above(at: npt.NDArray[np.int32], weights: Floats | None = None) -> Floats:
-        counts = np.bincount(at.ravel(), weights, size).reshape(n, _BINS) / n_tokens
-        from_there: Floats = counts[:, ::-1].cumsum(1)[:, ::-1].astype(np.float32)
-        return from_there
+    def histogram(at: npt.NDArray[np.intp], weights: Floats | None = None) -> tuple[Floats, Floats]:
+        counts = np.bincount(at, weights, n * _BINS).reshape(n, _BINS) / n_tokens
+        return counts[:, 1:].astype(np.float32), counts.sum(1).astype(np.float32)
 
-    predicted, hits, kept = above(bins), above(active), above(active, activity.energy[activity.fired])
-    return Margins(predicted[:, 1:], hits[:, 1:], kept[:, 1:], hits[:, 0], kept[:, 0])
+    fired = bins.ravel()[active]
+    (predicted, _), (hits, share), (kept, total) = histogram(bins.ravel()), histogram(fired), histogram(fired, energy)
+    return Margins(predicted, hits, kept, share, total)

@@ -93,6 +93,6 @@ def made_up_layer(gate: Array, gate_bias: Array, n_tokens: int, rng: np.random.G
 
     def part() -> Part:
         x = rng.normal(size=(n_tokens, n_embd)).astype(np.float32)
-        return Part(x, x, np.full(n_tokens, 1 / (n_embd * n_embd * n_ff), np.float32))
+        return Part(x, np.full(n_tokens, 1 / (n_embd * n_embd * n_ff), np.float32))
 
     return LayerSamples(runner, 0, (part(), part(), part()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 import runtime
-from bench import batches, kernels, stock
+from bench import batches, kernels, predictors, stock
 from bench.case import Case
 from bench.contenders import LlamaCpp
 from bench.firing import plan_firing
@@ -199,3 +200,19 @@ def test_batches_find_where_whole_matrices_pay() -> None:
     assert all(ms > 0 for ms in found.values())
     even = {"plain": 1.0, "repacked": 0.5, "exact": 2.0, "active": 1.0}
     assert batches.limits([even], n_matrices=3) == [0.25]
+
+
+def test_predictors_are_compared(models: dict[str, Path], tmp_path: Path) -> None:
+    model = tmp_path / "m.gguf"
+    shutil.copy(models["gated"], model)
+    rows = list(
+        predictors.measure(model, ROOT / "examples/heldout.txt", ["lowrank", "signbit"], ["auto"], [0.9, 1.0], 1024)
+    )
+    assert [(row["kind"], row["energy"]) for row in rows] == [
+        (k, e) for k in ("lowrank", "signbit") for e in (0.9, 1.0)
+    ]
+    for row in rows[1::2]:
+        assert set(row["ranks"]) == {0}
+        assert (row["recall"], row["bytes"]) == (1.0, row["bytes_exact"])
+    assert any(rows[0]["ranks"]) and rows[0]["recall"] < 1 and rows[0]["bytes"] < rows[0]["bytes_exact"]
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]

@@ -25,6 +25,7 @@ from predictors.evaluate import Evaluation, evaluate
 from predictors.rewrite import rewrite
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
+from runtime.gguf_write import copied, copied_keys, write_gguf
 from runtime.layers import BlockRunner
 from runtime.tokenizer import Tokenizer
 
@@ -237,6 +238,22 @@ def test_evaluation_agrees_with_the_runtime(tiny_gguf: Path, tmp_path: Path, kin
     assert all(f.recall > 0.5 and f.energy_kept > 0.9 for f in found.layers)
 
 
+def test_evaluation_of_a_predictor_that_looks_at_the_residual(fitted_gguf: Path, tmp_path: Path) -> None:
+    """As imported ones do; fits never make one, so this one's candidates are wrong, but the same for both."""
+    out = tmp_path / "o.gguf"
+    with GgufFile(fitted_gguf) as file:
+        keys = copied_keys(fitted_gguf) | {"lazyneuron.predictor.tap": "residual"}
+        write_gguf(out, keys, [copied(file, name) for name in file.tensors])
+        usual = file.metadata["lazyneuron.predictor.predicted_share"][0]
+    first = evaluate(out, HELDOUT, tokens=FEW).layers[0]
+    with Tokenizer(out) as tokenizer, runtime.load(out, ffn="predicted") as model:
+        corpus = text.read_corpus(HELDOUT)
+        for window in text.cut(*text.encode(corpus, tokenizer), 512)[: FEW // 512]:
+            model.logits(window.tolist())
+        assert model.gate_shares()[0] == pytest.approx(first.predicted_share, rel=0.01)
+    assert abs(first.predicted_share - usual) > 0.05
+
+
 def modes(found: Evaluation) -> dict[str, object]:
     return {m.mode: m for m in found.modes}
 
@@ -253,7 +270,7 @@ def test_evaluation_of_a_sparse_layout(
 @pytest.mark.parametrize("type_name", ["f16", "q4_0"])
 def test_the_bundled_model_stays_good(converted: Converted, tmp_path: Path, type_name: str) -> None:
     """On text that no fit saw: within 0.5 % of dense for less than 24 % of the bytes, within 2.5 % for less than 17 %."""
-    for energy, worse, read in (("0.997", 0.005, 0.24), ("0.985", 0.025, 0.17)):
+    for energy, worse, read in (("0.997", 0.005, 0.24), ("0.982", 0.025, 0.17)):
         out = tmp_path / "o.gguf"
         assert main(["fit", str(converted("bundled", type_name)), str(out), "--force", "--energy", energy]) == 0
         found = evaluate(out, HELDOUT, tokens=8192)

@@ -1,6 +1,6 @@
 """Writes a GGUF file whole or not at all: to a temporary name beside the target, then renamed.
 
-The layout of the file is the `gguf` package's work. Knows neither checkpoints nor what the tensors mean.
+The layout of the file is the `gguf` package's work. Knows neither models nor what the tensors mean.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
 from runtime.errors import UserError
+from runtime.gguf_file import GgufFile
 from runtime.structure import ARCHITECTURE
 
 ALIGNMENT = 64  # of every tensor in the file: a cache line, and AVX-512's load
+_PIECE = 1 << 24  # bytes copied at a time
+_WRITER_ADDS = ("general.architecture", "general.alignment")
+_TYPES = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,43 @@ class Stream:
             raise AssertionError(f"{self.name}: {written} bytes written, {self.nbytes} announced")
 
 
+@dataclass(frozen=True)
+class Key:
+    """A key's value in the types it is stored in; strings as bytes, which need not be UTF-8. items: type of an array's elements."""
+
+    value: Any
+    type: GGUFValueType
+    items: GGUFValueType | None = None
+
+
+def copied(file: GgufFile, name: str, new_name: str | None = None) -> Stream:
+    """A tensor of another file, byte for byte."""
+    info = file.tensors[name]
+
+    def pieces() -> Iterator[npt.NDArray[np.uint8]]:
+        with file.path.open("rb") as stored:
+            stored.seek(info.offset)
+            for at in range(0, info.nbytes, _PIECE):
+                yield np.frombuffer(stored.read(min(_PIECE, info.nbytes - at)), np.uint8)
+
+    return Stream(new_name or name, info.ne, info.type_id, info.nbytes, pieces())
+
+
+def copied_keys(path: Path) -> dict[str, Key]:
+    """All keys of a file but empty arrays, which the `gguf` package cannot write, and what it adds by itself."""
+    fields = {key: f for key, f in GGUFReader(path).fields.items() if key not in _WRITER_ADDS and len(f.data)}
+    return {key: _key(field) for key, field in fields.items() if not key.startswith("GGUF.")}
+
+
+def _key(field: Any) -> Key:
+    kind, items = field.types[0], field.types[-1]
+    array = kind == GGUFValueType.ARRAY
+    if items == GGUFValueType.STRING:
+        texts = [field.parts[i].tobytes() for i in field.data]
+        return Key(texts if array else texts[0], kind, items if array else None)
+    return Key(field.contents(), kind, items if array else None)
+
+
 def check_target(out: Path, nbytes: int, force: bool) -> None:
     """Raise UserError unless a file of `nbytes` can be put at `out`."""
     if out.is_dir():
@@ -55,16 +96,19 @@ def check_target(out: Path, nbytes: int, force: bool) -> None:
     if nbytes > free:
         raise UserError(
             f"`{out.parent}`: {free / 1e9:.2f} GB free, expected at least the {nbytes / 1e9:.2f} GB of the file",
-            "free some space, write to another disk, or choose a smaller --type",
+            "free some space, or write to another disk",
         )
 
 
-def write_gguf(out: Path, metadata: Mapping[str, Any], tensors: Sequence[Stream]) -> int:
+def write_gguf(
+    out: Path, metadata: Mapping[str, Any], tensors: Sequence[Stream], architecture: str = ARCHITECTURE
+) -> int:
     """Write the file `out`, replacing one that exists, and return its size in bytes.
 
-    After any exception, an interrupt included, `out` is as it was before and nothing else is left behind.
+    metadata: plain values (whole numbers as UINT32, in lists as INT32; empty lists are left out), or `Key`s as they are.
+    After any exception, an interrupt included, `out` is as it was before and nothing else is left behind; an OSError names the file.
     """
-    with _replacing(out) as partial, _writer(partial, out) as writer:
+    with _replacing(out) as partial, _writer(partial, out, architecture) as writer:
         for key, value in metadata.items():
             _add_value(writer, key, value)
         for tensor in tensors:
@@ -91,8 +135,8 @@ def _replacing(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _writer(partial: Path, out: Path) -> Iterator[Any]:
-    writer = GGUFWriter(None, ARCHITECTURE)
+def _writer(partial: Path, out: Path, architecture: str) -> Iterator[Any]:
+    writer = GGUFWriter(None, architecture)
     writer.add_custom_alignment(ALIGNMENT)
     try:
         yield writer
@@ -120,7 +164,11 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _add_value(writer: Any, key: str, value: Any) -> None:
-    if key == "general.architecture":
-        return  # the writer adds it by itself
-    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-    add.get(type(value), writer.add_array)(key, value)
+    if key in _WRITER_ADDS:
+        return
+    if isinstance(value, Key):
+        writer.add_key_value(key, value.value, value.type, value.items)
+    elif isinstance(value, list):
+        writer.add_array(key, value)
+    else:
+        writer.add_key_value(key, value, _TYPES[type(value)])
