@@ -23,8 +23,8 @@ from bench.contenders import LLAMA_CPP
 from bench.make_model import add_recipe, cached, recipe_of
 from bench.race import planned, race
 from bench.tables import console, table
-from runtime.engine import physical_cores
 from runtime.errors import UserError, run_command
+from runtime.threads import physical_cores
 
 _KINDS = (LLAMA_CPP, "dense", "exact", "predicted")
 

@@ -24,9 +24,10 @@ from bench.shapes import SHAPES, shape
 from bench.tables import console, table
 from convert.quantize import NUMBERS, fitting
 from runtime import ggml
-from runtime.engine import on_worker, physical_cores
+from runtime.engine import on_worker
 from runtime.errors import UserError, run_command
 from runtime.logs import captured_log
+from runtime.threads import physical_cores
 
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:

@@ -30,9 +30,9 @@ from bench.synthetic import Synthetic
 from bench.tables import console, table
 from convert.metadata import general_metadata
 from convert.quantize import TYPES, check_type
-from runtime.engine import physical_cores
 from runtime.errors import UserError, run_command
 from runtime.gguf_write import write_gguf
+from runtime.threads import physical_cores
 
 REVISION = 1  # of what is planted; part of the cached files' names
 ACTIVE_KEY = "lazyneuron.synthetic.active"  # the wanted share; a file that has it is synthetic

@@ -21,11 +21,12 @@ from predictors.choose import Cost, predicted_bytes
 from predictors.fit import Figures, cost_of
 from predictors.stored import stored_predictor
 from runtime.commands.perplexity import token_losses
-from runtime.engine import BATCH, physical_cores
+from runtime.engine import BATCH
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.layers import BlockRunner
 from runtime.model import Model, load
+from runtime.threads import physical_cores
 from runtime.tokenizer import Tokenizer
 from runtime.traffic import Activity, ffn_bytes_of_block
 

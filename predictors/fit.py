@@ -23,11 +23,11 @@ from predictors.kinds import KINDS, METHODS
 from predictors.margins import EDGES, measure
 from predictors.quantized import MATRIX_TYPES, Floats, Tensor, block_size, plain
 from predictors.shelf import shelve
-from runtime.engine import physical_cores
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.layers import BlockRunner
 from runtime.structure import ARCHITECTURE, Structure
+from runtime.threads import physical_cores
 from runtime.tokenizer import Tokenizer
 from runtime.traffic import Activity, ffn_bytes_of_block
 

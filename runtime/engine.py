@@ -6,13 +6,11 @@ Knows ids and logits; knows nothing of text.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -25,6 +23,7 @@ from runtime.graph import FFN_MATRICES, Graph, GraphSpec
 from runtime.prompts import dense_from, expected
 from runtime.repack import Repacked, gains, repack
 from runtime.structure import required_tensors
+from runtime.threads import Threads
 from runtime.weights import KvCache, Weights
 
 T = TypeVar("T")
@@ -51,19 +50,6 @@ def on_worker(call: Callable[[], T]) -> T:
     return _worker.submit(call).result()
 
 
-def physical_cores() -> int:
-    """Cores this process may use, counting hyper-threads of one core once; at least 1."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    return max(1, len({_siblings(cpu) for cpu in allowed}))
-
-
-def _siblings(cpu: int) -> str:
-    try:
-        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
-    except OSError:
-        return str(cpu)
-
-
 @dataclass
 class Counts:
     """FFN activity of one layer since it was last reset: neurons fired, gate rows read, and tokens."""
@@ -78,6 +64,7 @@ class Options:
     """How to run a model. ffn: one of FFN_MODES. n_ctx: positions. n_batch: tokens of a prompt computed at once.
 
     predictor_bias: added to the predictors' scores, in units of their typical error; infinity makes every neuron a candidate.
+    cpus, priority: as in runtime.threads.Threads.
     """
 
     ffn: str
@@ -87,6 +74,8 @@ class Options:
     flash_attention: bool = True
     n_batch: int = BATCH
     predictor_bias: float = 0.0
+    cpus: tuple[int, ...] = ()
+    priority: str = "normal"
 
 
 class Engine:
@@ -122,11 +111,14 @@ class Engine:
             native_ffn.library()
         self._backend = ggml.ggml_backend_cpu_init()
         ggml.ggml_backend_cpu_set_n_threads(self._backend, self.options.threads)
+        self._closing: list[Callable[[], None]] = []
+        pool = Threads(self.options.threads, self.options.cpus, self.options.priority).pool()
+        if pool:
+            ggml.ggml_backend_cpu_set_threadpool(self._backend, pool)
+            self._closing.append(lambda: ggml.ggml_threadpool_free(pool))
+        self._closing.append(lambda: ggml.ggml_backend_free(self._backend))
         self.weights = Weights(file, required_tensors(s))
-        self._closing: list[Callable[[], None]] = [
-            lambda: ggml.ggml_backend_free(self._backend),
-            self.weights.close,
-        ]
+        self._closing.append(self.weights.close)
         try:
             self._allocate()
         except UserError:

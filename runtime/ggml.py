@@ -13,6 +13,7 @@ GGML_MAX_SRC = 10
 GGML_MAX_OP_PARAMS = 64
 GGML_MAX_NAME = 64
 GGML_DEFAULT_GRAPH_SIZE = 2048
+GGML_MAX_N_THREADS = 512
 
 # enum ggml_type
 TYPES = {
@@ -74,6 +75,10 @@ LogCallback = Annotated[object, C(LOG_CALLBACK, "ggml_log_callback")]
 
 class ContextP(Handle):
     spelling = "struct ggml_context *"
+
+
+class ThreadpoolP(Handle):
+    spelling = "struct ggml_threadpool *"
 
 
 class GraphP(Handle):
@@ -163,8 +168,29 @@ class ggml_type_traits_cpu(ctypes.Structure):
     ]
 
 
-STRUCTS = (ggml_tensor, ggml_init_params, gguf_init_params, ggml_type_traits, ggml_type_traits_cpu)
+class ggml_threadpool_params(ctypes.Structure):
+    _fields_ = [
+        ("cpumask", ctypes.c_bool * GGML_MAX_N_THREADS),
+        ("n_threads", ctypes.c_int),
+        ("prio", ctypes.c_int),
+        ("poll", ctypes.c_uint32),
+        ("strict_cpu", ctypes.c_bool),
+        ("paused", ctypes.c_bool),
+    ]
 
+
+STRUCTS = (
+    ggml_tensor,
+    ggml_init_params,
+    gguf_init_params,
+    ggml_type_traits,
+    ggml_type_traits_cpu,
+    ggml_threadpool_params,
+)
+
+ThreadpoolParamsP = Annotated[
+    ggml_threadpool_params, C(ctypes.POINTER(ggml_threadpool_params), "struct ggml_threadpool_params *")
+]
 TypeTraitsP = Annotated[
     "ctypes._Pointer[ggml_type_traits]", C(ctypes.POINTER(ggml_type_traits), "const struct ggml_type_traits *")
 ]
@@ -388,6 +414,14 @@ def ggml_gallocr_get_buffer_size(galloc: GallocrP, buffer_id: Int) -> SizeT: ...
 def ggml_backend_cpu_init() -> BackendP: ...
 @stub(GGML_CPU)
 def ggml_backend_cpu_set_n_threads(backend_cpu: BackendP, n_threads: Int) -> None: ...
+@stub(GGML_CPU)
+def ggml_backend_cpu_set_threadpool(backend_cpu: BackendP, threadpool: ThreadpoolP) -> None: ...
+@stub(GGML_BASE)
+def ggml_threadpool_params_default(n_threads: Int) -> ggml_threadpool_params: ...
+@stub(GGML_CPU)
+def ggml_threadpool_new(params: ThreadpoolParamsP) -> ThreadpoolP: ...
+@stub(GGML_CPU)
+def ggml_threadpool_free(threadpool: ThreadpoolP) -> None: ...
 @stub(GGML_BASE)
 def ggml_backend_free(backend: BackendP) -> None: ...
 @stub(GGML_BASE)

@@ -14,11 +14,12 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from runtime.engine import BATCH, FFN_MODES, KV_TYPES, Engine, Options, physical_cores
+from runtime.engine import BATCH, FFN_MODES, KV_TYPES, Engine, Options
 from runtime.errors import UserError
 from runtime.generate import Generation
 from runtime.gguf_file import GgufFile
 from runtime.sampling import Sampling
+from runtime.threads import Threads
 from runtime.tokenizer import Tokenizer
 
 DEFAULT_N_CTX = 8192  # at most, where the user names none: keys and values are allocated when the model is loaded
@@ -33,6 +34,8 @@ def load(
     flash_attention: bool = True,
     n_batch: int = BATCH,
     predictor_bias: float = 0.0,
+    cpus: Sequence[int] = (),
+    priority: str = "normal",
 ) -> Model:
     """Open a converted model.
 
@@ -40,27 +43,35 @@ def load(
     threads: default, one per physical core. n_ctx: context in tokens; default, the model's own limit, at most 8192.
     kv_type: "f16" or "f32". n_batch: tokens of a prompt computed at once. flash_attention: False builds attention from plain products.
     predictor_bias: more recall (positive) or more speed (negative), in units of the predictors' typical error.
+    cpus: processors to compute on (default: all that the process may use); priority: "low", "normal", "medium", "high" or "realtime".
     Raises UserError for a file that is not ours, damaged or incomplete, and for options out of range.
     """
-    _check_options(ffn, threads, kv_type, n_batch, predictor_bias)
+    _check_options(ffn, kv_type, n_batch, predictor_bias)
+    team = Threads.of(threads, tuple(cpus), priority)
     file = GgufFile(path)
     try:
-        mode = ffn or ("predicted" if any(file.structure.predictor_rank) else "exact")
-        cores = threads or physical_cores()
-        options = Options(mode, cores, _context(file, n_ctx), kv_type, flash_attention, n_batch, predictor_bias)
+        options = Options(
+            ffn=ffn or ("predicted" if any(file.structure.predictor_rank) else "exact"),
+            threads=team.n,
+            n_ctx=_context(file, n_ctx),
+            kv_type=kv_type,
+            flash_attention=flash_attention,
+            n_batch=n_batch,
+            predictor_bias=predictor_bias,
+            cpus=team.cpus,
+            priority=team.priority,
+        )
         return Model(file, Engine(file, options))
     except BaseException:
         file.close()
         raise
 
 
-def _check_options(ffn: str | None, threads: int | None, kv_type: str, n_batch: int, predictor_bias: float) -> None:
+def _check_options(ffn: str | None, kv_type: str, n_batch: int, predictor_bias: float) -> None:
     if ffn is not None and ffn not in FFN_MODES:
         raise UserError(f"ffn mode `{ffn}`, expected one of {', '.join(FFN_MODES)}")
     if kv_type not in KV_TYPES:
         raise UserError(f"kv_type `{kv_type}`, expected one of {', '.join(KV_TYPES)}")
-    if threads is not None and not 1 <= threads <= 512:
-        raise UserError(f"{threads} threads, expected 1 to 512")
     if n_batch < 1:
         raise UserError(f"n_batch {n_batch}, expected at least 1")
     if math.isnan(predictor_bias):

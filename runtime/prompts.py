@@ -16,8 +16,8 @@ from runtime.structure import Structure
 from runtime.traffic import Activity
 
 # Share of an FFN's rows from which on whole matrices are faster, by format: time per token and row of ggml's product over that of the row kernels, many tokens at once.
-# Measured on two Zen 4 cores (docs/log.md, 2026-11-23). In formats that have row kernels of ggml's only, the whole is faster from a few percent on.
-_LIMITS = {"q4_0": 0.36, "q8_0": 0.53, "f16": 0.41, "bf16": 0.33, "f32": 0.41}
+# Measured on two Zen 4 cores by `python -m bench.batches` (docs/performance.md). In formats that have row kernels of ggml's only, the whole is faster from a few percent on.
+_LIMITS = {"q4_0": 0.61, "q8_0": 0.52, "f16": 0.41, "bf16": 0.31, "f32": 0.39, "q4_k": 0.26, "q6_k": 0.31}
 _OTHER_LIMIT = 0.05
 _FILL = 12  # tokens whose products take as long as repacking the matrices that they need
 _FEWEST = 16  # tokens; with fewer, ggml's products take longer per token than the limits say

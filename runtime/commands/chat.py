@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from runtime.commands.conversation import Conversation
-from runtime.commands.options import add_json, add_loading, add_model, add_sampling, decoded, note, print_json
+from runtime.commands.options import Loading, add_json, add_loading, add_model, add_sampling, decoded, note, print_json
 from runtime.commands.session import Session, attempt
-from runtime.model import Model, load
+from runtime.model import Model
 from runtime.sampling import Sampling
 
 HELP = "talk to a model"
@@ -31,15 +31,11 @@ def chat(
     system: str = "",
     max_tokens: int | None = None,
     sampling: Sampling | None = None,
-    ffn: str | None = None,
-    threads: int | None = None,
-    n_ctx: int | None = None,
-    kv_type: str = "f16",
-    predictor_bias: float = 0.0,
+    loading: Loading | None = None,
     as_json: bool = False,
 ) -> None:
     """Talk to a model; with no terminal, each line of stdin is a prompt and stdout gets the replies."""
-    with load(model, ffn, threads, n_ctx, kv_type, predictor_bias=predictor_bias) as loaded:
+    with (loading or Loading()).open(model) as loaded:
         session = _session(loaded, system, max_tokens, sampling or Sampling())
         worked = _converse(session)
         if as_json:

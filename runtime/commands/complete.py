@@ -9,6 +9,7 @@ from typing import Any
 
 from runtime.commands.footer import print_footer
 from runtime.commands.options import (
+    Loading,
     add_json,
     add_loading,
     add_model,
@@ -21,7 +22,7 @@ from runtime.commands.options import (
 )
 from runtime.errors import UserError
 from runtime.generate import Generation
-from runtime.model import Model, load
+from runtime.model import Model
 from runtime.sampling import Sampling
 
 HELP = "continue a prompt"
@@ -45,17 +46,13 @@ def complete(
     prompt_file: Path | None = None,
     max_tokens: int | None = None,
     sampling: Sampling | None = None,
-    ffn: str | None = None,
-    threads: int | None = None,
-    n_ctx: int | None = None,
-    kv_type: str = "f16",
-    predictor_bias: float = 0.0,
+    loading: Loading | None = None,
     as_json: bool = False,
 ) -> None:
     """Print the continuation of a prompt (`prompt`, else `prompt_file`, else stdin), or one JSON object about it."""
     text = _prompt(prompt, prompt_file)
     sampling = (sampling or Sampling()).seeded()
-    with load(model, ffn, threads, n_ctx, kv_type, predictor_bias=predictor_bias) as loaded:
+    with (loading or Loading()).open(model) as loaded:
         with loaded.generate(text, max_tokens or DEFAULT_MAX_TOKENS, sampling) as generation:
             _show(generation, as_json)
         if as_json:

@@ -9,13 +9,15 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from runtime.engine import FFN_MODES, KV_TYPES
 from runtime.errors import UserError
+from runtime.model import Model, load
 from runtime.sampling import Sampling
+from runtime.threads import PRIORITIES, parse_cpus
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,6 +26,23 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Report a wrong command line."""
         raise UserError(message, f"{self.prog} --help lists the options")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is run: the parameters of `runtime.load` that commands offer, by name."""
+
+    ffn: str | None = None
+    threads: int | None = None
+    n_ctx: int | None = None
+    kv_type: str = "f16"
+    predictor_bias: float = 0.0
+    cpus: tuple[int, ...] = ()
+    priority: str = "normal"
+
+    def open(self, path: Path) -> Model:
+        """The model `path`, run so. Raises UserError as `runtime.load` does."""
+        return load(path, **vars(self))
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +58,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
-    """How the model is run: the parameters of `runtime.load`."""
+    """How the model is run: the fields of `Loading`."""
     group = parser.add_argument_group("running the model")
     group.add_argument(
         "--ffn",
@@ -54,6 +73,15 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         help="compute more neurons (above 0; inf: all that fire) or fewer, in units of the predictor's typical error (0)",
     )
     group.add_argument("--threads", "-t", type=int, metavar="N", help="default: one per physical core")
+    group.add_argument(
+        "--cpus", type=cpus, default=(), metavar="LIST", help="processors to compute on, e.g. 0-3,6 (all)"
+    )
+    group.add_argument(
+        "--priority",
+        choices=PRIORITIES,
+        default="normal",
+        help="of the computing threads (normal; above it needs rights)",
+    )
     group.add_argument("--n-ctx", "-c", type=int, metavar="N", help="context in tokens (default: the model's, <= 8192)")
     group.add_argument("--kv-type", choices=KV_TYPES, default="f16", help="numbers of the KV cache (f16)")
 
@@ -78,12 +106,22 @@ def add_sampling(parser: argparse.ArgumentParser, max_tokens: str) -> None:
 
 
 def arguments_of(options: dict[str, Any]) -> dict[str, Any]:
-    """The parsed options as keyword arguments of a command: the fields of `Sampling` become one `sampling`."""
-    names = {field.name for field in fields(Sampling)}
-    if not names <= options.keys():
-        return options
-    sampling = Sampling(**{name: options[name] for name in names})
-    return {name: value for name, value in options.items() if name not in names} | {"sampling": sampling}
+    """The parsed options as keyword arguments of a command: those of a group become one `sampling` or `loading`."""
+    groups: dict[str, type[Sampling] | type[Loading]] = {"sampling": Sampling, "loading": Loading}
+    for name, group in groups.items():
+        names = {field.name for field in fields(group)}
+        if names <= options.keys():
+            value = group(**{key: options[key] for key in names})
+            options = {key: v for key, v in options.items() if key not in names} | {name: value}
+    return options
+
+
+def cpus(text: str) -> tuple[int, ...]:
+    """A list of processors, as an argparse type."""
+    try:
+        return parse_cpus(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected processors such as 0-3,6") from None
 
 
 def count(text: str) -> int:

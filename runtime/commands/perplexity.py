@@ -19,9 +19,9 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from runtime.commands.options import add_json, add_loading, add_model, count, print_json, read_text
+from runtime.commands.options import Loading, add_json, add_loading, add_model, count, print_json, read_text
 from runtime.errors import UserError
-from runtime.model import Model, load
+from runtime.model import Model
 
 HELP = "measure how well a model predicts a text"
 DEFAULT_WINDOW = 1024
@@ -47,16 +47,12 @@ def perplexity(
     window: int | None = None,
     stride: int | None = None,
     tokens: int | None = None,
-    ffn: str | None = None,
-    threads: int | None = None,
-    n_ctx: int | None = None,
-    kv_type: str = "f16",
-    predictor_bias: float = 0.0,
+    loading: Loading | None = None,
     as_json: bool = False,
 ) -> None:
     """Print the perplexity of a text, with the window and stride it was measured with."""
     text = read_text(file)
-    with load(model, ffn, threads, n_ctx, kv_type, predictor_bias=predictor_bias) as loaded:
+    with (loading or Loading()).open(model) as loaded:
         plan = _plan(loaded, file, loaded.tokenize(text, add_special=False)[:tokens], window, stride)
         started = time.perf_counter()
         losses = np.concatenate(list(_measured(loaded, plan)))

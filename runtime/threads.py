@@ -1,0 +1,118 @@
+"""Which processors the computing threads run on, and how the system ranks them.
+
+ggml is an OpenMP build: a thread pool has no threads of its own here, its parameters are applied to the team that computes a graph.
+Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime import ggml
+from runtime.errors import UserError
+
+MAX_THREADS = 512
+PRIORITIES = {"low": -1, "normal": 0, "medium": 1, "high": 2, "realtime": 3}  # enum ggml_sched_priority
+_FIFO = {"medium": 40, "high": 80, "realtime": 90}  # what ggml asks of the system for them
+
+
+@dataclass(frozen=True)
+class Threads:
+    """Threads of one model. cpus: the processors they may use, empty for all of the process's; priority: a key of PRIORITIES.
+
+    What is asked for here stays with the process's computing threads until another model asks otherwise.
+    """
+
+    n: int
+    cpus: tuple[int, ...] = ()
+    priority: str = "normal"
+
+    @classmethod
+    def of(cls, n: int | None, cpus: tuple[int, ...], priority: str) -> Threads:
+        """Checked; n: None for one thread per physical core, of `cpus` where some are named. Raises UserError for what this machine does not have or allow."""
+        if n is not None and not 1 <= n <= MAX_THREADS:
+            raise UserError(f"{n} threads, expected 1 to {MAX_THREADS}")
+        if priority not in PRIORITIES:
+            raise UserError(f"priority `{priority}`, expected one of {', '.join(PRIORITIES)}")
+        missing = set(cpus) - _usable()
+        if missing:
+            raise UserError(f"processor {min(missing)}: this process may use {_listed(_usable())}")
+        _check_allowed(priority)
+        return cls(n or physical_cores(cpus), tuple(sorted(set(cpus))), priority)
+
+    def pool(self) -> ggml.ThreadpoolP | None:
+        """A pool to be set on a CPU backend and freed by the caller; None where nothing was asked for. Call it on the thread that computes."""
+        if not self.cpus and self.priority == "normal":
+            return None
+        if self.n == 1:
+            self._apply()
+        params = ggml.ggml_threadpool_params_default(self.n)
+        for cpu in self.cpus:
+            params.cpumask[cpu] = True
+        params.prio = PRIORITIES[self.priority]
+        return ggml.ggml_threadpool_new(params)
+
+    def _apply(self) -> None:
+        # ggml does this for teams of two threads and more only.
+        if self.cpus and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, self.cpus)
+        if self.priority == "low" and hasattr(os, "SCHED_BATCH"):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        elif self.priority in _FIFO and hasattr(os, "SCHED_FIFO"):
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(_FIFO[self.priority]))
+
+
+def physical_cores(among: tuple[int, ...] = ()) -> int:
+    """Cores that this process may use (of the processors `among`, if any), counting hyper-threads of one core once; at least 1."""
+    return max(1, len({_siblings(cpu) for cpu in among or _usable()}))
+
+
+def parse_cpus(text: str) -> tuple[int, ...]:
+    """Processors from a list like `0-3,6`. Raises ValueError for anything else."""
+    cpus: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        cpus |= set(range(int(first), int(last if dash else first) + 1))
+    if not cpus or min(cpus) < 0 or max(cpus) >= MAX_THREADS:
+        raise ValueError(text)
+    return tuple(sorted(cpus))
+
+
+def _usable() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def _siblings(cpu: int) -> str:
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return str(cpu)
+
+
+def _listed(cpus: set[int]) -> str:
+    return ", ".join(str(cpu) for cpu in sorted(cpus))
+
+
+def _check_allowed(priority: str) -> None:
+    """ggml only warns where the system refuses a priority: try it on a thread that ends at once."""
+    if priority not in _FIFO or sys.platform != "linux":
+        return
+    refused: list[OSError] = []
+
+    def attempt() -> None:
+        try:
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(_FIFO[priority]))
+        except OSError as error:
+            refused.append(error)
+
+    thread = threading.Thread(target=attempt)
+    thread.start()
+    thread.join()
+    if refused:
+        raise UserError(
+            f"priority `{priority}`: {refused[0].strerror}", "it needs CAP_SYS_NICE; `low` and `normal` do not"
+        )
