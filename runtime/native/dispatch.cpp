@@ -1,13 +1,11 @@
 // Chooses among the variants of the row kernels by what the CPU can do.
+#include "kernels.h"
 #include "lazyneuron.h"
-#include "tables.h"
 
 #if defined(LZN_ARM64) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
-
-using lzn::LZN_NEON;
 
 bool lzn_has_variant(int32_t variant) {
     switch (variant) {
@@ -30,7 +28,7 @@ bool lzn_has_variant(int32_t variant) {
 
 int32_t lzn_best_variant(void) {
     int32_t best = LZN_PORTABLE;
-    for (int32_t variant = LZN_PORTABLE; variant <= lzn::LAST_VARIANT; variant++) {
+    for (int32_t variant = LZN_PORTABLE; variant <= LZN_NEON; variant++) {
         best = lzn_has_variant(variant) ? variant : best;
     }
     return best;

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "ggml.h"
-#include "tables.h"
+#include "kernels.h"
 
 namespace {
 

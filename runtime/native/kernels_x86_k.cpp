@@ -5,7 +5,7 @@
 #else
 #include "k_quants_avx2.h"
 #endif
-#include "tables.h"
+#include "kernels.h"
 
 namespace {
 

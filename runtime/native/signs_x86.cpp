@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "tables.h"
+#include "kernels.h"
 
 namespace {
 

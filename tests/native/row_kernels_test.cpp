@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "lazyneuron.h"
-#include "tables.h"
+#include "kernels.h"
 
 namespace {
 
@@ -360,7 +360,7 @@ int main(int argc, char ** argv) {
     std::setvbuf(stdout, nullptr, _IOLBF, 0);
     signal(SIGSEGV, name_the_culprit);
     signal(SIGBUS, name_the_culprit);
-    for (int32_t variant = LZN_PORTABLE + 1; variant <= lzn::LAST_VARIANT; variant++) {
+    for (int32_t variant = LZN_PORTABLE + 1; variant <= LZN_NEON; variant++) {
         const std::string name = VARIANTS[variant];
         if (!lzn_has_variant(variant)) {
             if (std::find(argv + 1, argv + argc, name) != argv + argc) {
