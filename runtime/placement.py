@@ -105,7 +105,7 @@ class Placement:
         return max(self.parts, key=self.parts.__getitem__)
 
 
-PARTS = ("attention on the device", "attention on the CPU", "hot neurons", "cold neurons", "head", "sync")
+PARTS = ("attention (device)", "attention (CPU)", "hot neurons", "cold neurons", "head", "sync")
 
 
 def evaluate(
@@ -159,7 +159,7 @@ def _block_cost(
     k = int(ends[-1])
     cold = b.cold[b.cuts.index(k)] / machine.cpu_bandwidth
     if not resident:
-        return {"attention on the CPU": (b.read + b.predictor) / machine.cpu_bandwidth, "cold neurons": cold}, "CPU"
+        return {"attention (CPU)": (b.read + b.predictor) / machine.cpu_bandwidth, "cold neurons": cold}, "CPU"
     predictor = b.predictor if k < b.neurons else 0
     used[0] += b.stored + predictor
     sizes = np.diff([b.hot[b.cuts.index(end)] for end in (0, *ends.tolist())])
@@ -169,7 +169,7 @@ def _block_cost(
         hot = max(hot, size / machine.devices[d].bandwidth)
     crossings = (k < b.neurons) + sum(n > 0 for n in pieces[1:])
     cost = {
-        "attention on the device": (b.read + predictor) / machine.devices[0].bandwidth,
+        "attention (device)": (b.read + predictor) / machine.devices[0].bandwidth,
         "hot neurons" if hot >= cold else "cold neurons": max(hot, cold),
         "sync": machine.sync * crossings,
     }
