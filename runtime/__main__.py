@@ -6,7 +6,7 @@ import io
 import sys
 from collections.abc import Sequence
 
-from runtime.commands import chat, complete, inspect, perplexity, sparsity
+from runtime.commands import chat, complete, inspect, perplexity, plan, sparsity
 from runtime.commands.options import Parser, arguments_of
 from runtime.errors import run_command
 
@@ -15,6 +15,7 @@ COMMANDS = (
     (complete, complete.complete),
     (inspect, inspect.inspect),
     (perplexity, perplexity.perplexity),
+    (plan, plan.plan),
     (sparsity, sparsity.sparsity),
 )
 

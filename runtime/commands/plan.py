@@ -1,0 +1,200 @@
+"""`python -m runtime plan`: what a device of a given size would hold of a model, and the speed to expect. Needs no device."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from runtime import ggml
+from runtime.commands.options import add_json, add_model, count, print_json
+from runtime.costs import PlanOptions, frequencies, machine_of, model_costs
+from runtime.engine import FFN_MODES, KV_TYPES
+from runtime.errors import UserError
+from runtime.gguf_file import GgufFile
+from runtime.model import DEFAULT_N_CTX
+from runtime.placement import Device, Machine, Placement, place
+
+HELP = "show what a device would hold, and the speed to expect"
+
+
+def configure_parser(parser: argparse.ArgumentParser) -> None:
+    """Options of `plan`."""
+    add_model(parser)
+    group = parser.add_argument_group("the machine")
+    group.add_argument(
+        "--vram-budget",
+        type=_numbers,
+        required=True,
+        metavar="GIB",
+        help="memory to use on the device; several devices: GIB,GIB",
+    )
+    group.add_argument(
+        "--device-bandwidth",
+        type=_numbers,
+        required=True,
+        metavar="GB/S",
+        help="of the device's memory, one number for each device",
+    )
+    group.add_argument("--cpu-bandwidth", type=_number, required=True, metavar="GB/S", help="of main memory")
+    group.add_argument(
+        "--sync-us",
+        type=_number,
+        default=50.0,
+        metavar="US",
+        help="microseconds for going from device to CPU and back (50)",
+    )
+    run = parser.add_argument_group("running the model")
+    run.add_argument("--ffn", choices=FFN_MODES, help="predicted where the file has a predictor, else exact")
+    run.add_argument("--n-ctx", "-c", type=count, metavar="N", help="context in tokens (default: the model's, <= 8192)")
+    run.add_argument("--kv-type", choices=KV_TYPES, default="f16", help="numbers of the KV cache (f16)")
+    run.add_argument("--positions", type=count, metavar="N", help="positions that a token sees (half the context)")
+    add_json(parser)
+
+
+def plan(
+    model: Path,
+    vram_budget: tuple[float, ...],
+    device_bandwidth: tuple[float, ...],
+    cpu_bandwidth: float,
+    sync_us: float = 50.0,
+    ffn: str | None = None,
+    n_ctx: int | None = None,
+    kv_type: str = "f16",
+    positions: int | None = None,
+    as_json: bool = False,
+) -> None:
+    """Print the split of each layer between device and CPU, bytes per device, the expected time per token and what limits it."""
+    with GgufFile(model) as file:
+        options = PlanOptions(
+            ffn=ffn or ("predicted" if any(file.structure.predictor_rank) else "exact"),
+            n_ctx=_context(file, n_ctx),
+            budgets=tuple(int(gib * 2**30) for gib in vram_budget),
+            device_bandwidths=tuple(rate * 1e9 for rate in device_bandwidth),
+            cpu_bandwidth=cpu_bandwidth * 1e9,
+            sync=sync_us * 1e-6,
+            kv_size=ggml.ggml_row_size(KV_TYPES[kv_type], 1),
+            n_positions=positions,
+        )
+        report = {"model": str(model), "kv_type": kv_type, **_report(file, options)}
+    if as_json:
+        print_json(report)
+        return
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(_table(report))
+    for line in _summary(report):
+        console.print(line)
+
+
+def _context(file: GgufFile, n_ctx: int | None) -> int:
+    limit = file.structure.context_length
+    if n_ctx is not None and n_ctx > limit:
+        raise UserError(f"`{file.path}`: n_ctx {n_ctx}, expected 1 to {limit}, the model's own limit")
+    return n_ctx or min(limit, DEFAULT_N_CTX)
+
+
+def _report(file: GgufFile, options: PlanOptions) -> dict[str, Any]:
+    machine = machine_of(file.structure, options)
+    blocks, head = model_costs(file, options)
+    placement = place(blocks, head, machine)
+    nothing = tuple(Device(0, d.bandwidth) for d in machine.devices)
+    cpu_only = place(blocks, head, Machine(nothing, machine.cpu_bandwidth, machine.sync))
+    calibrated = file.structure.neuron_order == "hot"
+    return {
+        "ffn": options.ffn,
+        "n_ctx": options.n_ctx,
+        "calibrated": calibrated,
+        "seconds": placement.seconds,
+        "tokens_per_s": 1 / placement.seconds,
+        "cpu_only_seconds": cpu_only.seconds,
+        "parts": placement.parts,
+        "limit": placement.limit,
+        "head_on_device": placement.head,
+        "slack_bytes": placement.slack,
+        "devices": [
+            {"budget": d.budget, "bytes": used, "reserve": d.reserve if used else 0}
+            for d, used in zip(machine.devices, placement.bytes, strict=True)
+        ],
+        "layers": [_layer(file, placement, i) for i in range(len(blocks))],
+    }
+
+
+def _layer(file: GgufFile, placement: Placement, i: int) -> dict[str, Any]:
+    """activations: the share of what fires in this layer that the device computes."""
+    freq = frequencies(file, i)
+    hot = placement.hot[i]
+    return {
+        "attention_on_device": i >= placement.resident_from,
+        "hot": list(hot),
+        "neurons": len(freq),
+        "activations": float(freq[: sum(hot)].sum() / (freq.sum() or 1.0)),
+        "seconds": placement.block_seconds[i],
+        "limit": placement.block_limits[i],
+    }
+
+
+def _table(report: dict[str, Any]) -> Table:
+    title = f"{Path(report['model']).name}, {report['ffn']}, context {report['n_ctx']}, KV {report['kv_type']}"
+    table = Table(title=title, box=None, header_style="bold", pad_edge=False, title_justify="left")
+    for name in ("layers", "attention, KV", "hot neurons", "of all", "activations", "us per layer", "waits for"):
+        table.add_column(name, justify="right")
+    for first, last, layer in _alike(report["layers"]):
+        table.add_row(
+            str(first) if first == last else f"{first}-{last}",
+            "device" if layer["attention_on_device"] else "CPU",
+            " + ".join(map(str, layer["hot"])),
+            f"{sum(layer['hot']) / layer['neurons']:.1%}",
+            f"{layer['activations']:.1%}",
+            f"{layer['seconds'] * 1e6:.1f}",
+            layer["limit"],
+        )
+    return table
+
+
+def _alike(layers: list[dict[str, Any]]) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Runs of layers that are the same in every column: first, last, and what they are."""
+    start = 0
+    for i in range(1, len(layers) + 1):
+        if i == len(layers) or layers[i] != layers[start]:
+            yield start, i - 1, layers[start]
+            start = i
+
+
+def _summary(report: dict[str, Any]) -> Iterator[str]:
+    yield ""
+    for i, device in enumerate(report["devices"]):
+        reserve = f", {_mib(device['reserve'])} of it for compute buffers" if device["bytes"] else ""
+        yield f"device {i}            {_mib(device['bytes'])} of {_mib(device['budget'])}{reserve}"
+    yield f"head                {'device' if report['head_on_device'] else 'CPU'}"
+    yield f"time per token      {report['seconds'] * 1e3:.3f} ms, {report['tokens_per_s']:.1f} tokens/s (CPU only: {report['cpu_only_seconds'] * 1e3:.3f} ms)"
+    for name, seconds in sorted(report["parts"].items(), key=lambda part: -part[1]):
+        if seconds:
+            yield f"  {name:<24}{seconds * 1e3:9.3f} ms {seconds / report['seconds']:7.1%}"
+    yield f"limited by          {report['limit']}"
+    if not any(device["bytes"] for device in report["devices"]):
+        yield "Nothing is put on a device: either the budget is too small for it, or the CPU alone is as fast."
+    elif not all(layer["attention_on_device"] for layer in report["layers"]):
+        yield "The first layers stay wholly on the CPU: the budget does more good elsewhere, or cannot hold their keys and values."
+    if not report["calibrated"]:
+        yield "The file holds no neuron frequencies: every neuron is taken to fire. Convert it without --calibration none."
+
+
+def _mib(n: int) -> str:
+    return f"{n / 2**20:.1f} MiB"
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}, expected a number that is not negative")
+    return number
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(_number(part) for part in text.split(","))

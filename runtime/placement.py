@@ -1,0 +1,358 @@
+"""Which part of a model goes to which device: a cost model and its exact optimum.
+
+Pure arithmetic on bytes and bandwidths: knows nothing of files, of ggml or of how a placement is carried out. docs/hybrid.md explains the model.
+
+A device holds the last blocks (attention, keys and values, norms, predictor), of each of these the k hottest neurons of the FFN, and the head.
+A block takes: its attention, then max(hot neurons on the device, cold neurons on the CPU), then `sync` if it needs both sides.
+The last term vanishes where a block is wholly on one side, so gains do not diminish and a greedy choice can be wrong (tests/test_placement.py has
+an instance): the choice is a multiple-choice knapsack and is solved by dynamic programming over the blocks and the units of the budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+MAX_UNITS = 65536  # all that could be on a device, in units of the dynamic programme: bounds its time and memory
+
+Seconds = npt.NDArray[np.float64]
+Sizes = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block, in bytes. Neurons are stored hottest first, so that a device holds a prefix of them.
+
+    stored: what a device must hold whatever its share of the FFN (attention, norms, biases, keys and values, padding).
+    read: how much of that one token reads. predictor: stored and read where a predictor chooses among neurons on the CPU.
+    neurons: n_ff. cuts: the prefixes that a device can hold, in neurons: 0 first, increasing; the last one may be n_ff.
+    hot: for each cut, the bytes of its neurons on a device, which stores and reads them all.
+    cold: for each cut, the bytes that the CPU reads of the others for one token.
+    """
+
+    stored: int
+    read: float
+    predictor: int
+    neurons: int
+    cuts: tuple[int, ...]
+    hot: tuple[int, ...]
+    cold: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.cuts) == len(self.hot) == len(self.cold) or self.cuts[:1] != (0,) or self.hot[0] != 0:
+            raise ValueError("a block needs one `hot` and one `cold` for each cut, and 0 as its first cut")
+        if self.cuts[-1] > self.neurons or any(np.diff(self.cuts) <= 0) or any(np.diff(self.hot) < 0):
+            raise ValueError("the cuts of a block must increase, up to its number of neurons, and so must `hot`")
+
+
+@dataclass(frozen=True)
+class Device:
+    """budget: bytes that may be used. bandwidth: bytes/s. reserve: of the budget, bytes for compute buffers and staging if the device is used at all."""
+
+    budget: int
+    bandwidth: float
+    reserve: int = 0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """cpu_bandwidth: bytes/s of main memory. sync: seconds for going to a device or the CPU and back.
+
+    The first device does what only one can do: attention, head, predictors. Others hold neurons.
+    """
+
+    devices: tuple[Device, ...]
+    cpu_bandwidth: float
+    sync: float
+
+    def __post_init__(self) -> None:
+        if not self.devices or min(self.cpu_bandwidth, *(d.bandwidth for d in self.devices)) <= 0 or self.sync < 0:
+            raise ValueError("a machine needs a device, positive bandwidths and a sync cost of at least 0")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where everything is, and what that is expected to cost.
+
+    resident_from: blocks from this one on have attention, keys and values and norms on the first device; those before are wholly on the CPU.
+    head: whether the output head is on the first device. hot: for each block, the neurons on each device: consecutive pieces of its prefix.
+    bytes: for each device, everything on it, reserve included; 0 where it is not used. parts: seconds per token of what the token waits for.
+    slack: bytes by which rounding may have narrowed the choice: no placement within (budget - slack) is faster. 0: exact.
+    """
+
+    resident_from: int
+    head: bool
+    hot: tuple[tuple[int, ...], ...]
+    bytes: tuple[int, ...]
+    block_seconds: tuple[float, ...]
+    block_limits: tuple[str, ...]
+    parts: dict[str, float]
+    slack: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Expected time per token."""
+        return sum(self.parts.values())
+
+    @property
+    def limit(self) -> str:
+        """The part that takes most of the time."""
+        return max(self.parts, key=self.parts.__getitem__)
+
+
+PARTS = ("attention (device)", "attention (CPU)", "hot neurons", "cold neurons", "head", "sync")
+
+
+def evaluate(
+    blocks: Sequence[Block],
+    head: int,
+    machine: Machine,
+    resident_from: int,
+    head_on_device: bool,
+    hot: Sequence[Sequence[int]],
+    slack: int = 0,
+) -> Placement:
+    """What a given placement uses and is expected to take. head: bytes, stored and read by every token.
+
+    Raises ValueError where neurons are on a device without their block's attention, or in pieces that are no cuts.
+    """
+    first = machine.devices[0]
+    parts = dict.fromkeys(PARTS, 0.0)
+    used = [0] * len(machine.devices)
+    costs = [_block_cost(b, machine, i >= resident_from, hot[i], used) for i, b in enumerate(blocks)]
+    for cost, _ in costs:
+        for name, seconds in cost.items():
+            parts[name] += seconds
+    if head_on_device:
+        used[0] += head
+    parts["head"] = head / (first.bandwidth if head_on_device else machine.cpu_bandwidth)
+    if on_device := head_on_device or resident_from < len(blocks):
+        parts["sync"] += machine.sync  # the token goes to the device once, and its logits come back
+    reserves = [
+        d.reserve if n or (on_device and not i) else 0
+        for i, (d, n) in enumerate(zip(machine.devices, used, strict=True))
+    ]
+    return Placement(
+        resident_from=resident_from,
+        head=head_on_device,
+        hot=tuple(tuple(pieces) for pieces in hot),
+        bytes=tuple(n + reserve for n, reserve in zip(used, reserves, strict=True)),
+        block_seconds=tuple(sum(cost.values()) for cost, _ in costs),
+        block_limits=tuple(limit for _, limit in costs),
+        parts=parts,
+        slack=slack,
+    )
+
+
+def _block_cost(
+    b: Block, machine: Machine, resident: bool, pieces: Sequence[int], used: list[int]
+) -> tuple[dict[str, float], str]:
+    """Seconds by part and which side is waited for; adds the block's bytes to `used`."""
+    ends = np.cumsum(pieces)
+    if (not resident and ends[-1]) or not set(ends.tolist()) <= set(b.cuts):
+        raise ValueError(f"{list(pieces)} neurons are no prefix that a device can hold of this block")
+    k = int(ends[-1])
+    cold = b.cold[b.cuts.index(k)] / machine.cpu_bandwidth
+    if not resident:
+        return {"attention (CPU)": (b.read + b.predictor) / machine.cpu_bandwidth, "cold neurons": cold}, "CPU"
+    predictor = b.predictor if k < b.neurons else 0
+    used[0] += b.stored + predictor
+    sizes = np.diff([b.hot[b.cuts.index(end)] for end in (0, *ends.tolist())])
+    hot = 0.0
+    for d, size in enumerate(sizes.tolist()):
+        used[d] += size
+        hot = max(hot, size / machine.devices[d].bandwidth)
+    crossings = (k < b.neurons) + sum(n > 0 for n in pieces[1:])
+    cost = {
+        "attention (device)": (b.read + predictor) / machine.devices[0].bandwidth,
+        "hot neurons" if hot >= cold else "cold neurons": max(hot, cold),
+        "sync": machine.sync * crossings,
+    }
+    return cost, "device" if hot >= cold else "CPU"
+
+
+def place(blocks: Sequence[Block], head: int, machine: Machine) -> Placement:
+    """The fastest placement within the budgets. head: bytes of the output head, all read by every token.
+
+    With one device it is the optimum (up to `Placement.slack`), hence never slower with more budget. With several, each block's prefix is cut in
+    proportion to what the devices have room for; it is never slower than with fewer of them.
+    """
+    cpu_only = evaluate(blocks, head, machine, len(blocks), False, [(0,) * len(machine.devices)] * len(blocks))
+    found = [cpu_only]
+    for n in range(1, len(machine.devices) + 1):
+        found += _Search(blocks, head, machine, n).best()
+    return min(found, key=lambda placement: placement.seconds)
+
+
+class _Search:
+    """The best placement on the first `n` devices that uses any of them."""
+
+    def __init__(self, blocks: Sequence[Block], head: int, machine: Machine, n: int) -> None:
+        self.blocks, self.head, self.machine = blocks, head, machine
+        self.devices = machine.devices[:n]
+        self.several = n > 1
+        # A device may get one block of neurons more than its proportion.
+        margin = max(_step(b) for b in blocks) if self.several else 0
+        self.rooms = [d.budget - d.reserve - margin for d in self.devices]
+        self.fixed = [b.stored + (b.predictor if self.several else 0) for b in blocks]
+
+    def best(self) -> list[Placement]:
+        """One placement, or none where not even the head or one block fits."""
+        if self.several:
+            options = [option for head in (False, True) for option in self._with_several(head)]
+        else:
+            rooms = {(i, head): self._room(i, head) for head in (False, True) for i in range(len(self.blocks))}
+            options = self._solved([1.0], rooms)
+        if self._room(len(self.blocks), True) >= 0:
+            nothing = [(0,) * len(self.machine.devices)] * len(self.blocks)
+            options.append(evaluate(self.blocks, self.head, self.machine, len(self.blocks), True, nothing))
+        return [min(options, key=lambda placement: placement.seconds)] if options else []
+
+    def _room(self, first: int, head: bool) -> int:
+        """Bytes for neurons on the first device, with blocks `first`.. resident."""
+        return self.rooms[0] - sum(self.fixed[first:]) - (self.head if head else 0)
+
+    def _with_several(self, head: bool) -> list[Placement]:
+        """As many resident blocks as the first device can hold; neurons in proportion to the room that is left."""
+        fitting = [i for i in range(len(self.blocks)) if self._room(i, head) >= 0]
+        if not fitting:
+            return []
+        room = np.maximum(0, [self._room(fitting[0], head), *self.rooms[1:]])
+        total = int(room.sum())
+        return self._solved((room / total).tolist(), {(fitting[0], head): total}) if total else []
+
+    def _solved(self, shares: list[float], rooms: dict[tuple[int, bool], int]) -> list[Placement]:
+        """The best for those pairs of first resident block and head on the device whose room for neurons, in bytes, is given."""
+        tables = [self._table(b, shares) for b in self.blocks]
+        floors = [int(sizes.min()) for sizes, _ in tables]
+        tables = [(sizes - floor, seconds) for (sizes, seconds), floor in zip(tables, floors, strict=True)]
+        unit = _unit([sizes for sizes, _ in tables])
+        units = {(i, head): (room - sum(floors[i:])) // unit for (i, head), room in rooms.items()}
+        units = {option: n for option, n in units.items() if n >= 0}
+        if not units:
+            return []
+        programme = _Programme([(-(-sizes // unit), seconds) for sizes, seconds in tables], max(units.values()))
+        cpu = np.cumsum([0.0, *(self._cpu_seconds(b) for b in self.blocks)])
+        gain = self.head / self.machine.cpu_bandwidth - self.head / self.devices[0].bandwidth
+        first, head = min(units, key=lambda o: (cpu[o[0]] + programme.seconds(o[0], units[o]) - gain * o[1], o))
+        hot = self._pieces([0] * first + programme.choices(first, units[first, head]), shares)
+        slack = sum(int((-sizes % unit).max()) for sizes, _ in tables)
+        return [evaluate(self.blocks, self.head, self.machine, first, head, hot, slack)]
+
+    def _cpu_seconds(self, b: Block) -> float:
+        return (b.read + b.predictor + b.cold[0]) / self.machine.cpu_bandwidth
+
+    def _table(self, b: Block, shares: list[float]) -> tuple[Sizes, Seconds]:
+        """For each cut of a resident block: bytes beside those that every resident block needs, and seconds."""
+        cuts, hot, cold = np.array(b.cuts), np.array(b.hot, np.int64), np.array(b.cold, np.float64)
+        split = cuts < b.neurons
+        slowest = max(share / d.bandwidth for share, d in zip(shares, self.devices, strict=True))
+        attention = (b.read + b.predictor * split) / self.devices[0].bandwidth
+        crossings = split + (cuts > 0) * (len(self.devices) - 1)
+        seconds = (
+            attention + np.maximum(hot * slowest, cold / self.machine.cpu_bandwidth) + self.machine.sync * crossings
+        )
+        # Pieces are counted in whole blocks of neurons; a predictor that is not needed frees its bytes on a single device only.
+        sizes = np.arange(len(cuts)) * _step(b) if self.several else hot + b.predictor * split
+        return sizes.astype(np.int64), seconds
+
+    def _pieces(self, chosen: Sequence[int], shares: list[float]) -> list[tuple[int, ...]]:
+        """Each block's prefix cut into pieces, so that no device gets a block of neurons more than its share of all.
+
+        chosen: index of each block's cut. What is left after rounding down goes where most is missing, so that less than one block ever is too many.
+        """
+        missing = np.zeros(len(shares))
+        unused = (0,) * (len(self.machine.devices) - len(shares))
+        pieces = []
+        for b, n in zip(self.blocks, chosen, strict=True):
+            counts = np.floor(n * np.array(shares)).astype(int)
+            missing += (n * np.array(shares) - counts) * _step(b)
+            for _ in range(n - int(counts.sum())):
+                d = int(missing.argmax())
+                counts[d] += 1
+                missing[d] -= _step(b)
+            ends = [b.cuts[end] for end in (0, *np.cumsum(counts).tolist())]
+            pieces.append((*np.diff(ends).tolist(), *unused))
+        return pieces
+
+
+def _step(b: Block) -> int:
+    """Bytes of the largest block of neurons."""
+    return int(np.diff(b.hot).max(initial=0))
+
+
+def _unit(sizes: Sequence[Sizes]) -> int:
+    """Bytes of a unit: the same for every budget, so that more budget never means a worse choice.
+
+    The greatest common divisor if that makes at most MAX_UNITS of everything, else a divisor of most blocks of neurons if one is small enough, else as small as possible.
+    """
+    least = max(1, -(-sum(int(s.max()) for s in sizes) // MAX_UNITS))
+    divisor = math.gcd(*(int(size) for s in sizes for size in s)) or 1
+    steps = math.gcd(*(int(abs(s[1] - s[0])) for s in sizes if len(s) > 1))
+    if divisor >= least:
+        return divisor
+    fitting = (steps // n for n in range(steps // least, 0, -1) if steps % n == 0)
+    unit = next(fitting, least)
+    return unit if unit < 2 * least else least
+
+
+class _Programme:
+    """Dynamic programme over blocks, last first: least seconds of blocks i.. with at most u units of neurons, for every i and u."""
+
+    def __init__(self, tables: Sequence[tuple[Any, Seconds]], n_units: int) -> None:
+        self._tables = [_undominated(sizes, seconds) for sizes, seconds in tables]
+        n_units = min(n_units, sum(int(max(size for size, _, _ in table)) for table in self._tables))
+        best = np.zeros(n_units + 1)
+        self._best, self._chosen = [best], []
+        for table in reversed(self._tables):
+            best, chosen = _extended(best, table)
+            self._best.append(best)
+            self._chosen.append(chosen)
+        self._best.reverse()
+        self._chosen.reverse()
+
+    def seconds(self, first: int, room: int) -> float:
+        """Of blocks `first`.. within `room` units."""
+        best = self._best[first]
+        return float(best[min(room, len(best) - 1)])
+
+    def choices(self, first: int, room: int) -> list[int]:
+        """Index of the chosen cut of each block from `first` on."""
+        left = min(room, len(self._best[0]) - 1)
+        found = []
+        for table, chosen in zip(self._tables[first:], self._chosen[first:], strict=True):
+            size, _, index = table[chosen[left]]
+            found.append(index)
+            left -= size
+        return found
+
+
+_Table = list[tuple[int, float, int]]
+
+
+def _undominated(sizes: Sizes, seconds: Seconds) -> _Table:
+    """(units, seconds, index of the cut), by size, without cuts that are neither smaller nor faster than another."""
+    kept: _Table = []
+    for i in np.lexsort((seconds, sizes)).tolist():
+        if not kept or seconds[i] < kept[-1][1]:
+            kept.append((int(sizes[i]), float(seconds[i]), i))
+    return kept
+
+
+def _extended(best: Seconds, table: _Table) -> tuple[Seconds, npt.NDArray[np.int32]]:
+    """`best` with one more block, and the entry of its table that each number of units chooses."""
+    extended = np.full(len(best), np.inf)
+    chosen = np.zeros(len(best), np.int32)
+    for entry, (size, seconds, _) in enumerate(table):
+        if size >= len(best):
+            break
+        candidate = best[: len(best) - size] + seconds
+        better = candidate < extended[size:]
+        np.copyto(extended[size:], candidate, where=better)
+        np.copyto(chosen[size:], entry, where=better)
+    return extended, chosen
