@@ -18,7 +18,7 @@ import numpy.typing as npt
 from bench.case import RANK, Case
 from convert.quantize import NUMBERS, encode, row_bytes
 from runtime import ggml, native_ffn
-from runtime.graph import NativeTensors, add_native_ffn, add_predictor
+from runtime.operators import NativeTensors, add_native_ffn, add_predictor
 from runtime.repack import extra_buffer_types, holds
 from runtime.weights import new_context
 

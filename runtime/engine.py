@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime import ggml, native_ffn
+from runtime.blocks import FFN_MATRICES, GraphSpec
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
-from runtime.graph import FFN_MATRICES, Graph, GraphSpec
+from runtime.graph import Graph
 from runtime.prompts import dense_from, expected
 from runtime.repack import Repacked, gains, repack
 from runtime.structure import required_tensors

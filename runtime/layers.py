@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime import ggml
+from runtime.blocks import GraphSpec
 from runtime.engine import on_worker
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
-from runtime.graph import Graph, GraphSpec, read
+from runtime.graph import Graph, read
 from runtime.structure import Structure, required_tensors
 from runtime.weights import KvCache, Weights
 
@@ -74,9 +75,10 @@ class BlockRunner:
         return on_worker(compute)
 
     def _part(self, n_tokens: int, first: int | None, end: int) -> Graph:
-        spec = GraphSpec(n_tokens, self._n_kv, n_tokens, self._ffn, self._threads, first=first, end=end)
+        spec = GraphSpec(n_tokens, self._n_kv, n_tokens, self._ffn, self._threads, first=first, end=end, tapped=True)
         if self._graph is None or self._graph.spec != spec:
             self._close_graph()
+            self._kv.first = first or 0  # one cache for whichever block
             self._graph = Graph(spec, self.structure, self._weights, self._kv, self._backend)
         return self._graph
 

@@ -18,19 +18,12 @@ def new_context(n_tensors: int, extra: int = 0) -> ggml.ContextP:
     return ggml.ggml_init(ggml.ggml_init_params(mem_size=size, mem_buffer=None, no_alloc=True))
 
 
-class Weights:
-    """Tensors of a file, by name; `close` unmaps them.
+class Tensors:
+    """Tensors by name: `tensors[name]` as it is stored; `tensors.matrix(name)` what to multiply with: its copy in another layout, where `copies` has one."""
 
-    `weights[name]` is the mapped tensor; `weights.matrix(name)` is what to multiply with: its copy in another layout, where `copies` has one.
-    """
-
-    def __init__(self, file: GgufFile, names: Collection[str]) -> None:
-        self._file = file
+    def __init__(self, tensors: dict[str, ggml.TensorP]) -> None:
+        self.tensors = tensors
         self.copies: Mapping[str, ggml.TensorP] = {}
-        self._context = new_context(len(names))
-        address, size = file.mapped()
-        self._buffer = ggml.ggml_backend_cpu_buffer_from_ptr(address, size)
-        self.tensors = {name: self._tensor(name) for name in names}
 
     def __getitem__(self, name: str) -> ggml.TensorP:
         return self.tensors[name]
@@ -39,13 +32,24 @@ class Weights:
         """The tensor as a factor of `ggml_mul_mat`; its rows need not lie as in the file."""
         return self.copies.get(name) or self.tensors[name]
 
+    def get(self, name: str) -> ggml.TensorP | None:
+        """The tensor, or None where there is none of that name."""
+        return self.tensors.get(name)
+
+
+class Weights(Tensors):
+    """Tensors of a file, mapped; `close` unmaps them."""
+
+    def __init__(self, file: GgufFile, names: Collection[str]) -> None:
+        self._file = file
+        self._context = new_context(len(names))
+        address, size = file.mapped()
+        self._buffer = ggml.ggml_backend_cpu_buffer_from_ptr(address, size)
+        super().__init__({name: self._tensor(name) for name in names})
+
     def release(self, name: str) -> None:
         """Give the memory of a mapped tensor's pages back; whoever touches them reads them from the file again."""
         self._file.release(name)
-
-    def get(self, name: str) -> ggml.TensorP | None:
-        """The tensor, or None where the file has none of that name."""
-        return self.tensors.get(name)
 
     def _tensor(self, name: str) -> ggml.TensorP:
         info = self._file.tensors[name]
@@ -64,9 +68,12 @@ class Weights:
 
 
 class KvCache:
-    """Keys and values of every layer, [kv_length, n_ctx] each; zeroed, since masked positions are multiplied too."""
+    """Keys and values of `n_layers` blocks from block `first` on, [kv_length, n_ctx] each; zeroed, since masked positions are multiplied too."""
 
-    def __init__(self, backend: ggml.BackendP, type_id: int, kv_length: int, n_ctx: int, n_layers: int) -> None:
+    def __init__(
+        self, backend: ggml.BackendP, type_id: int, kv_length: int, n_ctx: int, n_layers: int, first: int = 0
+    ) -> None:
+        self.first = first
         self._context = new_context(2 * n_layers)
         self.keys = [ggml.ggml_new_tensor_2d(self._context, type_id, kv_length, n_ctx) for _ in range(n_layers)]
         self.values = [ggml.ggml_new_tensor_2d(self._context, type_id, kv_length, n_ctx) for _ in range(n_layers)]
@@ -76,6 +83,10 @@ class KvCache:
             ggml.ggml_free(self._context)
             raise UserError(f"not enough memory for {size / 1e9:.1f} GB of keys and values", "use a smaller --n-ctx")
         ggml.ggml_backend_buffer_clear(self._buffer, 0)
+
+    def of(self, i: int) -> tuple[ggml.TensorP, ggml.TensorP]:
+        """Keys and values of block `i`."""
+        return self.keys[i - self.first], self.values[i - self.first]
 
     @property
     def nbytes(self) -> int:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from runtime import ggml, native_ffn
 from runtime.engine import on_worker
-from runtime.graph import NativeTensors, add_native_ffn
+from runtime.operators import NativeTensors, add_native_ffn
 from runtime.structure import Structure
 from runtime.weights import new_context
 

@@ -1,0 +1,256 @@
+"""A model's operations in a ggml graph, block by block, built from the file's own description.
+
+Shapes in comments are ggml's: the contiguous dimension first. Knows no architecture by name, and not whether a graph holds all of a model or a part.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from runtime import ggml, native_ffn
+from runtime.operators import NativeTensors, add_native_ffn, add_predictor
+from runtime.repack import Fill, Repacked
+from runtime.structure import Structure
+from runtime.weights import KvCache, Tensors
+
+FFN_MATRICES = ("ffn_gate", "ffn_up", "ffn_down")
+_NULL = ggml.TensorP()
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """What distinguishes one graph of a model from another."""
+
+    n_tokens: int
+    n_kv: int  # positions that attention reads, padded
+    n_outputs: int  # the last token (1) or all of them
+    ffn: str  # "dense", "exact" or "predicted"
+    n_threads: int
+    flash_attention: bool = True
+    predictor_bias: float = 0.0  # in units of each block's predictor_error
+    dense_from: tuple[float, ...] = ()  # by block: so many tokens at once go through every neuron, whatever `ffn` says
+    # A part of the model: from the hidden states before block `first` (None: from token ids) to those before block `end` (None: to logits).
+    first: int | None = None
+    end: int | None = None
+    tapped: bool = False  # keep inner results
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What blocks read beside hidden states: I32 [n_tokens]; rows of the KV cache, I64 [n_tokens]; F16 [n_kv, n_tokens]; I32 [n_outputs]."""
+
+    positions: ggml.TensorP
+    cells: ggml.TensorP
+    mask: ggml.TensorP
+    outputs: ggml.TensorP
+
+
+class Blocks:
+    """Adds operations of a model to one ggml context.
+
+    device: what will compute them. scratch: where matrices of one block are repacked, for blocks that are computed densely without being copied.
+    ffns: the userdata of our own operators, by block; must live as long as the graph.
+    """
+
+    def __init__(
+        self,
+        ctx: ggml.ContextP,
+        structure: Structure,
+        weights: Tensors,
+        kv: KvCache | None,
+        spec: GraphSpec,
+        inputs: Inputs,
+        device: ggml.DeviceP,
+        scratch: Repacked | None = None,
+        ffns: dict[int, native_ffn.Ffn] | None = None,
+    ) -> None:
+        self.ctx, self.s, self.w, self.spec = ctx, structure, weights, spec
+        self.kv, self.inputs, self.device, self.scratch = kv, inputs, device, scratch
+        self.ffns = {} if ffns is None else ffns
+
+    def embeddings(self, tokens: ggml.TensorP) -> ggml.TensorP:
+        """Token embeddings, projected and with learned positions where there are any: [n_embd, n_tokens]."""
+        x = ggml.ggml_get_rows(self.ctx, self.w["token_embd.weight"], tokens)
+        if self.s.projected:
+            x = self.linear(x, "token_embd_proj")
+        if self.s.position == "learned":
+            x = ggml.ggml_add(
+                self.ctx, x, ggml.ggml_get_rows(self.ctx, self.w["position_embd.weight"], self.inputs.positions)
+            )
+        return x
+
+    def until_ffn(self, x: ggml.TensorP, i: int) -> tuple[ggml.TensorP, ggml.TensorP]:
+        """Block `i` up to its FFN: the residual stream there, and the FFN's input; [n_embd, n] both.
+
+        The last block keeps only the tokens whose logits are wanted.
+        """
+        pre = self.s.norm_placement == "pre"
+        h = ggml.ggml_add(self.ctx, x, self.attention(self.norm(x, f"blk.{i}.attn_norm") if pre else x, i))
+        if i == self.s.block_count - 1 and self.spec.n_outputs < self.spec.n_tokens:
+            h = ggml.ggml_get_rows(self.ctx, h, self.inputs.outputs)
+        return (h, self.norm(h, f"blk.{i}.ffn_norm")) if pre else (h, self.norm(h, f"blk.{i}.attn_norm"))
+
+    def after_ffn(self, residual: ggml.TensorP, x: ggml.TensorP, y: ggml.TensorP, i: int) -> ggml.TensorP:
+        """The rest of block `i`: its output, from what `until_ffn` gave and the FFN's product y, without the bias of its down projection."""
+        y = self.biased(y, f"blk.{i}.ffn_down")
+        if self.s.norm_placement == "pre":
+            return ggml.ggml_add(self.ctx, residual, y)
+        return self.norm(ggml.ggml_add(self.ctx, x, y), f"blk.{i}.ffn_norm")
+
+    def head(self, x: ggml.TensorP) -> ggml.TensorP:
+        """Logits [n_vocab, n_outputs]."""
+        if self.s.output_norm:
+            x = self.norm(x, "output_norm")
+        if self.s.projected:
+            x = self.linear(x, "output_proj")
+        return self.linear(x, "token_embd" if self.s.tied_output else "output")
+
+    def norm(self, x: ggml.TensorP, name: str) -> ggml.TensorP:
+        """RMS or layer norm over n_embd, scaled (and shifted)."""
+        normalise = ggml.ggml_rms_norm if self.s.norm == "rms" else ggml.ggml_norm
+        x = ggml.ggml_mul(self.ctx, normalise(self.ctx, x, self.s.norm_epsilon), self.w[f"{name}.weight"])
+        return self.biased(x, name)
+
+    def linear(self, x: ggml.TensorP, name: str) -> ggml.TensorP:
+        """[n_in, n] -> [n_out, n]."""
+        return self.biased(ggml.ggml_mul_mat(self.ctx, self.w.matrix(f"{name}.weight"), x), name)
+
+    def biased(self, x: ggml.TensorP, name: str) -> ggml.TensorP:
+        """x plus the bias `name`, where there is one."""
+        bias = self.w.get(f"{name}.bias")
+        return ggml.ggml_add(self.ctx, x, bias) if bias else x
+
+    # --- attention ---------------------------------------------------------------------------------------------------
+
+    def attention(self, x: ggml.TensorP, i: int) -> ggml.TensorP:
+        """Causal self-attention of the new tokens over the cache: [n_embd, n_tokens]."""
+        s, n = self.s, self.spec.n_tokens
+        q = self.heads(x, f"blk.{i}.attn_q", s.head_count)
+        k = self.heads(x, f"blk.{i}.attn_k", s.head_count_kv)
+        if s.position.startswith("rope"):
+            q, k = self.rope(q), self.rope(k)
+        assert self.kv
+        kept_keys, kept_values = self.kv.of(i)
+        keys = self.remember(kept_keys, ggml.ggml_reshape_2d(self.ctx, k, s.kv_length, n))
+        values = self.remember(kept_values, self.linear(x, f"blk.{i}.attn_v"))
+        q = ggml.ggml_permute(self.ctx, q, 0, 2, 1, 3)  # [head_length, n_tokens, head_count]
+        return self.linear(self.attend(q, keys, values), f"blk.{i}.attn_output")
+
+    def heads(self, x: ggml.TensorP, name: str, n_heads: int) -> ggml.TensorP:
+        """[head_length, n_heads, n_tokens]."""
+        return ggml.ggml_reshape_3d(self.ctx, self.linear(x, name), self.s.head_length, n_heads, self.spec.n_tokens)
+
+    def rope(self, x: ggml.TensorP) -> ggml.TensorP:
+        """Rotary embedding of queries or keys [head_length, n_heads, n_tokens]."""
+        s = self.s
+        mode = ggml.ROPE_TYPE_NEOX if s.position == "rope_neox" else ggml.ROPE_TYPE_NORMAL
+        factors = self.w["rope_freqs.weight"] if s.rope_freq_factors else _NULL
+        scale = 1 / s.rope_scaling_factor if s.rope_scaling == "linear" else 1.0
+        return ggml.ggml_rope_ext(
+            self.ctx, x, self.inputs.positions, factors, s.rope_dimension_count, mode, 0, s.rope_freq_base, scale,
+            0.0, 1.0, 0.0, 0.0,
+        )  # fmt: skip
+
+    def remember(self, cache: ggml.TensorP, new: ggml.TensorP) -> ggml.TensorP:
+        """Write the new tokens' rows into the cache; returns [head_length, n_kv, head_count_kv]."""
+        cache = ggml.ggml_set_rows(self.ctx, cache, new, self.inputs.cells)
+        row, head = cache.nb[1], ggml.ggml_row_size(cache.type, self.s.head_length)
+        return ggml.ggml_view_3d(
+            self.ctx, cache, self.s.head_length, self.spec.n_kv, self.s.head_count_kv, row, head, 0
+        )
+
+    def attend(self, q: ggml.TensorP, keys: ggml.TensorP, values: ggml.TensorP) -> ggml.TensorP:
+        """[head_length * head_count, n_tokens]."""
+        s, scale = self.s, 1 / math.sqrt(self.s.head_length)
+        width = s.head_length * s.head_count
+        flash = ggml.ggml_flash_attn_ext(self.ctx, q, keys, values, self.inputs.mask, scale, 0.0, 0.0)
+        if self.spec.flash_attention and ggml.ggml_backend_dev_supports_op(self.device, ggml.ConstTensorP(flash.value)):
+            return ggml.ggml_reshape_2d(self.ctx, flash, width, self.spec.n_tokens)
+        weights = ggml.ggml_mul_mat(self.ctx, keys, q)  # [n_kv, n_tokens, head_count]
+        weights = ggml.ggml_soft_max_ext(self.ctx, weights, self.inputs.mask, scale, 0.0)
+        turned = ggml.ggml_cont(
+            self.ctx, ggml.ggml_permute(self.ctx, values, 1, 0, 2, 3)
+        )  # [n_kv, head_length, head_count_kv]
+        mixed = ggml.ggml_mul_mat(self.ctx, turned, weights)  # [head_length, n_tokens, head_count]
+        mixed = ggml.ggml_cont(self.ctx, ggml.ggml_permute(self.ctx, mixed, 0, 2, 1, 3))
+        return ggml.ggml_reshape_2d(self.ctx, mixed, width, self.spec.n_tokens)
+
+    # --- FFN ---------------------------------------------------------------------------------------------------------
+
+    def ffn(self, x: ggml.TensorP, residual: ggml.TensorP, i: int) -> ggml.TensorP:
+        """[n_embd, n] -> [n_embd, n], without the bias of the down projection; residual: the stream before the FFN's norm."""
+        if self.spec.ffn == "dense" or (self.spec.dense_from and x.ne[1] >= self.spec.dense_from[i]):
+            return self.ffn_dense(x, i)
+        if self.spec.ffn == "predicted" and self.s.rank(i):
+            return self.ffn_native(x, self.candidates(x if self.s.predictor_tap == "ffn_norm" else residual, i), i)
+        return self.ffn_native(x, None, i)
+
+    def ffn_dense(self, x: ggml.TensorP, i: int) -> ggml.TensorP:
+        """Every neuron, through ggml's own products."""
+        staged = {name: tensor for name in FFN_MATRICES if (tensor := self.staged(name, i))}
+        if staged and self.scratch:
+            # No other mode reads `ffn_down`: its pages are released again.
+            fills = [Fill(name, f"blk.{i}.{name}.weight", release=name == "ffn_down") for name in staged]
+            x = self.scratch.add_fill(self.ctx, x, i, fills)
+
+        def product(x: ggml.TensorP, name: str) -> ggml.TensorP:
+            return ggml.ggml_mul_mat(self.ctx, staged.get(name) or self.w.matrix(f"blk.{i}.{name}.weight"), x)
+
+        h = self.biased(product(x, "ffn_up"), f"blk.{i}.ffn_up")
+        if self.s.gated:
+            gate = self.activate(self.biased(product(x, "ffn_gate"), f"blk.{i}.ffn_gate"))
+            h = ggml.ggml_mul(self.ctx, gate, ggml.ggml_relu(self.ctx, h) if self.s.ffn_activation == "drelu" else h)
+        else:
+            h = self.activate(h)
+        return product(h, "ffn_down")
+
+    def staged(self, name: str, i: int) -> ggml.TensorP | None:
+        """The scratch tensor that can hold this matrix of block `i`: blocks need not have the same formats."""
+        tensor = self.scratch.tensors.get(name) if self.scratch else None
+        return tensor if tensor and tensor.type == self.w[f"blk.{i}.{name}.weight"].type else None
+
+    def activate(self, gate: ggml.TensorP) -> ggml.TensorP:
+        """What a neuron's gate (ungated: its only) product is turned into."""
+        if self.s.ffn_activation == "relu2":
+            return ggml.ggml_sqr(self.ctx, ggml.ggml_relu(self.ctx, gate))
+        if self.s.ffn_activation == "fatrelu":  # gate where it is above the threshold, else 0
+            above = ggml.ggml_step(self.ctx, ggml.ggml_scale_bias(self.ctx, gate, 1.0, -self.s.activation_threshold))
+            return ggml.ggml_mul(self.ctx, gate, above)
+        return ggml.ggml_relu(self.ctx, gate)
+
+    def ffn_native(self, x: ggml.TensorP, candidates: ggml.TensorP | None, i: int) -> ggml.TensorP:
+        """Gate rows of every neuron (or of the candidates), up and down rows of those that fire: our own operators."""
+        ffn = self.description(i)
+        return add_native_ffn(self.ctx, x, ffn, native_tensors(self.w, self.s, i), candidates)
+
+    def description(self, i: int) -> native_ffn.Ffn:
+        """The userdata of block `i`'s operators, kept as long as the graph."""
+        if i not in self.ffns:
+            types = native_tensors(self.w, self.s, i).types
+            self.ffns[i] = native_ffn.describe(self.s, types, self.spec.n_threads)
+        return self.ffns[i]
+
+    def candidates(self, x: ggml.TensorP, i: int) -> ggml.TensorP:
+        """The neurons that block `i`'s predictor expects to fire, from its input x [n_embd, n]."""
+        unit = self.s.predictor_error[i]
+        shift = self.spec.predictor_bias * unit if math.isfinite(self.spec.predictor_bias) else self.spec.predictor_bias
+        bias = self.w[f"blk.{i}.predictor_out.bias"]
+        if self.s.predictor == "signbit":
+            return add_predictor(self.ctx, x, self.description(i), self.w[f"blk.{i}.predictor_sign"], bias, shift)
+        z = ggml.ggml_mul_mat(self.ctx, self.w.matrix(f"blk.{i}.predictor_in.weight"), x)  # [rank, n]
+        if self.s.predictor == "mlp":
+            z = ggml.ggml_relu(self.ctx, z)
+        return add_predictor(self.ctx, z, self.description(i), self.w[f"blk.{i}.predictor_out.weight"], bias, shift)
+
+
+def native_tensors(weights: Tensors, s: Structure, i: int) -> NativeTensors:
+    """The FFN rows of block `i`."""
+    first = "ffn_gate" if s.gated else "ffn_up"
+    return NativeTensors(
+        gate=weights[f"blk.{i}.{first}.weight"],
+        down=weights[f"blk.{i}.ffn_down_t.weight"],
+        up=weights[f"blk.{i}.ffn_up.weight"] if s.gated else None,
+        gate_bias=weights.get(f"blk.{i}.{first}.bias"),
+        up_bias=weights.get(f"blk.{i}.ffn_up.bias") if s.gated else None,
+    )
