@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import sys
@@ -30,6 +29,7 @@ from bench.synthetic import Synthetic
 from bench.tables import console, table
 from convert.metadata import general_metadata
 from convert.quantize import TYPES, check_type
+from runtime.cache import cache_folder
 from runtime.errors import UserError, run_command
 from runtime.gguf_write import write_gguf
 from runtime.threads import physical_cores
@@ -94,7 +94,7 @@ def tokenizer(vocab_size: int) -> dict[str, Any]:
 
 def cached(recipe: Recipe) -> tuple[Path, Path]:
     """The model and its twin for llama.cpp in $LAZYNEURON_CACHE (default ~/.cache/lazyneuron), made where they are not there yet."""
-    folder = Path(os.environ.get("LAZYNEURON_CACHE") or Path.home() / ".cache/lazyneuron") / "bench"
+    folder = cache_folder() / "bench"
     out, twin = folder / f"{recipe.name}.gguf", folder / f"{recipe.name}.stock.gguf"
     if not out.exists():
         print(f"making {out}", file=sys.stderr)

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from runtime import ggml, native_ffn
-from runtime.operators import NativeTensors, add_native_ffn, add_predictor
+from runtime.operators import NativeTensors, add_choice, add_native_ffn, add_predictor
 from runtime.repack import Fill, Repacked
 from runtime.structure import Structure
 from runtime.weights import KvCache, Tensors
@@ -233,15 +233,29 @@ class Blocks:
 
     def candidates(self, x: ggml.TensorP, i: int) -> ggml.TensorP:
         """The neurons that block `i`'s predictor expects to fire, from its input x [n_embd, n]."""
-        unit = self.s.predictor_error[i]
-        shift = self.spec.predictor_bias * unit if math.isfinite(self.spec.predictor_bias) else self.spec.predictor_bias
-        bias = self.w[f"blk.{i}.predictor_out.bias"]
+        bias, shift = self.w[f"blk.{i}.predictor_out.bias"], self.shift(i)
         if self.s.predictor == "signbit":
             return add_predictor(self.ctx, x, self.description(i), self.w[f"blk.{i}.predictor_sign"], bias, shift)
-        z = ggml.ggml_mul_mat(self.ctx, self.w.matrix(f"blk.{i}.predictor_in.weight"), x)  # [rank, n]
-        if self.s.predictor == "mlp":
-            z = ggml.ggml_relu(self.ctx, z)
-        return add_predictor(self.ctx, z, self.description(i), self.w[f"blk.{i}.predictor_out.weight"], bias, shift)
+        rows = self.w[f"blk.{i}.predictor_out.weight"]
+        return add_predictor(self.ctx, self.narrowed(x, i), self.description(i), rows, bias, shift)
+
+    def narrowed(self, x: ggml.TensorP, i: int) -> ggml.TensorP:
+        """The first half of a predictor of two matrices: [n_embd, n] -> [rank, n]."""
+        z = ggml.ggml_mul_mat(self.ctx, self.w.matrix(f"blk.{i}.predictor_in.weight"), x)
+        return ggml.ggml_relu(self.ctx, z) if self.s.predictor == "mlp" else z
+
+    def scores(self, x: ggml.TensorP, i: int) -> ggml.TensorP:
+        """What a predictor of two matrices says of its rows, without bias: [n_embd, n] -> [rows, n]. With ggml's operations alone."""
+        return ggml.ggml_mul_mat(self.ctx, self.w[f"blk.{i}.predictor_out.weight"], self.narrowed(x, i))
+
+    def chosen(self, scores: ggml.TensorP, i: int) -> ggml.TensorP:
+        """The neurons that scores [n_ff, n] of block `i`'s predictor name."""
+        return add_choice(self.ctx, scores, self.description(i), self.w[f"blk.{i}.predictor_out.bias"], self.shift(i))
+
+    def shift(self, i: int) -> float:
+        """What is added to the scores of block `i`'s predictor."""
+        bias = self.spec.predictor_bias
+        return bias * self.s.predictor_error[i] if math.isfinite(bias) else bias
 
 
 def native_tensors(weights: Tensors, s: Structure, i: int) -> NativeTensors:

@@ -20,6 +20,7 @@ from runtime.structure import Structure
 
 # A byte of a row that is picked takes as long as this many bytes of a matrix read from end to end: 21 against 13 GB/s (docs/predictors.md).
 SCATTERED = 1.5
+LOGITS = 32  # positions whose logits a device computes at once
 MARGIN = 1 << 28  # bytes left free on a device: contexts of drivers and libraries, which nobody reports
 _ALIGNMENT = 256  # bytes; no backend of ggml asks for more
 _ROW_PADDING = 512  # elements; CUDA pads the last row of a quantised matrix to a multiple of this
@@ -39,7 +40,7 @@ class PlanOptions:
     """How a model is to be run. budgets: bytes of each device, with bandwidths in bytes/s beside them; sync: seconds.
 
     n_positions: how many positions a token is expected to see, None for half of n_ctx. kv_size: bytes of one element of keys and values.
-    reserve: bytes for compute buffers on each device that is used, None to estimate them.
+    reserve: bytes for compute buffers on each device that is used, None to estimate them. margin: part of the estimate, for what drivers take for themselves.
     scattered: how many times as long a row takes that is picked.
     """
 
@@ -54,6 +55,7 @@ class PlanOptions:
     n_positions: int | None = None
     predictor_bias: float = 0.0
     reserve: int | None = None
+    margin: int = MARGIN
     scattered: float = SCATTERED
 
 
@@ -86,17 +88,17 @@ def machine_of(s: Structure, options: PlanOptions) -> Machine:
 
 
 def reserve_of(s: Structure, options: PlanOptions) -> int:
-    """Bytes that a device needs beside weights, keys and values: activations of a batch, logits, a matrix in F16, staging, and MARGIN.
+    """Bytes that a device needs beside weights, keys and values: activations of a batch, logits, a matrix in F16, staging, and the margin.
 
     An upper estimate: a graph's allocator reuses buffers of which it here gets one each.
     """
     batch, d, ff = options.n_batch, s.embedding_length, s.feed_forward_length
     activations = 4 * batch * (4 * d + 3 * s.head_length * s.head_count + 3 * ff)
     mask = 2 * batch * _padded(options.n_ctx, _KV_PAD)
-    logits = 4 * s.vocab_size
+    logits = 4 * s.vocab_size * min(batch, LOGITS)
     matrix = 2 * d * max(ff, s.head_length * s.head_count) if batch >= _FEWEST_BATCH else 0
     staging = 4 * 2 * batch * (2 * d + ff)  # two blocks in flight: states both ways, scores
-    return activations + mask + logits + matrix + staging + MARGIN
+    return activations + mask + logits + matrix + staging + options.margin
 
 
 def model_costs(file: GgufFile, options: PlanOptions) -> tuple[list[Block], int]:

@@ -11,20 +11,27 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from runtime import ggml, native_ffn
+from runtime.arrange import Arrangement
 from runtime.blocks import FFN_MATRICES, GraphSpec
+from runtime.costs import LOGITS
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.graph import Graph
+from runtime.hybrid import Hybrid
 from runtime.prompts import dense_from, expected
 from runtime.repack import Repacked, gains, repack
+from runtime.split import SplitGraph
+from runtime.stream import Stream, open_stream
 from runtime.structure import required_tensors
 from runtime.threads import Threads
+from runtime.trace import Trace
 from runtime.weights import KvCache, Weights
 
 T = TypeVar("T")
@@ -36,7 +43,8 @@ _KV_PAD = 256  # graphs are built for multiples of this many positions
 _KEPT_GRAPHS = 4
 
 # By mode: matrices that every token is multiplied with as a whole, beside the head.
-_ALWAYS = r"attn_(q|k|v|output)|output_proj|token_embd_proj"
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+_ALWAYS = r"attn_(q|k|v|output)|token_embd_proj"
 _EVERY_TOKEN_MULTIPLIES = {
     "exact": re.compile(rf"\b({_ALWAYS})\.weight$"),
     "predicted": re.compile(rf"\b({_ALWAYS}|predictor_in)\.weight$"),
@@ -80,11 +88,24 @@ class Options:
 
 
 class Engine:
-    """A model ready to compute. Not thread-safe by itself: every method runs its work on the ggml worker thread."""
+    """A model ready to compute. Not thread-safe by itself: every method runs its work on the ggml worker thread.
 
-    def __init__(self, file: GgufFile, options: Options) -> None:
-        self.structure, self.options = file.structure, options
-        self._graphs: OrderedDict[GraphSpec, Graph] = OrderedDict()
+    arrangement: what is on devices; None, or nothing: all is computed on the CPU. trace: collects when what was computed.
+    Raises UserError for a mode that the file does not allow, and where memory does not suffice.
+    """
+
+    def __init__(
+        self,
+        file: GgufFile,
+        options: Options,
+        arrangement: Arrangement | None = None,
+        trace: Trace | None = None,
+    ) -> None:
+        self.structure, self.options, self._trace = file.structure, options, trace
+        self.arrangement = arrangement if arrangement and arrangement.used else None
+        self.resident_from = self.arrangement.residence.first if self.arrangement else self.structure.block_count
+        self._hybrid: Hybrid | None = None
+        self._graphs: OrderedDict[GraphSpec, Graph | SplitGraph] = OrderedDict()
         self._scratch: Repacked | None = None
         self.cached: list[int] = []  # the ids whose keys and values are in the cache
         self.counts = [Counts() for _ in range(self.structure.block_count)]
@@ -128,19 +149,47 @@ class Engine:
 
     def _allocate(self) -> None:
         s = self.structure
+        n_cells, kv_type = _padded(self.options.n_ctx), KV_TYPES[self.options.kv_type]
+        if self.arrangement:
+            self._hybrid = self._open_hybrid(self.arrangement, n_cells, kv_type)
+            self._closing.append(self._hybrid.close)
         multiplied = [name for name in self.weights.tensors if self._every_token_multiplies(name)]
         self._closing.append(repack(self.weights, self._backend, multiplied).close)
-        n_cells = _padded(self.options.n_ctx)
-        self.kv = KvCache(self._backend, KV_TYPES[self.options.kv_type], s.kv_length, n_cells, s.block_count)
+        self.kv = KvCache(self._backend, kv_type, s.kv_length, n_cells, self.resident_from)
         self._closing.append(self.kv.close)
 
+    def _open_hybrid(self, arrangement: Arrangement, n_cells: int, kv_type: int) -> Hybrid:
+        streams: list[Stream] = []
+        try:
+            for i, device in enumerate(arrangement.devices):
+                track = (
+                    f"device {device.name}" if device not in arrangement.devices[:i] else f"device {device.name} {i}"
+                )
+                streams.append(open_stream(device, self.options.threads, track, self._trace))
+        except UserError:
+            for stream in streams:
+                stream.close()
+            raise
+        return Hybrid(self.weights, arrangement.residence, streams, n_cells, kv_type)
+
     def _every_token_multiplies(self, name: str) -> bool:
-        head = "token_embd.weight" if self.structure.tied_output else "output.weight"
-        return name == head or _EVERY_TOKEN_MULTIPLIES[self.options.ffn].search(name) is not None
+        """Whether the CPU multiplies with all of a matrix for every token."""
+        s = self.structure
+        if name == ("token_embd.weight" if s.tied_output else "output.weight") or name.startswith("output_proj"):
+            return not (self.arrangement and self.arrangement.residence.placement.head)
+        block = _BLOCK.match(name)
+        if block and int(block[1]) >= self.resident_from:
+            return False
+        return _EVERY_TOKEN_MULTIPLIES[self.options.ffn].search(name) is not None
 
     def close(self) -> None:
         """Free everything."""
         on_worker(self._close)
+
+    def write_trace(self, path: Path) -> None:
+        """Write what was collected; raises OSError."""
+        if self._trace:
+            self._trace.write(path)
 
     def _close(self) -> None:
         self._close_graphs(lambda spec: True)
@@ -167,8 +216,10 @@ class Engine:
         start = 0 if n_outputs is None else self.reusable(ids)
         del self.cached[start:]
         parts = []
-        for at in range(start, len(ids), self.options.n_batch):
-            batch = ids[at : at + self.options.n_batch]
+        # A device has room for the logits of few positions.
+        n_batch = min(self.options.n_batch, LOGITS) if self.arrangement and not n_outputs else self.options.n_batch
+        for at in range(start, len(ids), n_batch):
+            batch = ids[at : at + n_batch]
             parts.append(self._batch(batch, at, 1 if n_outputs else len(batch)))
         return parts[-1] if n_outputs else np.concatenate(parts)
 
@@ -191,7 +242,7 @@ class Engine:
 
         return on_worker(compute)
 
-    def _graph(self, n_tokens: int, n_positions: int, n_outputs: int) -> Graph:
+    def _graph(self, n_tokens: int, n_positions: int, n_outputs: int) -> Graph | SplitGraph:
         spec = GraphSpec(
             n_tokens,
             _padded(n_positions),
@@ -211,13 +262,41 @@ class Engine:
         else:
             if len(self._graphs) >= _KEPT_GRAPHS:
                 self._close_graphs(next(iter(self._graphs)).__eq__)
-            scratch = self._scratch_for(spec)
-            self._graphs[spec] = Graph(spec, self.structure, self.weights, self.kv, self._backend, scratch)
+            self._graphs[spec] = self._new_graph(spec)
         return self._graphs[spec]
+
+    def _new_graph(self, spec: GraphSpec) -> Graph | SplitGraph:
+        scratch = self._scratch_for(spec)
+        if not self._hybrid:
+            return Graph(spec, self.structure, self.weights, self.kv, self._backend, scratch)
+        graph = SplitGraph(spec, self._hybrid, self._backend, self.kv, scratch)
+        try:
+            self._check_budget(graph)
+        except UserError:
+            graph.close()
+            raise
+        return graph
+
+    def device_bytes(self) -> tuple[int, ...]:
+        """Bytes of all buffers on each device: weights, keys and values, hidden states, compute buffers."""
+        if not self._hybrid:
+            return ()
+        graphs = [graph.device_sizes for graph in self._graphs.values() if isinstance(graph, SplitGraph)]
+        return tuple(map(sum, zip(self._hybrid.sizes, *graphs, strict=True)))
+
+    def _check_budget(self, new: SplitGraph) -> None:
+        assert self.arrangement
+        sums = map(sum, zip(self.device_bytes(), new.device_sizes, strict=True))
+        for device, budget, needed in zip(self.arrangement.devices, self.arrangement.budgets, sums, strict=True):
+            if needed > budget:
+                raise UserError(
+                    f"device {device.name}: {new.spec.n_tokens} tokens at once need {needed / 2**20:.1f} MiB, expected at most {budget / 2**20:.1f}",
+                    "allow more with --vram-budget, or shorten --n-ctx",
+                )
 
     def _scratch_for(self, spec: GraphSpec) -> Repacked | None:
         """Where a block's matrices are repacked for a batch; one for all graphs, and None where nothing is computed that way."""
-        if not any(spec.n_tokens >= n for n in spec.dense_from):
+        if not any(spec.n_tokens >= n for n in spec.dense_from[: self.resident_from]):
             return None
         if self._scratch is None:
             like = {name: f"blk.0.{name}.weight" for name in FFN_MATRICES}
@@ -225,12 +304,17 @@ class Engine:
             self._scratch = Repacked(self.weights, self._backend, held)
         return self._scratch
 
-    def _count(self, graph: Graph) -> None:
-        for i, ffn in graph.ffns.items():
-            self.counts[i].fired += ffn.fired
-            self.counts[i].gates += ffn.gates
-            self.counts[i].seen += ffn.seen
-            ffn.fired = ffn.gates = ffn.seen = 0
+    def _count(self, graph: Graph | SplitGraph) -> None:
+        for i, count in enumerate(self.counts):
+            # A device computes every neuron that it has.
+            hot = self.arrangement.residence.hot(i) if self.arrangement else 0
+            ffn = graph.ffns.get(i)
+            seen = ffn.seen if ffn else (graph.spec.n_tokens if hot == self.structure.feed_forward_length else 0)
+            count.fired += (ffn.fired if ffn else 0) + hot * seen
+            count.gates += (ffn.gates if ffn else 0) + hot * seen
+            count.seen += seen
+            if ffn:
+                ffn.fired = ffn.gates = ffn.seen = 0
 
     def reset_counts(self) -> None:
         """Start counting FFN activity anew."""

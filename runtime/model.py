@@ -14,6 +14,8 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from runtime.arrange import Wish, arrange
+from runtime.devices import AUTO, parse_sizes
 from runtime.engine import BATCH, FFN_MODES, KV_TYPES, Engine, Options
 from runtime.errors import UserError
 from runtime.generate import Generation
@@ -21,6 +23,7 @@ from runtime.gguf_file import GgufFile
 from runtime.sampling import Sampling
 from runtime.threads import Threads
 from runtime.tokenizer import Tokenizer
+from runtime.trace import Trace
 
 DEFAULT_N_CTX = 8192  # at most, where the user names none: keys and values are allocated when the model is loaded
 
@@ -36,6 +39,10 @@ def load(
     predictor_bias: float = 0.0,
     cpus: Sequence[int] = (),
     priority: str = "normal",
+    device: str = AUTO,
+    vram_budget: str | float | None = None,
+    hot: int | Sequence[int] | None = None,
+    trace: str | Path | None = None,
 ) -> Model:
     """Open a converted model.
 
@@ -44,7 +51,10 @@ def load(
     kv_type: "f16" or "f32". n_batch: tokens of a prompt computed at once. flash_attention: False builds attention from plain products.
     predictor_bias: more recall (positive) or more speed (negative), in units of the predictors' typical error.
     cpus: processors to compute on (default: all that the process may use); priority: "low", "normal", "medium", "high" or "realtime".
-    Raises UserError for a file that is not ours, damaged or incomplete, and for options out of range.
+    device: names as `python -m runtime devices` lists them, with commas; "none" for the CPU alone; "auto" for the first GPU, if there is one.
+    vram_budget: memory to use on it, all that is free if None: GiB, or text such as "6GiB", "6,4" (two devices) or "800MiB".
+    hot: neurons of every block (or of each) on the first device, instead of what the planner chooses. trace: a file for Chrome's trace viewer, written by `close`.
+    Raises UserError for a file that is not ours, damaged or incomplete, for options out of range, and where memory does not suffice.
     """
     _check_options(ffn, kv_type, n_batch, predictor_bias)
     team = Threads.of(threads, tuple(cpus), priority)
@@ -61,7 +71,19 @@ def load(
             cpus=team.cpus,
             priority=team.priority,
         )
-        return Model(file, Engine(file, options))
+        wish = Wish(
+            names=tuple(device.split(",")),
+            budgets=parse_sizes(vram_budget),
+            hot=hot if hot is None or isinstance(hot, int) else tuple(hot),
+        )
+        arrangement = arrange(
+            file, wish, team.n, options.ffn, options.n_ctx, KV_TYPES[kv_type], n_batch, predictor_bias
+        )
+        recorder = Trace() if trace else None
+        model = Model(file, Engine(file, options, arrangement, recorder))
+        if trace:
+            model.trace_to(Path(trace))
+        return model
     except BaseException:
         file.close()
         raise
@@ -104,7 +126,17 @@ class Model:
         except BaseException:
             engine.close()
             raise
+        self.arrangement = engine.arrangement
+        self._trace_path: Path | None = None
         self._closed = False
+
+    def trace_to(self, path: Path) -> None:
+        """Write what the engine's trace has collected to `path` when the model is closed."""
+        self._trace_path = path
+
+    def device_bytes(self) -> tuple[int, ...]:
+        """Bytes of all buffers on each device; empty where all is computed on the CPU."""
+        return self._engine.device_bytes()
 
     @property
     def chat_template(self) -> str | None:
@@ -177,6 +209,8 @@ class Model:
             self._closed = True
             self.tokenizer.close()
             self._engine.close()
+            if self._trace_path:
+                self._engine.write_trace(self._trace_path)
 
     def __enter__(self) -> Model:
         return self

@@ -13,12 +13,13 @@ import sys
 from pathlib import Path
 
 from runtime import ggml
+from runtime import ggml_devices as gd
 from runtime.errors import UserError
 from runtime.structure import ACTIVATIONS, Structure
 
 _FILE = {"win32": "lazyneuron.dll", "darwin": "liblazyneuron.dylib"}.get(sys.platform, "liblazyneuron.so")
 VARIANTS = ("portable", "avx2", "avx512", "neon")
-OPERATORS = ("predict", "predict_sign", "quantize", "gate", "down", "reduce")
+OPERATORS = ("predict", "predict_sign", "choose", "quantize", "gate", "down", "reduce")
 
 
 _CACHE_LINE = 64
@@ -125,6 +126,12 @@ def operator(name: str) -> int:
     return address
 
 
+def exit_on_abort() -> None:
+    """From now on, ggml giving up ends the process with one line and status 1. For programs, not for libraries: it is for the whole process."""
+    gd.ggml_set_abort_callback(ctypes.cast(library().lzn_on_abort, ctypes.c_void_p).value)
+    library().lzn_guard()
+
+
 def variant() -> int:
     """Index in VARIANTS of the kernels to use: the fastest that this CPU has, or the one that LAZYNEURON_KERNELS names.
 
@@ -167,6 +174,11 @@ def predict(ffn: Ffn, rank: int, type_id: int | None, shift: float) -> None:
         ffn.predictor = _rows(type_id, rank)
     else:
         ffn.predictor.kernels = library().lzn_kernels(ggml.I8, variant())
+
+
+def choose(ffn: Ffn, shift: float) -> None:
+    """Let the description take its candidates from scores that are given."""
+    ffn.predicted, ffn.rank, ffn.shift = True, 0, shift
 
 
 def predict_size(ffn: Ffn, n_tokens: int) -> int:

@@ -57,6 +57,15 @@ def add_predictor(
     return _custom(ctx, ffn, "predict_sign" if signs else "predict", ggml.I8, (size, 1), x, rows, bias)
 
 
+def add_choice(
+    ctx: ggml.ContextP, scores: ggml.TensorP, ffn: native_ffn.Ffn, bias: ggml.TensorP, shift: float
+) -> ggml.TensorP:
+    """Add the operator that chooses an FFN's candidates by scores F32 [n_ff, n_tokens] computed elsewhere; as in `add_predictor`."""
+    native_ffn.choose(ffn, shift)
+    size = native_ffn.predict_size(ffn, scores.ne[1])
+    return _custom(ctx, ffn, "choose", ggml.I8, (size, 1), scores, bias)
+
+
 def _custom(
     ctx: ggml.ContextP, ffn: native_ffn.Ffn, name: str, type_id: int, ne: tuple[int, int], *sources: ggml.TensorP | None
 ) -> ggml.TensorP:

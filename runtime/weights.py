@@ -77,7 +77,9 @@ class KvCache:
         self._context = new_context(2 * n_layers)
         self.keys = [ggml.ggml_new_tensor_2d(self._context, type_id, kv_length, n_ctx) for _ in range(n_layers)]
         self.values = [ggml.ggml_new_tensor_2d(self._context, type_id, kv_length, n_ctx) for _ in range(n_layers)]
-        self._buffer = ggml.ggml_backend_alloc_ctx_tensors(self._context, backend)
+        self._buffer = ggml.ggml_backend_alloc_ctx_tensors(self._context, backend) if n_layers else ggml.BufferP()
+        if not n_layers:
+            return
         if not self._buffer:
             size = 2 * n_layers * n_ctx * ggml.ggml_row_size(type_id, kv_length)
             ggml.ggml_free(self._context)
@@ -91,7 +93,7 @@ class KvCache:
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
-        return ggml.ggml_backend_buffer_get_size(self._buffer)
+        return ggml.ggml_backend_buffer_get_size(self._buffer) if self._buffer else 0
 
     def close(self) -> None:
         """Release the memory."""

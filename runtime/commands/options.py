@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from runtime.devices import AUTO
 from runtime.engine import FFN_MODES, KV_TYPES
 from runtime.errors import UserError
 from runtime.model import Model, load
@@ -39,6 +40,9 @@ class Loading:
     predictor_bias: float = 0.0
     cpus: tuple[int, ...] = ()
     priority: str = "normal"
+    device: str = AUTO
+    vram_budget: str | None = None
+    trace: Path | None = None
 
     def open(self, path: Path) -> Model:
         """The model `path`, run so. Raises UserError as `runtime.load` does."""
@@ -81,6 +85,18 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         choices=PRIORITIES,
         default="normal",
         help="of the computing threads (normal; above it needs rights)",
+    )
+    group.add_argument(
+        "--device",
+        default=AUTO,
+        metavar="NAME[,NAME]",
+        help="see `devices`; none: the CPU alone (the first GPU, if any)",
+    )
+    group.add_argument(
+        "--vram-budget", metavar="GIB[,GIB]", help="memory to use on the device, e.g. 6 or 800MiB (what is free)"
+    )
+    group.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write what was computed when, for Chrome's trace viewer (JSON)"
     )
     group.add_argument("--n-ctx", "-c", type=int, metavar="N", help="context in tokens (default: the model's, <= 8192)")
     group.add_argument("--kv-type", choices=KV_TYPES, default="f16", help="numbers of the KV cache (f16)")

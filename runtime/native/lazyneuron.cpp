@@ -486,6 +486,16 @@ void lzn_ffn_predict_sign(ggml_tensor * dst, int ith, int nth, void * userdata) 
     });
 }
 
+void lzn_ffn_choose(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const lzn_ffn & f = *static_cast<const lzn_ffn *>(userdata);
+    const ggml_tensor * given = dst->src[0];
+    const candidates out = candidates_of(f, dst, given->ne[1]);
+    choose(f, out, given->ne[1], ith, nth, static_cast<const float *>(dst->src[1]->data), [&](int64_t r, int n, int64_t t, float * scores) {
+        const float * from = reinterpret_cast<const float *>(static_cast<const char *>(given->data) + t * given->nb[1]) + r;
+        std::copy(from, from + n, scores);
+    });
+}
+
 void lzn_ffn_quantize(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const lzn_ffn & f = *static_cast<const lzn_ffn *>(userdata);
     const ggml_tensor * x = dst->src[0];

@@ -1,7 +1,7 @@
 // The sparse FFN as ggml custom operators. Includes ggml's public headers, links to nothing of ggml: the functions that read a weight type come from its type traits when a graph is built.
 //
 // One FFN is a few operators, run one after the other by ggml's CPU backend, each on every thread of the team:
-//   predict   scores of a predictor         -> candidates: which neurons may fire (only where there is a predictor)
+//   predict   scores of a predictor         -> candidates: which neurons may fire (only where there is a predictor; `choose` where the scores are given)
 //   quantize  x F32 [n_embd, n_tokens]      -> x in the types that the dot products want
 //   gate      gate rows (ungated: up rows), of every neuron or of the candidates -> which neurons fire, and how strongly
 //   down      up and down_t rows of those   -> one partial sum per thread
@@ -72,6 +72,11 @@ LZN_API bool lzn_has_variant(int32_t variant);
 LZN_API const void * lzn_kernels(int32_t type, int32_t variant);
 LZN_API size_t lzn_arranged_size(const void * kernels, int64_t n);
 
+// What becomes of a program when ggml gives up (an assertion, a lost device) or a C++ exception is caught by nobody: one line on stderr, exit status 1.
+// `lzn_on_abort` is a ggml_abort_callback_t; `lzn_guard` sets the handler of exceptions.
+LZN_API void lzn_on_abort(const char * message);
+LZN_API void lzn_guard(void);
+
 // Bytes of the operators' results that are not plain F32 matrices.
 LZN_API size_t lzn_predict_size(const struct lzn_ffn * ffn, int64_t n_tokens);
 LZN_API size_t lzn_gate_size(const struct lzn_ffn * ffn, int64_t n_tokens);
@@ -80,6 +85,7 @@ LZN_API size_t lzn_down_size(const struct lzn_ffn * ffn, int64_t n_tokens);
 // ggml_custom_op_t; dst->src as listed, dst I8 except where stated. A neuron is a candidate where its score + bias + shift > 0.
 LZN_API void lzn_ffn_predict(struct ggml_tensor * dst, int ith, int nth, void * userdata);       // z F32 [rank, n_tokens], predictor rows, bias; score = row . z
 LZN_API void lzn_ffn_predict_sign(struct ggml_tensor * dst, int ith, int nth, void * userdata);  // x F32, sign bits I8 [n_embd / 8, n_ff], bias; score = -(how many signs differ)
+LZN_API void lzn_ffn_choose(struct ggml_tensor * dst, int ith, int nth, void * userdata);        // scores F32 [n_ff, n_tokens] that another device computed, bias
 LZN_API void lzn_ffn_quantize(struct ggml_tensor * dst, int ith, int nth, void * userdata);      // x
 LZN_API void lzn_ffn_gate(struct ggml_tensor * dst, int ith, int nth, void * userdata);          // quantize, gate rows [, bias] [, candidates]
 LZN_API void lzn_ffn_down(struct ggml_tensor * dst, int ith, int nth, void * userdata);          // quantize, gate, down_t rows [, up rows [, bias]]

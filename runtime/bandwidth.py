@@ -1,0 +1,121 @@
+"""How fast this machine's memories and crossings are: measured once for each device, and remembered.
+
+The file is $LAZYNEURON_CACHE/bandwidths.json (default ~/.cache/lazyneuron); deleting it measures anew. Knows devices; knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime import ggml
+from runtime.cache import cache_folder
+from runtime.devices import DeviceInfo, devices
+from runtime.sides import Side, device_kinds, host_kinds
+from runtime.stream import Stream, open_stream
+
+_BYTES = 64 << 20  # of one matrix, in F16
+_WIDTH = 4096
+_MATRICES = {"CPU": 4, "GPU": 8}  # together beyond any cache
+_REPEATS = 5
+_STEPS = 200  # crossings that are timed
+_VERSION = 1  # of the file
+
+
+@dataclass(frozen=True)
+class Speed:
+    """bandwidth: bytes/s of products with whole matrices. sync: seconds for hidden states to come from the device and go back."""
+
+    bandwidth: float
+    sync: float
+
+
+def speed_of(device: DeviceInfo, threads: int) -> Speed:
+    """A device's speed; the CPU's is that of a backend with so many threads. Measures where nothing is remembered (a second or two)."""
+    path = cache_folder() / "bandwidths.json"
+    key = f"{device.backend} {device.name} {device.description}, {f'{threads} threads, ' if device.is_stand_in else ''}ggml {ggml.ggml_version().decode()}"
+    known = _remembered(path)
+    if key not in known:
+        speed = measure(device, threads)
+        known[key] = [speed.bandwidth, speed.sync]
+        _remember(path, known)
+    return Speed(*known[key])
+
+
+def cpu() -> DeviceInfo:
+    """The CPU as a device."""
+    return next(d for d in devices() if d.is_stand_in)
+
+
+def _remembered(path: Path) -> dict[str, list[float]]:
+    # A damaged file, or one of another version, is only a reason to measure again.
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["version"] == _VERSION:
+            return {str(key): [float(a), float(b)] for key, (a, b) in stored["speeds"].items()}
+    return {}
+
+
+def _remember(path: Path, known: dict[str, list[float]]) -> None:
+    # Where the folder cannot be written, it is measured each time.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = path.with_suffix(f".{os.getpid()}.tmp")
+        made.write_text(json.dumps({"version": _VERSION, "speeds": known}, indent=1), encoding="utf-8")
+        made.replace(path)
+
+
+def measure(device: DeviceInfo, threads: int) -> Speed:
+    """Time products with matrices of some hundred MB, and hidden states that go there and back."""
+    stream = open_stream(device, threads, "measurement")
+    side = Side(f"device {device.name}", device_kinds(device.handle), 16)
+    host = Side("main memory", host_kinds(device.handle), 4)
+    try:
+        return _measured(stream, side, host, _MATRICES["CPU" if device.is_stand_in else "GPU"])
+    finally:
+        side.close()
+        host.close()
+        stream.close()
+
+
+def _measured(stream: Stream, side: Side, host: Side, n: int) -> Speed:
+    rows = _BYTES // _WIDTH // 2
+    matrices = [side.tensor(_WIDTH, rows, ggml.F16) for _ in range(n)]
+    x, y, host_x = side.tensor(_WIDTH), side.tensor(_WIDTH), host.tensor(_WIDTH)
+    side.allocate_tensors()
+    side.fill(0x3C)  # numbers near 1; memory that was never written may not be there
+    host.allocate_tensors()
+    products, step = side.part("products"), side.part("step")
+    for matrix in matrices:
+        ggml.ggml_build_forward_expand(products.graph, ggml.ggml_mul_mat(products.ctx, matrix, x))
+    step.keep(ggml.ggml_add(step.ctx, x, x), y)
+    side.allocate_parts()
+
+    def read_all() -> None:
+        stream.compute(products.graph, "products")
+        stream.finish()
+
+    def cross() -> None:
+        for _ in range(_STEPS):
+            stream.upload(x, host_x)
+            stream.compute(step.graph, "step")
+            stream.download(y, host_x)
+            stream.mark().wait()
+
+    return Speed(n * _BYTES / _fastest(read_all), _fastest(cross) / _STEPS)
+
+
+def _fastest(call: Callable[[], None]) -> float:
+    call()  # first touch of memory, shaders that are compiled
+    return min(_timed(call) for _ in range(_REPEATS))
+
+
+def _timed(call: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began

@@ -1,0 +1,210 @@
+"""A device's queue of work: uploads, graphs and downloads, done in order while the caller does something else.
+
+Two kinds with one interface: devices whose ggml backend is asynchronous and has events queue by themselves; all others (the CPU as a stand-in among them)
+are driven by a thread of their own, which makes their calls one after the other. Knows tensors and graphs; knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from runtime import ggml
+from runtime import ggml_devices as gd
+from runtime.devices import DeviceInfo
+from runtime.errors import UserError
+from runtime.graph import check_status
+from runtime.trace import Trace
+
+
+class Mark(ABC):
+    """A point in a stream."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Block until everything queued before the mark is done. Raises UserError if some of it failed."""
+
+
+class Stream(ABC):
+    """One device's queue. Its own backend belongs to it. Not for use by several threads at once.
+
+    Host memory that is uploaded from or downloaded to must stay as it is until a later mark has been waited for.
+    """
+
+    def __init__(self, info: DeviceInfo, track: str, trace: Trace | None) -> None:
+        self.info, self.track, self.trace = info, track, trace
+
+    backend: ggml.BackendP
+
+    @abstractmethod
+    def upload(self, tensor: ggml.TensorP, source: ggml.TensorP) -> None:
+        """Copy a whole tensor from one of the same bytes in host memory."""
+
+    @abstractmethod
+    def download(self, tensor: ggml.TensorP, target: ggml.TensorP) -> None:
+        """Copy a whole tensor to one of the same bytes in host memory."""
+
+    @abstractmethod
+    def compute(self, graph: ggml.GraphP, name: str) -> None:
+        """Run a graph; name: for the trace."""
+
+    @abstractmethod
+    def mark(self) -> Mark:
+        """Mark the end of what is queued now; the device may begin with all of it."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Block until everything is done. Raises UserError if some of it failed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the backend."""
+
+
+def open_stream(info: DeviceInfo, threads: int, track: str, trace: Trace | None = None) -> Stream:
+    """A stream for a device. threads: of a stand-in. Raises UserError where the device cannot be initialised."""
+    if info.asynchronous and info.events:
+        return _QueuedStream(info, track, trace)
+    return _ThreadStream(info, track, trace, threads)
+
+
+def _open_backend(info: DeviceInfo) -> ggml.BackendP:
+    backend = gd.ggml_backend_dev_init(info.handle, None)
+    if not backend:
+        raise UserError(f"device {info.name}: ggml could not initialise it", "LAZYNEURON_LOG=1 shows what ggml says")
+    return backend
+
+
+class _QueuedStream(Stream):
+    """Lets ggml's backend queue. What it computes is seen to end when a later mark has passed."""
+
+    def __init__(self, info: DeviceInfo, track: str, trace: Trace | None) -> None:
+        super().__init__(info, track, trace)
+        self.backend = _open_backend(info)
+        self._free_events: list[gd.EventP] = []
+        self._running: list[tuple[str, float]] = []  # traced graphs whose end was not seen yet
+
+    def upload(self, tensor: ggml.TensorP, source: ggml.TensorP) -> None:
+        size = ggml.ggml_nbytes(ggml.ConstTensorP(source.value))
+        gd.ggml_backend_tensor_set_async(self.backend, tensor, source.data, 0, size)
+
+    def download(self, tensor: ggml.TensorP, target: ggml.TensorP) -> None:
+        size = ggml.ggml_nbytes(ggml.ConstTensorP(target.value))
+        gd.ggml_backend_tensor_get_async(self.backend, ggml.ConstTensorP(tensor.value), target.data, 0, size)
+
+    def compute(self, graph: ggml.GraphP, name: str) -> None:
+        if self.trace:
+            self._running.append((name, self.trace.now()))
+        check_status(gd.ggml_backend_graph_compute_async(self.backend, graph), f"device {self.info.name}")
+
+    def mark(self) -> Mark:
+        event = self._free_events.pop() if self._free_events else gd.ggml_backend_event_new(self.info.handle)
+        gd.ggml_backend_event_record(event, self.backend)
+        return _Event(self, event, len(self._running))
+
+    def passed(self, event: gd.EventP, n_running: int) -> None:
+        """An event was waited for, before which `n_running` of the traced graphs were queued."""
+        self._free_events.append(event)
+        self._ended(n_running)
+
+    def _ended(self, n: int) -> None:
+        for name, start in self._running[:n]:
+            assert self.trace
+            self.trace.add(self.track, name, start)
+        del self._running[:n]
+
+    def finish(self) -> None:
+        gd.ggml_backend_synchronize(self.backend)
+        self._ended(len(self._running))
+
+    def close(self) -> None:
+        for event in self._free_events:
+            gd.ggml_backend_event_free(event)
+        ggml.ggml_backend_free(self.backend)
+
+
+class _Event(Mark):
+    def __init__(self, stream: _QueuedStream, event: gd.EventP, n_running: int) -> None:
+        self._stream, self._event, self._n = stream, event, n_running
+
+    def wait(self) -> None:
+        gd.ggml_backend_event_synchronize(self._event)
+        self._stream.passed(self._event, self._n)
+
+
+class _ThreadStream(Stream):
+    """A thread makes the calls of a backend that cannot queue by itself; OpenMP's threads belong to it, too."""
+
+    def __init__(self, info: DeviceInfo, track: str, trace: Trace | None, threads: int) -> None:
+        super().__init__(info, track, trace)
+        self.backend = _open_backend(info)
+        if info.is_stand_in:
+            ggml.ggml_backend_cpu_set_n_threads(self.backend, threads)
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._failed: Exception | None = None
+        self._thread = threading.Thread(target=self._work, name=f"ggml {track}", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        while (call := self._queue.get()) is not None:
+            call()
+
+    def _do(self, call: Callable[[], None]) -> None:
+        def unless_failed() -> None:
+            # After a failure nothing is computed any more, but marks still pass.
+            try:
+                if not self._failed:
+                    call()
+            except Exception as error:  # whatever it is belongs to whoever waits
+                self._failed = error
+
+        self._queue.put(unless_failed)
+
+    def upload(self, tensor: ggml.TensorP, source: ggml.TensorP) -> None:
+        size = ggml.ggml_nbytes(ggml.ConstTensorP(source.value))
+        self._do(lambda: ggml.ggml_backend_tensor_set(tensor, source.data, 0, size))
+
+    def download(self, tensor: ggml.TensorP, target: ggml.TensorP) -> None:
+        size = ggml.ggml_nbytes(ggml.ConstTensorP(target.value))
+        self._do(lambda: ggml.ggml_backend_tensor_get(ggml.ConstTensorP(tensor.value), target.data, 0, size))
+
+    def compute(self, graph: ggml.GraphP, name: str) -> None:
+        def run() -> None:
+            start = self.trace.now() if self.trace else 0.0
+            status = ggml.ggml_backend_graph_compute(self.backend, graph)
+            if self.trace:
+                self.trace.add(self.track, name, start)
+            check_status(status, f"device {self.info.name}")
+
+        self._do(run)
+
+    def mark(self) -> Mark:
+        mark = _Reached(self)
+        self._queue.put(mark.reached.set)
+        return mark
+
+    def raise_failure(self) -> None:
+        """Raise what went wrong, once."""
+        error, self._failed = self._failed, None
+        if error:
+            raise error
+
+    def finish(self) -> None:
+        self.mark().wait()
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        ggml.ggml_backend_free(self.backend)
+
+
+class _Reached(Mark):
+    def __init__(self, stream: _ThreadStream) -> None:
+        self.reached = threading.Event()
+        self._stream = stream
+
+    def wait(self) -> None:
+        self.reached.wait()
+        self._stream.raise_failure()
