@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
-from runtime.commands import chat, complete, inspect, perplexity, plan, sparsity
+from runtime.commands import chat, complete, devices, inspect, perplexity, plan, sparsity
 from runtime.commands.options import Parser, arguments_of
 from runtime.errors import run_command
+from runtime.native_ffn import exit_on_abort
 
 COMMANDS = (
     (chat, chat.chat),
     (complete, complete.complete),
+    (devices, devices.show_devices),
     (inspect, inspect.inspect),
     (perplexity, perplexity.perplexity),
     (plan, plan.plan),
@@ -40,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> None:
     options = vars(_parser().parse_args(arguments))
+    exit_on_abort()
     command = options.pop("command")
     command(**arguments_of(options))
 
@@ -48,14 +52,18 @@ def _parser() -> Parser:
     parser = Parser(prog="python -m runtime", description="Run models converted by `python -m convert`.")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
     for module, command in COMMANDS:
-        verb = verbs.add_parser(command.__name__, help=module.HELP, description=command.__doc__)
+        verb = verbs.add_parser(_verb(module), help=module.HELP, description=command.__doc__)
         module.configure_parser(verb)
         verb.set_defaults(command=command)
     return parser
 
 
+def _verb(module: ModuleType) -> str:
+    return module.__name__.rpartition(".")[2]
+
+
 def _overview() -> str:
-    return _START + "\n".join(f"    {command.__name__:<12}{module.HELP}" for module, command in COMMANDS)
+    return _START + "\n".join(f"    {_verb(module):<12}{module.HELP}" for module, _ in COMMANDS)
 
 
 def _use_utf8() -> None:

@@ -68,7 +68,9 @@ def arrange(
                 "a memory budget without a device", "name one with --device; `python -m runtime devices` lists them"
             )
         return None
-    options = machine_options(devices, _budgets(wish, devices), threads, ffn, n_ctx, kv_type, n_batch, predictor_bias)
+    options = machine_options(
+        devices, usable(wish.budgets, devices), threads, ffn, n_ctx, kv_type, n_batch, predictor_bias
+    )
     blocks, head = model_costs(file, options)
     machine = machine_of(file.structure, options)
     if wish.hot is None:
@@ -110,12 +112,12 @@ def machine_options(
     )
 
 
-def _budgets(wish: Wish, devices: tuple[DeviceInfo, ...]) -> tuple[int, ...]:
-    """What may be used: no more than the user allows, and no more than is free."""
-    if len(wish.budgets) not in (0, len(devices)):
-        raise UserError(f"{len(wish.budgets)} memory budgets for {len(devices)} devices, expected one of each")
+def usable(budgets: tuple[int, ...], devices: Sequence[DeviceInfo]) -> tuple[int, ...]:
+    """Bytes of each device: no more than the user allows, and no more than is free. budgets: () for no limit. Raises UserError for another number of them."""
+    if len(budgets) not in (0, len(devices)):
+        raise UserError(f"{len(budgets)} memory budgets for {len(devices)} devices, expected one of each")
     free = [int(device.memory_free * (1 - _LEFT_FREE)) for device in devices]
-    return tuple(min(pair) for pair in zip(wish.budgets or free, free, strict=True))
+    return tuple(min(pair) for pair in zip(budgets or free, free, strict=True))
 
 
 def _wanted(hot: int | tuple[int, ...], n_blocks: int) -> tuple[int, ...]:

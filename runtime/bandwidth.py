@@ -1,6 +1,6 @@
 """How fast this machine's memories and crossings are: measured once for each device, and remembered.
 
-The file is $LAZYNEURON_CACHE/bandwidths.json (default ~/.cache/lazyneuron); deleting it measures anew. Knows devices; knows nothing of models.
+The file is $LAZYNEURON_CACHE/bandwidths.json (default ~/.cache/lazyneuron). Knows devices; knows nothing of models.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Speed:
     sync: float
 
 
-def speed_of(device: DeviceInfo, threads: int) -> Speed:
-    """A device's speed; the CPU's is that of a backend with so many threads. Measures where nothing is remembered (a second or two)."""
+def speed_of(device: DeviceInfo, threads: int, anew: bool = False) -> Speed:
+    """A device's speed; the CPU's is that of a backend with so many threads. Measures where nothing is remembered, or `anew` (a second or two)."""
     path = cache_folder() / "bandwidths.json"
     key = f"{device.backend} {device.name} {device.description}, {f'{threads} threads, ' if device.is_stand_in else ''}ggml {ggml.ggml_version().decode()}"
     known = _remembered(path)
-    if key not in known:
+    if anew or key not in known:
         speed = measure(device, threads)
         known[key] = [speed.bandwidth, speed.sync]
         _remember(path, known)

@@ -102,7 +102,7 @@ class Engine:
         trace: Trace | None = None,
     ) -> None:
         self.structure, self.options, self._trace = file.structure, options, trace
-        self.arrangement = arrangement if arrangement and arrangement.used else None
+        self.asked, self.arrangement = arrangement, arrangement if arrangement and arrangement.used else None
         self.resident_from = self.arrangement.residence.first if self.arrangement else self.structure.block_count
         self._hybrid: Hybrid | None = None
         self._graphs: OrderedDict[GraphSpec, Graph | SplitGraph] = OrderedDict()

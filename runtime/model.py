@@ -126,7 +126,7 @@ class Model:
         except BaseException:
             engine.close()
             raise
-        self.arrangement = engine.arrangement
+        self.arrangement = engine.asked  # None where no device was wanted
         self._trace_path: Path | None = None
         self._closed = False
 

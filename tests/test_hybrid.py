@@ -198,7 +198,8 @@ def test_more_budget_puts_more_on_the_device(fitted_gguf: Path) -> None:
 def test_no_budget_is_the_cpu_alone(fitted_gguf: Path) -> None:
     ids = random_ids(50, 4000)
     with budget(fitted_gguf, 0, kv_type="f32") as model:
-        assert model.arrangement is None
+        assert model.arrangement
+        assert not model.arrangement.used
         assert model.device_bytes() == ()
         found = model.logits(ids)
     assert np.array_equal(found, logits(fitted_gguf, ids, n_ctx=256, n_batch=64))

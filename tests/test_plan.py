@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,13 +37,16 @@ OPTIONS = PlanOptions("exact", 512, (1 << 20,), (1e12,), 1e9, sync=1e-6, n_posit
 MACHINE = ("--vram-budget", 0.3, "--device-bandwidth", 1008, "--cpu-bandwidth", 60)
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "runtime", "plan", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120, check=False)
+    environment = {**os.environ, **({"LAZYNEURON_CACHE": str(cache)} if cache else {})}
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120, check=False, env=environment
+    )
 
 
-def run_json(*arguments: object) -> dict[str, Any]:
-    done = run(*arguments, "--json")
+def run_json(*arguments: object, cache: Path | None = None) -> dict[str, Any]:
+    done = run(*arguments, "--json", cache=cache)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     result: dict[str, Any] = json.loads(line)
@@ -175,6 +179,19 @@ def test_no_budget_and_a_wider_cache(fitted_gguf: Path) -> None:
     assert wide["bytes"] != narrow["bytes"]
 
 
+def test_a_device_of_this_machine(fitted_gguf: Path, tmp_path: Path) -> None:
+    """Speeds are measured and remembered, what is given wins, and what is free is the limit."""
+    found = run_json(fitted_gguf, "--device", "cpu", "--device-bandwidth", 100000, cache=tmp_path)
+    assert found["devices"][0]["bytes"] > 0
+    assert found["layers"][0]["hot"] == [1024]
+    (key,) = json.loads((tmp_path / "bandwidths.json").read_text())["speeds"]
+    (tmp_path / "bandwidths.json").write_text(json.dumps({"version": 1, "speeds": {key: [1e9, 1e-6]}}))
+    again = run_json(fitted_gguf, "--device", "cpu", cache=tmp_path)
+    assert again["cpu_only_seconds"] > 1e-3
+    (tmp_path / "bandwidths.json").write_text("{}")
+    assert run_json(fitted_gguf, "--device", "cpu", "--vram-budget", "0", cache=tmp_path)["devices"][0]["bytes"] == 0
+
+
 def test_several_devices(fitted_gguf: Path) -> None:
     two = ("--vram-budget", "0.27,0.27", "--device-bandwidth", "1008,600", "--cpu-bandwidth", 1, "--sync-us", 0)
     found = run_json(fitted_gguf, *two)
@@ -204,6 +221,8 @@ def test_what_people_see(fitted_gguf: Path, tiny_gguf: Path) -> None:
         (("--vram-budget", 1, "--device-bandwidth", 1, "--cpu-bandwidth", 1, "-c", 99999999), "the model's own limit"),
         (("--vram-budget", 1, "--device-bandwidth", 1, "--cpu-bandwidth", 1, "--ffn", "predicted"), "no predictor"),
         (("--vram-budget", 1), "--device-bandwidth"),
+        (("--device", "Nonesuch"), "no device `Nonesuch`, found CPU"),
+        (("--device", "CPU", "--vram-budget", "1,1"), "2 memory budgets for 1 devices"),
     ],
 )
 def test_mistakes_are_one_line(tiny_gguf: Path, arguments: tuple[object, ...], text: str) -> None:

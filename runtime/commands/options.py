@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from runtime.devices import AUTO
+from runtime.arrange import Arrangement
+from runtime.devices import AUTO, parse_sizes
 from runtime.engine import FFN_MODES, KV_TYPES
 from runtime.errors import UserError
 from runtime.model import Model, load
@@ -46,7 +47,22 @@ class Loading:
 
     def open(self, path: Path) -> Model:
         """The model `path`, run so. Raises UserError as `runtime.load` does."""
-        return load(path, **vars(self))
+        model = load(path, **vars(self))
+        if model.arrangement:
+            note(where(model.arrangement))
+        return model
+
+
+def where(arrangement: Arrangement) -> str:
+    """One line on what is on devices."""
+    names = ", ".join(device.name for device in arrangement.devices)
+    if not arrangement.used:
+        return f"on {names}: nothing, the CPU computes all of it (the budget is too small, or the device would not be faster)"
+    residence, placement = arrangement.residence, arrangement.residence.placement
+    s = residence.structure
+    hot = sum(residence.hot(i) for i in range(s.block_count)) / (s.block_count * s.feed_forward_length)
+    head = ", the output head" if placement.head else ""
+    return f"on {names}: attention of {s.block_count - residence.first} of {s.block_count} layers, {hot:.1%} of the neurons{head}; the rest on the CPU"
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -138,6 +154,14 @@ def cpus(text: str) -> tuple[int, ...]:
         return parse_cpus(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}, expected processors such as 0-3,6") from None
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """Amounts of memory in bytes, as an argparse type."""
+    try:
+        return parse_sizes(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(error.message) from None
 
 
 def count(text: str) -> int:

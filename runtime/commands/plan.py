@@ -1,11 +1,12 @@
-"""`python -m runtime plan`: what a device of a given size would hold of a model, and the speed to expect. Needs no device."""
+"""`python -m runtime plan`: what a device would hold of a model, and the speed to expect. A device that is described by numbers need not be there."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ from rich.console import Console
 from rich.table import Table
 
 from runtime import ggml
-from runtime.commands.options import add_json, add_model, count, print_json
+from runtime.arrange import machine_options, usable
+from runtime.commands.options import add_json, add_model, count, print_json, sizes
 from runtime.costs import PlanOptions, frequencies, machine_of, model_costs
-from runtime.engine import FFN_MODES, KV_TYPES
+from runtime.devices import find
+from runtime.engine import BATCH, FFN_MODES, KV_TYPES
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.model import DEFAULT_N_CTX
 from runtime.placement import Device, Machine, Placement, place
+from runtime.threads import physical_cores
 
 HELP = "show what a device would hold, and the speed to expect"
 
@@ -29,27 +33,26 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     group = parser.add_argument_group("the machine")
     group.add_argument(
-        "--vram-budget",
-        type=_numbers,
-        required=True,
-        metavar="GIB",
-        help="memory to use on the device; several devices: GIB,GIB",
+        "--device", metavar="NAME[,NAME]", help="a device of this machine (see `devices`): its speed is measured once"
     )
     group.add_argument(
-        "--device-bandwidth",
-        type=_numbers,
-        required=True,
-        metavar="GB/S",
-        help="of the device's memory, one number for each device",
+        "--vram-budget",
+        type=sizes,
+        default=(),
+        metavar="GIB",
+        help="memory to use on the device, e.g. 8 or 800MiB; several devices: 8,6 (with --device: what is free)",
     )
-    group.add_argument("--cpu-bandwidth", type=_number, required=True, metavar="GB/S", help="of main memory")
+    group.add_argument(
+        "--device-bandwidth", type=_numbers, metavar="GB/S", help="of the device's memory, one number for each device"
+    )
+    group.add_argument("--cpu-bandwidth", type=_number, metavar="GB/S", help="of main memory")
     group.add_argument(
         "--sync-us",
         type=_number,
-        default=50.0,
         metavar="US",
-        help="microseconds for going from device to CPU and back (50)",
+        help="microseconds for going from device to CPU and back (50; with --device: measured)",
     )
+    group.add_argument("--threads", "-t", type=count, metavar="N", help="of the CPU, where its speed is measured")
     run = parser.add_argument_group("running the model")
     run.add_argument("--ffn", choices=FFN_MODES, help="predicted where the file has a predictor, else exact")
     run.add_argument("--n-ctx", "-c", type=count, metavar="N", help="context in tokens (default: the model's, <= 8192)")
@@ -60,10 +63,12 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
 
 def plan(
     model: Path,
-    vram_budget: tuple[float, ...],
-    device_bandwidth: tuple[float, ...],
-    cpu_bandwidth: float,
-    sync_us: float = 50.0,
+    device: str | None = None,
+    vram_budget: tuple[int, ...] = (),
+    device_bandwidth: tuple[float, ...] | None = None,
+    cpu_bandwidth: float | None = None,
+    sync_us: float | None = None,
+    threads: int | None = None,
     ffn: str | None = None,
     n_ctx: int | None = None,
     kv_type: str = "f16",
@@ -71,17 +76,23 @@ def plan(
     as_json: bool = False,
 ) -> None:
     """Print the split of each layer between device and CPU, bytes per device, the expected time per token and what limits it."""
+    given: dict[str, Any] = {
+        "device_bandwidths": device_bandwidth and tuple(rate * 1e9 for rate in device_bandwidth),
+        "cpu_bandwidth": cpu_bandwidth and cpu_bandwidth * 1e9,
+        "sync": None if sync_us is None else sync_us * 1e-6,
+        "n_positions": positions,
+    }
+    known = {name: value for name, value in given.items() if value is not None}
     with GgufFile(model) as file:
-        options = PlanOptions(
-            ffn=ffn or ("predicted" if any(file.structure.predictor_rank) else "exact"),
-            n_ctx=_context(file, n_ctx),
-            budgets=tuple(int(gib * 2**30) for gib in vram_budget),
-            device_bandwidths=tuple(rate * 1e9 for rate in device_bandwidth),
-            cpu_bandwidth=cpu_bandwidth * 1e9,
-            sync=sync_us * 1e-6,
-            kv_size=ggml.ggml_row_size(KV_TYPES[kv_type], 1),
-            n_positions=positions,
-        )
+        mode = ffn or ("predicted" if any(file.structure.predictor_rank) else "exact")
+        context = _context(file, n_ctx)
+        if device:
+            machine = measured(device, vram_budget, threads, mode, context, KV_TYPES[kv_type])
+            options = replace(machine, **known)
+        else:
+            _check_described(vram_budget, known)
+            size = ggml.ggml_row_size(KV_TYPES[kv_type], 1)
+            options = PlanOptions(mode, context, vram_budget, kv_size=size, **known)
         report = {"model": str(model), "kv_type": kv_type, **_report(file, options)}
     if as_json:
         print_json(report)
@@ -90,6 +101,28 @@ def plan(
     console.print(_table(report))
     for line in _summary(report):
         console.print(line)
+
+
+def measured(
+    device: str, budgets: tuple[int, ...], threads: int | None, ffn: str, n_ctx: int, kv_type: int
+) -> PlanOptions:
+    """The planner's options for devices of this machine. Raises UserError for a device that is not there."""
+    found = tuple(find(tuple(device.split(","))))
+    if not found:
+        raise UserError(f"no device `{device}`", "`python -m runtime devices` lists them")
+    allowed = usable(budgets, found)
+    return machine_options(found, allowed, threads or physical_cores(()), ffn, n_ctx, kv_type, BATCH)
+
+
+def _check_described(budgets: tuple[int, ...], known: Mapping[str, Any]) -> None:
+    missing = [] if budgets else ["--vram-budget"]
+    for option, name in (("--device-bandwidth", "device_bandwidths"), ("--cpu-bandwidth", "cpu_bandwidth")):
+        missing += [] if name in known else [option]
+    if missing:
+        raise UserError(
+            f"{', '.join(missing)} missing",
+            "describe a machine with these options, or name a device of this one: --device",
+        )
 
 
 def _context(file: GgufFile, n_ctx: int | None) -> int:
