@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime import ggml
+from runtime import ggml, logs
 from runtime.errors import UserError, run_command
 from runtime.ffi import GGML, GGML_BASE, C, CharP, SizeT, stub
 from runtime.weights import new_context
@@ -89,17 +89,17 @@ def product(device: str, weights: Array, x: Array) -> Array:
     """x @ weights.T, computed on the device in F32: weights [n_out, n_in], x [n_tokens, n_in] -> [n_tokens, n_out]."""
     weights, x = np.ascontiguousarray(weights, np.float32), np.ascontiguousarray(x, np.float32)
     y = np.empty((len(x), len(weights)), np.float32)
-    ctx = new_context(3, ggml.ggml_graph_overhead_custom(1, False))
+    ctx = new_context(3, ggml.ggml_graph_overhead_custom(8, False))
     tensors = [ggml.ggml_new_tensor_2d(ctx, ggml.F32, *a.shape[::-1]) for a in (weights, x)]
     result = ggml.ggml_mul_mat(ctx, *tensors)
-    graph = ggml.ggml_new_graph_custom(ctx, 1, False)
+    graph = ggml.ggml_new_graph_custom(ctx, 8, False)
     ggml.ggml_build_forward_expand(graph, result)
     backend = ggml_backend_init_by_name(device.encode(), None)
     buffer = ggml.ggml_backend_alloc_ctx_tensors(ctx, backend)
     for tensor, array in zip(tensors, (weights, x), strict=True):
         ggml.ggml_backend_tensor_set(tensor, array.ctypes.data, 0, array.nbytes)
     assert ggml.ggml_backend_graph_compute(backend, graph) == ggml.STATUS_SUCCESS
-    ggml.ggml_backend_tensor_get(result, y.ctypes.data, 0, y.nbytes)
+    ggml.ggml_backend_tensor_get(ggml.ConstTensorP(result.value), y.ctypes.data, 0, y.nbytes)
     ggml.ggml_backend_buffer_free(buffer)
     ggml.ggml_backend_free(backend)
     ggml.ggml_free(ctx)
@@ -107,6 +107,7 @@ def product(device: str, weights: Array, x: Array) -> Array:
 
 
 def _list_devices() -> None:
+    logs.silence()
     gpu()
     for props in devices():
         print(f"{props.name.decode()}: {TYPES[props.type]}, {props.description.decode()}")

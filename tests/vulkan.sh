@@ -92,6 +92,8 @@ main() {
   export GGML_VK_VISIBLE_DEVICES=0     # ggml passes over a Vulkan device of type CPU unless it is named
   "$VENV/bin/python" -m tests.devices >&2
   "$VENV/bin/python" -m pytest -m vulkan tests/test_vulkan.py "$@"
+  say "once more, without F16 arithmetic on the device"
+  GGML_VK_DISABLE_F16=1 "$VENV/bin/python" -m pytest -m vulkan tests/test_vulkan.py "$@"
 }
 
 : "${LLAMA_CPP:?which release? make test-vulkan names that of pyproject.toml}"
