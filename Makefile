@@ -11,7 +11,7 @@ NATIVE := $(wildcard runtime/native/*)
 # As in pyproject.toml. Installed before the package, so that its wheel (about 6 minutes on two cores) is built once and then comes from pip's cache.
 LLAMA_CPP := $(shell sed -n 's/^requires = .*"\(llama-cpp-python==[0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: chat setup test sanitize check bench clean
+.PHONY: chat setup test test-vulkan sanitize check bench clean
 
 chat: $(MODEL)
 	@$(PY) -m runtime chat $(MODEL)
@@ -39,6 +39,10 @@ $(MODEL): $(VENV)/.setup $(wildcard examples/tiny-relu-llama/* convert/*.py conv
 
 test: $(VENV)/.test
 	$(PY) -m pytest
+
+# The tests on a device, without a GPU: see the script. The first call compiles ggml for Vulkan.
+test-vulkan:
+	@PYTHON="$(PYTHON)" LLAMA_CPP="$(LLAMA_CPP)" tests/vulkan.sh
 
 # The native tests on a library that stops at the first bad address or undefined operation. With gcc on Linux: its runtimes must be loaded before Python is.
 sanitize: $(VENV)/.test
