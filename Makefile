@@ -41,8 +41,8 @@ test: $(VENV)/.test
 	$(PY) -m pytest
 
 # The tests on a device, without a GPU: see the script. The first call compiles ggml for Vulkan.
-test-vulkan:
-	@PYTHON="$(PYTHON)" LLAMA_CPP="$(LLAMA_CPP)" tests/vulkan.sh
+test-vulkan: $(VENV)/.test
+	@PYTHON="$(PYTHON)" MODELS_PYTHON="$(PY)" LLAMA_CPP="$(LLAMA_CPP)" tests/vulkan.sh
 
 # The native tests on a library that stops at the first bad address or undefined operation. With gcc on Linux: its runtimes must be loaded before Python is.
 sanitize: $(VENV)/.test

@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from transformers import AutoModelForCausalLM
 
 Logits = npt.NDArray[Any]
 
 
 def transformers_logits(checkpoint: Path, ids: list[int], **config: Any) -> Logits:
     """float32 [len(ids), n_vocab]; `config` overrides fields of the checkpoint's config.json."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager", **config)
     with torch.no_grad():
         logits: Logits = model(torch.tensor([ids])).logits[0].numpy()

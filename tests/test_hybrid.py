@@ -13,29 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 from oracle import Logits, kl, random_ids, relative, transformers_logits
+from splits import SPLITS, hot
 
 import runtime
 from predictors.cli import main
 from runtime import arrange, ggml
-from runtime.costs import PlanOptions, cuts_of
-from runtime.gguf_file import GgufFile
+from runtime.costs import PlanOptions
 from runtime.placement import Placement
 
 Converted = Callable[..., Path]
 FAMILIES = ("bundled", "llama-gqa", "llama-odd-ff", "llama-biases", "opt-pre-norm", "opt-post-norm", "opt-untied")
-SPLITS = ("none", "one block", "half", "all but one", "all")
-
-
-def cuts(path: Path) -> tuple[int, ...]:
-    """The prefixes of neurons that a device can hold."""
-    with GgufFile(path) as file:
-        block = {"q8_0": 32, "q4_0": 32}.get(file.tensors["blk.0.ffn_down.weight"].type, 1)
-        return cuts_of(file.structure.feed_forward_length, block)
-
-
-def hot(path: Path, split: str) -> int:
-    at = cuts(path)
-    return {"none": 0, "one block": at[1], "half": at[len(at) // 2], "all but one": at[-2], "all": at[-1]}[split]
 
 
 def logits(path: Path, ids: list[int], **options: Any) -> Logits:

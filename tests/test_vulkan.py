@@ -5,11 +5,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from devices import TYPES, gpu, product
+from devices import gpu, product
+from oracle import Logits, kl, random_ids, relative, same_argmax
+from splits import SPLITS, hot
+
+import runtime
+
+Converted = Callable[..., Path]
+
+MADE = ("llama-gqa", "opt-pre-norm", "opt-post-norm")  # as tests/vulkan.sh names them
 
 pytestmark = pytest.mark.vulkan
 
@@ -17,7 +29,7 @@ pytestmark = pytest.mark.vulkan
 @pytest.fixture(scope="session")
 def device() -> str:
     """Name of the GPU device, e.g. "Vulkan0"; where there is none, the tests fail."""
-    return str(gpu().name.decode())
+    return gpu().name
 
 
 @pytest.fixture(scope="session")
@@ -27,20 +39,130 @@ def half_precision() -> bool:
 
 
 def test_the_device_is_a_gpu_with_its_own_queue_and_events(device: str) -> None:
-    props = gpu()
+    info = gpu()
     assert device.startswith("Vulkan")
-    assert "llvmpipe" in props.description.decode()  # the software driver, not a GPU that happens to be there
-    assert TYPES[props.type] == "GPU"
-    assert getattr(props.caps, "async")
-    assert props.caps.events
-    assert props.memory_free > 0
+    assert "llvmpipe" in info.description  # the software driver, not a GPU that happens to be there
+    assert info.kind == "GPU"
+    assert info.asynchronous
+    assert info.events
+    assert info.memory_free > 0
 
 
 @pytest.mark.parametrize("n_tokens", [1, 64])
-def test_a_product_on_the_device_is_that_of_float64(device: str, half_precision: bool, n_tokens: int) -> None:
+def test_a_product_on_the_device_is_that_of_float64(half_precision: bool, n_tokens: int) -> None:
     rng = np.random.default_rng(5)
     weights, x = rng.normal(size=(320, 512)).astype(np.float32), rng.normal(size=(n_tokens, 512)).astype(np.float32)
     expected = x.astype(np.float64) @ weights.astype(np.float64).T
-    error = np.abs(product(device, weights, x) - expected).max() / np.abs(expected).max()
+    error = np.abs(product(gpu(), weights, x) - expected).max() / np.abs(expected).max()
     rounded = half_precision and n_tokens > 8  # products with few columns are computed in F32 always
     assert error < (2**-11 if rounded else 1e-4)
+
+
+# --- a model on it ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def model_file(converted: Converted) -> Callable[[str, str], Path]:
+    """A model in a type: the bundled one is converted here, the others were where transformers is (see tests/vulkan.sh)."""
+    made = Path(os.environ["LAZYNEURON_TEST_MODELS"])
+    return lambda name, type_name: converted(name, type_name) if name == "bundled" else made / f"{name}.gguf"
+
+
+@pytest.fixture(scope="session")
+def cpu_only(model_file: Callable[[str, str], Path]) -> Callable[..., Logits]:
+    known: dict[tuple[str, str, str], Logits] = {}
+
+    def get(name: str, type_name: str, ffn: str) -> Logits:
+        if (name, type_name, ffn) not in known:
+            known[name, type_name, ffn] = logits(model_file(name, type_name), device="none", ffn=ffn)
+        return known[name, type_name, ffn]
+
+    return get
+
+
+def logits(path: Path, n: int = 100, **options: Any) -> Logits:
+    with runtime.load(path, **{"kv_type": "f32"} | options) as model:
+        return model.logits(random_ids(n, 4000))
+
+
+@pytest.mark.parametrize(
+    ("name", "type_name", "ffn", "split"),
+    [("bundled", type_name, "exact", split) for type_name in ("f32", "f16") for split in SPLITS]
+    + [("bundled", "f32", "dense", "half")]
+    + [(name, "f32", "exact", split) for name in MADE for split in ("half", "all")],
+)
+def test_logits_are_those_of_the_cpu(
+    device: str,
+    half_precision: bool,
+    model_file: Callable[[str, str], Path],
+    cpu_only: Callable[..., Logits],
+    name: str,
+    type_name: str,
+    ffn: str,
+    split: str,
+) -> None:
+    path = model_file(name, type_name)
+    found = logits(path, device=device, ffn=ffn, hot=hot(path, split))
+    assert relative(cpu_only(name, type_name, ffn), found) <= (1e-2 if half_precision else 1e-3)
+    assert same_argmax(cpu_only(name, type_name, ffn), found) >= 0.99
+
+
+@pytest.mark.parametrize("split", ["half", "all"])
+@pytest.mark.parametrize("type_name", ["q8_0", "q4_0"])
+def test_quantised_models_are_no_further_from_the_unquantised_one_than_dense(
+    device: str, model_file: Callable[[str, str], Path], cpu_only: Callable[..., Logits], type_name: str, split: str
+) -> None:
+    reference, path = cpu_only("bundled", "f32", "dense"), model_file("bundled", type_name)
+    found = logits(path, device=device, ffn="exact", hot=hot(path, split))
+    assert kl(reference, found) <= 1.2 * kl(reference, cpu_only("bundled", type_name, "dense"))
+
+
+def test_the_same_tokens_are_generated(
+    device: str, half_precision: bool, model_file: Callable[[str, str], Path]
+) -> None:
+    """64 greedy tokens after a prompt; where the device rounds to F16, the first 16 of them."""
+
+    def greedy(**options: Any) -> list[int]:
+        with runtime.load(model_file("bundled", "f32"), kv_type="f32", ffn="exact", **options) as model:
+            generation = model.generate(random_ids(20, 4000), 64, runtime.Sampling(temperature=0.0))
+            list(generation)
+            return list(generation.token_ids)
+
+    n = 16 if half_precision else 64
+    assert greedy(device=device, hot=512)[:n] == greedy(device="none")[:n]
+
+
+def test_predictors_are_scored_there(device: str, fitted_gguf: Path) -> None:
+    def choices(**options: Any) -> tuple[Logits, list[float]]:
+        with runtime.load(fitted_gguf, ffn="predicted", kv_type="f32", **options) as model:
+            return model.logits(random_ids(40, 4000)), model.gate_shares()
+
+    alone, shares = choices(device="none")
+    found, shares_there = choices(device=device, hot=0)
+    assert min(shares) < 0.9
+    assert np.allclose(shares, shares_there, atol=5e-3)
+    assert relative(alone, found) <= 2e-2
+
+
+@pytest.mark.parametrize("gib", [0, 0.3, 0.31, 1, 100])
+def test_budgets_are_kept(device: str, fitted_gguf: Path, gib: float) -> None:
+    with runtime.load(fitted_gguf, device=device, vram_budget=gib, n_ctx=256, n_batch=64) as model:
+        list(model.generate(random_ids(100, 4000), max_tokens=3))
+        assert sum(model.device_bytes()) <= gib * 2**30
+        assert model.arrangement
+        assert not (gib == 0 and model.arrangement.used)
+
+
+def test_the_device_computes_while_the_cpu_does(
+    device: str, model_file: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    """Each hot half is queued before the cold half begins, and is seen to end after it."""
+    with runtime.load(
+        model_file("bundled", "f32"), device=device, hot=512, ffn="exact", trace=tmp_path / "t.json"
+    ) as model:
+        model.logits([5])
+    spans = {e["name"]: e for e in json.loads((tmp_path / "t.json").read_text())["traceEvents"] if e["ph"] == "X"}
+    for i in range(6):
+        hot_half, cold_half = spans[f"hot {i}"], spans[f"cold {i}"]
+        assert hot_half["ts"] <= cold_half["ts"]
+        assert hot_half["ts"] + hot_half["dur"] >= cold_half["ts"] + cold_half["dur"]

@@ -9,6 +9,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 readonly PYTHON=${PYTHON:-python3} CACHE=${LAZYNEURON_CACHE:-$HOME/.cache/lazyneuron} VENV=build/venv-vulkan
+readonly MODELS_PYTHON=${MODELS_PYTHON:-.venv/bin/python} # has transformers, which makes the tiny models
+export LAZYNEURON_TEST_MODELS=$PWD/build/test-models
 readonly DRIVER_PACKAGES=(mesa-vulkan-drivers) BUILD_PACKAGES=(glslc libvulkan-dev spirv-headers)
 readonly DRIVERS=/usr/share/vulkan/icd.d
 readonly HEADERS=1.4.309 HEADERS_RELEASE=trixie # the oldest Vulkan headers that ggml is known to compile with, and the Debian release that has them
@@ -88,6 +90,7 @@ main() {
   [ -d "$folder" ] || build_wheel "$folder"
   ! is_stale || install "$folder"
 
+  "$MODELS_PYTHON" tests/make_models.py "$LAZYNEURON_TEST_MODELS" llama-gqa opt-pre-norm opt-post-norm >&2
   export VK_DRIVER_FILES=${drivers[0]} # this driver alone, also where there is a GPU
   export GGML_VK_VISIBLE_DEVICES=0     # ggml passes over a Vulkan device of type CPU unless it is named
   "$VENV/bin/python" -m tests.devices >&2
