@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from runtime import ggml
 from runtime.bandwidth import cpu, speed_of
-from runtime.costs import MARGIN, PlanOptions, machine_of, model_costs
+from runtime.costs import MARGIN, PlanOptions, machine_of, model_costs, scratch_of
 from runtime.devices import NONE, DeviceInfo, find
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
@@ -34,11 +34,12 @@ class Wish:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Devices, the bytes that may be used on each, and what is to be there."""
+    """Devices, the bytes that may be used on each, and what is to be there. scratch: bytes of the budget that are left to a device's backend itself."""
 
     devices: tuple[DeviceInfo, ...]
     budgets: tuple[int, ...]
     residence: Residence
+    scratch: int = 0
 
     @property
     def used(self) -> bool:
@@ -83,7 +84,8 @@ def arrange(
                 f"{wrong[0]} hot neurons, expected one of {', '.join(map(str, blocks[0].cuts[:3]))} .. {blocks[0].cuts[-1]}"
             )
         placement = evaluate(blocks, head, machine, 0, True, hot)
-    return Arrangement(devices, options.budgets, Residence(file.structure, placement, ffn == "predicted"))
+    residence = Residence(file.structure, placement, ffn == "predicted")
+    return Arrangement(devices, options.budgets, residence, scratch_of(file.structure, options))
 
 
 def machine_options(

@@ -96,9 +96,14 @@ def reserve_of(s: Structure, options: PlanOptions) -> int:
     activations = 4 * batch * (4 * d + 3 * s.head_length * s.head_count + 3 * ff)
     mask = 2 * batch * _padded(options.n_ctx, _KV_PAD)
     logits = 4 * s.vocab_size * min(batch, LOGITS)
-    matrix = 2 * d * max(ff, s.head_length * s.head_count) if batch >= _FEWEST_BATCH else 0
     staging = 4 * 2 * batch * (2 * d + ff)  # two blocks in flight: states both ways, scores
-    return activations + mask + logits + matrix + staging + options.margin
+    return activations + mask + logits + staging + scratch_of(s, options)
+
+
+def scratch_of(s: Structure, options: PlanOptions) -> int:
+    """Bytes that a device's backend takes beside the buffers that it is asked for: the largest matrix turned into F16, and the margin."""
+    largest = 2 * s.embedding_length * max(s.feed_forward_length, s.head_length * s.head_count)
+    return (largest if options.n_batch >= _FEWEST_BATCH else 0) + options.margin
 
 
 def model_costs(file: GgufFile, options: PlanOptions) -> tuple[list[Block], int]:

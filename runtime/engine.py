@@ -287,10 +287,11 @@ class Engine:
     def _check_budget(self, new: SplitGraph) -> None:
         assert self.arrangement
         sums = map(sum, zip(self.device_bytes(), new.device_sizes, strict=True))
-        for device, budget, needed in zip(self.arrangement.devices, self.arrangement.budgets, sums, strict=True):
-            if needed > budget:
+        a = self.arrangement
+        for device, budget, needed in zip(a.devices, a.budgets, sums, strict=True):
+            if needed + a.scratch > budget:
                 raise UserError(
-                    f"device {device.name}: {new.spec.n_tokens} tokens at once need {needed / 2**20:.1f} MiB, expected at most {budget / 2**20:.1f}",
+                    f"device {device.name}: {new.spec.n_tokens} tokens at once need {(needed + a.scratch) / 2**20:.1f} MiB, expected at most {budget / 2**20:.1f}",
                     "allow more with --vram-budget, or shorten --n-ctx",
                 )
 
