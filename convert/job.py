@@ -90,11 +90,12 @@ def convert(
     target = None if dry_run else _target(out, force)
     if import_predictor:
         _refuse("imported predictors", predictor=predictor, energy=energy)
-    if Path(source).is_file():
+    path = Path(source).expanduser()
+    if path.is_file():
         own = {"predictor": predictor, "energy": energy, "import_predictor": import_predictor}
         other_type = None if predictor_type == "auto" else predictor_type
         _refuse("a PowerInfer file", type=type, output_type=output_type, predictor_type=other_type, **own)
-        job = _powerinfer_job(Path(source), layout or "sparse", ffn_type)
+        job = _powerinfer_job(path, layout or "sparse", ffn_type)
     else:
         types = Types(
             check_type(type or "f16", "--type"), check_type(output_type, "--output-type") if output_type else ""

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_VERSION
 
+from convert import spm
 from convert.arch import Arch, Source, describe
 from convert.config import Config
 from convert.kept import Decoded, Kept, Readable
@@ -226,13 +227,18 @@ def _tokenizer(file: PowerInferFile, vocab_size: int) -> dict[str, Any]:
         raise UserError(
             f"`{file.path}`: {len(tokens)} tokens, expected 1 to {vocab_size}, a row of embeddings for each"
         )
-    fill = {"tokens": [f"[PAD{i}]" for i in range(len(tokens), vocab_size)], "scores": _UNSAID, "token_type": 5}
+    fill = {
+        "tokens": [f"[PAD{i}]" for i in range(len(tokens), vocab_size)],
+        "scores": _UNSAID,
+        "token_type": spm.UNUSED,
+    }
     for part, value in fill.items():
         if f"tokenizer.ggml.{part}" in keys:
             more = value if isinstance(value, list) else [value] * (vocab_size - len(tokens))
             keys[f"tokenizer.ggml.{part}"] = keys[f"tokenizer.ggml.{part}"] + more
-    pre, add_bos = TOKENIZERS[file.name]
-    unsaid = {"pre": pre, "add_space_prefix": pre == "default", "add_bos_token": add_bos, "add_eos_token": False}
+    sentencepiece = keys.get("tokenizer.ggml.model") == "llama"
+    pre, add_bos = ("default", True) if sentencepiece else TOKENIZERS[file.name]
+    unsaid = {"pre": pre, "add_space_prefix": sentencepiece, "add_bos_token": add_bos, "add_eos_token": False}
     return {f"tokenizer.ggml.{key}": value for key, value in unsaid.items()} | keys
 
 

@@ -154,10 +154,10 @@ BODIES = {
 }
 # Where a file lacks the first, the second stands for both: a block's only norm.
 INSTEAD = {"attn_norm_2": "attn_norm"}
-# libllama's name of the pre-tokenizer, which the files of that time do not hold, and whether texts begin with BOS where they do not say.
+# Of byte-level BPE: libllama's name of the pre-tokenizer, which files of that time do not hold, and whether texts begin with BOS where they do not say.
 TOKENIZERS = {
-    "llama": ("default", True),
-    "bamboo": ("default", True),
+    "llama": ("llama-bpe", True),
+    "bamboo": ("llama-bpe", True),
     "opt": ("gpt-2", True),
     "falcon": ("falcon", False),
 }

@@ -85,6 +85,10 @@ def _read(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError:
         return _load_unmapped(file)  # files written before torch 1.6
+    except OSError as error:
+        if error.filename:
+            raise
+        raise _unreadable(file, error) from None  # torch read beyond its end
     except _DAMAGE as error:
         raise _unreadable(file, error) from None
 
