@@ -14,15 +14,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.hub import fetch
-from convert.metadata import general_metadata
-from convert.plan import NewBlocks, Plan, Types, make_plan, with_neurons
-from convert.powerinfer import PowerInferFile, import_metadata, plan_import, provenance
-from convert.powerinfer_predictor import open_predictors, read_counts, with_predictors
-from convert.quantize import NUMBERS, check_type
+from convert.plan import Plan
+from convert.powerinfer_predictor import read_counts
+from convert.quantize import NUMBERS
+from convert.source import Given, Job, open_job
 from convert.stream import Bytes, Encoder
-from convert.tokenizer import tokenizer_metadata
 from predictors.adopt import adopt_model
 from predictors.fit import DEFAULT_ENERGY, ModelFit, fit_model
 from predictors.heat import order_by_counts
@@ -74,9 +70,9 @@ def convert(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Convert the checkpoint `source` (a folder, or a Hub id) or the PowerInfer file `source` to the GGUF file `out`.
+    """Convert `source` to the GGUF file `out`: a checkpoint (a folder, or a Hub id), a PowerInfer file, or a file of ours that is to get other predictors.
 
-    type, output_type: format of the matrices (default f16) and of the output head (see `convert.quantize.TYPES`); a PowerInfer file keeps its own.
+    type, output_type: format of the matrices (default f16) and of the output head (see `convert.quantize.TYPES`); files keep their own.
     layout: "both" stores the down projection twice (default); "sparse" only as the sparse kernels read it (default for a PowerInfer file).
     ffn_type: the activation, where the source does not tell the truth. threads: None for one per CPU.
     import_predictor: a folder or Hub id with PowerInfer's predictors, to be taken in place of fitted ones.
@@ -88,107 +84,50 @@ def convert(
     """
     started = time.monotonic()
     target = None if dry_run else _target(out, force)
-    if import_predictor:
-        _refuse("imported predictors", predictor=predictor, energy=energy)
-    path = Path(source).expanduser()
-    if path.is_file():
-        own = {"predictor": predictor, "energy": energy, "import_predictor": import_predictor}
-        other_type = None if predictor_type == "auto" else predictor_type
-        _refuse("a PowerInfer file", type=type, output_type=output_type, predictor_type=other_type, **own)
-        job = _powerinfer_job(path, layout or "sparse", ffn_type)
-    else:
-        types = Types(
-            check_type(type or "f16", "--type"), check_type(output_type, "--output-type") if output_type else ""
-        )
-        job = _checkpoint_job(str(source), types, layout or "both", ffn_type)
-        if import_predictor:
-            job = _with_predictors(job, str(import_predictor), predictor_type)
-    counts, counted = read_counts(str(activations), job.plan.structure) if activations else (None, "")
+    other_type = None if predictor_type == "auto" else predictor_type
+    folders = [str(folder) if folder else None for folder in (import_predictor, activations)]
+    given = Given(type, output_type, layout, ffn_type, predictor, other_type, energy, *folders)
+    job = open_job(str(source), given)
     size = job.plan.nbytes
     if target:
-        workers = threads or available_threads()
+        _check_other(target, Path(source))
         calibrated = str(calibration) != "none"
         check_target(target, size * (2 if calibrated else 1), force)
-        if calibrated:
-            text = None if calibration is None else Path(calibration)
-            fitting = Fitting(
-                predictor or "lowrank",
-                DEFAULT_ENERGY if energy is None else energy,
-                text,
-                calibration_tokens,
-                predictor_type,
-                seed,
-                workers,
-                counts,
-            )
-            with _unordered(job, target, workers, progress) as file:
-                job = job.changed(fitting.run(file, job.imported, progress))
-        elif counts:
-            job = job.changed(order_by_counts(counts))
-        if counted:
-            job.metadata[f"{ARCHITECTURE}.calibration.counts"] = counted
+        workers = threads or available_threads()
+        text = Path(calibration) if calibrated and calibration is not None else None
+        fitting = Fitting(
+            predictor or "lowrank",
+            DEFAULT_ENERGY if energy is None else energy,
+            text,
+            calibration_tokens,
+            predictor_type,
+            seed,
+            workers,
+        )
+        job = _with_neurons(job, fitting if calibrated else None, given.activations, target, progress)
         size = _write(job, target, workers, progress)
+    elif activations:
+        read_counts(str(activations), job.plan.structure)
     return _report(job.plan, str(out or ""), size, dry_run, time.monotonic() - started)
 
 
-def _refuse(what: str, **given: object) -> None:
-    """Raise UserError for the first option that was given although it says nothing to `what`."""
-    for name, value in given.items():
-        if value is not None:
-            raise UserError(f"--{name.replace('_', '-')}: does not apply to {what}", "leave the option out")
+def _check_other(target: Path, source: Path) -> None:
+    """Raise UserError where a file is to be written over itself."""
+    if target.exists() and source.is_file() and target.samefile(source):
+        raise UserError(f"`{target}`: is the source itself, expected another file", "write to a new name")
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A planned conversion with the keys of its file. checkpoint: None where nothing comes from one."""
-
-    checkpoint: Checkpoint | None
-    plan: Plan
-    metadata: dict[str, Any]
-
-    @property
-    def imported(self) -> bool:
-        """Whether the source has predictors, before any are fitted."""
-        return self.plan.structure.predictor != "none"
-
-    def changed(self, new: NewBlocks) -> _Job:
-        """The job with neurons in a new order, with what was fitted, or with what was measured."""
-        plan = with_neurons(self.plan, new)
-        if isinstance(new, ModelFit) and self.imported:
-            plan = replace(plan, notes=(*plan.notes, _measured(new)))
-        return replace(self, plan=plan, metadata=self.metadata | plan.structure.to_metadata() | new.metadata)
-
-
-def _measured(fit: ModelFit) -> str:
-    """What imported predictors achieve on the calibration text, in one line."""
-    figures = [block.figures for block in fit.blocks]
-    fire, predicted = (
-        sum(getattr(f, name) for f in figures) / len(figures) for name in ("active_share", "predicted_share")
-    )
-    recall = sum(f.recall * f.active_share for f in figures) / max(sum(f.active_share for f in figures), 1e-12)
-    return (
-        f"imported predictors find {recall:.1%} of the neurons that fire: {fire:.1%} do, {predicted:.1%} are predicted"
-    )
-
-
-def _checkpoint_job(source: str, types: Types, layout: str, ffn_type: str | None) -> _Job:
-    folder, repo = fetch(source)
-    checkpoint = open_checkpoint(folder)
-    plan = make_plan(checkpoint, types, layout, ffn_type)
-    return _Job(checkpoint, plan, _metadata(folder, repo, plan))
-
-
-def _powerinfer_job(path: Path, layout: str, ffn_type: str | None) -> _Job:
-    file = PowerInferFile(path)
-    plan = plan_import(file, layout, ffn_type)
-    return _Job(None, plan, import_metadata(file, plan.structure))
-
-
-def _with_predictors(job: _Job, source: str, matrix_type: str) -> _Job:
-    found = open_predictors(source, job.plan.structure)
-    plan = with_predictors(job.plan, found, matrix_type)
-    keys = plan.structure.to_metadata() | provenance(found.source, found.threshold)
-    return replace(job, plan=plan, metadata=job.metadata | keys)
+def _with_neurons(
+    job: Job, fitting: Fitting | None, activations: str | None, target: Path, progress: Progress | None
+) -> Job:
+    """The job with neurons in order and predictors fitted or measured, by calibration (or without) and by counts (or not)."""
+    counts, counted = read_counts(activations, job.plan.structure) if activations else (None, "")
+    if fitting:
+        with _unordered(job, target, fitting.threads, progress) as file:
+            job = job.changed(fitting.run(file, job, counts, progress))
+    elif counts:
+        job = job.changed(order_by_counts(counts))
+    return replace(job, metadata=job.metadata | {f"{ARCHITECTURE}.calibration.counts": counted}) if counted else job
 
 
 @dataclass(frozen=True)
@@ -202,24 +141,22 @@ class Fitting:
     predictor_type: str
     seed: int
     threads: int
-    counts: Sequence[Floats] | None
 
-    def run(self, file: Path, imported: bool, progress: Progress | None) -> ModelFit:
-        """Fit the model in `file`; or measure the predictors that it came with."""
+    def run(self, file: Path, job: Job, counts: Sequence[Floats] | None, progress: Progress | None) -> ModelFit:
+        """Fit the model in `file`, which is the job's; or measure the predictors that it came with. counts: what to order neurons by."""
 
         def layers(layer: int, n_layers: int, share: float) -> None:
             if progress:
                 progress(f"calibrating layer {layer}", round((layer + share) * 1000), n_layers * 1000)
 
-        if imported:
-            return adopt_model(
-                file, self.calibration, self.tokens, self.seed, self.threads, progress=layers, counts=self.counts
-            )
-        return fit_model(file, **self.__dict__, progress=layers)
+        if job.imported:
+            shared = (self.calibration, self.tokens, self.seed, self.threads)
+            return adopt_model(file, *shared, progress=layers, counts=counts, reorder=job.reorder)
+        return fit_model(file, **self.__dict__, progress=layers, counts=counts)
 
 
 @contextmanager
-def _unordered(job: _Job, target: Path, threads: int, progress: Progress | None) -> Iterator[Path]:
+def _unordered(job: Job, target: Path, threads: int, progress: Progress | None) -> Iterator[Path]:
     """The model with its neurons in the source's order, for as long as it is calibrated: a temporary file beside the target."""
     sparse = replace(job.plan.structure, layout="sparse")
     tensors = tuple(t for t in job.plan.tensors if t.name in required_tensors(sparse))
@@ -245,15 +182,7 @@ def _target(out: str | Path | None, force: bool) -> Path:
     return Path(out)
 
 
-def _metadata(folder: Path, repo: str, plan: Plan) -> dict[str, Any]:
-    return {
-        **general_metadata(folder, repo, plan.types.main),
-        **plan.structure.to_metadata(),
-        **tokenizer_metadata(folder, plan.structure.vocab_size),
-    }
-
-
-def _write(job: _Job, out: Path, threads: int, progress: Progress | None) -> int:
+def _write(job: Job, out: Path, threads: int, progress: Progress | None) -> int:
     count = _Count(job.plan.nbytes, progress)
     with Encoder(job.checkpoint, threads) as encoder:
         streams = [

@@ -159,7 +159,12 @@ def _reordered(tensor: PlannedTensor, fit: NewBlocks) -> PlannedTensor:
     if not tensor.name.startswith("blk."):
         return tensor
     _, block, part = tensor.name.split(".", 2)
-    return replace(tensor, order=fit.blocks[int(block)].order) if part in _NEURON_TENSORS else tensor
+    if part not in _NEURON_TENSORS:
+        return tensor
+    order = fit.blocks[int(block)].order
+    if np.array_equal(order, np.arange(len(order))):
+        return tensor
+    return replace(tensor, order=order if tensor.order is None else tensor.order[order])
 
 
 def _planned(name: str, shape: Shape, source: Source | Generated, structure: Structure, types: Types) -> PlannedTensor:

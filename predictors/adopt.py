@@ -15,7 +15,7 @@ from predictors import text
 from predictors.calibrate import LayerSamples, Progress, all_test, calibrate
 from predictors.evaluate import layer_figures
 from predictors.fit import BlockFit, ModelFit, calibration_windows, fit_metadata, frequency
-from predictors.heat import hottest_first
+from predictors.heat import as_it_is, hottest_first
 from predictors.kind import Candidate
 from predictors.margins import scale_of
 from predictors.quantized import Floats
@@ -36,8 +36,9 @@ def adopt_model(
     threads: int | None = None,
     progress: Progress | None = None,
     counts: Sequence[Floats] | None = None,
+    reorder: bool = True,
 ) -> ModelFit:
-    """Measure the predictors in the model file `path`, and order its neurons hottest first.
+    """Measure the predictors in the model file `path`, and order its neurons hottest first (or leave them as they are).
 
     The result's blocks hold no predictor tensors: the file's own are to be taken over, with their rows in the new order.
     Parameters and errors are those of `predictors.fit.fit_model`.
@@ -48,14 +49,17 @@ def adopt_model(
         windows = calibration_windows(corpus, path, s, tokens, seed)
         with BlockRunner(file, threads or physical_cores(), windows.shape[1]) as runner:
             layers = calibrate(runner, windows, all_test(windows), s.predictor_tap == "residual", progress)
-            blocks = tuple(_adopted(file, s, layer, counts) for layer in layers)
+            blocks = tuple(_adopted(file, s, layer, counts, reorder) for layer in layers)
     calibrated = {"corpus": corpus.name, "sha256": corpus.sha256, "tokens": int(windows.size), "seed": seed}
-    fit = ModelFit(s.predictor, "hot", blocks, {}, s.predictor_tap)
+    fit = ModelFit(s.predictor, "hot" if reorder else s.neuron_order, blocks, {}, s.predictor_tap)
     return replace(fit, metadata=fit_metadata(s, fit, calibrated | {"method": METHOD}))
 
 
-def _adopted(file: GgufFile, s: Structure, layer: LayerSamples, counts: Sequence[Floats] | None) -> BlockFit:
-    hot = hottest_first(frequency(layer, counts))
+def _adopted(
+    file: GgufFile, s: Structure, layer: LayerSamples, counts: Sequence[Floats] | None, reorder: bool
+) -> BlockFit:
+    share = frequency(layer, counts)
+    hot = hottest_first(share) if reorder else as_it_is(share)
     found = stored_predictor(file, layer.i)
     kind, error = (found[0].type, _error(found[0], layer)) if found else ("none", 0.0)
     figures = layer_figures(file, layer)

@@ -17,7 +17,7 @@ from predictors import text
 from predictors.allocate import LayerOptions, allocate
 from predictors.calibrate import LayerSamples, Progress, calibrate, default_tokens
 from predictors.choose import Cost, Judged, judge, predicted_bytes
-from predictors.heat import BlockOrder, Order, as_frequencies, hottest_first
+from predictors.heat import Order, as_frequencies, as_it_is, hottest_first
 from predictors.kind import Candidate, FitOptions
 from predictors.kinds import KINDS, METHODS
 from predictors.margins import EDGES, measure
@@ -226,8 +226,7 @@ def _batches(candidates: Iterator[Candidate], n_ff: int) -> Iterator[list[Candid
 
 
 def _block(layer: _Layer, choice: tuple[Judged, int] | None, reorder: bool) -> BlockFit:
-    as_is = BlockOrder(np.arange(len(layer.frequency), dtype=np.int32), layer.frequency, ())
-    hot = hottest_first(layer.frequency) if reorder else as_is
+    hot = hottest_first(layer.frequency) if reorder else as_it_is(layer.frequency)
     if choice is None:
         return BlockFit(hot.order, hot.freq, 0, "none", 0.0, hot.tensors, _exact_figures(layer))
     judged, price = choice

@@ -50,6 +50,11 @@ def hottest_first(frequency: Floats) -> BlockOrder:
     return BlockOrder(order, freq, (plain("ffn_neuron_index", "i32", order), plain("ffn_neuron_freq", "f32", freq)))
 
 
+def as_it_is(frequency: Floats) -> BlockOrder:
+    """Neurons where they are; the file's own tensors, if any, say it already."""
+    return BlockOrder(np.arange(len(frequency), dtype=np.int32), frequency, ())
+
+
 def order_by_counts(counts: Sequence[Floats]) -> ModelOrder:
     """The order that counts of each block's neurons, [n_ff], give without a look at the model."""
     blocks = tuple(hottest_first(as_frequencies(c)) for c in counts)

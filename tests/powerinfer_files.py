@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from checkpoints import load_tensors
+from checkpoints import VOCAB_SIZE, load_tensors, randomize
 
 Array = npt.NDArray[Any]
 F32, F16, Q4_0 = 0, 1, 2  # enum ggml_type
@@ -152,6 +152,46 @@ def opt_tensors(checkpoint: Path, config: Mapping[str, Any]) -> dict[str, Array]
             found |= {f"blk.{i}.{ours}.{part}": w[f"{there}{theirs}.{part}"] for ours, theirs in _OPT.items()}
         found[f"blk.{i}.ffn_down_t.weight"] = np.ascontiguousarray(w[f"{there}fc2.weight"].T)
         found[f"blk.{i}.ffn_down_t.bias"] = w[f"{there}fc2.bias"]
+    return found
+
+
+def make_falcon(folder: Path, **overrides: Any) -> None:
+    """Save a random Falcon with ReLU to `folder`; overrides are FalconConfig's."""
+    from transformers import FalconConfig, FalconForCausalLM
+
+    config = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "activation": "relu",
+        "bias": False,
+        "parallel_attn": True,
+        "multi_query": True,
+        "alibi": False,
+    }
+    model = FalconForCausalLM(FalconConfig(**{**config, **overrides}))
+    randomize(model, seed=1)
+    model.bfloat16().save_pretrained(folder)
+
+
+def falcon_tensors(checkpoint: Path, config: Mapping[str, Any], n_kv: int) -> dict[str, Array]:
+    """The same of a Falcon checkpoint: per group of queries one key and one value there, all queries first here."""
+    w = checkpoint_arrays(checkpoint)
+    n, width = config["num_attention_heads"], config["hidden_size"]
+    found = {"token_embd.weight": w["transformer.word_embeddings.weight"]}
+    found |= {f"output_norm.{part}": w[f"transformer.ln_f.{part}"] for part in ("weight", "bias")}
+    for i in range(config["num_hidden_layers"]):
+        there = f"transformer.h.{i}."
+        both = {"attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"} if n_kv > 1 else {"attn_norm": "input_layernorm"}
+        for part in ("weight", "bias"):
+            found |= {f"blk.{i}.{ours}.{part}": w[f"{there}{theirs}.{part}"] for ours, theirs in both.items()}
+        groups = w[f"{there}self_attention.query_key_value.weight"].reshape(n_kv, n // n_kv + 2, width // n, width)
+        turned = [groups[:, :-2], groups[:, -2], groups[:, -1]]
+        found[f"blk.{i}.attn_qkv.weight"] = np.concatenate([part.reshape(-1, width) for part in turned])
+        found[f"blk.{i}.attn_output.weight"] = w[f"{there}self_attention.dense.weight"]
+        found[f"blk.{i}.ffn_up.weight"] = w[f"{there}mlp.dense_h_to_4h.weight"]
+        found[f"blk.{i}.ffn_down_t.weight"] = np.ascontiguousarray(w[f"{there}mlp.dense_4h_to_h.weight"].T)
     return found
 
 

@@ -25,9 +25,11 @@ from powerinfer_files import (
     Array,
     checkpoint_arrays,
     encoded,
+    falcon_tensors,
     file_bytes,
     header_bytes,
     llama_tensors,
+    make_falcon,
     opt_tensors,
     predictor_arrays,
     with_types,
@@ -37,6 +39,7 @@ from test_convert_write import MB, peak_memory
 import runtime
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
+from runtime.structure import RESIDUALS
 from runtime.tokenizer import Tokenizer
 
 Folder = Callable[[str], Path]
@@ -101,14 +104,17 @@ def parts(checkpoint: Path, kind: int, tokenizer_of: Path) -> tuple[dict[str, An
         }
         if rope["rope_type"] == "linear":
             keys |= {f"{arch}.rope.scaling.type": "linear", f"{arch}.rope.scaling.factor": rope["factor"]}
-    with GgufFile(tokenizer_of) as file:
-        for key in TOKENIZER_KEYS:
-            value = file.metadata[f"tokenizer.ggml.{key}"]
-            keys[f"tokenizer.ggml.{key}"] = value.tolist() if isinstance(value, np.ndarray) else value
+    keys |= tokenizer_keys(tokenizer_of)
     arrays = (opt_tensors if opt else llama_tensors)(checkpoint, config)
     for i, (fc1, fc2) in enumerate(predictor_arrays(n_layers, width, n_ff, RANK_Q4)):
         arrays |= {f"blk.{i}.fc1.weight": fc1, f"blk.{i}.fc2.weight": fc2}
     return keys, with_types(arrays, kind)
+
+
+def tokenizer_keys(path: Path) -> dict[str, Any]:
+    with GgufFile(path) as file:
+        found = {f"tokenizer.ggml.{key}": file.metadata[f"tokenizer.ggml.{key}"] for key in TOKENIZER_KEYS}
+    return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +289,7 @@ def test_hot_order_permutes_whole_rows(source: Source, imported: Imported, folde
     path, tensors = source("llama", "q4_0")
     out = folder / f"hot-{layout}.gguf"
     report = convert(path, out, layout=layout, calibration=None, calibration_tokens=512, force=True)
-    assert any("imported predictors find" in note for note in report.notes)
+    assert any("the imported predictors find" in note for note in report.notes)
     with GgufFile(out) as file:
         assert file.structure.neuron_order == "hot"
         order = file.read("blk.1.ffn_neuron_index").view(np.int32)
@@ -321,6 +327,40 @@ def test_memory_does_not_grow_with_the_model(original: Folder, tiny_gguf: Path, 
     code = f"import convert; convert.convert({str(source)!r}, {str(tmp_path / 'new.gguf')!r}, calibration='none', threads=2)"
     assert peak_memory(code) < imports + 60 * MB
     assert (tmp_path / "new.gguf").stat().st_size > 250 * MB
+
+
+@pytest.mark.skipif("parallel" not in RESIDUALS, reason="no parallel blocks in this version")
+@pytest.mark.parametrize("two_norms", [True, False])
+def test_falcon(tiny_gguf: Path, tmp_path: Path, two_norms: bool) -> None:
+    checkpoint = tmp_path / "falcon"
+    n_kv = 2 if two_norms else 1
+    make_falcon(checkpoint, new_decoder_architecture=two_norms, num_kv_heads=n_kv)
+    config = json.loads((checkpoint / "config.json").read_text())
+    arrays = falcon_tensors(checkpoint, config, n_kv)
+    keys = {
+        "general.architecture": "falcon",
+        "falcon.context_length": 1024,
+        "falcon.embedding_length": config["hidden_size"],
+        "falcon.block_count": config["num_hidden_layers"],
+        "falcon.feed_forward_length": 4 * config["hidden_size"],
+        "falcon.attention.head_count": config["num_attention_heads"],
+        "falcon.attention.head_count_kv": n_kv,
+        "falcon.attention.layer_norm_epsilon": config["layer_norm_epsilon"],
+    } | tokenizer_keys(tiny_gguf)
+    width, n_layers = config["hidden_size"], config["num_hidden_layers"]
+    for i, (fc1, fc2) in enumerate(predictor_arrays(n_layers, width, 4 * width, RANK_Q4)):
+        arrays |= {f"blk.{i}.fc1.weight": fc1, f"blk.{i}.fc2.weight": fc2}
+    (tmp_path / "x.powerinfer.gguf").write_bytes(file_bytes(keys, with_types(arrays, F32)))
+    convert(tmp_path / "x.powerinfer.gguf", tmp_path / "x.gguf")
+    expected, found = transformers_logits(checkpoint, random_ids(N, 4000)), logits(tmp_path / "x.gguf", ffn="exact")
+    assert max_difference(expected, found) <= 2e-3
+    assert same_argmax(expected, found) >= 0.995
+
+
+@pytest.mark.skipif("parallel" in RESIDUALS, reason="this version has parallel blocks")
+def test_falcon_is_refused(original: Folder, tiny_gguf: Path, tmp_path: Path) -> None:
+    keys, tensors = parts(original("llama"), F16, tiny_gguf)
+    refused(file_bytes(renamed(keys, "falcon"), tensors), "`lazyneuron.residual` is `parallel`", tmp_path)
 
 
 # --- the activation --------------------------------------------------------------------------------------------------

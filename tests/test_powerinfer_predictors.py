@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -237,7 +238,51 @@ def test_figures_equal_transformers(checkpoint: Folder, tmp_path: Path) -> None:
             assert keys["predictor.error"][i] > 0
             freq, order = (file.read(f"blk.{i}.ffn_neuron_{part}") for part in ("freq", "index"))
             assert np.allclose(freq.view(np.float32), fired[i].mean(0)[order.view(np.int32)], atol=3 / TOKENS)
-    assert report.notes[0].startswith("imported predictors find ")
+    assert report.notes[0].startswith("the imported predictors find ")
+
+
+# --- files that are converted already --------------------------------------------------------------------------------
+
+
+def test_a_converted_file_gets_other_predictors(checkpoint: Folder, tmp_path: Path) -> None:
+    """The same as an import with the conversion; neurons that were moved stay where they are, and so does every other byte."""
+    layers = predictor_arrays(2, WIDTH, NEURONS, RANK)
+    source = save_predictors(tmp_path / "p", layers, 1.0)
+    measure: dict[str, Any] = {"calibration": None, "calibration_tokens": TOKENS}
+    old, new, at_once = (tmp_path / f"{name}.gguf" for name in ("old", "new", "at_once"))
+    convert(checkpoint("llama-mha"), old, **measure)
+    convert(old, new, import_predictor=source, predictor_type="f32", **measure)
+    convert(checkpoint("llama-mha"), at_once, import_predictor=source, predictor_type="f32", **measure)
+    with GgufFile(old) as before, GgufFile(new) as after, GgufFile(at_once) as expected:
+        errors = after.structure.predictor_error
+        assert errors == pytest.approx(expected.structure.predictor_error, rel=1e-2)  # on neurons in another order
+        assert after.structure == replace(expected.structure, predictor_error=errors)
+        assert after.metadata.keys() == expected.metadata.keys()
+        for name in expected.tensors:
+            assert np.array_equal(after.read(name), expected.read(name)), name
+            if ".predictor_" not in name:
+                assert np.array_equal(after.read(name), before.read(name)), name
+        order = after.read("blk.1.ffn_neuron_index").view(np.int32)
+        rows = after.read("blk.1.predictor_out.weight").view(np.float32).reshape(NEURONS, -1)
+        assert np.array_equal(rows, layers[1][1][order])
+        assert after.metadata["lazyneuron.predictor.recall"] == pytest.approx(
+            expected.metadata["lazyneuron.predictor.recall"]
+        )
+
+
+@pytest.mark.parametrize("option", [{"layout": "both"}, {"type": "q8_0"}, {"activations": "a"}, {"ffn_type": "relu"}])
+def test_what_a_converted_file_keeps(tiny_gguf: Path, tmp_path: Path, option: dict[str, Any]) -> None:
+    name = next(iter(option)).replace("_", "-")
+    with pytest.raises(UserError, match=f"--{name}: does not apply to a file that is converted already"):
+        convert(tiny_gguf, tmp_path / "x.gguf", import_predictor="p", **option)
+
+
+def test_a_file_over_itself(converted: Callable[..., Path], tmp_path: Path) -> None:
+    source = save_predictors(tmp_path / "p", predictor_arrays(2, WIDTH, NEURONS, RANK))
+    path = tmp_path / "x.gguf"
+    path.write_bytes(converted("llama-mha").read_bytes())
+    with pytest.raises(UserError, match="is the source itself"):
+        convert(path, path, import_predictor=source, force=True)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
