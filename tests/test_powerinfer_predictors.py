@@ -266,7 +266,7 @@ def test_a_converted_file_gets_other_predictors(checkpoint: Folder, tmp_path: Pa
         rows = after.read("blk.1.predictor_out.weight").view(np.float32).reshape(NEURONS, -1)
         assert np.array_equal(rows, layers[1][1][order])
         assert after.metadata["lazyneuron.predictor.recall"] == pytest.approx(
-            expected.metadata["lazyneuron.predictor.recall"]
+            expected.metadata["lazyneuron.predictor.recall"], abs=1e-3
         )
 
 
