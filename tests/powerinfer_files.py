@@ -5,6 +5,7 @@ Independent of the project's own writer, reader and quantisation.
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from checkpoints import VOCAB_SIZE, load_tensors, randomize
 
 Array = npt.NDArray[Any]
@@ -97,6 +99,16 @@ def predictor_arrays(n_layers: int, d: int, n_ff: int, rank: int, seed: int = 0)
         (rng.integers(-3, 4, (rank, d)).astype(np.float32), rng.integers(-3, 4, (n_ff, rank)).astype(np.float32))
         for _ in range(n_layers)
     ]
+
+
+def save_predictors(folder: Path, layers: list[tuple[Array, Array]], threshold: float | None = None) -> Path:
+    """A folder with predictors as torch saves them."""
+    folder.mkdir()
+    for i, (fc1, fc2) in enumerate(layers):
+        torch.save({"fc1.weight": torch.from_numpy(fc1), "fc2.weight": torch.from_numpy(fc2)}, folder / f"model_{i}.pt")
+    if threshold is not None:
+        (folder / "config.json").write_text(json.dumps({"sparse_threshold": threshold}))
+    return folder
 
 
 _LLAMA = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,7 +14,7 @@ import torch
 from checkpoints import make_llama
 from oracle import max_difference, random_ids
 from plain import convert
-from powerinfer_files import Array, predictor_arrays
+from powerinfer_files import Array, predictor_arrays, save_predictors
 from predictor_harness import native_candidates
 
 import runtime
@@ -36,15 +35,6 @@ TOKENS = 1024
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deep") / "model"
     make_llama(folder, num_hidden_layers=DEEP)
-    return folder
-
-
-def save_predictors(folder: Path, layers: list[tuple[Array, Array]], threshold: float | None = None) -> Path:
-    folder.mkdir()
-    for i, (fc1, fc2) in enumerate(layers):
-        torch.save({"fc1.weight": torch.from_numpy(fc1), "fc2.weight": torch.from_numpy(fc2)}, folder / f"model_{i}.pt")
-    if threshold is not None:
-        (folder / "config.json").write_text(json.dumps({"sparse_threshold": threshold}))
     return folder
 
 
