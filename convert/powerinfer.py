@@ -167,6 +167,8 @@ def _planned(file: PowerInferFile, name: str, shape: Shape, source: Source | Non
             f"`{file.path}`: tensor `{info.name}` has shape {list(info.ne)}, expected {list(expected)} from the file's own keys",
             _DAMAGED,
         )
+    if len(shape) == 1 and info.type != "f32":
+        raise UserError(f"`{file.path}`: tensor `{info.name}` has type {info.type}, expected f32", _DAMAGED)
     if first is not None:
         kind = info.type.lower()
         return PlannedTensor(name, Kept(file.path, info, first), shape, kind, kind)

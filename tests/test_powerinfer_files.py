@@ -260,6 +260,32 @@ def test_a_smaller_vocabulary_than_embeddings(original: Folder, tiny_gguf: Path,
         assert tokenizer.token_text(VOCAB_SIZE - 1) == f"[PAD{VOCAB_SIZE - 1}]"
 
 
+def test_predicted_equals_transformers_with_powerinfers_decisions(original: Folder, imported: Imported) -> None:
+    """Neurons whose score, from the stream before the FFN's norm, is below the threshold are left out of transformers' FFNs."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(original("llama"), dtype=torch.float32, attn_implementation="eager")
+    streams: dict[int, torch.Tensor] = {}
+
+    def masked(mlp: Any, i: int, predictor: tuple[torch.Tensor, ...], x: torch.Tensor) -> torch.Tensor:
+        fc1, fc2 = predictor
+        chosen = torch.relu(streams[i] @ fc1.T) @ fc2.T >= THRESHOLD
+        assert 0.1 < chosen.float().mean() < 0.9
+        result: torch.Tensor = mlp.down_proj(torch.relu(mlp.gate_proj(x)) * mlp.up_proj(x) * chosen)
+        return result
+
+    for i, (layer, arrays) in enumerate(zip(model.model.layers, predictor_arrays(2, 32, 352, RANK_Q4), strict=True)):
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda _m, given, i=i: streams.update({i: given[0]}))
+        layer.mlp.forward = partial(masked, layer.mlp, i, tuple(map(torch.from_numpy, arrays)))
+    with torch.no_grad():
+        expected = model(torch.tensor([random_ids(N, 4000)])).logits[0].numpy()
+    found = logits(imported("llama", "f32"), ffn="predicted")
+    assert max_difference(expected, found) <= 2e-3
+    assert same_argmax(expected, found) >= 0.995
+    assert max_difference(expected, logits(imported("llama", "f32"), ffn="exact")) > 10 * 2e-3
+
+
 @pytest.mark.parametrize("type_name", ["f32", "f16", "q4_0"])
 def test_predicted_with_every_candidate_is_exact(imported: Imported, type_name: str) -> None:
     path = imported("llama", type_name)
@@ -463,6 +489,8 @@ def test_a_missing_key_and_an_unknown_tensor(original: Folder, tiny_gguf: Path, 
         "tensors unknown (blk.0.fc3",
         tmp_path,
     )
+    norm = {"blk.1.ffn_norm.weight": (np.ones(32), F16)}
+    refused(file_bytes(keys, tensors | norm), "`blk.1.ffn_norm.weight` has type f16, expected f32", tmp_path)
     del keys["llama.attention.layer_norm_rms_epsilon"]
     refused(file_bytes(keys, tensors), "no `attention.layer_norm_rms_epsilon`", tmp_path)
 
