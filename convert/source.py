@@ -79,6 +79,11 @@ def open_job(source: str, given: Given) -> Job:
         job = _checkpoint_job(source, given)
     elif given.import_predictor and _magic(path) == MAGIC:
         return _converted_job(path, given)
+    elif _magic(path) == MAGIC:
+        raise UserError(
+            f"`{path}`: a GGUF file, expected a checkpoint folder, a Hub id or a PowerInfer file",
+            "a converted file can only get other predictors: --import-predictor REPO_OR_DIR, or python -m predictors fit",
+        )
     else:
         job = _powerinfer_job(path, given)
     return _with_predictors(job, given) if given.import_predictor else job
@@ -131,7 +136,8 @@ def _measured(fit: ModelFit) -> str:
     fire, predicted = sum(f.active_share for f in figures) / n, sum(f.predicted_share for f in figures) / n
     recall = sum(f.recall * f.active_share for f in figures) / n / max(fire, 1e-12)
     read = total_bytes(figures)
+    advice = "" if read["predicted"] < read["exact"] else ": they do not pay, so run it with --ffn exact"
     return (
         f"the imported predictors find {recall:.1%} of the neurons that fire ({fire:.1%} do, {predicted:.1%} are predicted); "
-        f"a token reads {read['predicted']:.1%} of the FFNs' bytes with them, {read['exact']:.1%} in exact mode"
+        f"a token reads {read['predicted']:.1%} of the FFNs' bytes with them, {read['exact']:.1%} in exact mode{advice}"
     )

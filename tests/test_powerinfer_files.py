@@ -504,7 +504,7 @@ def test_a_file_that_is_cut_off(source: Source, tmp_path: Path, share: float) ->
 def test_other_magics_and_versions(source: Source, tmp_path: Path) -> None:
     data = source("llama", "f16")[0].read_bytes()
     refused(b"GGML" + data[4:], "starts with b'GGML', expected a PWRI file", tmp_path)
-    refused(b"GGUF" + data[4:], "starts with b'GGUF', expected a PWRI file", tmp_path)
+    refused(b"GGUF" + data[4:], "a GGUF file, expected a checkpoint folder", tmp_path)
     refused(data[:4] + b"\x63\0\0\0" + data[8:], "damaged", tmp_path)
     refused(b"", "starts with b''", tmp_path)
 
