@@ -229,7 +229,16 @@ def test_figures_equal_transformers(checkpoint: Folder, tmp_path: Path) -> None:
             freq, order = (file.read(f"blk.{i}.ffn_neuron_{part}") for part in ("freq", "index"))
             assert np.allclose(freq.view(np.float32), fired[i].mean(0)[order.view(np.int32)], atol=3 / TOKENS)
     assert report.notes[0].startswith("the imported predictors find ")
-    assert report.notes[0].endswith(": they do not pay, so run it with --ffn exact")  # half of all neurons, in F32
+    assert report.notes[0].endswith("in exact mode")
+
+
+def test_predictors_that_do_not_pay(checkpoint: Folder, tmp_path: Path) -> None:
+    """Four times as many elements as the gate has."""
+    source = save_predictors(tmp_path / "predictors", predictor_arrays(2, WIDTH, NEURONS, 4 * WIDTH))
+    report = convert(
+        checkpoint("llama-mha"), tmp_path / "x.gguf", import_predictor=source, calibration=None, calibration_tokens=512
+    )
+    assert report.notes[0].endswith(": they do not pay, so run it with --ffn exact")
 
 
 # --- files that are converted already --------------------------------------------------------------------------------
