@@ -100,12 +100,15 @@ def _checkpoint_job(source: str, given: Given) -> Job:
     folder, repo = fetch(source)
     checkpoint = open_checkpoint(folder)
     plan = make_plan(checkpoint, types, given.layout or "both", given.ffn_type)
-    keys = {
+    return Job(checkpoint, plan, _metadata(folder, repo, plan))
+
+
+def _metadata(folder: Path, repo: str, plan: Plan) -> dict[str, Any]:
+    return {
         **general_metadata(folder, repo, plan.types.main),
         **plan.structure.to_metadata(),
         **tokenizer_metadata(folder, plan.structure.vocab_size),
     }
-    return Job(checkpoint, plan, keys)
 
 
 def _powerinfer_job(path: Path, given: Given) -> Job:
