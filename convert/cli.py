@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from convert.arch import Source
+from convert.arch import Generated
 from convert.job import Report, convert
+from convert.plan import Given, Origin
 from convert.quantize import TYPES
 from predictors.fit import DEFAULT_ENERGY
 from predictors.fit import TYPES as PREDICTOR_TYPES
@@ -38,13 +39,17 @@ then run it with `python -m runtime chat model.gguf`; all options: python -m con
 def configure_parser() -> argparse.ArgumentParser:
     """The options; their names are the parameters of `convert.convert`."""
     parser = argparse.ArgumentParser(
-        prog="python -m convert", description="Convert a Hugging Face ReLU checkpoint to one GGUF file for lazyneuron."
+        prog="python -m convert",
+        description="Convert a Hugging Face ReLU checkpoint or a PowerInfer file to one GGUF file for lazyneuron.",
     )
-    parser.add_argument("source", metavar="REPO_OR_DIR", help="a folder with a checkpoint, or a Hub id")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a folder with a checkpoint, a Hub id, or a *.powerinfer.gguf file"
+    )
     parser.add_argument("out", metavar="OUT.gguf", nargs="?", help="the file to write (not needed with --dry-run)")
-    parser.add_argument("--type", default="f16", help=f"format of the matrices: {', '.join(TYPES)} (default f16)")
+    parser.add_argument("--type", help=f"format of the matrices: {', '.join(TYPES)} (default f16)")
     parser.add_argument("--output-type", metavar="TYPE", help="format of the output head (default: q6_k or better)")
-    parser.add_argument("--layout", choices=LAYOUTS, default="both", help="`sparse`: smaller, for sparse CPU runs only")
+    layout = "`sparse`: smaller, for sparse CPU runs only (default both; a PowerInfer file: sparse)"
+    parser.add_argument("--layout", choices=LAYOUTS, help=layout)
     parser.add_argument("--ffn-type", metavar="RELU", help="the activation, where config.json is wrong about it")
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: one per CPU")
     _add_predictor_options(parser)
@@ -62,17 +67,17 @@ def _add_predictor_options(parser: argparse.ArgumentParser) -> None:
         help="text to calibrate on (default: one in the package; `none`: leave neurons as they are, without predictors)",
     )
     group.add_argument("--calibration-tokens", type=_positive, metavar="N", help="how many of its tokens")
-    group.add_argument(
-        "--predictor", choices=tuple(KINDS), default="lowrank", help="kind of predictor (default lowrank)"
-    )
+    group.add_argument("--predictor", choices=tuple(KINDS), help="kind of predictor (default lowrank)")
     group.add_argument("--predictor-type", choices=PREDICTOR_TYPES, default="auto", help="format of its matrices")
     group.add_argument(
         "--energy",
         type=float,
-        default=DEFAULT_ENERGY,
         metavar="SHARE",
         help=f"share of the FFNs' output energy to keep (default {DEFAULT_ENERGY})",
     )
+    folder = "REPO_OR_DIR"
+    group.add_argument("--import-predictor", metavar=folder, help="take PowerInfer's predictors (model_N.pt) instead")
+    group.add_argument("--activations", metavar=folder, help="order neurons by PowerInfer's counts (activation_N.pt)")
     group.add_argument("--seed", type=int, default=0, help="which parts of the text are used for what")
 
 
@@ -126,12 +131,18 @@ def _print_plan(report: Report) -> None:
     table = Table("tensor", "from", "rewrite", "shape", "type", box=None, header_style="bold", pad_edge=False)
     table.add_column("bytes", justify="right")
     for tensor in report.plan.tensors:
-        source = tensor.source
-        origin = (source.name, source.rewrite) if isinstance(source, Source) else ("config.json", "")
+        origin = _origin(tensor.source)
         kind = tensor.type if tensor.type == tensor.wanted else f"{tensor.type} (for {tensor.wanted})"
         shape = " x ".join(map(str, tensor.shape))
         table.add_row(tensor.name, *origin, shape, kind, f"{tensor.nbytes:,}")
     Console(width=None if sys.stdout.isatty() else 180).print(table)
+
+
+def _origin(source: Origin) -> tuple[str, str]:
+    """Where a tensor comes from, and what changes it on the way."""
+    if isinstance(source, Generated):
+        return "config.json", ""
+    return ("made here", "") if isinstance(source, Given) else (source.name, source.rewrite)
 
 
 def _print_summary(report: Report) -> None:
@@ -140,7 +151,7 @@ def _print_summary(report: Report) -> None:
     verb = "would write" if report.dry_run else "wrote"
     where = f"`{report.path}`: " if report.path else ""
     print(f"{where}{verb} {report.bytes:,} bytes, {report.tensors} tensors ({types})", file=sys.stderr)
-    for line in _fallback_lines(report):
+    for line in _fallback_lines(report) + [f"note: {note}" for note in report.notes]:
         print(line, file=sys.stderr)
 
 

@@ -40,19 +40,24 @@ def fetch(source: str) -> tuple[Path, str]:
 
     Raises UserError when there is neither such a folder nor such a repository, or the Hub cannot be reached.
     """
+    folder, repo = fetch_files(source, _SMALL + _SAFETENSORS, "a checkpoint folder")
+    if repo and not any(folder.glob("*.safetensors")):
+        folder, _ = fetch_files(source, _SMALL + _PICKLES, "a checkpoint folder")
+    return folder, repo
+
+
+def fetch_files(source: str, patterns: list[str], expected: str) -> tuple[Path, str]:
+    """A local folder, or the files of a Hub repository that match `patterns`; otherwise as `fetch`. expected: for the error."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder, ""
     if folder.exists() or not _REPO.fullmatch(source):
         found = "a file" if folder.exists() else "no such folder"
-        raise UserError(f"`{source}`: {found}, expected a checkpoint folder or a Hub id such as user/repo")
+        raise UserError(f"`{source}`: {found}, expected {expected} or a Hub id such as user/repo")
     if not sys.stderr.isatty():
         disable_progress_bars()
     with _hub_errors(source):
-        folder = Path(snapshot_download(source, allow_patterns=_SMALL + _SAFETENSORS))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(source, allow_patterns=_SMALL + _PICKLES))
-    return folder, source
+        return Path(snapshot_download(source, allow_patterns=patterns)), source
 
 
 @contextmanager

@@ -8,23 +8,24 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.hub import fetch
-from convert.metadata import general_metadata
-from convert.plan import Plan, Types, make_plan, with_neurons
-from convert.quantize import NUMBERS, check_type
+from convert.plan import Plan
+from convert.powerinfer_predictor import read_counts
+from convert.quantize import NUMBERS
+from convert.source import Given, Job, open_job
 from convert.stream import Bytes, Encoder
-from convert.tokenizer import tokenizer_metadata
+from predictors.adopt import adopt_model
 from predictors.fit import DEFAULT_ENERGY, ModelFit, fit_model
+from predictors.heat import order_by_counts
+from predictors.quantized import Floats
 from runtime.errors import UserError
 from runtime.gguf_write import Stream, check_target, write_gguf
-from runtime.structure import required_tensors
+from runtime.structure import ARCHITECTURE, required_tensors
 
 Progress = Callable[[str, int, int], None]
 
@@ -41,6 +42,7 @@ class Report:
     seconds: float
     structure: dict[str, Any]
     dry_run: bool
+    notes: tuple[str, ...]
     plan: Plan = field(repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -51,14 +53,16 @@ class Report:
 def convert(
     source: str | Path,
     out: str | Path | None = None,
-    type: str = "f16",  # noqa: A002 - the option's name
+    type: str | None = None,  # noqa: A002 - the option's name
     output_type: str | None = None,
-    layout: str = "both",
+    layout: str | None = None,
     threads: int | None = None,
     ffn_type: str | None = None,
-    predictor: str = "lowrank",
+    predictor: str | None = None,
     predictor_type: str = "auto",
-    energy: float = DEFAULT_ENERGY,
+    energy: float | None = None,
+    import_predictor: str | Path | None = None,
+    activations: str | Path | None = None,
     calibration: str | Path | None = None,
     calibration_tokens: int | None = None,
     seed: int = 0,
@@ -66,40 +70,64 @@ def convert(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Convert the checkpoint `source` (a folder, or a Hub id) to the GGUF file `out`.
+    """Convert `source` to the GGUF file `out`: a checkpoint (a folder, or a Hub id), a PowerInfer file, or a file of ours that is to get other predictors.
 
-    type, output_type: format of the matrices and of the output head (see `convert.quantize.TYPES`).
-    layout: "both" stores the down projection twice; "sparse" only as the sparse kernels read it.
-    ffn_type: the activation, where config.json does not tell the truth. threads: None for one per CPU.
-    calibration: the text on which neurons are ordered and predictors fitted: a UTF-8 file, None for the one in the package, "none" to leave both out.
-    calibration_tokens, predictor, predictor_type, energy, seed: see `predictors.fit.fit_model`.
+    type, output_type: format of the matrices (default f16) and of the output head (see `convert.quantize.TYPES`); files keep their own.
+    layout: "both" stores the down projection twice (default); "sparse" only as the sparse kernels read it (default for a PowerInfer file).
+    ffn_type: the activation, where the source does not tell the truth. threads: None for one per CPU.
+    import_predictor: a folder or Hub id with PowerInfer's predictors, to be taken in place of fitted ones.
+    activations: a folder or Hub id with PowerInfer's activation counts, to order neurons by in place of how often they fire on the calibration text.
+    calibration: the text on which neurons are ordered and predictors fitted or measured: a UTF-8 file, None for the one in the package, "none" to leave both out.
+    calibration_tokens, predictor (default "lowrank"), predictor_type, energy, seed: see `predictors.fit.fit_model`.
     progress: called with (what, done, of how much) as the work goes on.
-    Raises UserError for whatever is wrong with the checkpoint or the target; then nothing is written.
+    Raises UserError for whatever is wrong with the source, the options or the target; then nothing is written.
     """
     started = time.monotonic()
-    types = Types(check_type(type, "--type"), check_type(output_type, "--output-type") if output_type else "")
     target = None if dry_run else _target(out, force)
-    folder, repo = fetch(str(source))
-    checkpoint = open_checkpoint(folder)
-    plan = make_plan(checkpoint, types, layout, ffn_type)
-    metadata = _metadata(folder, repo, plan)
-    size = plan.nbytes
+    other_type = None if predictor_type == "auto" else predictor_type
+    folders = [str(folder) if folder else None for folder in (import_predictor, activations)]
+    given = Given(type, output_type, layout, ffn_type, predictor, other_type, energy, *folders)
+    job = open_job(str(source), given)
+    size = job.plan.nbytes
     if target:
-        workers = threads or available_threads()
+        _check_other(target, Path(source))
         calibrated = str(calibration) != "none"
-        check_target(target, plan.nbytes * (2 if calibrated else 1), force)
-        if calibrated:
-            fitting = Fitting(predictor, energy, _text(calibration), calibration_tokens, predictor_type, seed, workers)
-            with _unordered(checkpoint, plan, metadata, target, workers, progress) as file:
-                fit = fitting.run(file, progress)
-            plan = with_neurons(plan, fit)
-            metadata |= plan.structure.to_metadata() | fit.metadata
-        size = _write(checkpoint, plan, metadata, target, workers, progress)
-    return _report(plan, str(out or ""), size, dry_run, time.monotonic() - started)
+        check_target(target, size * (2 if calibrated else 1), force)
+        workers = threads or available_threads()
+        text = Path(calibration) if calibrated and calibration is not None else None
+        fitting = Fitting(
+            predictor or "lowrank",
+            DEFAULT_ENERGY if energy is None else energy,
+            text,
+            calibration_tokens,
+            predictor_type,
+            seed,
+            workers,
+        )
+        job = _with_neurons(job, fitting if calibrated else None, given.activations, target, progress)
+        size = _write(job, target, workers, progress)
+    elif activations:
+        read_counts(str(activations), job.plan.structure)
+    return _report(job.plan, str(out or ""), size, dry_run, time.monotonic() - started)
 
 
-def _text(calibration: str | Path | None) -> Path | None:
-    return None if calibration is None else Path(calibration)
+def _check_other(target: Path, source: Path) -> None:
+    """Raise UserError where a file is to be written over itself."""
+    if target.exists() and source.is_file() and target.samefile(source):
+        raise UserError(f"`{target}`: is the source itself, expected another file", "write to a new name")
+
+
+def _with_neurons(
+    job: Job, fitting: Fitting | None, activations: str | None, target: Path, progress: Progress | None
+) -> Job:
+    """The job with neurons in order and predictors fitted or measured, by calibration (or without) and by counts (or not)."""
+    counts, counted = read_counts(activations, job.plan.structure) if activations else (None, "")
+    if fitting:
+        with _unordered(job, target, fitting.threads, progress) as file:
+            job = job.changed(fitting.run(file, job, counts, progress))
+    elif counts:
+        job = job.changed(order_by_counts(counts))
+    return replace(job, metadata=job.metadata | {f"{ARCHITECTURE}.calibration.counts": counted}) if counted else job
 
 
 @dataclass(frozen=True)
@@ -114,28 +142,28 @@ class Fitting:
     seed: int
     threads: int
 
-    def run(self, file: Path, progress: Progress | None) -> ModelFit:
-        """Fit the model in `file`."""
+    def run(self, file: Path, job: Job, counts: Sequence[Floats] | None, progress: Progress | None) -> ModelFit:
+        """Fit the model in `file`, which is the job's; or measure the predictors that it came with. counts: what to order neurons by."""
 
         def layers(layer: int, n_layers: int, share: float) -> None:
             if progress:
                 progress(f"calibrating layer {layer}", round((layer + share) * 1000), n_layers * 1000)
 
-        return fit_model(file, **self.__dict__, progress=layers)
+        if job.imported:
+            shared = (self.calibration, self.tokens, self.seed, self.threads)
+            return adopt_model(file, *shared, progress=layers, counts=counts, reorder=job.reorder)
+        return fit_model(file, **self.__dict__, progress=layers, counts=counts)
 
 
 @contextmanager
-def _unordered(
-    checkpoint: Checkpoint, plan: Plan, metadata: dict[str, Any], target: Path, threads: int, progress: Progress | None
-) -> Iterator[Path]:
-    """The model with its neurons in the checkpoint's order, for as long as it is calibrated: a temporary file beside the target."""
-    sparse = replace(plan.structure, layout="sparse")
-    tensors = tuple(t for t in plan.tensors if t.name in required_tensors(sparse))
+def _unordered(job: Job, target: Path, threads: int, progress: Progress | None) -> Iterator[Path]:
+    """The model with its neurons in the source's order, for as long as it is calibrated: a temporary file beside the target."""
+    sparse = replace(job.plan.structure, layout="sparse")
+    tensors = tuple(t for t in job.plan.tensors if t.name in required_tensors(sparse))
     file = target.with_name(f".{target.name}.{os.getpid()}.unordered")
+    plain = replace(job, plan=replace(job.plan, tensors=tensors), metadata=job.metadata | sparse.to_metadata())
     try:
-        _write(
-            checkpoint, replace(plan, tensors=tensors), {**metadata, **sparse.to_metadata()}, file, threads, progress
-        )
+        _write(plain, file, threads, progress)
         yield file
     finally:
         file.unlink(missing_ok=True)
@@ -154,24 +182,14 @@ def _target(out: str | Path | None, force: bool) -> Path:
     return Path(out)
 
 
-def _metadata(folder: Path, repo: str, plan: Plan) -> dict[str, Any]:
-    return {
-        **general_metadata(folder, repo, plan.types.main),
-        **plan.structure.to_metadata(),
-        **tokenizer_metadata(folder, plan.structure.vocab_size),
-    }
-
-
-def _write(
-    checkpoint: Checkpoint, plan: Plan, metadata: dict[str, Any], out: Path, threads: int, progress: Progress | None
-) -> int:
-    count = _Count(plan.nbytes, progress)
-    with Encoder(checkpoint, threads) as encoder:
+def _write(job: Job, out: Path, threads: int, progress: Progress | None) -> int:
+    count = _Count(job.plan.nbytes, progress)
+    with Encoder(job.checkpoint, threads) as encoder:
         streams = [
             Stream(t.name, t.shape, NUMBERS[t.type], t.nbytes, count.watch(t.name, encoder.pieces(t)))
-            for t in plan.tensors
+            for t in job.plan.tensors
         ]
-        return write_gguf(out, metadata, streams)
+        return write_gguf(out, job.metadata, streams)
 
 
 @dataclass
@@ -200,5 +218,6 @@ def _report(plan: Plan, path: str, size: int, dry_run: bool, seconds: float) -> 
         seconds=round(seconds, 3),
         structure=asdict(plan.structure),
         dry_run=dry_run,
+        notes=plan.notes,
         plan=plan,
     )

@@ -7,17 +7,19 @@ each tensor of the checkpoint is used or known to be of no use. Knows neither ho
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from convert.arch import Arch, Generated, Source, describe, find_arch
 from convert.checkpoint import FLOATS, Checkpoint
+from convert.kept import Kept, Readable
 from convert.quantize import fitting, output_type, row_bytes
 from convert.rewrites import REWRITES, Shape
-from predictors.fit import ModelFit
+from predictors.quantized import Tensor
 from runtime.errors import UserError
 from runtime.structure import Structure, required_tensors
 
@@ -40,6 +42,28 @@ class Given:
     data: npt.NDArray[np.uint8]
 
 
+class NewBlock(Protocol):
+    """What a fit, or a new order, changes in a block: see predictors.fit.BlockFit."""
+
+    @property
+    def order(self) -> npt.NDArray[np.int32]: ...  # noqa: D102 - of predictors.heat.BlockOrder
+    @property
+    def tensors(self) -> tuple[Tensor, ...]: ...  # noqa: D102
+
+
+class NewBlocks(Protocol):
+    """What a fit, or a new order, changes in a model: see predictors.fit.ModelFit and predictors.heat.ModelOrder."""
+
+    @property
+    def blocks(self) -> Sequence[NewBlock]: ...  # noqa: D102 - of predictors.fit.ModelFit
+    @property
+    def metadata(self) -> dict[str, Any]: ...  # noqa: D102
+    def structure_fields(self) -> dict[str, Any]: ...  # noqa: D102
+
+
+Origin = Source | Generated | Given | Kept | Readable
+
+
 @dataclass(frozen=True)
 class PlannedTensor:
     """A tensor of the file. shape: in ggml's order, the contiguous dimension first. wanted: the format asked for.
@@ -48,7 +72,7 @@ class PlannedTensor:
     """
 
     name: str
-    source: Source | Generated | Given
+    source: Origin
     shape: Shape
     type: str
     wanted: str
@@ -77,12 +101,13 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion will write."""
+    """What a conversion will write. arch: None where the source is no checkpoint. notes: what its user should know."""
 
-    arch: Arch
+    arch: Arch | None
     structure: Structure
     types: Types
     tensors: tuple[PlannedTensor, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -114,11 +139,12 @@ _NEURON_TENSORS = (
     "ffn_down.weight",
     "ffn_gate.bias",
     "ffn_up.bias",
+    "predictor_out.weight",
 )
 
 
-def with_neurons(plan: Plan, fit: ModelFit) -> Plan:
-    """The same conversion with neurons reordered, and with the tensors that a fit of their predictors adds."""
+def with_neurons(plan: Plan, fit: NewBlocks) -> Plan:
+    """The same conversion with neurons reordered, and with the tensors that say so or that a fit of their predictors adds."""
     structure = replace(plan.structure, **fit.structure_fields())
     tensors = {t.name: _reordered(t, fit) for t in plan.tensors}
     for i, block in enumerate(fit.blocks):
@@ -129,11 +155,16 @@ def with_neurons(plan: Plan, fit: ModelFit) -> Plan:
     return replace(plan, structure=structure, tensors=ordered)
 
 
-def _reordered(tensor: PlannedTensor, fit: ModelFit) -> PlannedTensor:
+def _reordered(tensor: PlannedTensor, fit: NewBlocks) -> PlannedTensor:
     if not tensor.name.startswith("blk."):
         return tensor
     _, block, part = tensor.name.split(".", 2)
-    return replace(tensor, order=fit.blocks[int(block)].order) if part in _NEURON_TENSORS else tensor
+    if part not in _NEURON_TENSORS:
+        return tensor
+    order = fit.blocks[int(block)].order
+    if np.array_equal(order, np.arange(len(order))):
+        return tensor
+    return replace(tensor, order=order if tensor.order is None else tensor.order[order])
 
 
 def _planned(name: str, shape: Shape, source: Source | Generated, structure: Structure, types: Types) -> PlannedTensor:

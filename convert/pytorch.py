@@ -1,4 +1,4 @@
-"""`pytorch_model.bin` files, read through torch (an optional dependency) without running anything they contain.
+"""`pytorch_model.bin` and other files that torch saved, read through torch (an optional dependency) without running anything they contain.
 
 Knows nothing of what the tensors mean.
 """
@@ -50,28 +50,47 @@ def open_tensor(file: Path, name: str) -> Iterator[Sliceable]:
     yield _Tensor(_load(file)[name])
 
 
+def read_bare(file: Path) -> Array:
+    """The numbers of a file that holds one tensor and nothing else.
+
+    Raises UserError when it holds something else, cannot be read, or torch is absent.
+    """
+    value = _read(file)
+    if not isinstance(value, _torch().Tensor):
+        raise _unreadable(file, ValueError(f"a {type(value).__name__}, expected a tensor"))
+    return _Tensor(value)[:]
+
+
 def _torch() -> Any:
     """The module torch. Raises UserError when it is not installed."""
     try:
         return importlib.import_module("torch")
     except ImportError:
         raise UserError(
-            "reading pytorch_model.bin needs torch, which is not installed",
+            "reading files that torch saved (.bin, .pt) needs torch, which is not installed",
             "pip install 'lazyneuron[torch]', or fetch the checkpoint's safetensors if it has any",
         ) from None
 
 
 def _load(file: Path) -> dict[str, Any]:
-    torch = _torch()
-    try:
-        values = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:
-        values = _load_unmapped(file)  # files written before torch 1.6
-    except _DAMAGE as error:
-        raise _unreadable(file, error) from None
+    values = _read(file)
     if not isinstance(values, dict):
         raise _unreadable(file, ValueError(f"a {type(values).__name__}, expected a dict of tensors"))
-    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return {name: value for name, value in values.items() if isinstance(value, _torch().Tensor)}
+
+
+def _read(file: Path) -> Any:
+    torch = _torch()
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:
+        return _load_unmapped(file)  # files written before torch 1.6
+    except OSError as error:
+        if error.filename:
+            raise
+        raise _unreadable(file, error) from None  # torch read beyond its end
+    except _DAMAGE as error:
+        raise _unreadable(file, error) from None
 
 
 @functools.lru_cache(maxsize=1)

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 
 import numpy as np
 import numpy.typing as npt
 
 from convert.arch import Generated, Source
 from convert.checkpoint import Checkpoint
+from convert.kept import Kept, Readable
 from convert.plan import Given, PlannedTensor
 from convert.quantize import encode
 from convert.rewrites import REWRITES, Permuted, Rewrite, Sliceable
@@ -24,9 +26,12 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class Encoder:
-    """Owns the threads that encode the tensors of one checkpoint. Results do not depend on how many there are."""
+    """Owns the threads that encode the tensors of one conversion. Results do not depend on how many there are.
 
-    def __init__(self, checkpoint: Checkpoint, threads: int) -> None:
+    checkpoint: None where nothing of the plan comes from one.
+    """
+
+    def __init__(self, checkpoint: Checkpoint | None, threads: int) -> None:
         self._checkpoint = checkpoint
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
@@ -39,15 +44,26 @@ class Encoder:
 
     def pieces(self, tensor: PlannedTensor) -> Iterator[Bytes]:
         """The bytes of `tensor`, in order. Raises UserError for values that its format cannot hold."""
-        if isinstance(tensor.source, Given):
-            yield tensor.source.data
-        elif isinstance(tensor.source, Generated):
-            yield encode(tensor.source.make(self._checkpoint.config), tensor.type)
+        source = tensor.source
+        if isinstance(source, Given):
+            yield source.data
+        elif isinstance(source, Kept):
+            yield from source.pieces(tensor.rows, tensor.row_bytes, tensor.order)
+        elif isinstance(source, Generated):
+            yield encode(source.make(self._source.config), tensor.type)
         else:
-            with self._checkpoint.open(tensor.source.name) as stored:
-                yield from self._encoded(tensor, tensor.source, _in_order(tensor, tensor.source, stored))
+            with self._open(source) as stored:
+                yield from self._encoded(tensor, source, _in_order(tensor, source, stored))
 
-    def _encoded(self, tensor: PlannedTensor, source: Source, stored: Sliceable) -> Iterator[Bytes]:
+    @property
+    def _source(self) -> Checkpoint:
+        assert self._checkpoint is not None, "a tensor of a checkpoint in a plan without one"
+        return self._checkpoint
+
+    def _open(self, source: Source | Readable) -> AbstractContextManager[Sliceable]:
+        return self._source.open(source.name) if isinstance(source, Source) else source.open()
+
+    def _encoded(self, tensor: PlannedTensor, source: Source | Readable, stored: Sliceable) -> Iterator[Bytes]:
         row_length = tensor.shape[0] if len(tensor.shape) > 1 else 1
         rewrite = REWRITES["identity" if tensor.order is not None else source.rewrite]
         step = max(1, PIECE // row_length)
@@ -61,7 +77,7 @@ class Encoder:
             yield ahead.popleft().result()
 
 
-def _in_order(tensor: PlannedTensor, source: Source, stored: Sliceable) -> Sliceable:
+def _in_order(tensor: PlannedTensor, source: Source | Readable, stored: Sliceable) -> Sliceable:
     """The stored tensor, or the rewritten one with its neurons in the file's order: that needs the whole of it in memory."""
     if tensor.order is None:
         return stored

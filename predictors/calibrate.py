@@ -51,6 +51,11 @@ class Part:
     weight: Floats
     residual: Floats | None = None
 
+    @property
+    def seen(self) -> Floats:
+        """What a predictor sees: the residual stream where it was asked for, else the FFN's own input."""
+        return self.x if self.residual is None else self.residual
+
     def __len__(self) -> int:
         return len(self.x)
 
@@ -125,6 +130,11 @@ def split(n_windows: int) -> tuple[slice, slice, slice]:
     judged = [max(1, round(share * n_windows)) for share in SHARES[1:]]
     at = n_windows - sum(judged)
     return slice(0, at), slice(at, at + judged[0]), slice(at + judged[0], n_windows)
+
+
+def all_test(windows: npt.NDArray[np.int32]) -> tuple[slice, slice, slice]:
+    """Parts for predictors that are there already: every window tests them."""
+    return slice(0, 0), slice(0, 0), slice(0, len(windows))
 
 
 def calibrate(

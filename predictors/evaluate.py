@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from predictors import text
-from predictors.calibrate import LayerSamples, Progress, calibrate
+from predictors.calibrate import LayerSamples, Progress, all_test, calibrate
 from predictors.choose import Cost, predicted_bytes
 from predictors.fit import Figures, cost_of
 from predictors.stored import stored_predictor
@@ -99,18 +99,16 @@ def _layers(
 ) -> Iterator[Figures]:
     with GgufFile(model) as file:
         s = file.structure
-        everything = (slice(0, 0), slice(0, 0), slice(0, len(windows)))
         with BlockRunner(file, threads, windows.shape[1]) as runner:
-            for layer in calibrate(runner, windows, everything, s.predictor_tap == "residual", progress):
-                yield _layer(file, layer, predictor_bias)
+            for layer in calibrate(runner, windows, all_test(windows), s.predictor_tap == "residual", progress):
+                yield layer_figures(file, layer, predictor_bias)
 
 
-def _layer(file: GgufFile, layer: LayerSamples, predictor_bias: float) -> Figures:
+def layer_figures(file: GgufFile, layer: LayerSamples, predictor_bias: float = 0.0) -> Figures:
     """Figures of one layer's stored predictor on the test part."""
     cost, found = cost_of(file, layer.structure, layer.i), stored_predictor(file, layer.i)
     n = cost.n_ff * len(layer.test)
-    seen = layer.test.x if layer.test.residual is None else layer.test.residual
-    prepared = found[0].prepare(seen) if found else seen
+    prepared = found[0].prepare(layer.test.seen) if found else layer.test.x
     fired = predicted = hits = 0
     energy = kept = 0.0
     for first, end in layer.chunks(len(layer.test)):

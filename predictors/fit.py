@@ -5,19 +5,19 @@ Returns what is to be stored; writes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from predictors import text
 from predictors.allocate import LayerOptions, allocate
 from predictors.calibrate import LayerSamples, Progress, calibrate, default_tokens
 from predictors.choose import Cost, Judged, judge, predicted_bytes
+from predictors.heat import Order, as_frequencies, as_it_is, hottest_first
 from predictors.kind import Candidate, FitOptions
 from predictors.kinds import KINDS, METHODS
 from predictors.margins import EDGES, measure
@@ -34,8 +34,6 @@ from runtime.traffic import Activity, ffn_bytes_of_block
 DEFAULT_ENERGY = 0.997  # 0.995 costs the bundled model 0.6 % of perplexity: see docs/predictors.md
 TYPES = ("auto", *MATRIX_TYPES)
 _BATCH_BYTES = 1 << 28  # of margins that are held at once
-
-Order = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,7 @@ class ModelFit:
     neuron_order: str
     blocks: tuple[BlockFit, ...]
     metadata: dict[str, Any]
+    tap: str = "ffn_norm"
 
     def structure_fields(self) -> dict[str, Any]:
         """The fields of runtime.structure.Structure that it sets."""
@@ -84,7 +83,7 @@ class ModelFit:
         return {
             "neuron_order": self.neuron_order,
             "predictor": self.kind,
-            "predictor_tap": "ffn_norm",
+            "predictor_tap": self.tap,
             "predictor_rank": () if none else tuple(b.rank for b in self.blocks),
             "predictor_error": () if none else tuple(b.error for b in self.blocks),
         }
@@ -114,7 +113,10 @@ class Candidates:
         order = "hot" if reorder else self.structure.neuron_order
         blocks = tuple(_block(layer, choice, reorder) for layer, choice in zip(self.layers, chosen, strict=True))
         fit = ModelFit(self.kind, order, blocks, {})
-        return replace(fit, metadata=_metadata(self.structure, fit, energy, self.calibration))
+        keys = fit_metadata(self.structure, fit, self.calibration)
+        if self.kind != "none":
+            keys[f"{ARCHITECTURE}.predictor.energy"] = float(energy)
+        return replace(fit, metadata=keys)
 
 
 def fit_model(
@@ -128,18 +130,21 @@ def fit_model(
     threads: int | None = None,
     progress: Progress | None = None,
     reorder: bool = True,
+    counts: Sequence[Floats] | None = None,
 ) -> ModelFit:
     """Fit predictors to the converted model `path`.
 
     energy: share of the FFNs' output energy that the chosen neurons have to carry, 1 for no predictor at all.
     calibration: a UTF-8 text, None for the one in the package; tokens: how many of its tokens (default: 24,576, fewer for very wide models).
     predictor_type: ggml type of the matrices, "auto" for the cheaper of q4_0 and q8_0 in each layer.
-    reorder: put neurons hottest first; else they stay as they are. progress: called with (layer, n_layers, share of it that is done).
+    reorder: put neurons hottest first; else they stay as they are. counts: of each block's neurons, [n_ff]: what to order them by, in place of the text.
+    progress: called with (layer, n_layers, share of it that is done).
     Raises UserError for options out of range, and for calibration text that is too short, empty or not UTF-8.
     """
     if not 0 < energy <= 1:
         raise UserError(f"energy {energy}, expected more than 0 and at most 1")
-    return fit_candidates(path, kind, calibration, tokens, predictor_type, seed, threads, progress).at(energy, reorder)
+    fitted = fit_candidates(path, kind, calibration, tokens, predictor_type, seed, threads, progress, counts)
+    return fitted.at(energy, reorder)
 
 
 def fit_candidates(
@@ -151,6 +156,7 @@ def fit_candidates(
     seed: int = 0,
     threads: int | None = None,
     progress: Progress | None = None,
+    counts: Sequence[Floats] | None = None,
 ) -> Candidates:
     """All of `fit_model` but the choice: parameters and errors are the same."""
     if kind not in KINDS:
@@ -160,15 +166,23 @@ def fit_candidates(
     corpus = text.read_corpus(calibration)
     with GgufFile(path) as file:
         s = file.structure
-        with Tokenizer(path) as tokenizer:
-            n = default_tokens(s) if tokens is None else tokens
-            windows = text.windows(corpus, tokenizer, n, s.context_length, seed)
+        windows = calibration_windows(corpus, path, s, tokens, seed)
         cores = threads or physical_cores()
         options = FitOptions(_types(predictor_type, s), seed, cores)
         with BlockRunner(file, cores, windows.shape[1]) as runner:
-            layers = [_fit_layer(layer, file, kind, options) for layer in calibrate(runner, windows, progress=progress)]
+            layers = [
+                _fit_layer(layer, file, kind, options, counts)
+                for layer in calibrate(runner, windows, progress=progress)
+            ]
     calibrated = {"corpus": corpus.name, "sha256": corpus.sha256, "tokens": int(windows.size), "seed": seed}
     return Candidates(s, kind, tuple(layers), calibrated | {"method": METHODS[kind]})
+
+
+def calibration_windows(corpus: text.Corpus, path: Path, s: Structure, tokens: int | None, seed: int) -> text.Ids:
+    """What a model is calibrated on, int32 [n_windows, length]; tokens: None for the usual number."""
+    with Tokenizer(path) as tokenizer:
+        n = default_tokens(s) if tokens is None else tokens
+        return text.windows(corpus, tokenizer, n, s.context_length, seed)
 
 
 def _types(predictor_type: str, s: Structure) -> tuple[str, ...]:
@@ -176,13 +190,22 @@ def _types(predictor_type: str, s: Structure) -> tuple[str, ...]:
     return tuple(t for t in wanted if s.embedding_length % block_size(t) == 0) or ("f16",)
 
 
-def _fit_layer(layer: LayerSamples, file: GgufFile, kind: str, options: FitOptions) -> _Layer:
+def _fit_layer(
+    layer: LayerSamples, file: GgufFile, kind: str, options: FitOptions, counts: Sequence[Floats] | None
+) -> _Layer:
     cost = cost_of(file, layer.structure, layer.i)
     known = LayerOptions([], cost, float(layer.frequency.mean()))
     for batch in _batches(KINDS[kind](layer, options), cost.n_ff):
         new = [judge(c, m, cost) for c, m in zip(batch, measure(layer, batch), strict=True)]
         known = replace(known, candidates=[*known.candidates, *new]).worth_keeping()
-    return _Layer(layer.i, layer.frequency, replace(known, candidates=shelve(known.candidates)))
+    return _Layer(layer.i, frequency(layer, counts), replace(known, candidates=shelve(known.candidates)))
+
+
+def frequency(layer: LayerSamples, counts: Sequence[Floats] | None) -> Floats:
+    """Share of tokens at which each neuron fires, float32 [n_ff]: as counted on the text, or as counts made elsewhere say, with the text's mean."""
+    if counts is None:
+        return layer.frequency
+    return as_frequencies(counts[layer.i], float(layer.frequency.mean()))
 
 
 def cost_of(file: GgufFile, s: Structure, i: int) -> Cost:
@@ -203,22 +226,19 @@ def _batches(candidates: Iterator[Candidate], n_ff: int) -> Iterator[list[Candid
 
 
 def _block(layer: _Layer, choice: tuple[Judged, int] | None, reorder: bool) -> BlockFit:
-    n = len(layer.frequency)
-    hottest_first = np.argsort(-layer.frequency, kind="stable") if reorder else np.arange(n)
-    order, freq = hottest_first.astype(np.int32), layer.frequency[hottest_first]
-    tensors = (plain("ffn_neuron_index", "i32", order), plain("ffn_neuron_freq", "f32", freq)) if reorder else ()
+    hot = hottest_first(layer.frequency) if reorder else as_it_is(layer.frequency)
     if choice is None:
-        return BlockFit(order, freq, 0, "none", 0.0, tensors, _exact_figures(layer))
+        return BlockFit(hot.order, hot.freq, 0, "none", 0.0, hot.tensors, _exact_figures(layer))
     judged, price = choice
     *shared, rows = judged.candidate.tensors
-    bias = plain("predictor_out.bias", "f32", judged.bias(price)[order])
+    bias = plain("predictor_out.bias", "f32", judged.bias(price)[hot.order])
     return BlockFit(
-        order=order,
-        freq=freq,
+        order=hot.order,
+        freq=hot.freq,
         rank=judged.candidate.rank,
         type=judged.candidate.type,
         error=float(np.median(judged.scale.error)),
-        tensors=(*tensors, *shared, rows.reordered(order), bias),
+        tensors=(*hot.tensors, *shared, rows.reordered(hot.order), bias),
         figures=_figures(layer.options.cost, judged, price),
     )
 
@@ -244,7 +264,8 @@ def _exact_figures(layer: _Layer) -> Figures:
     return Figures(fired, 1.0, 1.0, fired, 1.0, cost.exact(fired), cost.exact(fired), cost.dense)
 
 
-def _metadata(s: Structure, fit: ModelFit, energy: float, calibration: dict[str, Any]) -> dict[str, Any]:
+def fit_metadata(s: Structure, fit: ModelFit, calibration: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a fit: predictors, what they achieve, the neurons' order, and the keys `calibration.*`."""
     described = replace(s, **fit.structure_fields()).to_metadata()
     kept = ("predictor.", "neuron_order")
     keys = {k: v for k, v in described.items() if k.removeprefix(f"{ARCHITECTURE}.").startswith(kept)}
@@ -253,5 +274,5 @@ def _metadata(s: Structure, fit: ModelFit, energy: float, calibration: dict[str,
         return keys
     figures = ("recall", "precision", "predicted_share", "active_share", "energy_kept")
     measured: dict[str, Any] = {name: [float(getattr(b.figures, name)) for b in fit.blocks] for name in figures}
-    measured |= {"energy": float(energy), "type": [b.type for b in fit.blocks]}
+    measured["type"] = [b.type for b in fit.blocks]
     return keys | {f"{ARCHITECTURE}.predictor.{name}": value for name, value in measured.items()}

@@ -81,7 +81,7 @@ def measure(layer: LayerSamples, candidates: list[Candidate]) -> list[tuple[Scal
             for c, x, (scale, *margins) in zip(candidates, prepared, found, strict=True):
                 scores = c.scores(x[k], first, end)
                 if k == 0:
-                    _fill(scale, at, _scale(goal, scores, c.unit_slope))
+                    _fill(scale, at, scale_of(goal, scores, c.unit_slope))
                 _fill(margins[k], at, _margins(scores, scale[at], active, energy))
     return found
 
@@ -91,7 +91,7 @@ def _fill(whole: Scale | Margins, at: slice, part: Scale | Margins) -> None:
         getattr(whole, name)[at] = values
 
 
-def _scale(goal: Floats, scores: Floats, unit_slope: bool) -> Scale:
+def scale_of(goal: Floats, scores: Floats, unit_slope: bool) -> Scale:
     """Least squares of pre-activations [n_tokens, n] on scores, per neuron."""
     mean, centre = scores.mean(0), goal.mean(0)
     if unit_slope:

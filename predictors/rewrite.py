@@ -15,7 +15,7 @@ from runtime.gguf_file import GgufFile
 from runtime.gguf_write import Stream, copied, copied_keys, write_gguf
 from runtime.structure import ARCHITECTURE
 
-_REPLACED = (f"{ARCHITECTURE}.predictor.", f"{ARCHITECTURE}.calibration.")
+REPLACED = (f"{ARCHITECTURE}.predictor.", f"{ARCHITECTURE}.calibration.")
 
 
 def rewrite(source: Path, out: Path, blocks: Sequence[Sequence[Tensor]], metadata: Mapping[str, Any]) -> int:
@@ -23,7 +23,7 @@ def rewrite(source: Path, out: Path, blocks: Sequence[Sequence[Tensor]], metadat
 
     After any exception, an interrupt included, `out` is as it was before and nothing else is left behind.
     """
-    kept = {key: value for key, value in copied_keys(source).items() if not key.startswith(_REPLACED)}
+    kept = {key: value for key, value in copied_keys(source).items() if not key.startswith(REPLACED)}
     with GgufFile(source) as file:
         return write_gguf(out, kept | dict(metadata), list(_streams(file, blocks)))
 

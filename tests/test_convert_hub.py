@@ -17,6 +17,9 @@ import pytest
 import torch
 from checkpoints import copy_checkpoint, load_tensors
 from plain import PLAIN, convert
+from powerinfer_files import predictor_arrays, save_predictors
+
+from runtime.gguf_file import GgufFile
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -88,9 +91,9 @@ def hub(checkpoint: Callable[[str], Path], tmp_path: Path) -> Iterator[Hub]:
         server.shutdown()
 
 
-def run(hub: Hub, repo: str, out: Path, **env: str) -> subprocess.CompletedProcess[str]:
+def run(hub: Hub, repo: str, out: Path, *options: str, **env: str) -> subprocess.CompletedProcess[str]:
     settings = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(out.parent / "home"), **env}
-    command = [sys.executable, "-m", "convert", repo, str(out), "--force", *PLAIN]
+    command = [sys.executable, "-m", "convert", repo, str(out), "--force", *options, *PLAIN]
     environment = {**os.environ, "HF_HUB_DISABLE_XET": "1", **settings}
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
 
@@ -119,6 +122,21 @@ def test_pickles_where_there_are_no_safetensors(hub: Hub, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert "pytorch_model.bin" in hub.fetched
     assert "flax_model.msgpack" not in hub.fetched
+
+
+def test_only_predictors_are_fetched_of_their_repository(hub: Hub, tmp_path: Path) -> None:
+    local = copy_checkpoint(hub.folder, tmp_path / "local")
+    layers = predictor_arrays(2, 32, 256, 32)
+    save_predictors(hub.folder / "p", layers, 0.5)
+    for file in (hub.folder / "p").iterdir():
+        file.rename(hub.folder / file.name)
+    (hub.folder / "p").rmdir()
+    done = run(hub, str(local), tmp_path / "x.gguf", "--import-predictor", "user/model")
+    assert done.returncode == 0, done.stderr
+    assert hub.fetched == {"config.json", "model_0.pt", "model_1.pt"}
+    with GgufFile(tmp_path / "x.gguf") as file:
+        assert file.metadata["lazyneuron.predictor.source"] == "user/model"
+        assert file.metadata["lazyneuron.predictor.threshold"] == 0.5
 
 
 @pytest.mark.parametrize(

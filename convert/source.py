@@ -1,0 +1,146 @@
+"""What can be converted (a checkpoint, a PowerInfer file, a file of ours that is to get other predictors), each turned into a planned `Job`.
+
+Knows which options say something to which source; writes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.converted import in_stored_order, kept_keys, plan_again
+from convert.hub import fetch
+from convert.metadata import general_metadata
+from convert.plan import NewBlocks, Plan, Types, make_plan, with_neurons
+from convert.powerinfer import PowerInferFile, import_metadata, plan_import, provenance
+from convert.powerinfer_predictor import open_predictors, with_predictors
+from convert.quantize import check_type
+from convert.tokenizer import tokenizer_metadata
+from predictors.evaluate import total_bytes
+from predictors.fit import ModelFit
+from runtime.errors import UserError
+from runtime.gguf_file import MAGIC, GgufFile
+
+_OF_MATRICES = ("type", "output_type")
+_OF_FITS = ("predictor", "energy")
+
+
+@dataclass(frozen=True)
+class Given:
+    """The options that say how the file is to be, None where they were not given; see `convert.convert`."""
+
+    type: str | None = None
+    output_type: str | None = None
+    layout: str | None = None
+    ffn_type: str | None = None
+    predictor: str | None = None
+    predictor_type: str | None = None
+    energy: float | None = None
+    import_predictor: str | None = None
+    activations: str | None = None
+
+    def refuse(self, what: str, *options: str) -> None:
+        """Raise UserError for the first of these options that was given although it says nothing to `what`."""
+        for name in options:
+            if getattr(self, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')}: does not apply to {what}", "leave the option out")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A planned conversion with the keys of its file. checkpoint: None where nothing comes from one. reorder: whether neurons may move."""
+
+    checkpoint: Checkpoint | None
+    plan: Plan
+    metadata: dict[str, Any]
+    reorder: bool = True
+
+    @property
+    def imported(self) -> bool:
+        """Whether there are predictors before any are fitted."""
+        return self.plan.structure.predictor != "none"
+
+    def changed(self, new: NewBlocks) -> Job:
+        """The job with neurons in a new order, with what was fitted, or with what was measured."""
+        plan = with_neurons(self.plan, new)
+        if isinstance(new, ModelFit) and self.imported:
+            plan = replace(plan, notes=(*plan.notes, _measured(new)))
+        return replace(self, plan=plan, metadata=self.metadata | plan.structure.to_metadata() | new.metadata)
+
+
+def open_job(source: str, given: Given) -> Job:
+    """Plan the conversion of `source`: a folder, a Hub id or a file. Raises UserError for whatever is wrong with it or the options."""
+    if given.import_predictor:
+        given.refuse("imported predictors", *_OF_FITS)
+    path = Path(source).expanduser()
+    if not path.is_file():
+        job = _checkpoint_job(source, given)
+    elif given.import_predictor and _magic(path) == MAGIC:
+        return _converted_job(path, given)
+    elif _magic(path) == MAGIC:
+        raise UserError(
+            f"`{path}`: a GGUF file, expected a checkpoint folder, a Hub id or a PowerInfer file",
+            "a converted file can only get other predictors: --import-predictor REPO_OR_DIR, or python -m predictors fit",
+        )
+    else:
+        job = _powerinfer_job(path, given)
+    return _with_predictors(job, given) if given.import_predictor else job
+
+
+def _magic(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(len(MAGIC))
+
+
+def _checkpoint_job(source: str, given: Given) -> Job:
+    output = check_type(given.output_type, "--output-type") if given.output_type else ""
+    types = Types(check_type(given.type or "f16", "--type"), output)
+    folder, repo = fetch(source)
+    checkpoint = open_checkpoint(folder)
+    plan = make_plan(checkpoint, types, given.layout or "both", given.ffn_type)
+    return Job(checkpoint, plan, _metadata(folder, repo, plan))
+
+
+def _metadata(folder: Path, repo: str, plan: Plan) -> dict[str, Any]:
+    return {
+        **general_metadata(folder, repo, plan.types.main),
+        **plan.structure.to_metadata(),
+        **tokenizer_metadata(folder, plan.structure.vocab_size),
+    }
+
+
+def _powerinfer_job(path: Path, given: Given) -> Job:
+    given.refuse("a PowerInfer file", *_OF_MATRICES, *_OF_FITS, "predictor_type", "import_predictor")
+    file = PowerInferFile(path)
+    plan = plan_import(file, given.layout or "sparse", given.ffn_type)
+    return Job(None, plan, import_metadata(file, plan.structure))
+
+
+def _converted_job(path: Path, given: Given) -> Job:
+    given.refuse("a file that is converted already", *_OF_MATRICES, "layout", "ffn_type", "activations")
+    with GgufFile(path) as file:
+        job = _with_predictors(Job(None, plan_again(file), kept_keys(path), reorder=False), given)
+        return replace(job, plan=in_stored_order(job.plan, file))
+
+
+def _with_predictors(job: Job, given: Given) -> Job:
+    found = open_predictors(str(given.import_predictor), job.plan.structure)
+    plan = with_predictors(job.plan, found, given.predictor_type or "auto")
+    keys = plan.structure.to_metadata() | provenance(found.source, found.threshold)
+    return replace(job, plan=plan, metadata=job.metadata | keys)
+
+
+def _measured(fit: ModelFit) -> str:
+    """What imported predictors achieve on the calibration text, in one line."""
+    figures = [block.figures for block in fit.blocks]
+    n = len(figures)
+    fire, predicted = sum(f.active_share for f in figures) / n, sum(f.predicted_share for f in figures) / n
+    recall = sum(f.recall * f.active_share for f in figures) / n / max(fire, 1e-12)
+    read = total_bytes(figures)
+    advice = "" if read["predicted"] < read["exact"] else ": they do not pay, so run it with --ffn exact"
+    return (
+        f"the imported predictors find {recall:.1%} of the neurons that fire ({fire:.1%} do, {predicted:.1%} are predicted); "
+        f"a token reads {read['predicted']:.1%} of the FFNs' bytes with them, {read['exact']:.1%} in exact mode{advice}"
+    )
