@@ -7,8 +7,6 @@ Functions of the config for use in an architecture's `keys` and `tensors`. Knows
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -36,9 +34,9 @@ def _kind(parameters: Config) -> str:
     return parameters.get("rope_type", str, parameters.get("type", str, "default"))
 
 
-def freq_base(config: Config) -> float:
+def freq_base(config: Config, default: float = DEFAULT_THETA) -> float:
     """theta."""
-    return _parameters(config).get("rope_theta", float, config.get("rope_theta", float, DEFAULT_THETA))
+    return _parameters(config).get("rope_theta", float, config.get("rope_theta", float, default))
 
 
 def head_length(config: Config) -> int:
@@ -49,9 +47,9 @@ def head_length(config: Config) -> int:
     return config.get("head_dim", int, width // heads)
 
 
-def dimension_count(config: Config) -> int:
-    """How many elements of a head are rotated."""
-    everywhere = config.get("partial_rotary_factor", float, 1.0)
+def dimension_count(config: Config, default: float = 1.0) -> int:
+    """How many elements of a head are rotated; default: their share where the config names none."""
+    everywhere = config.get("partial_rotary_factor", float, default)
     return int(head_length(config) * _parameters(config).get("partial_rotary_factor", float, everywhere))
 
 
@@ -87,12 +85,13 @@ def freq_factors(config: Config) -> npt.NDArray[np.float32]:
     return (1 / (kept + (1 - kept) / parameters.get("factor", float))).astype(np.float32)
 
 
-KEYS: Mapping[str, object] = MappingProxyType(
-    {
-        "rope_dimension_count": dimension_count,
-        "rope_freq_base": freq_base,
+def keys(theta: float = DEFAULT_THETA, rotated: float = 1.0) -> dict[str, object]:
+    """The fields of a structure that describe its rotation; theta, rotated: the defaults of this architecture's configs."""
+    return {
+        "position": "rope_neox",  # Hugging Face rotates halves of a head, so q and k need no permutation
+        "rope_dimension_count": lambda config: dimension_count(config, rotated),
+        "rope_freq_base": lambda config: freq_base(config, theta),
         "rope_scaling": scaling,
         "rope_scaling_factor": scaling_factor,
         "rope_freq_factors": has_freq_factors,
     }
-)

@@ -47,6 +47,7 @@ struct lzn_ffn {
     int32_t gated;
     int32_t gate_bias;  // whether a bias F32 [n_ff] follows the gate rows among the sources of `gate`
     int32_t up_bias;    // whether a bias F32 [n_ff] follows the up rows among the sources of `down`
+    int32_t squares;    // whether the product ends with the sum of the neurons' squares: one element more than n_embd
     int32_t predicted;  // whether the candidates follow among the sources of `gate`; else every neuron is one
     int32_t rank;       // elements of a predictor row
     float shift;        // added to every score of the predictor
@@ -83,4 +84,4 @@ LZN_API void lzn_ffn_predict_sign(struct ggml_tensor * dst, int ith, int nth, vo
 LZN_API void lzn_ffn_quantize(struct ggml_tensor * dst, int ith, int nth, void * userdata);      // x
 LZN_API void lzn_ffn_gate(struct ggml_tensor * dst, int ith, int nth, void * userdata);          // quantize, gate rows [, bias] [, candidates]
 LZN_API void lzn_ffn_down(struct ggml_tensor * dst, int ith, int nth, void * userdata);          // quantize, gate, down_t rows [, up rows [, bias]]
-LZN_API void lzn_ffn_reduce(struct ggml_tensor * dst, int ith, int nth, void * userdata);        // down, gate; dst F32 [n_embd, n_tokens]
+LZN_API void lzn_ffn_reduce(struct ggml_tensor * dst, int ith, int nth, void * userdata);        // down, gate; dst F32 [n_embd, n_tokens], or [n_embd + 1, n_tokens] with `squares`
