@@ -190,7 +190,7 @@ class Blocks:
         scale = 1 / s.rope_scaling_factor if s.rope_scaling == "linear" else 1.0
         return ggml.ggml_rope_ext(
             self.ctx, x, self.inputs.positions, factors, s.rope_dimension_count, mode, 0, s.rope_freq_base, scale,
-            0.0, 1.0, 0.0, 0.0,
+            0.0, s.rope_attention_factor, 0.0, 0.0,
         )  # fmt: skip
 
     def remember(self, cache: ggml.TensorP, new: ggml.TensorP) -> ggml.TensorP:

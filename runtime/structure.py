@@ -79,6 +79,7 @@ class Structure:
     rope_scaling: str = _key("rope.scaling.type", ROPE_SCALINGS, default="none")
     rope_scaling_factor: float = _key("rope.scaling.factor", default=1.0)
     rope_freq_factors: bool = _key("rope.freq_factors", default=False)
+    rope_attention_factor: float = _key("rope.scaling.attn_factor", since=2, default=1.0)
     layout: str = _key("layout", LAYOUTS, default="both")
     neuron_order: str = _key("neuron_order", NEURON_ORDERS, default="original")
     predictor: str = _key("predictor.kind", PREDICTOR_KINDS, default="none")
@@ -210,9 +211,9 @@ def _check(s: Structure, where: str) -> None:
         raise UserError(
             f"{where}: norm_epsilon, rope.freq_base and rope.scaling.factor must be positive (norm_epsilon below 1)"
         )
-    if min(s.embedding_scale, s.residual_scale, s.logit_scale) <= 0 or s.logit_softcap < 0:
+    if min(s.embedding_scale, s.residual_scale, s.logit_scale, s.rope_attention_factor) <= 0 or s.logit_softcap < 0:
         raise UserError(
-            f"{where}: the scales of embeddings, residuals and logits must be positive, logit_softcap 0 or more"
+            f"{where}: the scales of embeddings, residuals, logits and rotation must be positive, logit_softcap 0 or more"
         )
     if s.residual == "parallel" and s.norm_placement != "pre":
         raise UserError(

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import CHECKPOINTS, copy_checkpoint, load_tensors, save_tensors
+from families import CASES
 
 from convert import rope
-from convert.arch import Generated, describe, families, find_arch
+from convert.arch import Source, describe, families, find_arch
 from convert.checkpoint import open_checkpoint
 from convert.config import Config
 from convert.plan import Plan, Types, make_plan
-from convert.rewrites import REWRITES
+from convert.rewrites import NAMES
 from runtime.errors import UserError
 from runtime.structure import Structure, required_tensors
 
@@ -126,28 +127,56 @@ def test_partial_rotation() -> None:
     assert structure(MINIMAL_LLAMA, partial_rotary_factor=0.5).rope_dimension_count == 8
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"truncate": False, "beta_fast": 16.0, "beta_slow": 2.0},
+        {"attention_factor": 1.5},
+        {"mscale": 1.0, "mscale_all_dim": 0.5},
+    ],
+)
+def test_yarn_equals_transformers(changes: dict[str, Any]) -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    yarn = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 20.0, "original_max_position_embeddings": 256, **changes}
+    values = {**MINIMAL_LLAMA, "hidden_size": 256, "head_dim": 64, "rope_parameters": yarn}
+    scaled, factor = ROPE_INIT_FUNCTIONS["yarn"](LlamaConfig(**values), torch.device("cpu"))
+    found = rope.freq_factors(Config("config.json", values))
+    np.testing.assert_allclose(5e5 ** -(np.arange(0, 64, 2) / 64) / found, scaled.numpy(), rtol=1e-6)
+    assert len(set(found.tolist()) - {1.0, 20.0}) > 1
+    assert structure(values).rope_attention_factor == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_other_ropes_are_refused(kind: str) -> None:
-    with pytest.raises(UserError, match=f"rope type `{kind}`, expected default, linear, llama3"):
+    with pytest.raises(UserError, match=f"rope type `{kind}`, expected default, linear, llama3, yarn"):
         structure(MINIMAL_LLAMA, rope_scaling={"type": kind, "factor": 2.0})
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+def case_plan(name: str, checkpoint: Folder) -> Plan:
+    ffn_type = CASES[name].ffn_type if name in CASES else None
+    return make_plan(open_checkpoint(checkpoint(name)), Types(), ffn_type=ffn_type)
+
+
+@pytest.mark.parametrize("name", [*CHECKPOINTS, *CASES])
 def test_every_tensor_has_its_place(name: str, checkpoint: Folder) -> None:
-    plan = plan_of(checkpoint(name))
+    plan = case_plan(name, checkpoint)
     weights = load_tensors(checkpoint(name))
     assert [t.name for t in plan.tensors] == list(required_tensors(plan.structure))
-    used = {t.source.name for t in plan.tensors if not isinstance(t.source, Generated)}
+    sources = [t.source for t in plan.tensors if isinstance(t.source, Source)]
+    used = {source.name for source in sources} | {source.columns for source in sources if source.columns}
     assert used | {"lm_head.weight"} >= set(weights) >= used
 
 
 def test_every_mapping_and_rewrite_is_used_by_a_test_checkpoint(checkpoint: Folder) -> None:
-    plans = [plan_of(checkpoint(name)) for name in CHECKPOINTS]
+    plans = [case_plan(name, checkpoint) for name in [*CHECKPOINTS, *CASES]]
     for arch in families().values():
         patterns = {t.name.replace("blk.0.", "blk.{i}.") for plan in plans if plan.arch == arch for t in plan.tensors}
         assert set(arch.tensors) <= patterns
-    used = {t.source.rewrite for plan in plans for t in plan.tensors if not isinstance(t.source, Generated)}
-    assert used == set(REWRITES)
+    used = {t.source.rewrite for plan in plans for t in plan.tensors if isinstance(t.source, Source)}
+    assert used == NAMES
 
 
 def test_missing_and_unknown_tensors_are_reported_together(checkpoint: Folder, tmp_path: Path) -> None:
@@ -211,7 +240,7 @@ def test_shapes_that_disagree_with_the_config(
         (MINIMAL_LLAMA, {"hidden_act": "silu"}, "`hidden_act` is `silu`, expected `relu`"),
         (MINIMAL_OPT, {"activation_function": "gelu"}, "`activation_function` is `gelu`, expected `relu`"),
         (MINIMAL_LLAMA, {"hidden_act": None}, "no `hidden_act`"),
-        (MINIMAL_LLAMA, {"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM, expected LlamaForCausalLM, OPT"),
+        (MINIMAL_LLAMA, {"architectures": ["MambaForCausalLM"]}, "architecture MambaForCausalLM, expected Arcee"),
         (MINIMAL_LLAMA, {"architectures": None}, "no `architectures`"),
         (MINIMAL_LLAMA, {"hidden_size": None}, "no `hidden_size`"),
         (MINIMAL_LLAMA, {"hidden_size": "64"}, '`hidden_size` is "64", expected an integer'),
@@ -232,7 +261,7 @@ def test_configs_that_are_refused(values: dict[str, Any], changes: dict[str, Any
 def test_ffn_type_overrides_the_config() -> None:
     config = Config("config.json", {**MINIMAL_LLAMA, "hidden_act": "silu"})
     assert describe(find_arch(config), config, ffn_type="relu").ffn_activation == "relu"
-    with pytest.raises(UserError, match="--ffn-type: `silu`, expected one of relu"):
+    with pytest.raises(UserError, match="--ffn-type: `silu`, expected one of relu, relu2, fatrelu:THRESHOLD, drelu"):
         describe(find_arch(config), config, ffn_type="silu")
 
 

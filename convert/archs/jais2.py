@@ -21,7 +21,6 @@ ARCH = Arch(
     },
     tensors={
         **naming.ends(bias=True),
-        **naming.ROPE_FREQS,
         **naming.block_norms(bias=True),
         **naming.attention(),
         **naming.up("model.layers.{i}.mlp.up_proj"),

@@ -35,7 +35,6 @@ ARCH = Arch(
     },
     tensors={
         **naming.ends(),
-        **naming.ROPE_FREQS,
         **naming.block_norms(),
         **naming.attention(),
         **naming.gated_ffn(bias=False),

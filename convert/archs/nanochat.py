@@ -35,7 +35,6 @@ ARCH = Arch(
         **naming.SIZES,
         **naming.ATTENTION_BIASES,
         **rope.keys(),
-        "rope_scaling": "none",
         "rope_freq_factors": True,  # of -1: heads are rotated the other way round
         "qk_norm": "after_rope",
         "embedding_norm": True,

@@ -47,11 +47,11 @@ struct lzn_ffn {
     int32_t gated;
     int32_t gate_bias;  // whether a bias F32 [n_ff] follows the gate rows among the sources of `gate`
     int32_t up_bias;    // whether a bias F32 [n_ff] follows the up rows among the sources of `down`
-    int32_t squares;    // whether the product ends with the sum of the neurons' squares: one element more than n_embd
     int32_t predicted;  // whether the candidates follow among the sources of `gate`; else every neuron is one
     int32_t rank;       // elements of a predictor row
     float shift;        // added to every score of the predictor
     float threshold;    // a neuron fires where its gate is above this
+    int32_t squares;    // whether the product ends with the sum of the neurons' squares: one element more than n_embd
     size_t x_stride;    // bytes from one token's activations, all types together, to the next one's; 64 more than they need
     struct lzn_rows gate;
     struct lzn_rows up;
