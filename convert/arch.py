@@ -95,11 +95,13 @@ def find_arch(config: Config) -> Arch:
     )
 
 
-def describe(arch: Arch, config: Config, layout: str = "both", ffn_type: str | None = None) -> Structure:
+def describe(
+    arch: Arch, config: Config, layout: str = "both", ffn_type: str | None = None, known: str | None = None
+) -> Structure:
     """The structure of a checkpoint with this config.
 
     ffn_type: the activation in GGUF's words, to be used instead of what config.json says, with its threshold where it has
-    one ("fatrelu:0.01").
+    one ("fatrelu:0.01"). known: what the catalogue has; it counts where config.json says something else.
     Raises UserError for a missing, ill-typed or unsupported value.
     """
     config = adapted(arch, config)
@@ -111,7 +113,7 @@ def describe(arch: Arch, config: Config, layout: str = "both", ffn_type: str | N
         for f in fields(Structure)
     }
     values = {name: _resolve(value, config, kinds[name]) for name, value in arch.keys.items()}
-    activation, threshold = _activation(arch, config, ffn_type)
+    activation, threshold = _activation(arch, config, ffn_type, known)
     structure = Structure(
         source_architecture=_source_architecture(arch, config),
         ffn_activation=activation,
@@ -140,6 +142,13 @@ def _resolve(value: Any, config: Config, kind: type) -> Any:
     return value(config) if callable(value) else value
 
 
+def config_activation(arch: Arch, config: Config) -> str | None:
+    """GGUF's name of the activation that config.json names, None where it is none that can be run, or missing."""
+    named = config.values.get(arch.activation.name)
+    default = None if arch.activation.default is REQUIRED else arch.activation.default
+    return arch.activations.get(str(default if named is None else named))
+
+
 def parse_ffn_type(text: str, where: str) -> tuple[str, float]:
     """An activation and its threshold from words such as "relu" or "fatrelu:0.01". Raises UserError for any others."""
     name, colon, number = text.partition(":")
@@ -153,9 +162,11 @@ def parse_ffn_type(text: str, where: str) -> tuple[str, float]:
     raise UserError(f"{where}: `{text}`, expected one of {expected}")
 
 
-def _activation(arch: Arch, config: Config, ffn_type: str | None) -> tuple[str, float]:
+def _activation(arch: Arch, config: Config, ffn_type: str | None, known: str | None) -> tuple[str, float]:
     if ffn_type is not None:
         return parse_ffn_type(ffn_type, "--ffn-type")
+    if known is not None and config_activation(arch, config) != parse_ffn_type(known, "models.toml")[0]:
+        return parse_ffn_type(known, "models.toml")
     found = _resolve(arch.activation, config, str)
     if found not in arch.activations:
         supported = ", ".join(f"`{name}`" for name in arch.activations)

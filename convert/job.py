@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from convert.arch import adapted, config_activation
+from convert.catalogue import named, recognise
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.hub import fetch
 from convert.metadata import general_metadata
@@ -31,7 +33,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did, or would do. bytes: of the file; of its tensors alone after a dry run."""
+    """What a conversion did, or would do. bytes: of the file; of its tensors alone after a dry run.
+
+    ffn_source: who said which activation it is: "config.json", "--ffn-type" or "models.toml".
+    """
 
     path: str
     bytes: int
@@ -40,6 +45,7 @@ class Report:
     fallbacks: dict[str, str]
     seconds: float
     structure: dict[str, Any]
+    ffn_source: str
     dry_run: bool
     plan: Plan = field(repr=False, compare=False)
 
@@ -66,11 +72,11 @@ def convert(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Convert the checkpoint `source` (a folder, or a Hub id) to the GGUF file `out`.
+    """Convert the checkpoint `source` (a folder, a Hub id, or a short name of the catalogue) to the GGUF file `out`.
 
     type, output_type: format of the matrices and of the output head (see `convert.quantize.TYPES`).
     layout: "both" stores the down projection twice; "sparse" only as the sparse kernels read it.
-    ffn_type: the activation, where config.json does not tell the truth. threads: None for one per CPU.
+    ffn_type: the activation, where neither config.json nor the catalogue tell the truth. threads: None for one per CPU.
     calibration: the text on which neurons are ordered and predictors fitted: a UTF-8 file, None for the one in the package, "none" to leave both out.
     calibration_tokens, predictor, predictor_type, energy, seed: see `predictors.fit.fit_model`.
     progress: called with (what, done, of how much) as the work goes on.
@@ -79,9 +85,10 @@ def convert(
     started = time.monotonic()
     types = Types(check_type(type, "--type"), check_type(output_type, "--output-type") if output_type else "")
     target = None if dry_run else _target(out, force)
-    folder, repo = fetch(str(source))
+    folder, repo = fetch(named(str(source)))
     checkpoint = open_checkpoint(folder)
-    plan = make_plan(checkpoint, types, layout, ffn_type)
+    known = recognise(repo, folder)
+    plan = make_plan(checkpoint, types, layout, ffn_type, known.ffn_type if known else None)
     metadata = _metadata(folder, repo, plan)
     size = plan.nbytes
     if target:
@@ -95,7 +102,13 @@ def convert(
             plan = with_neurons(plan, fit)
             metadata |= plan.structure.to_metadata() | fit.metadata
         size = _write(checkpoint, plan, metadata, target, workers, progress)
-    return _report(plan, str(out or ""), size, dry_run, time.monotonic() - started)
+    ffn_source = "--ffn-type" if ffn_type else _ffn_source(plan, checkpoint)
+    return _report(plan, str(out or ""), size, ffn_source, dry_run, time.monotonic() - started)
+
+
+def _ffn_source(plan: Plan, checkpoint: Checkpoint) -> str:
+    told = config_activation(plan.arch, adapted(plan.arch, checkpoint.config))
+    return "config.json" if told == plan.structure.ffn_activation else "models.toml"
 
 
 def _text(calibration: str | Path | None) -> Path | None:
@@ -190,7 +203,7 @@ class _Count:
                 self.progress(name, self.done, self.total)
 
 
-def _report(plan: Plan, path: str, size: int, dry_run: bool, seconds: float) -> Report:
+def _report(plan: Plan, path: str, size: int, ffn_source: str, dry_run: bool, seconds: float) -> Report:
     return Report(
         path=path,
         bytes=size,
@@ -199,6 +212,7 @@ def _report(plan: Plan, path: str, size: int, dry_run: bool, seconds: float) -> 
         fallbacks=plan.fallbacks,
         seconds=round(seconds, 3),
         structure=asdict(plan.structure),
+        ffn_source=ffn_source,
         dry_run=dry_run,
         plan=plan,
     )

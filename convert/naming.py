@@ -32,7 +32,10 @@ ROPE_FREQS = {"rope_freqs.weight": Generated(rope.freq_factors)}
 def unlimited_context(config: Config) -> int:
     """Positions for which attention over a sliding window is attention over everything: the model's own where there is no window."""
     context = config.get("max_position_embeddings", int, 2048)
-    return min(context, config.get("sliding_window", int, context))
+    missing = (
+        context if "sliding_window" in config.values else 4096
+    )  # null is no window, but transformers' default is one
+    return min(context, config.get("sliding_window", int, missing))
 
 
 def pair(name: str, source: str, rewrite: str = "identity", bias: bool = True) -> Table:

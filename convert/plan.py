@@ -96,10 +96,19 @@ class Plan:
         return {tensor.name: tensor.type for tensor in self.tensors if tensor.type != tensor.wanted}
 
 
-def make_plan(checkpoint: Checkpoint, types: Types, layout: str = "both", ffn_type: str | None = None) -> Plan:
-    """Plan the conversion of `checkpoint`. Raises UserError when config, tensors and architecture do not agree."""
+def make_plan(
+    checkpoint: Checkpoint,
+    types: Types,
+    layout: str = "both",
+    ffn_type: str | None = None,
+    known: str | None = None,
+) -> Plan:
+    """Plan the conversion of `checkpoint`; ffn_type, known: see `convert.arch.describe`.
+
+    Raises UserError when config, tensors and architecture do not agree.
+    """
     arch = find_arch(checkpoint.config)
-    structure = describe(arch, checkpoint.config, layout, ffn_type)
+    structure = describe(arch, checkpoint.config, layout, ffn_type, known)
     required = required_tensors(structure)
     sources = _sources(arch, structure, checkpoint)
     _check_names(checkpoint, required, sources, _skipped(arch, structure, checkpoint))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,6 @@ from convert.plan import Plan, Types, make_plan
 from convert.rewrites import NAMES
 from runtime.errors import UserError
 from runtime.structure import Structure, required_tensors
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 Folder = Callable[[str], Path]
 
@@ -258,21 +253,49 @@ def test_configs_that_are_refused(values: dict[str, Any], changes: dict[str, Any
     assert complaint in error.value.message
 
 
+def test_fatrelu_takes_its_threshold_from_the_config() -> None:
+    s = structure(MINIMAL_LLAMA, hidden_act="fatrelu", hidden_act_param=0.01)
+    assert (s.ffn_activation, s.activation_threshold) == ("fatrelu", 0.01)
+    with pytest.raises(UserError, match="no `hidden_act_param`"):
+        structure(MINIMAL_LLAMA, hidden_act="fatrelu")
+
+
+@pytest.mark.parametrize("wrong", ["fatrelu", "relu:0.1", "fatrelu:", "fatrelu:x", "fatrelu:nan", "fatrelu:-1", "gelu"])
+def test_ffn_types_that_are_none(wrong: str) -> None:
+    config = Config("config.json", MINIMAL_LLAMA)
+    with pytest.raises(
+        UserError, match=f"--ffn-type: `{wrong}`, expected one of relu, relu2, fatrelu:THRESHOLD, drelu"
+    ):
+        describe(find_arch(config), config, ffn_type=wrong)
+
+
+def test_drelu_needs_a_gate() -> None:
+    config = Config("config.json", MINIMAL_OPT)
+    with pytest.raises(UserError, match="is `drelu`, expected ffn"):
+        describe(find_arch(config), config, ffn_type="drelu")
+
+
+def test_a_window_limits_the_context() -> None:
+    values = {**MINIMAL_LLAMA, "architectures": ["MistralForCausalLM"], "max_position_embeddings": 32768}
+    assert structure(values, sliding_window=4096).context_length == 4096
+    assert structure(values, sliding_window=None).context_length == 32768
+    assert structure(values).context_length == 4096  # as transformers takes it
+
+
+def test_a_file_names_the_oldest_schema_that_describes_it() -> None:
+    plain = structure(MINIMAL_LLAMA)
+    assert plain.to_metadata()["lazyneuron.schema_version"] == 1
+    for change in (
+        {"logit_softcap": 15.0},
+        {"qk_norm": "before_rope"},
+        {"ffn_sub_norm": True},
+        {"residual_scale": 0.5},
+    ):
+        assert replace(plain, **change).to_metadata()["lazyneuron.schema_version"] == 2
+
+
 def test_ffn_type_overrides_the_config() -> None:
     config = Config("config.json", {**MINIMAL_LLAMA, "hidden_act": "silu"})
     assert describe(find_arch(config), config, ffn_type="relu").ffn_activation == "relu"
     with pytest.raises(UserError, match="--ffn-type: `silu`, expected one of relu, relu2, fatrelu:THRESHOLD, drelu"):
         describe(find_arch(config), config, ffn_type="silu")
-
-
-def test_the_catalogue() -> None:
-    rows = tomllib.loads((Path(__file__).parent.parent / "models.toml").read_text(encoding="utf-8"))["model"]
-    assert len({row["repo"] for row in rows}) == len(rows) >= 12
-    for row in rows:
-        assert row["family"] in families(), row["repo"]
-        assert set(row) <= {"repo", "family", "ffn", "sparsity", "sparsity_source", "predictor", "licence", "note"}
-        activation, gate = row["ffn"]["activation"], row["ffn"]["gate"]
-        assert activation in families()[row["family"]].activations.values()
-        assert gate == families()[row["family"]].keys["ffn_gate"]
-        assert ("sparsity" in row) == ("sparsity_source" in row)
-        assert 0 < row.get("sparsity", 0.5) < 1
