@@ -85,7 +85,7 @@ def named(source: str) -> str:
         if source.lower() in (known.name, *map(_name, known.aliases)):
             bundled = _path().parent / known.repo
             return str(bundled) if bundled.is_dir() else known.repo
-    near = difflib.get_close_matches(source.lower(), [known.name for known in catalogue()], 3, 0.5)
+    near = difflib.get_close_matches(source.lower(), [known.name for known in catalogue()], 3, 0.7)
     raise UserError(
         f"`{source}`: no such folder, expected a checkpoint folder or a Hub id such as user/repo, or a known model's name",
         (f"the nearest names are {', '.join(near)}; " if near else "") + "python -m convert --list shows all",

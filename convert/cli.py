@@ -61,6 +61,11 @@ def configure_parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="print the known models and leave")
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: one per CPU")
     _add_predictor_options(parser)
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare logits with transformers or the checkpoint itself; a wrong file is not kept",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--force", action="store_true", help="replace OUT.gguf if it exists")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object, last line of stdout")
@@ -169,11 +174,19 @@ def _print_summary(report: Report) -> None:
     verb = "would write" if report.dry_run else "wrote"
     where = f"`{report.path}`: " if report.path else ""
     print(f"{where}{verb} {report.bytes:,} bytes, {report.tensors} tensors ({types})", file=sys.stderr)
+    if report.verified:
+        print(_verdict_line(report.verified), file=sys.stderr)
     if report.ffn_source == "models.toml":
         activation = report.plan.structure.ffn_activation
         print(f"note: FFN type {activation} as models.toml has it, not what config.json says", file=sys.stderr)
     for line in _fallback_lines(report):
         print(line, file=sys.stderr)
+
+
+def _verdict_line(verified: dict[str, Any]) -> str:
+    modes = " and ".join(verified["modes"])
+    figures = f"max difference {verified['max_difference']:.2g}, KL {verified['kl']:.2g} nats per token"
+    return f"verified against {verified['reference']}: {figures} ({modes}, {verified['tokens']} tokens)"
 
 
 def _fallback_lines(report: Report) -> list[str]:

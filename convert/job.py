@@ -23,6 +23,8 @@ from convert.plan import Plan, Types, make_plan, with_neurons
 from convert.quantize import NUMBERS, check_type
 from convert.stream import Bytes, Encoder
 from convert.tokenizer import tokenizer_metadata
+from convert.verify import Verdict
+from convert.verify import verify as verify_file
 from predictors.fit import DEFAULT_ENERGY, ModelFit, fit_model
 from runtime.errors import UserError
 from runtime.gguf_write import Stream, check_target, write_gguf
@@ -35,7 +37,7 @@ Progress = Callable[[str, int, int], None]
 class Report:
     """What a conversion did, or would do. bytes: of the file; of its tensors alone after a dry run.
 
-    ffn_source: who said which activation it is: "config.json", "--ffn-type" or "models.toml".
+    ffn_source: who said which activation it is: "config.json", "--ffn-type" or "models.toml". verified: see `convert.verify.Verdict`.
     """
 
     path: str
@@ -46,6 +48,7 @@ class Report:
     seconds: float
     structure: dict[str, Any]
     ffn_source: str
+    verified: dict[str, Any] | None
     dry_run: bool
     plan: Plan = field(repr=False, compare=False)
 
@@ -68,6 +71,7 @@ def convert(
     calibration: str | Path | None = None,
     calibration_tokens: int | None = None,
     seed: int = 0,
+    verify: bool = False,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -79,6 +83,7 @@ def convert(
     ffn_type: the activation, where neither config.json nor the catalogue tell the truth. threads: None for one per CPU.
     calibration: the text on which neurons are ordered and predictors fitted: a UTF-8 file, None for the one in the package, "none" to leave both out.
     calibration_tokens, predictor, predictor_type, energy, seed: see `predictors.fit.fit_model`.
+    verify: compare the file's logits with the checkpoint's before it takes its name; see `convert.verify`.
     progress: called with (what, done, of how much) as the work goes on.
     Raises UserError for whatever is wrong with the checkpoint or the target; then nothing is written.
     """
@@ -90,7 +95,7 @@ def convert(
     known = recognise(repo, folder)
     plan = make_plan(checkpoint, types, layout, ffn_type, known.ffn_type if known else None)
     metadata = _metadata(folder, repo, plan)
-    size = plan.nbytes
+    size, verdict, planned = plan.nbytes, None, plan
     if target:
         workers = threads or available_threads()
         calibrated = str(calibration) != "none"
@@ -101,9 +106,26 @@ def convert(
                 fit = fitting.run(file, progress)
             plan = with_neurons(plan, fit)
             metadata |= plan.structure.to_metadata() | fit.metadata
-        size = _write(checkpoint, plan, metadata, target, workers, progress)
+        with _checked(target, verify) as file:
+            size = _write(checkpoint, plan, metadata, file, workers, progress)
+            if verify:
+                verdict = verify_file(file, target, checkpoint, planned)
     ffn_source = "--ffn-type" if ffn_type else _ffn_source(plan, checkpoint)
-    return _report(plan, str(out or ""), size, ffn_source, dry_run, time.monotonic() - started)
+    return _report(plan, str(out or ""), size, ffn_source, verdict, dry_run, time.monotonic() - started)
+
+
+@contextmanager
+def _checked(target: Path, verify: bool) -> Iterator[Path]:
+    """The file to write: the target, or one beside it that takes the target's name once it has been verified."""
+    if not verify:
+        yield target
+        return
+    file = target.with_name(f".{target.name}.{os.getpid()}.unverified")
+    try:
+        yield file
+        file.replace(target)
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def _ffn_source(plan: Plan, checkpoint: Checkpoint) -> str:
@@ -203,7 +225,9 @@ class _Count:
                 self.progress(name, self.done, self.total)
 
 
-def _report(plan: Plan, path: str, size: int, ffn_source: str, dry_run: bool, seconds: float) -> Report:
+def _report(
+    plan: Plan, path: str, size: int, ffn_source: str, verdict: Verdict | None, dry_run: bool, seconds: float
+) -> Report:
     return Report(
         path=path,
         bytes=size,
@@ -213,6 +237,7 @@ def _report(plan: Plan, path: str, size: int, ffn_source: str, dry_run: bool, se
         seconds=round(seconds, 3),
         structure=asdict(plan.structure),
         ffn_source=ffn_source,
+        verified=asdict(verdict) if verdict else None,
         dry_run=dry_run,
         plan=plan,
     )

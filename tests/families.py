@@ -126,7 +126,7 @@ def ternary(model: Any) -> None:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 _GATED = {"hidden_size": 96, "intermediate_size": 224, "num_attention_heads": 6, "hidden_act": "relu"}
-_GQA = {**_GATED, "num_key_value_heads": 2}
+GQA = {**_GATED, "num_key_value_heads": 2}
 _UNGATED = {"hidden_size": 96, "intermediate_size": 352, "num_attention_heads": 6}
 _TIED = {"tie_word_embeddings": True}
 _FALCON = {"hidden_size": 96, "num_attention_heads": 6, "activation": "relu"}
@@ -153,28 +153,28 @@ _OLD_FALCON = {"architectures": ["RWForCausalLM"], "n_layer": 2, "n_head": 6, "n
 
 CASES = {
     "llama-fatrelu": Case(
-        "llama", "Llama", _GQA | _LLAMA3, {"hidden_act": "fatrelu", "hidden_act_param": 0.5}, fatrelu(0.5)
+        "llama", "Llama", GQA | _LLAMA3, {"hidden_act": "fatrelu", "hidden_act_param": 0.5}, fatrelu(0.5)
     ),
     "llama-fatrelu-tied": Case(
         "llama", "Llama", _GATED | _TIED, {"hidden_act": "silu"}, fatrelu(1.25), ffn_type="fatrelu:1.25"
     ),
-    "llama-drelu": Case("llama", "Llama", _GQA, {}, drelu, ffn_type="drelu"),
+    "llama-drelu": Case("llama", "Llama", GQA, {}, drelu, ffn_type="drelu"),
     "llama-relu2": Case("llama", "Llama", {**_GATED, "hidden_act": "relu2"} | _TIED),
-    "opt": Case(
+    "opt-tied": Case(
         "opt", "OPT", {"hidden_size": 96, "ffn_dim": 352, "num_attention_heads": 6, "word_embed_proj_dim": 96} | _TIED
     ),
-    "opt-untied": Case(
+    "opt-narrow-untied": Case(
         "opt", "OPT", {"hidden_size": 80, "ffn_dim": 224, "num_attention_heads": 5, "word_embed_proj_dim": 80}
     ),
-    "bamboo": Case("bamboo", "Mistral", _GQA | _LLAMA3, _BAMBOO, drelu),
-    "bamboo-tied": Case("bamboo", "Mistral", {**_GQA, "head_dim": 32, "sliding_window": None} | _TIED, _BAMBOO, drelu),
-    "mistral-relu": Case("mistral", "Mistral", _GQA | _LLAMA3),
+    "bamboo": Case("bamboo", "Mistral", GQA | _LLAMA3, _BAMBOO, drelu),
+    "bamboo-tied": Case("bamboo", "Mistral", {**GQA, "head_dim": 32, "sliding_window": None} | _TIED, _BAMBOO, drelu),
+    "mistral-relu": Case("mistral", "Mistral", GQA | _LLAMA3),
     "mistral-drelu-tied": Case(
-        "mistral", "Mistral", {**_GQA, "sliding_window": None} | _TIED, {}, drelu, ffn_type="drelu"
+        "mistral", "Mistral", {**GQA, "sliding_window": None} | _TIED, {}, drelu, ffn_type="drelu"
     ),
-    "qwen2-drelu": Case("qwen2", "Qwen2", _GQA | _YARN, {}, drelu, ffn_type="drelu"),
-    "qwen2-relu-tied": Case("qwen2", "Qwen2", {**_GQA, "num_key_value_heads": 3} | _TIED),
-    "minicpm": Case("minicpm", "Llama", {**_GQA, "rms_norm_eps": 1e-5}, _MINICPM, minicpm(12, 1.4, 48, 0.03)),
+    "qwen2-drelu": Case("qwen2", "Qwen2", GQA | _YARN, {}, drelu, ffn_type="drelu"),
+    "qwen2-relu-tied": Case("qwen2", "Qwen2", {**GQA, "num_key_value_heads": 3} | _TIED),
+    "minicpm": Case("minicpm", "Llama", {**GQA, "rms_norm_eps": 1e-5}, _MINICPM, minicpm(12, 1.4, 48, 0.03)),
     "minicpm-tied": Case(
         "minicpm",
         "Llama",
@@ -212,10 +212,10 @@ CASES = {
     "nanochat-biases-tied": Case(
         "nanochat", "NanoChat", {**_UNGATED, "num_key_value_heads": 3, "attention_bias": True} | _TIED
     ),
-    "bitnet": Case("bitnet", "BitNet", {**_GQA, "hidden_act": "relu2"}, _ONLINE, ternary),
+    "bitnet": Case("bitnet", "BitNet", {**GQA, "hidden_act": "relu2"}, _ONLINE, ternary),
     "bitnet-unrounded-tied": Case(
         "bitnet",
         "BitNet",
-        {**_GQA, "num_key_value_heads": 3, "attention_bias": True, "hidden_act": "relu2", "rms_norm_eps": 1e-3} | _TIED,
+        {**GQA, "num_key_value_heads": 3, "attention_bias": True, "hidden_act": "relu2", "rms_norm_eps": 1e-3} | _TIED,
     ),
 }
