@@ -7,6 +7,7 @@ weights.
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -18,7 +19,9 @@ import numpy.typing as npt
 from convert import archs
 from convert.config import REQUIRED, Config
 from runtime.errors import UserError
-from runtime.structure import ARCHITECTURE, Structure
+from runtime.structure import ACTIVATIONS, ARCHITECTURE, Structure
+
+THRESHOLDED = "fatrelu"  # the activation that has a threshold
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,16 @@ class Field:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint tensor (`{i}` stands for the block's number) and the name of its rewrite in `convert.rewrites`."""
+    """A checkpoint tensor (`{i}` stands for the block's number) and the name of its rewrite in `convert.rewrites`.
+
+    ternary: its weights are rounded as its model does when it runs. columns: the tensor that its columns are multiplied with,
+    such as the weights of a norm whose result it multiplies. Both happen before the rewrite.
+    """
 
     name: str
     rewrite: str = "identity"
+    ternary: bool = False
+    columns: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,16 +59,18 @@ class Arch:
     """An architecture family: how its config.json and its tensors map to a GGUF file.
 
     keys: field of `Structure` -> a constant, a `Field`, or a function of the config.
-    tensors: GGUF name (`blk.{i}.` for those of a block) -> where it comes from. Those that a checkpoint's structure
-    does not require are not looked for.
+    tensors: GGUF name (`blk.{i}.` for those of a block) -> where it comes from, or a function of the config that says so. Those
+    that a checkpoint's structure does not require are not looked for.
     """
 
     family: str
     architectures: tuple[str, ...]  # as in config.json
-    activation_key: str
+    activation: Field  # where config.json names the activation
     activations: Mapping[str, str]  # config.json's value -> GGUF's
     keys: Mapping[str, Any]
-    tensors: Mapping[str, Source | Generated]
+    tensors: Mapping[str, Source | Generated | Callable[[Config], Source]]
+    threshold: Field = Field("hidden_act_param")  # of `fatrelu`
+    renamed: Mapping[str, str] = field(default_factory=dict)  # config keys of older checkpoints -> today's
     base_prefix: str = ""  # of checkpoints with a head; those saved without one lack it in every name
     skip: tuple[str, ...] = ()  # checkpoint tensors that carry no weights
     expect: Mapping[str, Any] = field(default_factory=dict)  # config values that must be so, where present
@@ -84,12 +95,16 @@ def find_arch(config: Config) -> Arch:
     )
 
 
-def describe(arch: Arch, config: Config, layout: str = "both", ffn_type: str | None = None) -> Structure:
+def describe(
+    arch: Arch, config: Config, layout: str = "both", ffn_type: str | None = None, known: str | None = None
+) -> Structure:
     """The structure of a checkpoint with this config.
 
-    ffn_type: GGUF's name of the activation, to be used instead of what config.json says.
+    ffn_type: the activation in GGUF's words, to be used instead of what config.json says, with its threshold where it has
+    one ("fatrelu:0.01"). known: what the catalogue has; it counts where config.json says something else.
     Raises UserError for a missing, ill-typed or unsupported value.
     """
+    config = adapted(arch, config)
     for key, value in arch.expect.items():
         if config.values.get(key, value) != value:
             raise UserError(f"{config.where}: `{key}` is {config.values[key]!r}, expected {value!r}")
@@ -98,14 +113,22 @@ def describe(arch: Arch, config: Config, layout: str = "both", ffn_type: str | N
         for f in fields(Structure)
     }
     values = {name: _resolve(value, config, kinds[name]) for name, value in arch.keys.items()}
+    activation, threshold = _activation(arch, config, ffn_type, known)
     structure = Structure(
         source_architecture=_source_architecture(arch, config),
-        ffn_activation=_activation(arch, config, ffn_type),
+        ffn_activation=activation,
+        activation_threshold=threshold,
         layout=layout,
         **values,
     )
     # Reading it back applies the reader's own checks before anything is written.
     return Structure.from_metadata({"general.architecture": ARCHITECTURE, **structure.to_metadata()}, config.where)
+
+
+def adapted(arch: Arch, config: Config) -> Config:
+    """The config with today's names of its keys."""
+    older = {new: config.values[old] for old, new in arch.renamed.items() if old in config.values}
+    return Config(config.where, {**older, **config.values})
 
 
 def _source_architecture(arch: Arch, config: Config) -> str:
@@ -119,18 +142,39 @@ def _resolve(value: Any, config: Config, kind: type) -> Any:
     return value(config) if callable(value) else value
 
 
-def _activation(arch: Arch, config: Config, ffn_type: str | None) -> str:
+def config_activation(arch: Arch, config: Config) -> str | None:
+    """GGUF's name of the activation that config.json names, None where it is none that can be run, or missing."""
+    named = config.values.get(arch.activation.name)
+    default = None if arch.activation.default is REQUIRED else arch.activation.default
+    return arch.activations.get(str(default if named is None else named))
+
+
+def parse_ffn_type(text: str, where: str) -> tuple[str, float]:
+    """An activation and its threshold from words such as "relu" or "fatrelu:0.01". Raises UserError for any others."""
+    name, colon, number = text.partition(":")
+    try:
+        threshold = float(number) if colon else 0.0
+    except ValueError:
+        threshold = math.nan
+    if name in ACTIVATIONS and math.isfinite(threshold) and threshold >= 0 and bool(colon) == (name == THRESHOLDED):
+        return name, threshold
+    expected = ", ".join(f"{kind}:THRESHOLD" if kind == THRESHOLDED else kind for kind in ACTIVATIONS)
+    raise UserError(f"{where}: `{text}`, expected one of {expected}")
+
+
+def _activation(arch: Arch, config: Config, ffn_type: str | None, known: str | None) -> tuple[str, float]:
     if ffn_type is not None:
-        if ffn_type not in arch.activations.values():
-            expected = ", ".join(sorted(set(arch.activations.values())))
-            raise UserError(f"--ffn-type: `{ffn_type}`, expected one of {expected} for this architecture")
-        return ffn_type
-    found = config.get(arch.activation_key, str)
+        return parse_ffn_type(ffn_type, "--ffn-type")
+    if known is not None and config_activation(arch, config) != parse_ffn_type(known, "models.toml")[0]:
+        return parse_ffn_type(known, "models.toml")
+    found = _resolve(arch.activation, config, str)
     if found not in arch.activations:
         supported = ", ".join(f"`{name}`" for name in arch.activations)
         raise UserError(
-            f"{config.where}: `{arch.activation_key}` is `{found}`, expected {supported}: "
+            f"{config.where}: `{arch.activation.name}` is `{found}`, expected {supported}: "
             "other activations leave no neurons at zero",
-            "look for a ReLU version of the model (models.toml lists some), or use llama.cpp for this one",
+            "use a ReLU version of the model (python -m convert --list), or llama.cpp for this one; "
+            "--ffn-type, if config.json is known to be wrong",
         )
-    return arch.activations[found]
+    activation = arch.activations[found]
+    return activation, _resolve(arch.threshold, config, float) if activation == THRESHOLDED else 0.0

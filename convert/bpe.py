@@ -24,6 +24,9 @@ _LLAMA3, _QWEN2 = _SPLIT.replace(_DIGITS, r"\p{N}{1,3}"), _SPLIT.replace(_DIGITS
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_JAIS2 = _LLAMA3.removesuffix(r"\s+(?!\S)|\s+") + (
+    r"\s{512}(?!\S)|\s{256}(?!\S)|\s{128}(?!\S)|\s{64}(?!\S)|\s{32}(?!\S)|\s{16}(?!\S)|\s{8}(?!\S)|\s{4}(?!\S)|\s{1,2}(?!\S)|\s{1}"
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,11 @@ PRE_TOKENIZERS = (
     PreTokenizer("llama-bpe", (("Split", _LLAMA3), _BYTES_ONLY), ignore_merges=True),
     # libllama composes nothing; text that is not in NFC already gets other tokens than in transformers.
     PreTokenizer("qwen2", (("Split", _QWEN2), _BYTES_ONLY), normalizers=(None, "NFC")),
-    PreTokenizer("smollm", (("Digits",), _BYTE_LEVEL)),
+    PreTokenizer("jais-2", (("Split", _JAIS2), _BYTES_ONLY)),
+    PreTokenizer("smollm", (("Digits", "individual"), _BYTE_LEVEL)),
+    PreTokenizer(
+        "falcon", (("Punctuation", "Contiguous"), _BYTE_LEVEL, ("Digits", "runs"), ("Split", "[0-9][0-9][0-9]"))
+    ),
 )
 
 
@@ -132,8 +139,10 @@ def _step(step: dict[str, Any]) -> tuple[str, ...]:
         return _BYTE_LEVEL if step.get("use_regex", True) else _BYTES_ONLY
     if kind == "Split" and step["behavior"] == "Isolated" and not step.get("invert"):
         return (kind, step["pattern"]["Regex"])
-    if kind == "Digits" and step["individual_digits"]:
-        return (kind,)
+    if kind == "Digits":
+        return (kind, "individual" if step["individual_digits"] else "runs")
+    if kind == "Punctuation":
+        return (kind, step.get("behavior", "Isolated"))
     raise ValueError(kind)
 
 

@@ -10,6 +10,7 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from convert.arch import Generated
+from convert.catalogue import catalogue
 from convert.job import Report, convert
 from convert.plan import Given, Origin
 from convert.quantize import TYPES
@@ -31,6 +33,7 @@ _START = """\
 Give a Hugging Face checkpoint and a file to write:
 
     python -m convert SparseLLM/ReluLLaMA-7B relullama-7b.gguf --type q8_0
+    python -m convert prosparse-llama-2-7b prosparse.gguf      (short names: python -m convert --list)
     python -m convert path/to/checkpoint model.gguf
 
 then run it with `python -m runtime chat model.gguf`; all options: python -m convert --help"""
@@ -43,16 +46,29 @@ def configure_parser() -> argparse.ArgumentParser:
         description="Convert a Hugging Face ReLU checkpoint or a PowerInfer file to one GGUF file for lazyneuron.",
     )
     parser.add_argument(
-        "source", metavar="SOURCE", help="a folder with a checkpoint, a Hub id, or a *.powerinfer.gguf file"
+        "source",
+        metavar="SOURCE",
+        nargs="?",
+        help="a folder with a checkpoint, a Hub id, a name that --list shows, or a *.powerinfer.gguf file",
     )
     parser.add_argument("out", metavar="OUT.gguf", nargs="?", help="the file to write (not needed with --dry-run)")
     parser.add_argument("--type", help=f"format of the matrices: {', '.join(TYPES)} (default f16)")
     parser.add_argument("--output-type", metavar="TYPE", help="format of the output head (default: q6_k or better)")
     layout = "`sparse`: smaller, for sparse CPU runs only (default both; a PowerInfer file: sparse)"
     parser.add_argument("--layout", choices=LAYOUTS, help=layout)
-    parser.add_argument("--ffn-type", metavar="RELU", help="the activation, where config.json is wrong about it")
+    parser.add_argument(
+        "--ffn-type",
+        metavar="RELU",
+        help="the activation, where config.json is wrong about it: relu, relu2, drelu or, with its threshold, fatrelu:0.01",
+    )
+    parser.add_argument("--list", action="store_true", help="print the known models and leave")
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: one per CPU")
     _add_predictor_options(parser)
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare logits with transformers or the checkpoint itself; a wrong file is not kept",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--force", action="store_true", help="replace OUT.gguf if it exists")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object, last line of stdout")
@@ -89,6 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     parser = configure_parser()
     options = vars(parser.parse_args(arguments))
+    if options.pop("list"):
+        _print_catalogue(options["json"])
+        return 0
+    if options["source"] is None:
+        parser.error("SOURCE is missing")
     if options["out"] is None and not options["dry_run"]:
         parser.error("OUT.gguf is missing")
     signal.signal(signal.SIGTERM, _terminate)
@@ -145,14 +166,36 @@ def _origin(source: Origin) -> tuple[str, str]:
     return ("made here", "") if isinstance(source, Given) else (source.name, source.rewrite)
 
 
+def _print_catalogue(as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([{"name": known.name, **asdict(known)} for known in catalogue()]))
+        return
+    table = Table("name", "from", "FFN", "sparsity", "status", "licence", box=None, header_style="bold", pad_edge=False)
+    for known in catalogue():
+        sparsity = "" if known.sparsity is None else f"{known.sparsity:.0%}"
+        table.add_row(known.name, known.repo, known.ffn_kind, sparsity, known.status, known.licence)
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
+
+
 def _print_summary(report: Report) -> None:
     """Two or three lines for people, on stderr: stdout is for data."""
     types = ", ".join(f"{count} {name}" for name, count in report.types.items())
     verb = "would write" if report.dry_run else "wrote"
     where = f"`{report.path}`: " if report.path else ""
     print(f"{where}{verb} {report.bytes:,} bytes, {report.tensors} tensors ({types})", file=sys.stderr)
+    if report.verified:
+        print(_verdict_line(report.verified), file=sys.stderr)
+    if report.ffn_source == "models.toml":
+        activation = report.plan.structure.ffn_activation
+        print(f"note: FFN type {activation} as models.toml has it, not what config.json says", file=sys.stderr)
     for line in _fallback_lines(report) + [f"note: {note}" for note in report.notes]:
         print(line, file=sys.stderr)
+
+
+def _verdict_line(verified: dict[str, Any]) -> str:
+    modes = " and ".join(verified["modes"])
+    figures = f"max difference {verified['max_difference']:.2g}, KL {verified['kl']:.2g} nats per token"
+    return f"verified against {verified['reference']}: {figures} ({modes}, {verified['tokens']} tokens)"
 
 
 def _fallback_lines(report: Report) -> list[str]:

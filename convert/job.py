@@ -19,6 +19,8 @@ from convert.powerinfer_predictor import read_counts
 from convert.quantize import NUMBERS
 from convert.source import Given, Job, open_job
 from convert.stream import Bytes, Encoder
+from convert.verify import Verdict
+from convert.verify import verify as verify_file
 from predictors.adopt import adopt_model
 from predictors.fit import DEFAULT_ENERGY, ModelFit, fit_model
 from predictors.heat import order_by_counts
@@ -32,7 +34,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did, or would do. bytes: of the file; of its tensors alone after a dry run."""
+    """What a conversion did, or would do. bytes: of the file; of its tensors alone after a dry run.
+
+    ffn_source: who said which activation it is: "config.json", "--ffn-type" or "models.toml". verified: see `convert.verify.Verdict`.
+    """
 
     path: str
     bytes: int
@@ -41,6 +46,8 @@ class Report:
     fallbacks: dict[str, str]
     seconds: float
     structure: dict[str, Any]
+    ffn_source: str
+    verified: dict[str, Any] | None
     dry_run: bool
     notes: tuple[str, ...]
     plan: Plan = field(repr=False, compare=False)
@@ -66,29 +73,32 @@ def convert(
     calibration: str | Path | None = None,
     calibration_tokens: int | None = None,
     seed: int = 0,
+    verify: bool = False,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Convert `source` to the GGUF file `out`: a checkpoint (a folder, or a Hub id), a PowerInfer file, or a file of ours that is to get other predictors.
+    """Convert `source` to the GGUF file `out`: a checkpoint (a folder, a Hub id, or a short name of the catalogue), a PowerInfer file, or a file of ours that is to get other predictors.
 
     type, output_type: format of the matrices (default f16) and of the output head (see `convert.quantize.TYPES`); files keep their own.
     layout: "both" stores the down projection twice (default); "sparse" only as the sparse kernels read it (default for a PowerInfer file).
-    ffn_type: the activation, where the source does not tell the truth. threads: None for one per CPU.
+    ffn_type: the activation, where neither the source nor the catalogue tell the truth. threads: None for one per CPU.
     import_predictor: a folder or Hub id with PowerInfer's predictors, to be taken in place of fitted ones.
     activations: a folder or Hub id with PowerInfer's activation counts, to order neurons by in place of how often they fire on the calibration text.
     calibration: the text on which neurons are ordered and predictors fitted or measured: a UTF-8 file, None for the one in the package, "none" to leave both out.
     calibration_tokens, predictor (default "lowrank"), predictor_type, energy, seed: see `predictors.fit.fit_model`.
+    verify: compare the file's logits with the checkpoint's before it takes its name; see `convert.verify`.
     progress: called with (what, done, of how much) as the work goes on.
     Raises UserError for whatever is wrong with the source, the options or the target; then nothing is written.
     """
     started = time.monotonic()
     target = None if dry_run else _target(out, force)
     other_type = None if predictor_type == "auto" else predictor_type
-    folders = [str(folder) if folder else None for folder in (import_predictor, activations)]
-    given = Given(type, output_type, layout, ffn_type, predictor, other_type, energy, *folders)
+    others, counted = (str(folder) if folder else None for folder in (import_predictor, activations))
+    given = Given(type, output_type, layout, ffn_type, predictor, other_type, energy, others, counted, verify or None)
     job = open_job(str(source), given)
     size = job.plan.nbytes
+    verdict, planned = None, job.plan
     if target:
         _check_other(target, Path(source))
         calibrated = str(calibration) != "none"
@@ -105,10 +115,27 @@ def convert(
             workers,
         )
         job = _with_neurons(job, fitting if calibrated else None, given.activations, target, progress)
-        size = _write(job, target, workers, progress)
+        with _checked(target, verify) as file:
+            size = _write(job, file, workers, progress)
+            if verify and job.checkpoint:
+                verdict = verify_file(file, target, job.checkpoint, planned)
     elif activations:
         read_counts(str(activations), job.plan.structure)
-    return _report(job.plan, str(out or ""), size, dry_run, time.monotonic() - started)
+    return _report(job, str(out or ""), size, verdict, dry_run, time.monotonic() - started)
+
+
+@contextmanager
+def _checked(target: Path, verify: bool) -> Iterator[Path]:
+    """The file to write: the target, or one beside it that takes the target's name once it has been verified."""
+    if not verify:
+        yield target
+        return
+    file = target.with_name(f".{target.name}.{os.getpid()}.unverified")
+    try:
+        yield file
+        file.replace(target)
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def _check_other(target: Path, source: Path) -> None:
@@ -208,7 +235,8 @@ class _Count:
                 self.progress(name, self.done, self.total)
 
 
-def _report(plan: Plan, path: str, size: int, dry_run: bool, seconds: float) -> Report:
+def _report(job: Job, path: str, size: int, verdict: Verdict | None, dry_run: bool, seconds: float) -> Report:
+    plan = job.plan
     return Report(
         path=path,
         bytes=size,
@@ -217,6 +245,8 @@ def _report(plan: Plan, path: str, size: int, dry_run: bool, seconds: float) -> 
         fallbacks=plan.fallbacks,
         seconds=round(seconds, 3),
         structure=asdict(plan.structure),
+        ffn_source=job.ffn_source,
+        verified=asdict(verdict) if verdict else None,
         dry_run=dry_run,
         notes=plan.notes,
         plan=plan,

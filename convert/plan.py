@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from convert.arch import Arch, Generated, Source, describe, find_arch
+from convert.arch import Arch, Generated, Source, adapted, describe, find_arch
 from convert.checkpoint import FLOATS, Checkpoint
 from convert.kept import Kept, Readable
 from convert.quantize import fitting, output_type, row_bytes
-from convert.rewrites import REWRITES, Shape
+from convert.rewrites import IDENTITY, Heads, Rewrite, Shape, named
 from predictors.quantized import Tensor
 from runtime.errors import UserError
 from runtime.structure import Structure, required_tensors
@@ -77,6 +77,7 @@ class PlannedTensor:
     type: str
     wanted: str
     order: npt.NDArray[np.int32] | None = None
+    rewrite: Rewrite = IDENTITY  # of a source in the checkpoint
 
     @property
     def neuron_axis(self) -> int:
@@ -120,15 +121,24 @@ class Plan:
         return {tensor.name: tensor.type for tensor in self.tensors if tensor.type != tensor.wanted}
 
 
-def make_plan(checkpoint: Checkpoint, types: Types, layout: str = "both", ffn_type: str | None = None) -> Plan:
-    """Plan the conversion of `checkpoint`. Raises UserError when config, tensors and architecture do not agree."""
+def make_plan(
+    checkpoint: Checkpoint,
+    types: Types,
+    layout: str = "both",
+    ffn_type: str | None = None,
+    known: str | None = None,
+) -> Plan:
+    """Plan the conversion of `checkpoint`; ffn_type, known: see `convert.arch.describe`.
+
+    Raises UserError when config, tensors and architecture do not agree.
+    """
     arch = find_arch(checkpoint.config)
-    structure = describe(arch, checkpoint.config, layout, ffn_type)
+    structure = describe(arch, checkpoint.config, layout, ffn_type, known)
     required = required_tensors(structure)
     sources = _sources(arch, structure, checkpoint)
     _check_names(checkpoint, required, sources, _skipped(arch, structure, checkpoint))
-    _check_shapes(checkpoint, required, sources)
     tensors = [_planned(name, shape, sources[name], structure, types) for name, shape in required.items()]
+    _check_shapes(checkpoint, tensors)
     return Plan(arch, structure, types, tuple(tensors))
 
 
@@ -172,14 +182,18 @@ def _planned(name: str, shape: Shape, source: Source | Generated, structure: Str
     wanted = (types.output or output_type(types.main)) if name == head else types.main
     if len(shape) == 1 or name in _ALWAYS_F32:
         wanted = "f32"
-    return PlannedTensor(name, source, shape, fitting(wanted, shape[0]), wanted)
+    heads = Heads(structure.head_count, structure.head_count_kv, structure.head_length)
+    rewrite = named(source.rewrite, heads) if isinstance(source, Source) else IDENTITY
+    return PlannedTensor(name, source, shape, fitting(wanted, shape[0]), wanted, rewrite=rewrite)
 
 
 def _sources(arch: Arch, structure: Structure, checkpoint: Checkpoint) -> dict[str, Source | Generated]:
     """The architecture's table with its block numbers filled in, and its names as this checkpoint spells them."""
     prefix = _absent_prefix(arch, checkpoint)
+    config = adapted(arch, checkpoint.config)
     table: dict[str, Source | Generated] = {}
-    for name, source in arch.tensors.items():
+    for name, given in arch.tensors.items():
+        source = given if isinstance(given, Source | Generated) else given(config)
         for i in range(structure.block_count if "{i}" in name else 1):
             table[name.format(i=i)] = _numbered(source, i, prefix)
     return table
@@ -193,7 +207,8 @@ def _absent_prefix(arch: Arch, checkpoint: Checkpoint) -> str:
 def _numbered(source: Source | Generated, i: int, prefix: str) -> Source | Generated:
     if isinstance(source, Generated):
         return source
-    return Source(source.name.format(i=i).removeprefix(prefix), source.rewrite)
+    name, columns = (text.format(i=i).removeprefix(prefix) for text in (source.name, source.columns))
+    return replace(source, name=name, columns=columns)
 
 
 def _skipped(arch: Arch, structure: Structure, checkpoint: Checkpoint) -> set[str]:
@@ -211,7 +226,8 @@ def _check_names(
     sources: Mapping[str, Source | Generated],
     skipped: set[str],
 ) -> None:
-    used = {source.name for name in required if isinstance(source := sources.get(name), Source)}
+    read = [source for name in required if isinstance(source := sources.get(name), Source)]
+    used = {source.name for source in read} | {source.columns for source in read if source.columns}
     missing = sorted(used - set(checkpoint.tensors))
     missing += [f"a source of {name}" for name in required if name not in sources]
     unknown = sorted(set(checkpoint.tensors) - used - skipped)
@@ -228,23 +244,24 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
 
 
-def _check_shapes(
-    checkpoint: Checkpoint, required: Mapping[str, Shape], sources: Mapping[str, Source | Generated]
-) -> None:
+def _check_shapes(checkpoint: Checkpoint, tensors: list[PlannedTensor]) -> None:
     wrong = []
-    for name, shape in required.items():
-        source = sources[name]
-        if isinstance(source, Generated):
+    for tensor in tensors:
+        if not isinstance(tensor.source, Source):
             continue
-        stored = checkpoint.tensors[source.name]
-        if stored.dtype not in FLOATS:
-            raise UserError(
-                f"`{stored.file}`: {source.name} is of type {stored.dtype}, expected {', '.join(FLOATS)}",
-                "the checkpoint is quantised already: use the original one",
-            )
-        expected = REWRITES[source.rewrite].source_shape(shape[::-1])
-        if stored.shape != expected:
-            wrong.append(f"{source.name} is {list(stored.shape)} instead of {list(expected)}")
+        expected = tensor.rewrite.source_shape(tensor.shape[::-1])
+        wanted = {tensor.source.name: expected} | (
+            {tensor.source.columns: expected[1:]} if tensor.source.columns else {}
+        )
+        for name, shape in wanted.items():
+            stored = checkpoint.tensors[name]
+            if stored.dtype not in FLOATS:
+                raise UserError(
+                    f"`{stored.file}`: {name} is of type {stored.dtype}, expected {', '.join(FLOATS)}",
+                    "the checkpoint is quantised already: use the original one",
+                )
+            if stored.shape != shape:
+                wrong.append(f"{name} is {list(stored.shape)} instead of {list(shape)}")
     if wrong:
         raise UserError(
             f"`{checkpoint.folder}`: {len(wrong)} shapes disagree with config.json: {_listed(sorted(set(wrong)))}",

@@ -22,7 +22,7 @@ from convert.kept import Decoded, Kept, Readable
 from convert.plan import Given, Plan, PlannedTensor, Types
 from convert.powerinfer_bodies import ACTIVATION, BODIES, INSTEAD, TIED, TOKENIZERS
 from convert.quantize import fitting
-from convert.rewrites import Shape
+from convert.rewrites import Heads, Shape, named
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile, TensorInfo
 from runtime.structure import ARCHITECTURE, Structure, required_tensors
@@ -86,7 +86,7 @@ def plan_import(file: PowerInferFile, layout: str = "sparse", ffn_type: str | No
 
     layout: "both" adds the down projection's second layout, made from the first. ffn_type: the activation, which the file does not tell.
     """
-    structure = _with_predictor(file, _structure(file, layout, ffn_type))
+    structure = _with_predictor(file, describe(file.arch, file.config, layout, ffn_type))
     required = required_tensors(structure)
     sources = {name: _source(file, name) for name in required if not name.endswith(".predictor_out.bias")}
     _check_names(file, structure, sources)
@@ -98,19 +98,6 @@ def threshold_bias(threshold: float, n_ff: int) -> Given:
     """`predictor_out.bias` for which score + bias > 0 says exactly what score >= threshold says."""
     below = np.nextafter(np.float32(threshold), np.float32(-math.inf))
     return Given(np.full(n_ff, -below, np.float32).view(np.uint8))
-
-
-def _structure(file: PowerInferFile, layout: str, ffn_type: str | None) -> Structure:
-    activation, _, threshold = (ffn_type or "").partition(":")
-    structure = describe(file.arch, file.config, layout, activation or None)
-    if structure.ffn_activation != "fatrelu":
-        return structure
-    try:
-        return replace(structure, activation_threshold=float(threshold))
-    except ValueError:
-        raise UserError(
-            f"--ffn-type: `{ffn_type}`, expected a threshold after `fatrelu:`", "for example --ffn-type fatrelu:0.01"
-        ) from None
 
 
 def _with_predictor(file: PowerInferFile, s: Structure) -> Structure:
@@ -174,7 +161,9 @@ def _planned(file: PowerInferFile, name: str, shape: Shape, source: Source | Non
         return PlannedTensor(name, Kept(file.path, info, first), shape, kind, kind)
     made: Readable = Decoded(file.path, info, source.rewrite)
     wanted = DOWN_TYPE if source.rewrite == "transpose" else "f32"
-    return PlannedTensor(name, made, shape, fitting(wanted, shape[0]), wanted)
+    heads = Heads(s.head_count, s.head_count_kv, s.head_length)
+    rewrite = named(source.rewrite, heads)
+    return PlannedTensor(name, made, shape, fitting(wanted, shape[0]), wanted, rewrite=rewrite)
 
 
 def _rows(rewrite: str, shape: Shape, s: Structure) -> tuple[int | None, Shape]:

@@ -67,7 +67,7 @@ def _gated(family: str, architecture: str, activation: str) -> Arch:
     return Arch(
         family=family,
         architectures=(architecture,),
-        activation_key=ACTIVATION,
+        activation=Field(ACTIVATION),
         activations={activation: activation, "relu": "relu", "drelu": "drelu", "fatrelu": "fatrelu"},
         keys={
             **_SIZES,
@@ -96,7 +96,7 @@ BODIES = {
     "opt": Arch(
         family="opt",
         architectures=("OPTForCausalLM",),
-        activation_key=ACTIVATION,
+        activation=Field(ACTIVATION),
         activations={"relu": "relu"},
         keys={
             **_SIZES,
@@ -125,7 +125,7 @@ BODIES = {
     "falcon": Arch(
         family="falcon",
         architectures=("FalconForCausalLM",),
-        activation_key=ACTIVATION,
+        activation=Field(ACTIVATION),
         activations={"relu": "relu"},
         keys={
             **_SIZES,

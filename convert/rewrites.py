@@ -7,7 +7,7 @@ nor architectures.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,8 +29,8 @@ class Rewrite:
     """A named change. source_shape: from the result's. rows: rows [start, stop) of the result, from the source."""
 
     name: str
-    source_shape: Callable[[Shape], Shape]
-    rows: Callable[[Sliceable, int, int], Array]
+    source_shape: Callable[[Shape], Shape] = field(compare=False)
+    rows: Callable[[Sliceable, int, int], Array] = field(compare=False)
 
 
 def _skip_rows(count: int) -> Rewrite:
@@ -42,12 +42,71 @@ def _skip_rows(count: int) -> Rewrite:
     )
 
 
-_ALL = (
+@dataclass(frozen=True)
+class Heads:
+    """Heads of an attention: queries, keys (and values), and the elements of one."""
+
+    count: int
+    count_kv: int
+    length: int
+
+
+def _fused(part: str, heads: Heads) -> Rewrite:
+    """The rows of queries, keys or values in a matrix that holds all three: by key-value head, its queries first, then its key and its value."""
+    group = heads.count // heads.count_kv
+    own, before = {"q": (group, 0), "k": (1, group), "v": (1, group + 1)}[part]
+    block, stride, offset = (n * heads.length for n in (own, group + 2, before))
+
+    def rows(source: Sliceable, start: int, stop: int) -> Array:
+        # One slice per key-value head: a tensor in a file cannot be read at scattered rows.
+        runs = [
+            (max(start, g * block), min(stop, (g + 1) * block), g) for g in range(start // block, -(-stop // block))
+        ]
+        moved = [(a - g * block + g * stride + offset, b - g * block + g * stride + offset) for a, b, g in runs]
+        return np.concatenate([np.asarray(source[a:b]) for a, b in moved])
+
+    total = heads.count_kv * stride
+    return Rewrite(f"fused_{part}", source_shape=lambda shape: (total, *shape[1:]), rows=rows)
+
+
+_FIXED = (
     Rewrite("identity", lambda shape: shape, lambda source, start, stop: np.asarray(source[start:stop])),
     Rewrite("transpose", lambda shape: shape[::-1], lambda source, start, stop: np.asarray(source[:, start:stop]).T),
+    Rewrite("add_one", lambda shape: shape, lambda source, start, stop: np.float32(1) + source[start:stop]),
     _skip_rows(2),
 )
-REWRITES = {rewrite.name: rewrite for rewrite in _ALL}
+IDENTITY = _FIXED[0]
+_MADE: dict[str, Callable[[Heads], Rewrite]] = {
+    **{fixed.name: lambda _heads, fixed=fixed: fixed for fixed in _FIXED},  # type: ignore[misc]
+    **{f"fused_{part}": lambda heads, part=part: _fused(part, heads) for part in "qkv"},  # type: ignore[misc]
+}
+NAMES = frozenset(_MADE)
+
+
+def named(name: str, heads: Heads) -> Rewrite:
+    """The rewrite called `name`, one of NAMES, in a model with these heads."""
+    return _MADE[name](heads)
+
+
+def ternary(source: Sliceable) -> Array:
+    """A whole matrix with every weight rounded to -1, 0 or 1 times the mean of all absolute values (BitNet b1.58, arXiv:2402.17764), float32."""
+    weights = np.asarray(source[:], np.float32)
+    scale = np.maximum(np.abs(weights).mean(dtype=np.float32), np.float32(1e-5))
+    rounded: Array = np.clip(np.round(weights / scale), -1, 1) * scale
+    return rounded
+
+
+@dataclass(frozen=True)
+class ScaledColumns:
+    """A matrix whose columns are multiplied with a vector [n_columns], float32; slices read what they select."""
+
+    source: Sliceable
+    vector: npt.NDArray[np.float32]
+
+    def __getitem__(self, key: Any) -> Array:
+        """The selected rows, or rows and columns."""
+        columns = self.vector[key[1]] if isinstance(key, tuple) else self.vector
+        return np.asarray(self.source[key], np.float32) * columns
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,6 @@ Functions of the config for use in an architecture's `keys` and `tensors`. Knows
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +14,8 @@ import numpy.typing as npt
 from convert.config import Config
 from runtime.errors import UserError
 
-_SCALINGS = {"default": "none", "linear": "linear", "llama3": "none"}  # config.json's type -> GGUF's scaling
+# config.json's type -> GGUF's scaling. Llama 3.1's and YaRN become divisors of single frequencies at conversion.
+_SCALINGS = {"default": "none", "linear": "linear", "llama3": "none", "yarn": "none"}
 DEFAULT_THETA = 10000.0
 
 
@@ -36,9 +35,9 @@ def _kind(parameters: Config) -> str:
     return parameters.get("rope_type", str, parameters.get("type", str, "default"))
 
 
-def freq_base(config: Config) -> float:
+def freq_base(config: Config, default: float = DEFAULT_THETA) -> float:
     """theta."""
-    return _parameters(config).get("rope_theta", float, config.get("rope_theta", float, DEFAULT_THETA))
+    return _parameters(config).get("rope_theta", float, config.get("rope_theta", float, default))
 
 
 def head_length(config: Config) -> int:
@@ -49,9 +48,9 @@ def head_length(config: Config) -> int:
     return config.get("head_dim", int, width // heads)
 
 
-def dimension_count(config: Config) -> int:
-    """How many elements of a head are rotated."""
-    everywhere = config.get("partial_rotary_factor", float, 1.0)
+def dimension_count(config: Config, default: float = 1.0) -> int:
+    """How many elements of a head are rotated; default: their share where the config names none."""
+    everywhere = config.get("partial_rotary_factor", float, default)
     return int(head_length(config) * _parameters(config).get("partial_rotary_factor", float, everywhere))
 
 
@@ -68,31 +67,65 @@ def scaling_factor(config: Config) -> float:
 
 def has_freq_factors(config: Config) -> bool:
     """Whether each frequency has its own divisor."""
-    return _kind(_parameters(config)) == "llama3"
+    return _kind(_parameters(config)) in _DIVISORS
 
 
 def freq_factors(config: Config) -> npt.NDArray[np.float32]:
-    """What each frequency is divided by, [dimension_count / 2] (Llama 3.1's scaling by wavelength).
-
-    Long waves are divided by `factor`, short ones are left alone, those between are interpolated.
-    """
+    """What each frequency is divided by, float32 [dimension_count / 2]."""
     parameters = _parameters(config)
-    low, high = parameters.get("low_freq_factor", float), parameters.get("high_freq_factor", float)
     context = parameters.get("original_max_position_embeddings", int, config.get("max_position_embeddings", int, 0))
-    if not 0 < low < high or context <= 0:
-        raise UserError(f"{parameters.where}: expected 0 < low_freq_factor < high_freq_factor and a context length")
-    n = dimension_count(config)
-    wavelength = 2 * math.pi * freq_base(config) ** (np.arange(0, n, 2) / n)
-    kept = np.clip((context / wavelength - low) / (high - low), 0, 1)  # share of the unscaled frequency
+    if context <= 0:
+        raise UserError(f"{parameters.where}: expected a context length, `original_max_position_embeddings`")
+    kept = _DIVISORS[_kind(parameters)](parameters, context, dimension_count(config), freq_base(config))
     return (1 / (kept + (1 - kept) / parameters.get("factor", float))).astype(np.float32)
 
 
-KEYS: Mapping[str, object] = MappingProxyType(
-    {
-        "rope_dimension_count": dimension_count,
-        "rope_freq_base": freq_base,
+def _kept_llama3(parameters: Config, context: int, n: int, base: float) -> npt.NDArray[np.float64]:
+    """Share of each frequency that stays unscaled (Llama 3.1): long waves are divided by `factor`, short ones are left alone, those between are interpolated."""
+    low, high = parameters.get("low_freq_factor", float), parameters.get("high_freq_factor", float)
+    if not 0 < low < high:
+        raise UserError(f"{parameters.where}: expected 0 < low_freq_factor < high_freq_factor")
+    wavelength = 2 * math.pi * base ** (np.arange(0, n, 2) / n)
+    return np.asarray(np.clip((context / wavelength - low) / (high - low), 0, 1))
+
+
+def _kept_yarn(parameters: Config, context: int, n: int, base: float) -> npt.NDArray[np.float64]:
+    """Share of each frequency that stays unscaled (YaRN, arXiv:2309.00071): a ramp between those that turn `beta_fast` and `beta_slow` times in the original context."""
+
+    def dimension(turns: float) -> float:
+        return n * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    first, last = (
+        dimension(parameters.get(f"beta_{name}", float, turns)) for name, turns in (("fast", 32.0), ("slow", 1.0))
+    )
+    if parameters.get("truncate", bool, True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, n - 1)
+    return np.asarray(1 - np.clip((np.arange(n // 2) - first) / max(last - first, 1e-3), 0, 1))
+
+
+_DIVISORS = {"llama3": _kept_llama3, "yarn": _kept_yarn}
+
+
+def attention_factor(config: Config) -> float:
+    """What rotated queries and keys are multiplied with: 1, but for YaRN."""
+    parameters = _parameters(config)
+    if _kind(parameters) != "yarn":
+        return 1.0
+    scale = math.log(max(parameters.get("factor", float), 1.0))
+    over, under = (parameters.get(name, float, 0.0) for name in ("mscale", "mscale_all_dim"))
+    inferred = (0.1 * over * scale + 1) / (0.1 * under * scale + 1) if over and under else 0.1 * scale + 1
+    return parameters.get("attention_factor", float, inferred)
+
+
+def keys(theta: float = DEFAULT_THETA, rotated: float = 1.0) -> dict[str, object]:
+    """The fields of a structure that describe its rotation; theta, rotated: the defaults of this architecture's configs."""
+    return {
+        "position": "rope_neox",  # Hugging Face rotates halves of a head, so q and k need no permutation
+        "rope_dimension_count": lambda config: dimension_count(config, rotated),
+        "rope_freq_base": lambda config: freq_base(config, theta),
         "rope_scaling": scaling,
         "rope_scaling_factor": scaling_factor,
         "rope_freq_factors": has_freq_factors,
+        "rope_attention_factor": attention_factor,
     }
-)

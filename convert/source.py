@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from convert.arch import adapted, config_activation
+from convert.catalogue import named, recognise
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.converted import in_stored_order, kept_keys, plan_again
 from convert.hub import fetch
@@ -25,6 +27,7 @@ from runtime.gguf_file import MAGIC, GgufFile
 
 _OF_MATRICES = ("type", "output_type")
 _OF_FITS = ("predictor", "energy")
+_FILE = "the file"
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Given:
     energy: float | None = None
     import_predictor: str | None = None
     activations: str | None = None
+    verify: bool | None = None
 
     def refuse(self, what: str, *options: str) -> None:
         """Raise UserError for the first of these options that was given although it says nothing to `what`."""
@@ -50,11 +54,15 @@ class Given:
 
 @dataclass(frozen=True)
 class Job:
-    """A planned conversion with the keys of its file. checkpoint: None where nothing comes from one. reorder: whether neurons may move."""
+    """A planned conversion with the keys of its file. checkpoint: None where nothing comes from one. reorder: whether neurons may move.
+
+    ffn_source: what told the activation: "--ffn-type", "config.json", "models.toml", or "the file" for one that is no checkpoint.
+    """
 
     checkpoint: Checkpoint | None
     plan: Plan
     metadata: dict[str, Any]
+    ffn_source: str
     reorder: bool = True
 
     @property
@@ -97,10 +105,18 @@ def _magic(path: Path) -> bytes:
 def _checkpoint_job(source: str, given: Given) -> Job:
     output = check_type(given.output_type, "--output-type") if given.output_type else ""
     types = Types(check_type(given.type or "f16", "--type"), output)
-    folder, repo = fetch(source)
+    folder, repo = fetch(named(source))
     checkpoint = open_checkpoint(folder)
-    plan = make_plan(checkpoint, types, given.layout or "both", given.ffn_type)
-    return Job(checkpoint, plan, _metadata(folder, repo, plan))
+    known = recognise(repo, folder)
+    plan = make_plan(checkpoint, types, given.layout or "both", given.ffn_type, known.ffn_type if known else None)
+    told = "--ffn-type" if given.ffn_type else _ffn_source(plan, checkpoint)
+    return Job(checkpoint, plan, _metadata(folder, repo, plan), told)
+
+
+def _ffn_source(plan: Plan, checkpoint: Checkpoint) -> str:
+    assert plan.arch
+    told = config_activation(plan.arch, adapted(plan.arch, checkpoint.config))
+    return "config.json" if told == plan.structure.ffn_activation else "models.toml"
 
 
 def _metadata(folder: Path, repo: str, plan: Plan) -> dict[str, Any]:
@@ -112,16 +128,17 @@ def _metadata(folder: Path, repo: str, plan: Plan) -> dict[str, Any]:
 
 
 def _powerinfer_job(path: Path, given: Given) -> Job:
-    given.refuse("a PowerInfer file", *_OF_MATRICES, *_OF_FITS, "predictor_type", "import_predictor")
+    given.refuse("a PowerInfer file", *_OF_MATRICES, *_OF_FITS, "predictor_type", "import_predictor", "verify")
     file = PowerInferFile(path)
     plan = plan_import(file, given.layout or "sparse", given.ffn_type)
-    return Job(None, plan, import_metadata(file, plan.structure))
+    told = "--ffn-type" if given.ffn_type else _FILE
+    return Job(None, plan, import_metadata(file, plan.structure), told)
 
 
 def _converted_job(path: Path, given: Given) -> Job:
-    given.refuse("a file that is converted already", *_OF_MATRICES, "layout", "ffn_type", "activations")
+    given.refuse("a file that is converted already", *_OF_MATRICES, "layout", "ffn_type", "activations", "verify")
     with GgufFile(path) as file:
-        job = _with_predictors(Job(None, plan_again(file), kept_keys(path), reorder=False), given)
+        job = _with_predictors(Job(None, plan_again(file), kept_keys(path), _FILE, reorder=False), given)
         return replace(job, plan=in_stored_order(job.plan, file))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from convert.checkpoint import Checkpoint
 from convert.kept import Kept, Readable
 from convert.plan import Given, PlannedTensor
 from convert.quantize import encode
-from convert.rewrites import REWRITES, Permuted, Rewrite, Sliceable
+from convert.rewrites import IDENTITY, Permuted, Rewrite, ScaledColumns, Sliceable, ternary
 from runtime.errors import UserError
 
 PIECE = 1 << 21  # elements that one thread encodes at a time: 8 MiB as F32
@@ -53,7 +53,7 @@ class Encoder:
             yield encode(source.make(self._source.config), tensor.type)
         else:
             with self._open(source) as stored:
-                yield from self._encoded(tensor, source, _in_order(tensor, source, stored))
+                yield from self._encoded(tensor, source, _in_order(tensor, stored))
 
     @property
     def _source(self) -> Checkpoint:
@@ -61,11 +61,11 @@ class Encoder:
         return self._checkpoint
 
     def _open(self, source: Source | Readable) -> AbstractContextManager[Sliceable]:
-        return self._source.open(source.name) if isinstance(source, Source) else source.open()
+        return read(self._source, source) if isinstance(source, Source) else source.open()
 
     def _encoded(self, tensor: PlannedTensor, source: Source | Readable, stored: Sliceable) -> Iterator[Bytes]:
         row_length = tensor.shape[0] if len(tensor.shape) > 1 else 1
-        rewrite = REWRITES["identity" if tensor.order is not None else source.rewrite]
+        rewrite = IDENTITY if tensor.order is not None else tensor.rewrite
         step = max(1, PIECE // row_length)
         ahead: deque[Future[Bytes]] = deque()
         for start in range(0, tensor.rows, step):
@@ -77,11 +77,23 @@ class Encoder:
             yield ahead.popleft().result()
 
 
-def _in_order(tensor: PlannedTensor, source: Source | Readable, stored: Sliceable) -> Sliceable:
+@contextmanager
+def read(checkpoint: Checkpoint, source: Source) -> Iterator[Sliceable]:
+    """A checkpoint's tensor before its rewrite."""
+    with checkpoint.open(source.name) as stored:
+        rounded = ternary(stored) if source.ternary else stored
+        if not source.columns:
+            yield rounded
+            return
+        with checkpoint.open(source.columns) as vector:
+            yield ScaledColumns(rounded, np.asarray(vector[:], np.float32))
+
+
+def _in_order(tensor: PlannedTensor, stored: Sliceable) -> Sliceable:
     """The stored tensor, or the rewritten one with its neurons in the file's order: that needs the whole of it in memory."""
     if tensor.order is None:
         return stored
-    return Permuted(REWRITES[source.rewrite].rows(stored, 0, tensor.rows), tensor.order, tensor.neuron_axis)
+    return Permuted(tensor.rewrite.rows(stored, 0, tensor.rows), tensor.order, tensor.neuron_axis)
 
 
 def _encode_rows(name: str, kind: str, rewrite: Rewrite, stored: Sliceable, start: int, stop: int) -> Bytes:

@@ -67,6 +67,7 @@ class LayerSamples:
         self.structure, self.i, self._runner = runner.structure, i, runner
         self.fit, self.validation, self.test = parts
         self._first = "ffn_gate" if self.structure.gated else "ffn_up"
+        self._mean_squares: dict[int, Floats] = {}  # by part: see _weight
 
     def chunks(self, n_tokens: int) -> Iterator[tuple[int, int]]:
         """Ranges of neurons, first and end, small enough for a few matrices [n_tokens, neurons]."""
@@ -96,15 +97,32 @@ class LayerSamples:
 
     def activity(self, part: Part, first: int, end: int) -> Activity:
         """What the neurons first .. end - 1 do on the tokens of a part."""
-        s = self.structure
         gate = self.gate(part, first, end)
+        fired, h = self._strengths(part, gate, first, end)
+        energy = h * h * self.down_norm2[first:end] * self._weight(part)[:, None]
+        return Activity(gate, fired, energy)
+
+    def _strengths(self, part: Part, gate: Floats, first: int, end: int) -> tuple[npt.NDArray[np.bool_], Floats]:
+        """Which of the neurons first .. end - 1 fire, and what each is multiplied with its down row by: [n_tokens, end - first] both."""
+        s = self.structure
         fired = gate > s.activation_threshold
         h = np.where(fired, gate**2 if s.ffn_activation == "relu2" else gate, np.float32(0))
         if s.gated:
             up = part.x @ self._rows("ffn_up", first, end).T + self._bias("ffn_up")[first:end]
             h *= np.maximum(up, 0) if s.ffn_activation == "drelu" else up
-        energy = h * h * self.down_norm2[first:end] * part.weight[:, None]
-        return Activity(gate, fired, energy)
+        return fired, h
+
+    def _weight(self, part: Part) -> Floats:
+        """A part's `weight`, with what the block itself multiplies the FFN's product by: float32 [n_tokens]."""
+        s = self.structure
+        scaled = part.weight * np.float32(s.residual_scale**2)
+        if not s.ffn_sub_norm:
+            return scaled
+        if id(part) not in self._mean_squares:
+            chunks = self.chunks(len(part))
+            squares = sum((self._strengths(part, self.gate(part, *c), *c)[1] ** 2).sum(1) for c in chunks)
+            self._mean_squares[id(part)] = squares / np.float32(s.feed_forward_length) + np.float32(s.norm_epsilon)
+        return np.asarray(scaled / self._mean_squares[id(part)])
 
     @cached_property
     def frequency(self) -> Floats:

@@ -68,35 +68,58 @@ class Blocks:
         self.ctx, self.s, self.w, self.spec = ctx, structure, weights, spec
         self.kv, self.inputs, self.device, self.scratch = kv, inputs, device, scratch
         self.ffns = {} if ffns is None else ffns
+        self.streams: dict[int, ggml.TensorP] = {}  # see until_ffn
 
     def embeddings(self, tokens: ggml.TensorP) -> ggml.TensorP:
-        """Token embeddings, projected and with learned positions where there are any: [n_embd, n_tokens]."""
-        x = ggml.ggml_get_rows(self.ctx, self.w["token_embd.weight"], tokens)
+        """Token embeddings, scaled, projected, with learned positions and normalised where the file says so: [n_embd, n_tokens]."""
+        x = self.scaled(ggml.ggml_get_rows(self.ctx, self.w["token_embd.weight"], tokens), self.s.embedding_scale)
         if self.s.projected:
             x = self.linear(x, "token_embd_proj")
         if self.s.position == "learned":
             x = ggml.ggml_add(
                 self.ctx, x, ggml.ggml_get_rows(self.ctx, self.w["position_embd.weight"], self.inputs.positions)
             )
-        return x
+        return self.norm(x, "token_embd_norm") if self.s.embedding_norm else x
 
     def until_ffn(self, x: ggml.TensorP, i: int) -> tuple[ggml.TensorP, ggml.TensorP]:
         """Block `i` up to its FFN: the residual stream there, and the FFN's input; [n_embd, n] both.
 
-        The last block keeps only the tokens whose logits are wanted.
+        The last block keeps only the tokens whose logits are wanted. In a parallel block the stream before the FFN's norm is
+        the block's own input and not the residual: `streams[i]` keeps it, for a predictor that sees the stream.
         """
         pre = self.s.norm_placement == "pre"
-        h = ggml.ggml_add(self.ctx, x, self.attention(self.norm(x, f"blk.{i}.attn_norm") if pre else x, i))
+        attended = self.attention(self.norm(x, f"blk.{i}.attn_norm") if pre else x, i)
+        h = self.wanted(ggml.ggml_add(self.ctx, x, self.scaled(attended, self.s.residual_scale)), i)
+        if not pre:
+            return h, self.norm(h, f"blk.{i}.attn_norm")
+        stream = self.wanted(x, i) if self.s.residual == "parallel" else h
+        self.streams[i] = stream
+        return h, self.norm(stream, f"blk.{i}.ffn_norm")
+
+    def wanted(self, x: ggml.TensorP, i: int) -> ggml.TensorP:
+        """The tokens of block `i`'s x that later operations need: in the last block, those whose logits are wanted."""
         if i == self.s.block_count - 1 and self.spec.n_outputs < self.spec.n_tokens:
-            h = ggml.ggml_get_rows(self.ctx, h, self.inputs.outputs)
-        return (h, self.norm(h, f"blk.{i}.ffn_norm")) if pre else (h, self.norm(h, f"blk.{i}.attn_norm"))
+            return ggml.ggml_get_rows(self.ctx, x, self.inputs.outputs)
+        return x
 
     def after_ffn(self, residual: ggml.TensorP, x: ggml.TensorP, y: ggml.TensorP, i: int) -> ggml.TensorP:
-        """The rest of block `i`: its output, from what `until_ffn` gave and the FFN's product y, without the bias of its down projection."""
-        y = self.biased(y, f"blk.{i}.ffn_down")
+        """The rest of block `i`: its output, from what `until_ffn` gave and the FFN's product y (see `ffn`)."""
+        y = self.normalised(y) if self.s.ffn_sub_norm else y
+        y = self.scaled(self.biased(y, f"blk.{i}.ffn_down"), self.s.residual_scale)
         if self.s.norm_placement == "pre":
             return ggml.ggml_add(self.ctx, residual, y)
         return self.norm(ggml.ggml_add(self.ctx, x, y), f"blk.{i}.ffn_norm")
+
+    def normalised(self, y: ggml.TensorP) -> ggml.TensorP:
+        """[n_embd + 1, n] -> [n_embd, n]: a product divided by the root mean square of the neurons that made it."""
+        d, n, row = self.s.embedding_length, y.ne[1], y.nb[1]
+        squares = ggml.ggml_cont(self.ctx, ggml.ggml_view_2d(self.ctx, y, 1, n, row, d * 4))
+        mean = ggml.ggml_scale_bias(self.ctx, squares, 1 / self.s.feed_forward_length, self.s.norm_epsilon)
+        return ggml.ggml_div(
+            self.ctx,
+            ggml.ggml_cont(self.ctx, ggml.ggml_view_2d(self.ctx, y, d, n, row, 0)),
+            ggml.ggml_sqrt(self.ctx, mean),
+        )
 
     def head(self, x: ggml.TensorP) -> ggml.TensorP:
         """Logits [n_vocab, n_outputs]."""
@@ -104,10 +127,14 @@ class Blocks:
             x = self.norm(x, "output_norm")
         if self.s.projected:
             x = self.linear(x, "output_proj")
-        return self.linear(x, "token_embd" if self.s.tied_output else "output")
+        x = self.linear(self.scaled(x, self.s.logit_scale), "token_embd" if self.s.tied_output else "output")
+        if self.s.logit_softcap:
+            x = ggml.ggml_tanh(self.ctx, self.scaled(x, 1 / self.s.logit_softcap))
+            x = self.scaled(x, self.s.logit_softcap)
+        return x
 
     def norm(self, x: ggml.TensorP, name: str) -> ggml.TensorP:
-        """RMS or layer norm over n_embd, scaled (and shifted)."""
+        """RMS or layer norm over the first dimension, scaled (and shifted)."""
         normalise = ggml.ggml_rms_norm if self.s.norm == "rms" else ggml.ggml_norm
         x = ggml.ggml_mul(self.ctx, normalise(self.ctx, x, self.s.norm_epsilon), self.w[f"{name}.weight"])
         return self.biased(x, name)
@@ -121,6 +148,10 @@ class Blocks:
         bias = self.w.get(f"{name}.bias")
         return ggml.ggml_add(self.ctx, x, bias) if bias else x
 
+    def scaled(self, x: ggml.TensorP, factor: float) -> ggml.TensorP:
+        """x times a factor; x itself where that is 1."""
+        return x if factor == 1 else ggml.ggml_scale_bias(self.ctx, x, factor, 0.0)
+
     # --- attention ---------------------------------------------------------------------------------------------------
 
     def attention(self, x: ggml.TensorP, i: int) -> ggml.TensorP:
@@ -128,14 +159,24 @@ class Blocks:
         s, n = self.s, self.spec.n_tokens
         q = self.heads(x, f"blk.{i}.attn_q", s.head_count)
         k = self.heads(x, f"blk.{i}.attn_k", s.head_count_kv)
-        if s.position.startswith("rope"):
-            q, k = self.rope(q), self.rope(k)
+        q, k = self.placed(q, f"blk.{i}.attn_q_norm"), self.placed(k, f"blk.{i}.attn_k_norm")
         assert self.kv
         kept_keys, kept_values = self.kv.of(i)
         keys = self.remember(kept_keys, ggml.ggml_reshape_2d(self.ctx, k, s.kv_length, n))
         values = self.remember(kept_values, self.linear(x, f"blk.{i}.attn_v"))
         q = ggml.ggml_permute(self.ctx, q, 0, 2, 1, 3)  # [head_length, n_tokens, head_count]
-        return self.linear(self.attend(q, keys, values), f"blk.{i}.attn_output")
+        mixed = self.attend(q, keys, values)
+        if s.attention_sub_norm:
+            mixed = self.norm(mixed, f"blk.{i}.attn_sub_norm")
+        return self.linear(mixed, f"blk.{i}.attn_output")
+
+    def placed(self, x: ggml.TensorP, norm: str) -> ggml.TensorP:
+        """Queries or keys [head_length, n_heads, n_tokens] with their positions, and normalised head by head where the file says so."""
+        if self.s.qk_norm == "before_rope":
+            x = self.norm(x, norm)
+        if self.s.position.startswith("rope"):
+            x = self.rope(x)
+        return self.norm(x, norm) if self.s.qk_norm == "after_rope" else x
 
     def heads(self, x: ggml.TensorP, name: str, n_heads: int) -> ggml.TensorP:
         """[head_length, n_heads, n_tokens]."""
@@ -149,7 +190,7 @@ class Blocks:
         scale = 1 / s.rope_scaling_factor if s.rope_scaling == "linear" else 1.0
         return ggml.ggml_rope_ext(
             self.ctx, x, self.inputs.positions, factors, s.rope_dimension_count, mode, 0, s.rope_freq_base, scale,
-            0.0, 1.0, 0.0, 0.0,
+            0.0, s.rope_attention_factor, 0.0, 0.0,
         )  # fmt: skip
 
     def remember(self, cache: ggml.TensorP, new: ggml.TensorP) -> ggml.TensorP:
@@ -179,11 +220,16 @@ class Blocks:
     # --- FFN ---------------------------------------------------------------------------------------------------------
 
     def ffn(self, x: ggml.TensorP, residual: ggml.TensorP, i: int) -> ggml.TensorP:
-        """[n_embd, n] -> [n_embd, n], without the bias of the down projection; residual: the stream before the FFN's norm."""
+        """The FFN's product, [n_embd, n] -> [n_embd, n], without the bias of the down projection; residual: as `until_ffn` gave it.
+
+        Where neurons are normalised before they are projected (`ffn_sub_norm`), it is [n_embd + 1, n]: the last row holds the sum of
+        their squares, and `after_ffn` divides. So the products of two parts of the neurons add up to the product of all, element by element.
+        """
         if self.spec.ffn == "dense" or (self.spec.dense_from and x.ne[1] >= self.spec.dense_from[i]):
             return self.ffn_dense(x, i)
         if self.spec.ffn == "predicted" and self.s.rank(i):
-            return self.ffn_native(x, self.candidates(x if self.s.predictor_tap == "ffn_norm" else residual, i), i)
+            seen = x if self.s.predictor_tap == "ffn_norm" else self.streams.get(i, residual)
+            return self.ffn_native(x, self.candidates(seen, i), i)
         return self.ffn_native(x, None, i)
 
     def ffn_dense(self, x: ggml.TensorP, i: int) -> ggml.TensorP:
@@ -203,7 +249,10 @@ class Blocks:
             h = ggml.ggml_mul(self.ctx, gate, ggml.ggml_relu(self.ctx, h) if self.s.ffn_activation == "drelu" else h)
         else:
             h = self.activate(h)
-        return product(h, "ffn_down")
+        y = product(h, "ffn_down")
+        if self.s.ffn_sub_norm:
+            y = ggml.ggml_concat(self.ctx, y, ggml.ggml_sum_rows(self.ctx, ggml.ggml_sqr(self.ctx, h)), 0)
+        return y
 
     def staged(self, name: str, i: int) -> ggml.TensorP | None:
         """The scratch tensor that can hold this matrix of block `i`: blocks need not have the same formats."""

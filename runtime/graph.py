@@ -82,7 +82,7 @@ class Graph:
             residual, normed = blocks.until_ffn(x, i)
             if self.spec.tapped:
                 self._tap("ffn_input", normed)
-                self._tap("residual", residual)
+                self._tap("residual", blocks.streams.get(i, residual))
             x = blocks.after_ffn(residual, normed, blocks.ffn(normed, residual, i), i)
         return blocks.head(x) if self.spec.end is None else x
 

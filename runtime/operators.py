@@ -29,7 +29,7 @@ class NativeTensors:
 def add_native_ffn(
     ctx: ggml.ContextP, x: ggml.TensorP, ffn: native_ffn.Ffn, t: NativeTensors, candidates: ggml.TensorP | None = None
 ) -> ggml.TensorP:
-    """Add the operators of one sparse FFN; x and the result are F32 [n_embd, n_tokens].
+    """Add the operators of one sparse FFN: F32 [n_embd, n_tokens] -> its product, as long (see Structure.product_length).
 
     candidates: from `add_predictor`, or None for every neuron. `ffn` must outlive the graph.
     """
@@ -41,7 +41,7 @@ def add_native_ffn(
     down = _custom(
         ctx, ffn, "down", ggml.I8, (native_ffn.down_size(ffn, n), 1), quantized, gate, t.down, t.up, t.up_bias
     )
-    return _custom(ctx, ffn, "reduce", ggml.F32, (ffn.n_embd, n), down, gate)
+    return _custom(ctx, ffn, "reduce", ggml.F32, (ffn.n_embd + ffn.squares, n), down, gate)
 
 
 def add_predictor(

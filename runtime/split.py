@@ -28,10 +28,11 @@ from runtime.weights import KvCache
 
 @dataclass(frozen=True)
 class Crossing:
-    """Tensors between subgraphs, on the first device and in main memory: [n_embd, n], but for the scores [n_ff, n]."""
+    """Tensors between subgraphs, on the first device and in main memory: [n_embd, n], products as `Blocks.ffn` gives them, scores [n_ff, n]."""
 
     x: ggml.TensorP  # the FFN's input
-    residual: ggml.TensorP  # the stream before the FFN's norm
+    residual: ggml.TensorP
+    stream: ggml.TensorP  # before the FFN's norm, for a predictor that sees it
     hot: ggml.TensorP  # the first device's part of the FFN's product
     y: ggml.TensorP  # the others' part
     scores: ggml.TensorP  # of the predictor, for cold neurons
@@ -104,7 +105,7 @@ class SplitGraph:
     def _open_sides(self) -> None:
         s, n, d = self._s, self.spec.n_tokens, self._s.embedding_length
         handles = [stream.info.handle for stream in self._streams]
-        max_tensors = 32 + 16 * s.block_count
+        max_tensors = 32 + 20 * s.block_count
         self.devices = [
             Side(f"device {stream.info.name}", device_kinds(stream.info.handle), max_tensors)
             for stream in self._streams
@@ -118,14 +119,16 @@ class SplitGraph:
         self.crossing, self.host_crossing = self._crossing(device), self._crossing(host)
         width = s.vocab_size if self._head is None else d
         self.result, self.host_result = (side.tensor(width, self.spec.n_outputs) for side in (device, host))
-        self.pieces = [(side.tensor(d, n), side.tensor(d, n), host.tensor(d, n)) for side in self.devices[1:]]
+        made = s.product_length
+        self.pieces = [(side.tensor(d, n), side.tensor(made, n), host.tensor(made, n)) for side in self.devices[1:]]
         for side in (*self.devices, host):
             side.allocate_tensors()
 
     def _crossing(self, side: Side) -> Crossing:
         s, n = self._s, self.spec.n_tokens
-        x, residual, hot, y = (side.tensor(s.embedding_length, n) for _ in range(4))
-        return Crossing(x, residual, hot, y, side.tensor(s.feed_forward_length, n))
+        x, residual, stream = (side.tensor(s.embedding_length, n) for _ in range(3))
+        hot, y = (side.tensor(s.product_length, n) for _ in range(2))
+        return Crossing(x, residual, stream, hot, y, side.tensor(s.feed_forward_length, n))
 
     # --- running -----------------------------------------------------------------------------------------------------
 
@@ -254,12 +257,14 @@ class _Build:
         part.keep(residual, device.residual)
         part.keep(normed, device.x)
         downloads = [(device.x, host.x)]
-        tap = "x" if self.s.predictor_tap == "ffn_norm" else "residual"
+        stream = blocks.streams.get(i, residual)
+        sees_stream = self.s.predictor_tap == "residual"
         if self.residence.scored_on_device(i):
-            part.keep(blocks.scores(normed if tap == "x" else residual, i), device.scores)
+            part.keep(blocks.scores(stream if sees_stream else normed, i), device.scores)
             downloads.append((device.scores, host.scores))
-        elif tap == "residual" and self.residence.predicted and self.residence.cold(i) and self.s.rank(i):
-            downloads.append((device.residual, host.residual))
+        elif sees_stream and self.residence.predicted and self.residence.cold(i) and self.s.rank(i):
+            part.keep(ggml.ggml_cont(part.ctx, stream), device.stream)
+            downloads.append((device.stream, host.stream))
         return SplitBlock(
             i=i,
             before=part,
@@ -274,9 +279,10 @@ class _Build:
 
     def _sized(self, side: Side, c: Crossing, n: int, i: int) -> Crossing:
         """The crossing tensors for n tokens."""
-        width = self.s.embedding_length
-        x, residual, hot, y = (side.reshaped(t, width, n) for t in (c.x, c.residual, c.hot, c.y))
-        return Crossing(x, residual, hot, y, side.reshaped(c.scores, max(1, self.residence.cold(i)), n))
+        d, made = self.s.embedding_length, self.s.product_length
+        x, residual, stream = (side.reshaped(t, d, n) for t in (c.x, c.residual, c.stream))
+        hot, y = (side.reshaped(t, made, n) for t in (c.hot, c.y))
+        return Crossing(x, residual, stream, hot, y, side.reshaped(c.scores, max(1, self.residence.cold(i)), n))
 
     def _has(self, d: int, i: int) -> bool:
         first, end = self.residence.piece(i, d)
@@ -290,8 +296,9 @@ class _Build:
         return part
 
     def _piece(self, d: int, n: int, i: int) -> Elsewhere:
-        side, (x, y, host_y), width = self.g.devices[d], self.g.pieces[d - 1], self.s.embedding_length
-        x, y, host_y = side.reshaped(x, width, n), side.reshaped(y, width, n), self.g.host.reshaped(host_y, width, n)
+        side, (x, y, host_y), made = self.g.devices[d], self.g.pieces[d - 1], self.s.product_length
+        x, y = side.reshaped(x, self.s.embedding_length, n), side.reshaped(y, made, n)
+        host_y = self.g.host.reshaped(host_y, made, n)
         part = side.part(f"hot {i}")
         part.keep(self._on_device(part, d).ffn_dense(x, i), y)
         return Elsewhere(self.g._streams[d], part, x, y, host_y)
@@ -305,7 +312,7 @@ class _Build:
         if self.residence.scored_on_device(i):
             y = blocks.ffn_native(at.x, blocks.chosen(at.scores, i), i)
         else:
-            y = blocks.ffn(at.x, at.residual, i)
+            y = blocks.ffn(at.x, at.stream, i)
         part.keep(y, at.y)
         check_supported(part.graph, cpu)
         return part

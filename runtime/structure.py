@@ -13,13 +13,15 @@ from typing import Any
 from runtime.errors import UserError
 
 ARCHITECTURE = "lazyneuron"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # the newest; a file names the oldest whose readers compute it rightly
+_VERSIONS = range(1, SCHEMA_VERSION + 1)
 
 NORMS = ("rms", "layer")
 NORM_PLACEMENTS = ("pre", "post")
 POSITIONS = ("rope_norm", "rope_neox", "learned")
 ROPE_SCALINGS = ("none", "linear")
-RESIDUALS = ("sequential",)
+RESIDUALS = ("sequential", "parallel")
+QK_NORMS = ("none", "before_rope", "after_rope")
 GATES = ("none", "gated")
 ACTIVATIONS = ("relu", "relu2", "fatrelu", "drelu")
 LAYOUTS = ("both", "sparse")
@@ -28,8 +30,9 @@ PREDICTOR_KINDS = ("none", "lowrank", "mlp", "signbit")
 PREDICTOR_TAPS = ("ffn_norm", "residual")
 
 
-def _key(name: str, choices: tuple[str, ...] = (), **kwargs: Any) -> Any:
-    return field(metadata={"key": name, "choices": choices}, **kwargs)
+def _key(name: str, choices: tuple[str, ...] = (), since: int = 1, **kwargs: Any) -> Any:
+    """since: the first schema version that knows the key; older readers would ignore it."""
+    return field(metadata={"key": name, "choices": choices, "since": since}, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,20 @@ class Structure:
     attention_output_bias: bool = _key("attention.output_bias", default=False)
     tied_output: bool = _key("tied_output", default=False)
     token_embedding_length: int = _key("token_embedding_length", default=0)  # 0: the same as embedding_length
+    embedding_norm: bool = _key("embedding_norm", since=2, default=False)
+    embedding_scale: float = _key("embedding_scale", since=2, default=1.0)
+    residual_scale: float = _key("residual_scale", since=2, default=1.0)
+    logit_scale: float = _key("logit_scale", since=2, default=1.0)
+    logit_softcap: float = _key("logit_softcap", since=2, default=0.0)  # 0: none
+    qk_norm: str = _key("attention.qk_norm", QK_NORMS, since=2, default="none")
+    attention_sub_norm: bool = _key("attention.sub_norm", since=2, default=False)
+    ffn_sub_norm: bool = _key("ffn.sub_norm", since=2, default=False)
     rope_dimension_count: int = _key("rope.dimension_count", default=0)
     rope_freq_base: float = _key("rope.freq_base", default=10000.0)
     rope_scaling: str = _key("rope.scaling.type", ROPE_SCALINGS, default="none")
     rope_scaling_factor: float = _key("rope.scaling.factor", default=1.0)
     rope_freq_factors: bool = _key("rope.freq_factors", default=False)
+    rope_attention_factor: float = _key("rope.scaling.attn_factor", since=2, default=1.0)
     layout: str = _key("layout", LAYOUTS, default="both")
     neuron_order: str = _key("neuron_order", NEURON_ORDERS, default="original")
     predictor: str = _key("predictor.kind", PREDICTOR_KINDS, default="none")
@@ -87,6 +99,11 @@ class Structure:
         """Elements of one token's keys (and of its values) in one layer."""
         return self.head_length * self.head_count_kv
 
+    @property
+    def product_length(self) -> int:
+        """Elements of an FFN's product for one token: n_embd, and the sum of its neurons' squares where they are normalised."""
+        return self.embedding_length + self.ffn_sub_norm
+
     def rank(self, i: int) -> int:
         """Rank of block `i`'s predictor, 0 where it has none."""
         return self.predictor_rank[i] if self.predictor_rank else 0
@@ -104,7 +121,8 @@ class Structure:
             for key, value in values.items()
             if value != ()
         }
-        return {f"{ARCHITECTURE}.schema_version": SCHEMA_VERSION, **described}
+        needed = [f.metadata["since"] for f in fields(self) if getattr(self, f.name) != f.default]
+        return {f"{ARCHITECTURE}.schema_version": max(needed), **described}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], where: str) -> Structure:
@@ -127,9 +145,9 @@ def check_schema(metadata: Mapping[str, Any], where: str) -> None:
             "convert the original Hugging Face checkpoint: python -m convert REPO OUT.gguf",
         )
     version = metadata.get(f"{ARCHITECTURE}.schema_version")
-    if version != SCHEMA_VERSION:
+    if version not in _VERSIONS:
         raise UserError(
-            f"{where}: schema version {version}, expected {SCHEMA_VERSION}",
+            f"{where}: schema version {version}, expected 1 to {SCHEMA_VERSION}",
             "convert the checkpoint again with this version of lazyneuron, or use the version that wrote the file",
         )
 
@@ -193,6 +211,16 @@ def _check(s: Structure, where: str) -> None:
         raise UserError(
             f"{where}: norm_epsilon, rope.freq_base and rope.scaling.factor must be positive (norm_epsilon below 1)"
         )
+    if min(s.embedding_scale, s.residual_scale, s.logit_scale, s.rope_attention_factor) <= 0 or s.logit_softcap < 0:
+        raise UserError(
+            f"{where}: the scales of embeddings, residuals, logits and rotation must be positive, logit_softcap 0 or more"
+        )
+    if s.residual == "parallel" and s.norm_placement != "pre":
+        raise UserError(
+            f"{where}: residual is `parallel`, expected norm_placement `pre` with it, found `{s.norm_placement}`"
+        )
+    if s.ffn_activation == "drelu" and not s.gated:
+        raise UserError(f"{where}: ffn.activation is `drelu`, expected ffn.gate `gated` with it, found `{s.ffn_gate}`")
 
 
 def block_tensors(s: Structure) -> dict[str, tuple[int, ...]]:
@@ -213,6 +241,10 @@ def block_tensors(s: Structure) -> dict[str, tuple[int, ...]]:
         tensors |= {"attn_q.bias": (q,), "attn_k.bias": (kv,), "attn_v.bias": (kv,)}
     if s.attention_output_bias:
         tensors["attn_output.bias"] = (d,)
+    if s.qk_norm != "none":
+        tensors |= _norm(s, "attn_q_norm", s.head_length) | _norm(s, "attn_k_norm", s.head_length)
+    if s.attention_sub_norm:
+        tensors |= _norm(s, "attn_sub_norm", q)
     if s.gated:
         tensors["ffn_gate.weight"] = (d, ff)
     if s.layout == "both":
@@ -244,6 +276,8 @@ def required_tensors(s: Structure) -> dict[str, tuple[int, ...]]:
         tensors |= {"token_embd_proj.weight": (e, d), "output_proj.weight": (d, e)}
     if s.position == "learned":
         tensors["position_embd.weight"] = (d, s.context_length)
+    if s.embedding_norm:
+        tensors |= _norm(s, "token_embd_norm", d)
     if s.rope_freq_factors:
         tensors["rope_freqs.weight"] = (s.rope_dimension_count // 2,)
     for i in range(s.block_count):

@@ -54,17 +54,18 @@ def make_llama(folder: Path, **overrides: Any) -> None:
     """Save a random Llama with ReGLU to `folder`; overrides are LlamaConfig's."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    _save(LlamaForCausalLM(LlamaConfig(**{**_LLAMA, **overrides})), folder)
+    save(LlamaForCausalLM(LlamaConfig(**{**_LLAMA, **overrides})), folder)
 
 
 def make_opt(folder: Path, **overrides: Any) -> None:
     """Save a random OPT to `folder`; overrides are OPTConfig's."""
     from transformers import OPTConfig, OPTForCausalLM
 
-    _save(OPTForCausalLM(OPTConfig(**{**_OPT, **overrides})), folder)
+    save(OPTForCausalLM(OPTConfig(**{**_OPT, **overrides})), folder)
 
 
-def _save(model: Any, folder: Path) -> None:
+def save(model: Any, folder: Path) -> None:
+    """Save a transformers model with random weights, and a tokenizer, to `folder`."""
     randomize(model, seed=zlib.crc32(folder.name.encode()))
     model.bfloat16().save_pretrained(folder)
     for name in ("tokenizer.model", "tokenizer_config.json"):

@@ -18,14 +18,15 @@ Converted = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a checkpoint: "bundled", or one of tests/checkpoints.py."""
+    """Folder of a checkpoint: "bundled", one of tests/checkpoints.py, or a case of tests/families.py."""
     folder = tmp_path_factory.mktemp("checkpoints")
 
     def get(name: str) -> Path:
         if name == "bundled":
             return BUNDLED
         if not (folder / name).exists():
-            CHECKPOINTS[name](folder / name)
+            make = CHECKPOINTS.get(name) or __import__("families").CASES[name].make  # which takes torch some seconds
+            make(folder / name)
         return folder / name
 
     return get

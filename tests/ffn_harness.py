@@ -22,11 +22,17 @@ FLOATS = {"f32": np.float32, "f16": np.float16}
 
 
 def structure(
-    n_embd: int, n_ff: int, gated: bool, activation: str, threshold: float = 0.0, bias: bool = False
+    n_embd: int,
+    n_ff: int,
+    gated: bool,
+    activation: str,
+    threshold: float = 0.0,
+    bias: bool = False,
+    sub_norm: bool = False,
 ) -> Structure:
     return Structure(
         source_architecture="test", vocab_size=1, context_length=1, embedding_length=n_embd, block_count=1, feed_forward_length=n_ff, head_count=1, head_count_kv=1, head_length=2,
-        norm="rms", norm_epsilon=1e-5, position="rope_neox", ffn_gate="gated" if gated else "none", ffn_activation=activation, activation_threshold=threshold, ffn_bias=bias, rope_dimension_count=2,
+        norm="rms", norm_epsilon=1e-5, position="rope_neox", ffn_gate="gated" if gated else "none", ffn_activation=activation, activation_threshold=threshold, ffn_bias=bias, rope_dimension_count=2, ffn_sub_norm=sub_norm,
     )  # fmt: skip
 
 
@@ -101,7 +107,7 @@ def _normal_quantile(p: float) -> float:
 
 
 def reference(f: Ffn, x: Array) -> tuple[Array, Array]:
-    """float64: y [n_tokens, n_embd] and which neurons fire [n_tokens, n_ff]."""
+    """float64: the product [n_tokens, product_length] and which neurons fire [n_tokens, n_ff]."""
     w, s = f.exact, f.s
     first = x @ w["gate" if s.gated else "up"].T + w.get("gate_bias", 0.0)
     fires = first > s.activation_threshold
@@ -109,11 +115,12 @@ def reference(f: Ffn, x: Array) -> tuple[Array, Array]:
     if s.gated:
         up = x @ w["up"].T + w.get("up_bias", 0.0)
         h = h * (np.maximum(up, 0) if s.ffn_activation == "drelu" else up)
-    return h @ w["down"], fires
+    y = h @ w["down"]
+    return np.concatenate([y, (h**2).sum(1, keepdims=True)], 1) if s.ffn_sub_norm else y, fires
 
 
 def run_native(f: Ffn, x: Array, threads: int) -> tuple[Array, native_ffn.Ffn]:
-    """Our operators: y float32 [n_tokens, n_embd] and the description with its counts."""
+    """Our operators: the product, float32 [n_tokens, product_length], and the description with its counts."""
     return on_worker(lambda: _run_native(f, np.ascontiguousarray(x, np.float32), threads))
 
 
@@ -151,7 +158,7 @@ def _run_native(f: Ffn, x: Array, threads: int) -> tuple[Array, native_ffn.Ffn]:
             ggml.ggml_backend_tensor_set(tensor, f.packed[name].ctypes.data, 0, f.packed[name].nbytes)
     ggml.ggml_backend_tensor_set(source, x.ctypes.data, 0, x.nbytes)
     assert ggml.ggml_backend_graph_compute(backend, graph) == ggml.STATUS_SUCCESS
-    result = np.empty((len(x), s.embedding_length), np.float32)
+    result = np.empty((len(x), s.product_length), np.float32)
     ggml.ggml_backend_tensor_get(ggml.ConstTensorP(y.value), result.ctypes.data, 0, result.nbytes)
     memory.close()
     ggml.ggml_free(ctx)

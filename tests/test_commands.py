@@ -116,7 +116,7 @@ def test_inspect_adds_up(tiny_gguf: Path) -> None:
     traffic = report["bytes_per_token"]
     assert traffic["dense"] == traffic["exact_all"]
     assert traffic["exact_all"] - traffic["exact_none"] == sizes["ffn_up"] + sizes["ffn_down_t"]
-    assert report["sparsity"] == {"calibrated": False, "layer_shares": None}
+    assert report["sparsity"] == {"calibrated": False, "layer_shares": None, "share": None}
     assert traffic["exact_calibrated"] is None
     tokenizer = report["tokenizer"]
     assert (tokenizer["tokens"], tokenizer["add_bos"], tokenizer["bos"]) == (4096, True, {"id": 1, "text": "<s>"})
@@ -138,11 +138,20 @@ def test_inspect_reads_calibrated_frequencies(tiny_gguf: Path, tmp_path: Path) -
     extra = {f"blk.{i}.ffn_neuron_freq": np.full(1024, share, np.float32) for i, share in enumerate(shares)}
     calibrated = with_tensors(tiny_gguf, tmp_path / "calibrated.gguf", extra)
     report = run_json("inspect", calibrated)
-    assert report["sparsity"] == {"calibrated": True, "layer_shares": shares}
+    assert report["sparsity"] == {"calibrated": True, "layer_shares": shares, "share": pytest.approx(np.mean(shares))}
     traffic = report["bytes_per_token"]
     span = traffic["exact_all"] - traffic["exact_none"]
     assert traffic["exact_calibrated"] == pytest.approx(traffic["exact_none"] + span * np.mean(shares))
-    assert "6.2%" in run("inspect", calibrated).stdout
+    shown = run("inspect", calibrated).stdout
+    assert "6.2%" in shown
+    assert "little to gain" not in shown
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.49, False), (0.5, True), (0.7, True), (1.0, True)])
+def test_inspect_says_where_little_is_to_be_gained(tiny_gguf: Path, tmp_path: Path, share: float, told: bool) -> None:
+    extra = {f"blk.{i}.ffn_neuron_freq": np.full(1024, share, np.float32) for i in range(6)}
+    shown = run("inspect", with_tensors(tiny_gguf, tmp_path / "calibrated.gguf", extra)).stdout
+    assert (f"little to gain: {share:.0%} of the neurons fire" in shown) == told
 
 
 def with_tensors(source: Path, target: Path, extra: dict[str, Any]) -> Path:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,16 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import CHECKPOINTS, copy_checkpoint, load_tensors, save_tensors
+from families import CASES
 
 from convert import rope
-from convert.arch import Generated, describe, families, find_arch
+from convert.arch import Source, describe, families, find_arch
 from convert.checkpoint import open_checkpoint
 from convert.config import Config
 from convert.plan import Plan, Types, make_plan
-from convert.rewrites import REWRITES
+from convert.rewrites import NAMES
 from runtime.errors import UserError
 from runtime.structure import Structure, required_tensors
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 Folder = Callable[[str], Path]
 
@@ -126,28 +122,56 @@ def test_partial_rotation() -> None:
     assert structure(MINIMAL_LLAMA, partial_rotary_factor=0.5).rope_dimension_count == 8
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"truncate": False, "beta_fast": 16.0, "beta_slow": 2.0},
+        {"attention_factor": 1.5},
+        {"mscale": 1.0, "mscale_all_dim": 0.5},
+    ],
+)
+def test_yarn_equals_transformers(changes: dict[str, Any]) -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    yarn = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 20.0, "original_max_position_embeddings": 256, **changes}
+    values = {**MINIMAL_LLAMA, "hidden_size": 256, "head_dim": 64, "rope_parameters": yarn}
+    scaled, factor = ROPE_INIT_FUNCTIONS["yarn"](LlamaConfig(**values), torch.device("cpu"))
+    found = rope.freq_factors(Config("config.json", values))
+    np.testing.assert_allclose(5e5 ** -(np.arange(0, 64, 2) / 64) / found, scaled.numpy(), rtol=1e-6)
+    assert len(set(found.tolist()) - {1.0, 20.0}) > 1
+    assert structure(values).rope_attention_factor == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_other_ropes_are_refused(kind: str) -> None:
-    with pytest.raises(UserError, match=f"rope type `{kind}`, expected default, linear, llama3"):
+    with pytest.raises(UserError, match=f"rope type `{kind}`, expected default, linear, llama3, yarn"):
         structure(MINIMAL_LLAMA, rope_scaling={"type": kind, "factor": 2.0})
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+def case_plan(name: str, checkpoint: Folder) -> Plan:
+    ffn_type = CASES[name].ffn_type if name in CASES else None
+    return make_plan(open_checkpoint(checkpoint(name)), Types(), ffn_type=ffn_type)
+
+
+@pytest.mark.parametrize("name", [*CHECKPOINTS, *CASES])
 def test_every_tensor_has_its_place(name: str, checkpoint: Folder) -> None:
-    plan = plan_of(checkpoint(name))
+    plan = case_plan(name, checkpoint)
     weights = load_tensors(checkpoint(name))
     assert [t.name for t in plan.tensors] == list(required_tensors(plan.structure))
-    used = {t.source.name for t in plan.tensors if not isinstance(t.source, Generated)}
+    sources = [t.source for t in plan.tensors if isinstance(t.source, Source)]
+    used = {source.name for source in sources} | {source.columns for source in sources if source.columns}
     assert used | {"lm_head.weight"} >= set(weights) >= used
 
 
 def test_every_mapping_and_rewrite_is_used_by_a_test_checkpoint(checkpoint: Folder) -> None:
-    plans = [plan_of(checkpoint(name)) for name in CHECKPOINTS]
+    plans = [case_plan(name, checkpoint) for name in [*CHECKPOINTS, *CASES]]
     for arch in families().values():
         patterns = {t.name.replace("blk.0.", "blk.{i}.") for plan in plans if plan.arch == arch for t in plan.tensors}
         assert set(arch.tensors) <= patterns
-    used = {t.source.rewrite for plan in plans for t in plan.tensors if not isinstance(t.source, Generated)}
-    assert used == set(REWRITES)
+    used = {t.source.rewrite for plan in plans for t in plan.tensors if isinstance(t.source, Source)}
+    assert used == NAMES
 
 
 def test_missing_and_unknown_tensors_are_reported_together(checkpoint: Folder, tmp_path: Path) -> None:
@@ -211,7 +235,7 @@ def test_shapes_that_disagree_with_the_config(
         (MINIMAL_LLAMA, {"hidden_act": "silu"}, "`hidden_act` is `silu`, expected `relu`"),
         (MINIMAL_OPT, {"activation_function": "gelu"}, "`activation_function` is `gelu`, expected `relu`"),
         (MINIMAL_LLAMA, {"hidden_act": None}, "no `hidden_act`"),
-        (MINIMAL_LLAMA, {"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM, expected LlamaForCausalLM, OPT"),
+        (MINIMAL_LLAMA, {"architectures": ["MambaForCausalLM"]}, "architecture MambaForCausalLM, expected Arcee"),
         (MINIMAL_LLAMA, {"architectures": None}, "no `architectures`"),
         (MINIMAL_LLAMA, {"hidden_size": None}, "no `hidden_size`"),
         (MINIMAL_LLAMA, {"hidden_size": "64"}, '`hidden_size` is "64", expected an integer'),
@@ -229,21 +253,49 @@ def test_configs_that_are_refused(values: dict[str, Any], changes: dict[str, Any
     assert complaint in error.value.message
 
 
+def test_fatrelu_takes_its_threshold_from_the_config() -> None:
+    s = structure(MINIMAL_LLAMA, hidden_act="fatrelu", hidden_act_param=0.01)
+    assert (s.ffn_activation, s.activation_threshold) == ("fatrelu", 0.01)
+    with pytest.raises(UserError, match="no `hidden_act_param`"):
+        structure(MINIMAL_LLAMA, hidden_act="fatrelu")
+
+
+@pytest.mark.parametrize("wrong", ["fatrelu", "relu:0.1", "fatrelu:", "fatrelu:x", "fatrelu:nan", "fatrelu:-1", "gelu"])
+def test_ffn_types_that_are_none(wrong: str) -> None:
+    config = Config("config.json", MINIMAL_LLAMA)
+    with pytest.raises(
+        UserError, match=f"--ffn-type: `{wrong}`, expected one of relu, relu2, fatrelu:THRESHOLD, drelu"
+    ):
+        describe(find_arch(config), config, ffn_type=wrong)
+
+
+def test_drelu_needs_a_gate() -> None:
+    config = Config("config.json", MINIMAL_OPT)
+    with pytest.raises(UserError, match="is `drelu`, expected ffn"):
+        describe(find_arch(config), config, ffn_type="drelu")
+
+
+def test_a_window_limits_the_context() -> None:
+    values = {**MINIMAL_LLAMA, "architectures": ["MistralForCausalLM"], "max_position_embeddings": 32768}
+    assert structure(values, sliding_window=4096).context_length == 4096
+    assert structure(values, sliding_window=None).context_length == 32768
+    assert structure(values).context_length == 4096  # as transformers takes it
+
+
+def test_a_file_names_the_oldest_schema_that_describes_it() -> None:
+    plain = structure(MINIMAL_LLAMA)
+    assert plain.to_metadata()["lazyneuron.schema_version"] == 1
+    for change in (
+        {"logit_softcap": 15.0},
+        {"qk_norm": "before_rope"},
+        {"ffn_sub_norm": True},
+        {"residual_scale": 0.5},
+    ):
+        assert replace(plain, **change).to_metadata()["lazyneuron.schema_version"] == 2
+
+
 def test_ffn_type_overrides_the_config() -> None:
     config = Config("config.json", {**MINIMAL_LLAMA, "hidden_act": "silu"})
     assert describe(find_arch(config), config, ffn_type="relu").ffn_activation == "relu"
-    with pytest.raises(UserError, match="--ffn-type: `silu`, expected one of relu"):
+    with pytest.raises(UserError, match="--ffn-type: `silu`, expected one of relu, relu2, fatrelu:THRESHOLD, drelu"):
         describe(find_arch(config), config, ffn_type="silu")
-
-
-def test_the_catalogue() -> None:
-    rows = tomllib.loads((Path(__file__).parent.parent / "models.toml").read_text(encoding="utf-8"))["model"]
-    assert len({row["repo"] for row in rows}) == len(rows) >= 12
-    for row in rows:
-        assert row["family"] in families(), row["repo"]
-        assert set(row) <= {"repo", "family", "ffn", "sparsity", "sparsity_source", "predictor", "licence", "note"}
-        activation, gate = row["ffn"]["activation"], row["ffn"]["gate"]
-        assert activation in families()[row["family"]].activations.values()
-        assert gate == families()[row["family"]].keys["ffn_gate"]
-        assert ("sparsity" in row) == ("sparsity_source" in row)
-        assert 0 < row.get("sparsity", 0.5) < 1

@@ -49,7 +49,8 @@ def test_silu_is_never_converted_silently(checkpoint: Folder, tmp_path: Path) ->
     folder = copy_checkpoint(checkpoint("llama-mha"), tmp_path / "silu", hidden_act="silu")
     error, hint = fails(folder, tmp_path / "x.gguf")
     assert "`hidden_act` is `silu`, expected `relu`" in error
-    assert "models.toml" in hint
+    assert "python -m convert --list" in hint
+    assert "--ffn-type" in hint
 
 
 def test_an_existing_output_is_kept(broken: Path, tmp_path: Path) -> None:

@@ -53,6 +53,13 @@ LLAMA3 = (
 )
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
+# As in libllama, whose spelling of the first alternatives is another.
+JAIS2 = (
+    LLAMA3[: LLAMA3.rindex(r"\s+(?!\S)")]
+    + "".join(rf"\s{{{2**n}}}(?!\S)|" for n in range(9, 1, -1))
+    + r"\s{1,2}(?!\S)|\s{1}"
+)
+
 PRE_TOKENIZER_JSON = {
     "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
     "llama-bpe": pre_tokenizers.Sequence(
@@ -69,6 +76,20 @@ PRE_TOKENIZER_JSON = {
     ),
     "smollm": pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "jais-2": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(JAIS2), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+    "falcon": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Punctuation("contiguous"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            pre_tokenizers.Digits(individual_digits=False),
+            pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+        ]
     ),
 }
 

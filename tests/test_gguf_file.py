@@ -93,7 +93,7 @@ def test_truncation_anywhere(tmp_path: Path) -> None:
 
 
 BAD_METADATA: list[tuple[dict[str, Any], str]] = [
-    ({"lazyneuron.schema_version": 2}, "schema version 2, expected 1"),
+    ({"lazyneuron.schema_version": 3}, "schema version 3, expected 1 to 2"),
     ({"lazyneuron.norm": "batch"}, "`lazyneuron.norm` is `batch`, expected one of rms, layer"),
     ({"lazyneuron.ffn.activation": "silu"}, "expected one of relu"),
     ({"lazyneuron.block_count": 0}, "block_count is 0"),

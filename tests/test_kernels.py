@@ -6,9 +6,11 @@ What the rounding itself does is checked apart, where no neuron is at its thresh
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from ffn_harness import as_rounded, make, reference, relative_error, run_native, structure
+from ffn_harness import Ffn, as_rounded, make, reference, relative_error, run_native, structure
 
 from runtime import native_ffn
 from runtime.errors import UserError
@@ -128,6 +130,23 @@ def test_shapes(type_name: str, shape: tuple[int, int], n_tokens: int) -> None:
 @pytest.mark.parametrize("type_name", ["f32", "f16", "bf16"])
 def test_rows_that_are_no_multiple_of_a_vector(type_name: str) -> None:
     check(type_name, 3, 2, 0.5, shape=(50, 40))
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("shape", [(32, 1), (256, 352), (50, 40)])
+@pytest.mark.parametrize("n_tokens", [1, 2, 33])
+@pytest.mark.parametrize("activation", ["relu2", "drelu"])
+def test_the_sum_of_squares(activation: str, n_tokens: int, shape: tuple[int, int]) -> None:
+    """One more number per token, and the others bit for bit as without it."""
+    rng = np.random.default_rng(8)
+    ffn = make(structure(*shape, True, activation, bias=True, sub_norm=True), "f32", 0.4, rng)
+    x = rng.normal(0, 1, (n_tokens, shape[0])).astype(np.float32)
+    expected, _ = reference(ffn, x.astype(np.float64))
+    found, _ = run_native(ffn, x, 3)
+    assert relative_error(found[:, :-1], expected[:, :-1]) <= TOLERANCE
+    np.testing.assert_allclose(found[:, -1], expected[:, -1], rtol=TOLERANCE, atol=1e-12)
+    plain = Ffn(replace(ffn.s, ffn_sub_norm=False), ffn.type_name, ffn.packed, ffn.exact)
+    assert np.array_equal(run_native(plain, x, 3)[0], found[:, :-1])
 
 
 def test_no_neuron_fires_gives_zero() -> None:

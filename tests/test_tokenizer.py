@@ -131,6 +131,27 @@ def llama3_style(folder: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def falcon_style(folder: Path) -> tokenizers.Tokenizer:
+    steps = [
+        pre_tokenizers.Punctuation("contiguous"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        pre_tokenizers.Digits(individual_digits=False),
+        pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+    ]
+    tokenizer = train_byte_level(folder, pre_tokenizers.Sequence(steps), ["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
+
+
+def jais2_style(folder: Path) -> tokenizers.Tokenizer:
+    lengths = "".join(rf"\s{{{2**n}}}(?!\S)|" for n in range(9, 1, -1))
+    pattern = LLAMA3_SPLIT.replace(r"|\s+(?!\S)|\s+", "|" + lengths + r"\s{1,2}(?!\S)|\s{1}")
+    steps = [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    tokenizer = train_byte_level(folder, pre_tokenizers.Sequence(steps), ["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
+
+
 def test_bundled_vocabulary_equals_sentencepiece(open_tokenizer: Open) -> None:
     reference = sentencepiece.SentencePieceProcessor(model_file=str(BUNDLED / "tokenizer.model"))
     tokenizer = open_tokenizer(BUNDLED, 4096)
@@ -149,7 +170,7 @@ def test_trained_sentencepiece_equals_sentencepiece(prefix: bool, tmp_path: Path
         assert tokenizer.decode(tokenizer.encode(text), skip_special=True) == text
 
 
-@pytest.mark.parametrize("make", [gpt2_style, llama3_style])
+@pytest.mark.parametrize("make", [gpt2_style, llama3_style, falcon_style, jais2_style])
 def test_byte_level_bpe_equals_tokenizers(make: Any, tmp_path: Path, open_tokenizer: Open) -> None:
     reference = make(tmp_path)
     tokenizer = open_tokenizer(tmp_path, reference.get_vocab_size())

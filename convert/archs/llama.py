@@ -1,55 +1,29 @@
-"""Llama with a ReLU gate, such as ReluLLaMA: RMSNorm, rotary positions, a ReGLU FFN, perhaps GQA and biases."""
+"""Llama with a ReLU-family gate, such as ReluLLaMA (ReLU) and ProSparse (FATReLU): RMSNorm, rotary positions, a gated FFN, perhaps GQA and biases."""
 
-from convert import rope
-from convert.arch import Arch, Field, Generated, Source
+from convert import naming, rope
+from convert.arch import Arch, Field
 
 ARCH = Arch(
     family="llama",
-    architectures=("LlamaForCausalLM",),
-    activation_key="hidden_act",
-    activations={"relu": "relu"},
+    architectures=("LlamaForCausalLM", "SparseLlamaForCausalLM"),
+    activation=Field("hidden_act"),
+    activations={"relu": "relu", "fatrelu": "fatrelu", "relu2": "relu2"},
     base_prefix="model.",
     keys={
-        "vocab_size": Field("vocab_size"),
-        "context_length": Field("max_position_embeddings", 2048),
-        "embedding_length": Field("hidden_size"),
-        "block_count": Field("num_hidden_layers"),
-        "feed_forward_length": Field("intermediate_size"),
-        "head_count": Field("num_attention_heads"),
-        "head_count_kv": Field("num_key_value_heads", Field("num_attention_heads")),
-        "head_length": rope.head_length,
+        **naming.SIZES,
+        **naming.ATTENTION_BIASES,
+        **rope.keys(),
         "norm": "rms",
         "norm_epsilon": Field("rms_norm_eps", 1e-6),
-        "position": "rope_neox",  # Hugging Face rotates halves of a head, so q and k need no permutation
         "ffn_gate": "gated",
-        "attention_bias": Field("attention_bias", False),
-        "attention_output_bias": Field("attention_bias", False),
         "ffn_bias": Field("mlp_bias", False),
-        "tied_output": Field("tie_word_embeddings", False),
-        **rope.KEYS,
     },
     tensors={
-        "token_embd.weight": Source("model.embed_tokens.weight"),
-        "rope_freqs.weight": Generated(rope.freq_factors),
-        "blk.{i}.attn_norm.weight": Source("model.layers.{i}.input_layernorm.weight"),
-        "blk.{i}.attn_q.weight": Source("model.layers.{i}.self_attn.q_proj.weight"),
-        "blk.{i}.attn_k.weight": Source("model.layers.{i}.self_attn.k_proj.weight"),
-        "blk.{i}.attn_v.weight": Source("model.layers.{i}.self_attn.v_proj.weight"),
-        "blk.{i}.attn_output.weight": Source("model.layers.{i}.self_attn.o_proj.weight"),
-        "blk.{i}.attn_q.bias": Source("model.layers.{i}.self_attn.q_proj.bias"),
-        "blk.{i}.attn_k.bias": Source("model.layers.{i}.self_attn.k_proj.bias"),
-        "blk.{i}.attn_v.bias": Source("model.layers.{i}.self_attn.v_proj.bias"),
-        "blk.{i}.attn_output.bias": Source("model.layers.{i}.self_attn.o_proj.bias"),
-        "blk.{i}.ffn_norm.weight": Source("model.layers.{i}.post_attention_layernorm.weight"),
-        "blk.{i}.ffn_gate.weight": Source("model.layers.{i}.mlp.gate_proj.weight"),
-        "blk.{i}.ffn_up.weight": Source("model.layers.{i}.mlp.up_proj.weight"),
-        "blk.{i}.ffn_down.weight": Source("model.layers.{i}.mlp.down_proj.weight"),
-        "blk.{i}.ffn_down_t.weight": Source("model.layers.{i}.mlp.down_proj.weight", "transpose"),
-        "blk.{i}.ffn_gate.bias": Source("model.layers.{i}.mlp.gate_proj.bias"),
-        "blk.{i}.ffn_up.bias": Source("model.layers.{i}.mlp.up_proj.bias"),
-        "blk.{i}.ffn_down.bias": Source("model.layers.{i}.mlp.down_proj.bias"),
-        "output_norm.weight": Source("model.norm.weight"),
-        "output.weight": Source("lm_head.weight"),
+        **naming.ends(),
+        **naming.ROPE_FREQS,
+        **naming.block_norms(),
+        **naming.attention(),
+        **naming.gated_ffn(),
     },
     skip=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
 )

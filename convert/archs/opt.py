@@ -20,7 +20,7 @@ def _output_norm(config: Config) -> bool:
 ARCH = Arch(
     family="opt",
     architectures=("OPTForCausalLM",),
-    activation_key="activation_function",
+    activation=Field("activation_function"),
     activations={"relu": "relu"},
     base_prefix="model.",
     expect={"layer_norm_elementwise_affine": True},

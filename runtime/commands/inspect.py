@@ -36,6 +36,7 @@ _KINDS = (
     "other",
 )
 _FREQUENCIES = "blk.{}.ffn_neuron_freq"
+_LITTLE_TO_GAIN = 0.5  # share of the neurons that fire, from which on skipping the others saves less than predicting them and jumping costs
 
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
@@ -124,9 +125,9 @@ def _sparsity(file: GgufFile, s: Structure) -> dict[str, Any]:
     """Share of the neurons that fired in each layer on the calibration text, if the file says so."""
     names = [_FREQUENCIES.format(i) for i in range(s.block_count)]
     if not all(name in file.tensors and file.tensors[name].type == "f32" for name in names):
-        return {"calibrated": False, "layer_shares": None}
+        return {"calibrated": False, "layer_shares": None, "share": None}
     shares = [float(np.clip(file.read(name).view(np.float32).mean(), 0, 1)) for name in names]
-    return {"calibrated": True, "layer_shares": shares}
+    return {"calibrated": True, "layer_shares": shares, "share": float(np.mean(shares))}
 
 
 def _traffic(file: GgufFile, s: Structure, shares: list[float] | None) -> dict[str, float | None]:
@@ -163,6 +164,9 @@ def _tables(report: dict[str, Any]) -> Iterator[Table | Text]:
     yield _facts("tokenizer", {name: _token(value) for name, value in report["tokenizer"].items()})
     yield _traffic_table(report["bytes_per_token"])
     yield _sparsity_table(report["sparsity"]["layer_shares"])
+    share = report["sparsity"]["share"]
+    if share is not None and share >= _LITTLE_TO_GAIN:
+        yield Text(f"little to gain: {share:.0%} of the neurons fire on average, so few can be skipped")
     if "tensors" in report:
         yield _tensor_table(report["tensors"])
 
@@ -216,6 +220,7 @@ def _sparsity_table(shares: list[float] | None) -> Table | Text:
     table = _table("neurons that fired on the calibration text", "layer", "share")
     for i, share in enumerate(shares):
         table.add_row(str(i), f"{share:.1%}")
+    table.add_row("all", f"{np.mean(shares):.1%}")
     return table
 
 

@@ -326,8 +326,11 @@ void gate_tokens(const gate_rows & gate, const candidates * chosen, const gate_r
     out.of(ith) = found;
 }
 
+// Floats that the kernels may use of one token's sums; behind them stands the sum of squares.
+int64_t y_size(int64_t n_embd) { return (n_embd + lzn::GROUP - 1) / lzn::GROUP * lzn::GROUP; }
+
 // Floats from one token's sums to the next one's.
-int64_t y_stride(int64_t n_embd) { return (n_embd + lzn::GROUP - 1) / lzn::GROUP * lzn::GROUP; }
+int64_t y_stride(const lzn_ffn & f) { return y_size(f.n_embd) + (f.squares ? lzn::GROUP : 0); }
 
 // The up and down rows of one FFN, and where one thread's sums go.
 struct accumulator {
@@ -336,7 +339,7 @@ struct accumulator {
     const ggml_tensor * up;
     const ggml_tensor * bias;
     const char * x;
-    float * sums;     // [y_stride(n_embd), n_tokens]
+    float * sums;     // [y_stride, n_tokens]
     float * scratch;  // [n_embd]
 
     // Add up to AXPY_ROWS neurons to token t: first their up rows, while their down rows are fetched; then the down rows, while the up rows of `ahead` are.
@@ -354,6 +357,9 @@ struct accumulator {
             next[k] = row_of(up, f.up, ahead[k].row);
         }
         axpys(f.down, f.n_embd, n, down_rows, fetch ? next : nullptr, strengths, of(t), scratch);
+        for (int k = 0; f.squares && k < n; k++) {
+            of(t)[y_size(f.n_embd)] += strengths[k] * strengths[k];
+        }
     }
 
     // Put the sums in order.
@@ -365,7 +371,7 @@ struct accumulator {
     }
 
   private:
-    float * of(int64_t t) const { return sums + t * y_stride(f.n_embd); }
+    float * of(int64_t t) const { return sums + t * y_stride(f); }
 
     void up_strengths(const fired_neuron * neurons, int n, const char * const * down_rows, int64_t t, float * out) const {
         float ups[DOT_ROWS] = {1.0f, 1.0f, 1.0f, 1.0f};
@@ -418,7 +424,7 @@ void down_tokens(const accumulator & a, const gate_result & gates, int64_t n_tok
     }
 }
 
-size_t partial_size(const lzn_ffn & f, int64_t n_tokens) { return (n_tokens + 1) * y_stride(f.n_embd) * sizeof(float); }
+size_t partial_size(const lzn_ffn & f, int64_t n_tokens) { return (n_tokens + 1) * y_stride(f) * sizeof(float); }
 
 }  // namespace
 
@@ -532,7 +538,7 @@ void lzn_ffn_down(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const lzn_ffn & f = *static_cast<const lzn_ffn *>(userdata);
     const int64_t n_tokens = dst->src[0]->ne[1];
     float * sums = reinterpret_cast<float *>(aligned_data(dst) + ith * partial_size(f, n_tokens));
-    float * scratch = sums + n_tokens * y_stride(f.n_embd);
+    float * scratch = sums + n_tokens * y_stride(f);
     const gate_result gates{static_cast<char *>(dst->src[1]->data), f.n_threads};
     const accumulator a{f, dst->src[2], f.gated ? dst->src[3] : nullptr, f.gated && f.up_bias ? dst->src[4] : nullptr, aligned_data(dst->src[0]), sums, scratch};
     std::memset(sums, 0, (scratch - sums) * sizeof(float));
@@ -546,17 +552,24 @@ void lzn_ffn_down(ggml_tensor * dst, int ith, int nth, void * userdata) {
 
 void lzn_ffn_reduce(ggml_tensor * dst, int ith, int nth, void * userdata) {
     lzn_ffn & f = *static_cast<lzn_ffn *>(userdata);
-    const int64_t n_tokens = dst->ne[1], width = y_stride(f.n_embd);
+    const int64_t n_tokens = dst->ne[1], width = y_stride(f);
     const char * partial = aligned_data(dst->src[0]);
     for (int64_t t = 0; t < n_tokens; t++) {
         const int64_t first = split(f.n_embd, ith, nth), last = split(f.n_embd, ith + 1, nth);
-        float * y = static_cast<float *>(dst->data) + t * f.n_embd + first;
+        float * y = static_cast<float *>(dst->data) + t * dst->ne[0] + first;
         std::memset(y, 0, (last - first) * sizeof(float));
         for (int i = 0; i < nth; i++) {
             add(last - first, reinterpret_cast<const float *>(partial + i * partial_size(f, n_tokens)) + t * width + first, y);
         }
     }
     if (ith == 0) {
+        for (int64_t t = 0; f.squares && t < n_tokens; t++) {
+            float * sum = static_cast<float *>(dst->data) + t * dst->ne[0] + f.n_embd;
+            *sum = 0.0f;
+            for (int i = 0; i < nth; i++) {
+                *sum += reinterpret_cast<const float *>(partial + i * partial_size(f, n_tokens))[t * width + y_size(f.n_embd)];
+            }
+        }
         const gate_result gates{static_cast<char *>(dst->src[1]->data), f.n_threads};
         for (int i = 0; i < nth; i++) {
             f.fired += gates.of(i).n;

@@ -51,6 +51,7 @@ struct lzn_ffn {
     int32_t rank;       // elements of a predictor row
     float shift;        // added to every score of the predictor
     float threshold;    // a neuron fires where its gate is above this
+    int32_t squares;    // whether the product ends with the sum of the neurons' squares: one element more than n_embd
     size_t x_stride;    // bytes from one token's activations, all types together, to the next one's; 64 more than they need
     struct lzn_rows gate;
     struct lzn_rows up;
@@ -89,4 +90,4 @@ LZN_API void lzn_ffn_choose(struct ggml_tensor * dst, int ith, int nth, void * u
 LZN_API void lzn_ffn_quantize(struct ggml_tensor * dst, int ith, int nth, void * userdata);      // x
 LZN_API void lzn_ffn_gate(struct ggml_tensor * dst, int ith, int nth, void * userdata);          // quantize, gate rows [, bias] [, candidates]
 LZN_API void lzn_ffn_down(struct ggml_tensor * dst, int ith, int nth, void * userdata);          // quantize, gate, down_t rows [, up rows [, bias]]
-LZN_API void lzn_ffn_reduce(struct ggml_tensor * dst, int ith, int nth, void * userdata);        // down, gate; dst F32 [n_embd, n_tokens]
+LZN_API void lzn_ffn_reduce(struct ggml_tensor * dst, int ith, int nth, void * userdata);        // down, gate; dst F32 [n_embd, n_tokens], or [n_embd + 1, n_tokens] with `squares`

@@ -1,0 +1,29 @@
+"""Arcee AFM: Llama's body with an ungated FFN of squared ReLU."""
+
+from convert import naming, rope
+from convert.arch import Arch, Field
+
+ARCH = Arch(
+    family="arcee",
+    architectures=("ArceeForCausalLM",),
+    activation=Field("hidden_act", "relu2"),
+    activations={"relu2": "relu2", "relu": "relu"},
+    base_prefix="model.",
+    keys={
+        **naming.SIZES,
+        **naming.ATTENTION_BIASES,
+        **rope.keys(),
+        "norm": "rms",
+        "norm_epsilon": Field("rms_norm_eps", 1e-5),
+        "ffn_gate": "none",
+        "ffn_bias": Field("mlp_bias", False),
+    },
+    tensors={
+        **naming.ends(),
+        **naming.ROPE_FREQS,
+        **naming.block_norms(),
+        **naming.attention(),
+        **naming.up("model.layers.{i}.mlp.up_proj"),
+        **naming.down("model.layers.{i}.mlp.down_proj"),
+    },
+)

@@ -1,0 +1,59 @@
+"""nanochat: RMS norms without weights, also of the embeddings and, after their rotation, of queries and keys; logits squashed by tanh; squared ReLU."""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from convert import naming, rope
+from convert.arch import Arch, Field, Generated
+from convert.config import Config
+
+
+def _ones(length: Callable[[Config], int]) -> Generated:
+    return Generated(lambda config: np.ones(length(config), np.float32))
+
+
+def _backwards(config: Config) -> npt.NDArray[np.float32]:
+    return -np.ones(rope.dimension_count(config) // 2, np.float32)
+
+
+def _softcap(config: Config) -> float:
+    return config.get("final_logit_softcapping", float, 0.0 if "final_logit_softcapping" in config.values else 15.0)
+
+
+_WIDE = _ones(lambda config: config.get("hidden_size", int))
+_HEAD = _ones(rope.head_length)
+
+ARCH = Arch(
+    family="nanochat",
+    architectures=("NanoChatForCausalLM",),
+    activation=Field("hidden_act", "relu2"),
+    activations={"relu2": "relu2", "relu": "relu"},
+    base_prefix="model.",
+    keys={
+        **naming.SIZES,
+        **naming.ATTENTION_BIASES,
+        **rope.keys(),
+        "rope_freq_factors": True,  # of -1: heads are rotated the other way round
+        "qk_norm": "after_rope",
+        "embedding_norm": True,
+        "logit_softcap": _softcap,
+        "norm": "rms",
+        "norm_epsilon": Field("rms_norm_eps", 1e-6),
+        "ffn_gate": "none",
+    },
+    tensors={
+        **naming.ends(),
+        "token_embd_norm.weight": _WIDE,
+        "output_norm.weight": _WIDE,
+        "rope_freqs.weight": Generated(_backwards),
+        "blk.{i}.attn_norm.weight": _WIDE,
+        "blk.{i}.ffn_norm.weight": _WIDE,
+        "blk.{i}.attn_q_norm.weight": _HEAD,
+        "blk.{i}.attn_k_norm.weight": _HEAD,
+        **naming.attention(),
+        **naming.up("model.layers.{i}.mlp.fc1", bias=False),
+        **naming.down("model.layers.{i}.mlp.fc2", bias=False),
+    },
+)

@@ -1,0 +1,29 @@
+"""Nemotron-3 and -4, Minitron: layer norms whose weights are stored less one, rotation of half a head, an ungated FFN of squared ReLU."""
+
+from convert import naming, rope
+from convert.arch import Arch, Field
+
+ARCH = Arch(
+    family="nemotron",
+    architectures=("NemotronForCausalLM",),
+    activation=Field("hidden_act", "relu2"),
+    activations={"relu2": "relu2", "relu": "relu"},
+    base_prefix="model.",
+    keys={
+        **naming.SIZES,
+        **naming.ATTENTION_BIASES,
+        **rope.keys(rotated=0.5),
+        "context_length": Field("max_position_embeddings", 4096),
+        "norm": "layer",
+        "norm_epsilon": Field("norm_eps", 1e-5),
+        "ffn_gate": "none",
+        "ffn_bias": Field("mlp_bias", False),
+    },
+    tensors={
+        **naming.ends(bias=True, rewrite="add_one"),
+        **naming.block_norms(bias=True, rewrite="add_one"),
+        **naming.attention(),
+        **naming.up("model.layers.{i}.mlp.up_proj"),
+        **naming.down("model.layers.{i}.mlp.down_proj"),
+    },
+)

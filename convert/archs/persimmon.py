@@ -1,0 +1,40 @@
+"""Persimmon: layer norms (of queries and keys too), fused projections, rotation of half a head, an ungated FFN of squared ReLU."""
+
+from convert import naming, rope
+from convert.arch import Arch, Field
+from convert.config import Config
+
+
+def _qk_norm(config: Config) -> str:
+    return "before_rope" if config.get("qk_layernorm", bool, True) else "none"
+
+
+ARCH = Arch(
+    family="persimmon",
+    architectures=("PersimmonForCausalLM",),
+    activation=Field("hidden_act", "relu2"),
+    activations={"relu2": "relu2", "relu": "relu"},
+    base_prefix="model.",
+    keys={
+        **naming.SIZES,
+        **rope.keys(rotated=0.5),
+        "context_length": Field("max_position_embeddings", 16384),
+        "attention_bias": True,
+        "attention_output_bias": True,
+        "qk_norm": _qk_norm,
+        "norm": "layer",
+        "norm_epsilon": Field("layer_norm_eps", 1e-5),
+        "ffn_gate": "none",
+        "ffn_bias": True,
+    },
+    tensors={
+        **naming.ends("model.final_layernorm", bias=True),
+        **naming.block_norms(bias=True),
+        **naming.fused_attention("model.layers.{i}.self_attn.query_key_value", "model.layers.{i}.self_attn.dense"),
+        **naming.pair("blk.{i}.attn_q_norm", "model.layers.{i}.self_attn.q_layernorm"),
+        **naming.pair("blk.{i}.attn_k_norm", "model.layers.{i}.self_attn.k_layernorm"),
+        **naming.up("model.layers.{i}.mlp.dense_h_to_4h"),
+        **naming.down("model.layers.{i}.mlp.dense_4h_to_h"),
+    },
+    skip=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
+)

@@ -1,0 +1,102 @@
+"""Parts of architecture tables that families share: config keys and tensor names as Hugging Face's Llama has them.
+
+Values for an architecture's file to compose. Knows no family.
+"""
+
+from __future__ import annotations
+
+from convert import rope
+from convert.arch import Field, Generated, Source
+from convert.config import Config
+
+Table = dict[str, Source]
+
+SIZES = {
+    "vocab_size": Field("vocab_size"),
+    "context_length": Field("max_position_embeddings", 2048),
+    "embedding_length": Field("hidden_size"),
+    "block_count": Field("num_hidden_layers"),
+    "feed_forward_length": Field("intermediate_size"),
+    "head_count": Field("num_attention_heads"),
+    "head_count_kv": Field("num_key_value_heads", Field("num_attention_heads")),
+    "head_length": rope.head_length,
+    "tied_output": Field("tie_word_embeddings", False),
+}
+ATTENTION_BIASES = {
+    "attention_bias": Field("attention_bias", False),
+    "attention_output_bias": Field("attention_bias", False),
+}
+ROPE_FREQS = {"rope_freqs.weight": Generated(rope.freq_factors)}
+
+
+def unlimited_context(config: Config) -> int:
+    """Positions for which attention over a sliding window is attention over everything: the model's own where there is no window."""
+    context = config.get("max_position_embeddings", int, 2048)
+    missing = (
+        context if "sliding_window" in config.values else 4096
+    )  # null is no window, but transformers' default is one
+    return min(context, config.get("sliding_window", int, missing))
+
+
+def pair(name: str, source: str, rewrite: str = "identity", bias: bool = True) -> Table:
+    """A matrix or a norm with its bias."""
+    weight = {f"{name}.weight": Source(f"{source}.weight", rewrite)}
+    # Of what changes on the way, only rows that move have a bias that does.
+    moved = rewrite if rewrite.startswith("fused") else "identity"
+    return weight | ({f"{name}.bias": Source(f"{source}.bias", moved)} if bias else {})
+
+
+def ends(norm: str = "model.norm", bias: bool = False, rewrite: str = "identity") -> Table:
+    """Embeddings, the norm before the head, and the head. bias: of the norm; rewrite: of its weights."""
+    return {
+        "token_embd.weight": Source("model.embed_tokens.weight"),
+        **pair("output_norm", norm, rewrite, bias),
+        "output.weight": Source("lm_head.weight"),
+    }
+
+
+def block_norms(bias: bool = False, rewrite: str = "identity") -> Table:
+    """The norms before attention and FFN."""
+    return {
+        **pair("blk.{i}.attn_norm", "model.layers.{i}.input_layernorm", rewrite, bias),
+        **pair("blk.{i}.ffn_norm", "model.layers.{i}.post_attention_layernorm", rewrite, bias),
+    }
+
+
+def attention(bias: bool = True, output_bias: bool = True) -> Table:
+    """Four projections."""
+    table: Table = {}
+    for letter in "qkv":
+        table |= pair(f"blk.{{i}}.attn_{letter}", f"model.layers.{{i}}.self_attn.{letter}_proj", bias=bias)
+    return table | pair("blk.{i}.attn_output", "model.layers.{i}.self_attn.o_proj", bias=output_bias)
+
+
+def fused_attention(fused: str, output: str, bias: bool = True) -> Table:
+    """Queries, keys and values in one matrix, and the output projection."""
+    table: Table = {}
+    for letter in "qkv":
+        table |= pair(f"blk.{{i}}.attn_{letter}", fused, f"fused_{letter}", bias)
+    return table | pair("blk.{i}.attn_output", output, bias=bias)
+
+
+def up(source: str, bias: bool = True) -> Table:
+    """The up projection."""
+    return pair("blk.{i}.ffn_up", source, bias=bias)
+
+
+def down(source: str, bias: bool = True) -> Table:
+    """The down projection in both layouts."""
+    return {
+        **pair("blk.{i}.ffn_down", source, bias=bias),
+        "blk.{i}.ffn_down_t.weight": Source(f"{source}.weight", "transpose"),
+    }
+
+
+def gated_ffn(bias: bool = True) -> Table:
+    """Gate, up and down projections."""
+    mlp = "model.layers.{i}.mlp."
+    return (
+        pair("blk.{i}.ffn_gate", mlp + "gate_proj", bias=bias)
+        | up(mlp + "up_proj", bias)
+        | down(mlp + "down_proj", bias)
+    )
