@@ -16,12 +16,18 @@ import numpy.typing as npt
 import torch
 from checkpoints import VOCAB_SIZE, load_tensors, randomize
 
+from runtime.gguf_file import GgufFile
+
 Array = npt.NDArray[Any]
+Tensors = dict[str, tuple[Array, int]]
 F32, F16, Q4_0 = 0, 1, 2  # enum ggml_type
 _UINT32, _INT32, _FLOAT32, _STRING, _ARRAY = 4, 5, 6, 8, 9  # enum gguf_type
 ALIGNMENT = 32
+THRESHOLD = 2.0  # of the predictors
 RANK = 24  # of the made-up predictors: no multiple of a block in F16 files
 RANK_Q4 = 32
+# What PowerInfer's converters write of a SentencePiece vocabulary; today's files have more keys.
+TOKENIZER_KEYS = ("model", "tokens", "scores", "token_type", "bos_token_id", "eos_token_id", "unknown_token_id")
 
 
 def _text(value: str) -> bytes:
@@ -213,3 +219,43 @@ def with_types(tensors: Mapping[str, Array], kind: int) -> dict[str, tuple[Array
     wide = (head, "position_embd.weight")
     types = {name: F32 if a.ndim == 1 else min(kind, F16) if name in wide else kind for name, a in tensors.items()}
     return {name: (array, types[name]) for name, array in tensors.items()}
+
+
+def parts(checkpoint: Path, kind: int, tokenizer_of: Path) -> tuple[dict[str, Any], Tensors]:
+    """Keys and tensors of a PowerInfer file of a checkpoint."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    arch, opt = config["model_type"], config["model_type"] == "opt"
+    n_ff = config["ffn_dim" if opt else "intermediate_size"]
+    n_layers, width = config["num_hidden_layers"], config["hidden_size"]
+    keys: dict[str, Any] = {
+        "general.architecture": arch,
+        "general.name": "LLaMA v2",
+        "general.file_type": kind,
+        f"{arch}.context_length": config["max_position_embeddings"] + (2 if opt else 0),
+        f"{arch}.embedding_length": width,
+        f"{arch}.block_count": n_layers,
+        f"{arch}.feed_forward_length": n_ff,
+        f"{arch}.attention.head_count": config["num_attention_heads"],
+        "powerinfer.sparse_threshold": THRESHOLD,
+    }
+    if not opt:
+        rope = config["rope_parameters"]
+        keys |= {
+            f"{arch}.attention.head_count_kv": config["num_key_value_heads"],
+            f"{arch}.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+            f"{arch}.rope.dimension_count": width // config["num_attention_heads"],
+            f"{arch}.rope.freq_base": rope["rope_theta"],
+        }
+        if rope["rope_type"] == "linear":
+            keys |= {f"{arch}.rope.scaling.type": "linear", f"{arch}.rope.scaling.factor": rope["factor"]}
+    keys |= tokenizer_keys(tokenizer_of)
+    arrays = (opt_tensors if opt else llama_tensors)(checkpoint, config)
+    for i, (fc1, fc2) in enumerate(predictor_arrays(n_layers, width, n_ff, RANK_Q4)):
+        arrays |= {f"blk.{i}.fc1.weight": fc1, f"blk.{i}.fc2.weight": fc2}
+    return keys, with_types(arrays, kind)
+
+
+def tokenizer_keys(path: Path) -> dict[str, Any]:
+    with GgufFile(path) as file:
+        found = {f"tokenizer.ggml.{key}": file.metadata[f"tokenizer.ggml.{key}"] for key in TOKENIZER_KEYS}
+    return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in found.items()}

@@ -22,34 +22,30 @@ from powerinfer_files import (
     F32,
     Q4_0,
     RANK_Q4,
-    Array,
+    THRESHOLD,
+    Tensors,
     checkpoint_arrays,
     encoded,
     falcon_tensors,
     file_bytes,
     header_bytes,
-    llama_tensors,
     make_falcon,
-    opt_tensors,
+    parts,
     predictor_arrays,
+    tokenizer_keys,
     with_types,
 )
 from test_convert_write import MB, peak_memory
 
 import runtime
-from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.structure import RESIDUALS
 from runtime.tokenizer import Tokenizer
 
 Folder = Callable[[str], Path]
-Tensors = dict[str, tuple[Array, int]]
 ROOT = Path(__file__).parent.parent
 N = 256
 TYPES = {"f32": F32, "f16": F16, "q4_0": Q4_0}
-THRESHOLD = 2.0
-# What PowerInfer's converters write of a SentencePiece vocabulary; today's files have more keys.
-TOKENIZER_KEYS = ("model", "tokens", "scores", "token_type", "bos_token_id", "eos_token_id", "unknown_token_id")
 
 
 @pytest.fixture(scope="module")
@@ -75,46 +71,6 @@ def original(folder: Path) -> Callable[[str], Path]:
 
 
 _THETA = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
-
-
-def parts(checkpoint: Path, kind: int, tokenizer_of: Path) -> tuple[dict[str, Any], Tensors]:
-    """Keys and tensors of a PowerInfer file of a checkpoint."""
-    config = json.loads((checkpoint / "config.json").read_text())
-    arch, opt = config["model_type"], config["model_type"] == "opt"
-    n_ff = config["ffn_dim" if opt else "intermediate_size"]
-    n_layers, width = config["num_hidden_layers"], config["hidden_size"]
-    keys: dict[str, Any] = {
-        "general.architecture": arch,
-        "general.name": "LLaMA v2",
-        "general.file_type": kind,
-        f"{arch}.context_length": config["max_position_embeddings"] + (2 if opt else 0),
-        f"{arch}.embedding_length": width,
-        f"{arch}.block_count": n_layers,
-        f"{arch}.feed_forward_length": n_ff,
-        f"{arch}.attention.head_count": config["num_attention_heads"],
-        "powerinfer.sparse_threshold": THRESHOLD,
-    }
-    if not opt:
-        rope = config["rope_parameters"]
-        keys |= {
-            f"{arch}.attention.head_count_kv": config["num_key_value_heads"],
-            f"{arch}.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
-            f"{arch}.rope.dimension_count": width // config["num_attention_heads"],
-            f"{arch}.rope.freq_base": rope["rope_theta"],
-        }
-        if rope["rope_type"] == "linear":
-            keys |= {f"{arch}.rope.scaling.type": "linear", f"{arch}.rope.scaling.factor": rope["factor"]}
-    keys |= tokenizer_keys(tokenizer_of)
-    arrays = (opt_tensors if opt else llama_tensors)(checkpoint, config)
-    for i, (fc1, fc2) in enumerate(predictor_arrays(n_layers, width, n_ff, RANK_Q4)):
-        arrays |= {f"blk.{i}.fc1.weight": fc1, f"blk.{i}.fc2.weight": fc2}
-    return keys, with_types(arrays, kind)
-
-
-def tokenizer_keys(path: Path) -> dict[str, Any]:
-    with GgufFile(path) as file:
-        found = {f"tokenizer.ggml.{key}": file.metadata[f"tokenizer.ggml.{key}"] for key in TOKENIZER_KEYS}
-    return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -383,12 +339,6 @@ def test_falcon(tiny_gguf: Path, tmp_path: Path, two_norms: bool) -> None:
     assert same_argmax(expected, found) >= 0.995
 
 
-@pytest.mark.skipif("parallel" in RESIDUALS, reason="this version has parallel blocks")
-def test_falcon_is_refused(original: Folder, tiny_gguf: Path, tmp_path: Path) -> None:
-    keys, tensors = parts(original("llama"), F16, tiny_gguf)
-    refused(file_bytes(renamed(keys, "falcon"), tensors), "`lazyneuron.residual` is `parallel`", tmp_path)
-
-
 # --- the activation --------------------------------------------------------------------------------------------------
 
 
@@ -438,90 +388,7 @@ def test_drelu_computes_drelu(original: Folder, tiny_gguf: Path, tmp_path: Path)
     assert max_difference(expected, logits(tmp_path / "x.gguf", ffn="exact")) <= 2e-3
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
-
-
-def refused(data: bytes, complaint: str, tmp_path: Path, **options: Any) -> None:
-    source = tmp_path / "old.powerinfer.gguf"
-    source.write_bytes(data)
-    with pytest.raises(UserError) as error:
-        convert(source, tmp_path / "new.gguf", **options)
-    assert complaint in error.value.message
-    assert "\n" not in error.value.message
-    assert sorted(tmp_path.iterdir()) == [source]
-
-
-@pytest.mark.parametrize(
-    "name", ["blk.1.fc1.weight", "blk.0.fc2.weight", "blk.1.ffn_down_t.weight", "output.weight", "token_embd.weight"]
-)
-def test_a_missing_tensor(original: Folder, tiny_gguf: Path, tmp_path: Path, name: str) -> None:
-    keys, tensors = parts(original("llama"), Q4_0, tiny_gguf)
-    del tensors[name]
-    complaint = f"`{name}` missing" if name == "token_embd.weight" else f"1 tensors missing ({name})"
-    refused(file_bytes(keys, tensors), complaint, tmp_path)
-
-
-WRONG_KEYS: list[tuple[dict[str, Any], str]] = [
-    ({"general.architecture": "generic.gpu_index"}, "general.architecture is `generic.gpu_index`, expected one of"),
-    ({"general.architecture": "falcon"}, "no `context_length`"),
-    ({"general.quantization_version": 1}, "quantization version 1, expected 2"),
-    ({"llama.block_count": 3}, "tensors missing (blk.2.fc1.weight)"),
-    ({"llama.block_count": 1}, "tensors unknown (blk.1.attn_k.weight"),
-    ({"llama.feed_forward_length": 320}, "has shape [32, 352], expected [32, 320]"),
-    ({"llama.attention.head_count_kv": 4}, "has shape [32, 16], expected [32, 32]"),
-    ({"llama.attention.head_count": 5}, "embedding_length 32 is not a multiple of the 5 heads"),
-    ({"llama.rope.scaling.type": "yarn"}, "rope scaling `yarn`, expected none or linear"),
-    ({"llama.context_length": "many"}, '`context_length` is "many", expected an integer'),
-    ({"tokenizer.ggml.tokens": ["a"] * (VOCAB_SIZE + 1)}, f"{VOCAB_SIZE + 1} tokens, expected 1 to {VOCAB_SIZE}"),
-]
-
-
-@pytest.mark.parametrize(("changes", "complaint"), WRONG_KEYS)
-def test_wrong_keys(original: Folder, tiny_gguf: Path, tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
-    keys, tensors = parts(original("llama"), F16, tiny_gguf)
-    refused(file_bytes(keys | changes, tensors), complaint, tmp_path)
-
-
-def test_a_missing_key_and_an_unknown_tensor(original: Folder, tiny_gguf: Path, tmp_path: Path) -> None:
-    keys, tensors = parts(original("llama"), F16, tiny_gguf)
-    refused(
-        file_bytes(keys, tensors | {"blk.0.fc3.weight": (np.zeros((2, 2)), F16)}),
-        "tensors unknown (blk.0.fc3",
-        tmp_path,
-    )
-    norm = {"blk.1.ffn_norm.weight": (np.ones(32), F16)}
-    refused(file_bytes(keys, tensors | norm), "`blk.1.ffn_norm.weight` has type f16, expected f32", tmp_path)
-    del keys["llama.attention.layer_norm_rms_epsilon"]
-    refused(file_bytes(keys, tensors), "no `attention.layer_norm_rms_epsilon`", tmp_path)
-
-
-@pytest.mark.parametrize("share", [0.0001, 0.01, 0.5, 0.99999])
-def test_a_file_that_is_cut_off(source: Source, tmp_path: Path, share: float) -> None:
-    data = source("llama", "q4_0")[0].read_bytes()
-    refused(data[: int(share * len(data))], "old.powerinfer.gguf`: ", tmp_path)
-
-
-def test_other_magics_and_versions(source: Source, tmp_path: Path) -> None:
-    data = source("llama", "f16")[0].read_bytes()
-    refused(b"GGML" + data[4:], "starts with b'GGML', expected a PWRI file", tmp_path)
-    refused(b"GGUF" + data[4:], "a GGUF file, expected a checkpoint folder", tmp_path)
-    refused(data[:4] + b"\x63\0\0\0" + data[8:], "damaged", tmp_path)
-    refused(b"", "starts with b''", tmp_path)
-
-
-@pytest.mark.parametrize(
-    "option", [{"type": "q8_0"}, {"output_type": "f16"}, {"predictor": "lowrank"}, {"energy": 0.9}]
-)
-def test_options_that_do_not_apply(source: Source, tmp_path: Path, option: dict[str, Any]) -> None:
-    name = next(iter(option)).replace("_", "-")
-    refused(
-        source("llama", "f16")[0].read_bytes(), f"--{name}: does not apply to a PowerInfer file", tmp_path, **option
-    )
-
-
-@pytest.mark.parametrize("ffn_type", ["silu", "fatrelu", "fatrelu:much"])
-def test_other_activations(source: Source, tmp_path: Path, ffn_type: str) -> None:
-    refused(source("llama", "f16")[0].read_bytes(), "--ffn-type", tmp_path, ffn_type=ffn_type)
+# --- the command line --------------------------------------------------------------------------------------------------
 
 
 def test_the_command_line(source: Source, tmp_path: Path) -> None:
