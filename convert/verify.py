@@ -57,30 +57,28 @@ def verify(file: Path, out: Path, checkpoint: Checkpoint, plan: Plan) -> Verdict
 
     out: what to call the file. Raises UserError when the logits differ by more than rounding explains.
     """
-    modes = ("exact", "dense") if _has_dense(file) else ("exact",)
-    with runtime.load(file, ffn="exact", kv_type="f32") as model:
-        ids = model.tokenize(TEXT)[: min(_MOST_TOKENS, model.n_ctx)]
+    with GgufFile(file) as opened:
+        modes = ("exact", "dense") if opened.structure.layout == "both" else ("exact",)
+    n = min(_MOST_TOKENS, plan.structure.context_length)
+    with runtime.load(file, ffn="exact", kv_type="f32", n_ctx=n) as model:
+        ids = model.tokenize(TEXT)[:n]
     name, oracle = _oracle(checkpoint, plan)
     expected = oracle(ids)
     verdicts = [_judge(file, mode, ids, name, expected) for mode in modes]
-    worst = max(verdicts, key=lambda verdict: verdict.kl)
     limit = max(LIMITS[kind] for kind in (plan.types.main, plan.types.output or plan.types.main))
-    if not worst.kl <= limit:  # a divergence that is no number is no pass
-        raise UserError(
-            f"`{out}`: not written, its logits differ from {name}'s: KL {worst.kl:.2g} nats per token in {worst.modes[0]} mode, "
-            f"expected at most {limit:g} for {plan.types.main}",
-            "the activation may be another one (--ffn-type), the checkpoint damaged, or a small model hurt by few bits: --type f16 tells",
-        )
-    return Verdict(name, modes, len(ids), max(v.max_difference for v in verdicts), worst.kl)
-
-
-def _has_dense(file: Path) -> bool:
-    with GgufFile(file) as opened:
-        return opened.structure.layout == "both"
+    for verdict in verdicts:
+        if not verdict.kl <= limit:  # a divergence that is no number is no pass
+            raise UserError(
+                f"`{out}`: not written, its logits differ from {name}'s: KL {verdict.kl:.2g} nats per token in "
+                f"{verdict.modes[0]} mode, expected at most {limit:g} for {plan.types.main}",
+                "the activation may be another one (--ffn-type), the checkpoint damaged, or a small model hurt by few bits: "
+                "--type f16 tells",
+            )
+    return Verdict(name, modes, len(ids), max(v.max_difference for v in verdicts), max(v.kl for v in verdicts))
 
 
 def _judge(file: Path, mode: str, ids: list[int], name: str, expected: Floats) -> Verdict:
-    with runtime.load(file, ffn=mode, kv_type="f32") as model:
+    with runtime.load(file, ffn=mode, kv_type="f32", n_ctx=len(ids)) as model:
         found = model.logits(ids)
     return Verdict(name, (mode,), len(ids), float(np.abs(found - expected).max()), divergence(expected, found))
 
