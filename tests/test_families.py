@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from families import CASES, GQA, Case, drelu
 from oracle import Logits, max_difference, random_ids, same_argmax
+from splits import hot
 
 import runtime
 from convert import archs, convert, job
@@ -24,11 +25,16 @@ from runtime.layers import BlockRunner
 
 N = 256
 RANK = 32
-MODES: dict[str, dict[str, Any]] = {  # options of runtime.load
+MODES: dict[str, dict[str, Any]] = {  # options of runtime.load; split: see tests/splits.py
     "dense": {"ffn": "dense"},
     "exact": {"ffn": "exact"},
     "predicted": {"ffn": "predicted", "predictor_bias": math.inf},
-}
+    "half of the neurons on a device": {"ffn": "exact", "device": "CPU", "split": "half"},
+    "all neurons on a device": {"ffn": "exact", "device": "CPU", "split": "all"},
+    "a block of neurons on a device, predicted": {
+        "ffn": "predicted", "predictor_bias": math.inf, "device": "CPU", "split": "one block",
+    },
+}  # fmt: skip
 
 
 def made_up_fit(path: Path, **_options: Any) -> ModelFit:
@@ -82,7 +88,10 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference(case: Any, name: str, mode: str) -> None:
     _, path, ids, expected = case(name)
-    with runtime.load(path, kv_type="f32", threads=2, **MODES[mode]) as model:
+    options = {"device": "none"} | MODES[mode]
+    if "split" in options:
+        options["hot"] = hot(path, options.pop("split"))
+    with runtime.load(path, kv_type="f32", threads=2, **options) as model:
         found = model.logits(ids)
     assert max_difference(expected, found) <= 2e-3
     assert same_argmax(expected, found) >= 0.995
