@@ -80,9 +80,9 @@ def arrange(
         hot = [(k, *[0] * (len(devices) - 1)) for k in _wanted(wish.hot, len(blocks))]
         wrong = [k for block, (k, *_) in zip(blocks, hot, strict=True) if k not in block.cuts]
         if wrong:
-            raise UserError(
-                f"{wrong[0]} hot neurons, expected one of {', '.join(map(str, blocks[0].cuts[:3]))} .. {blocks[0].cuts[-1]}"
-            )
+            first, *others = map(str, blocks[0].cuts)
+            more = f", {', '.join(others[:2])} .. {others[-1]}" if others else ", since the file has no ffn_down"
+            raise UserError(f"{wrong[0]} hot neurons, expected {'one of ' if others else ''}{first}{more}")
         placement = evaluate(blocks, head, machine, 0, True, hot)
     residence = Residence(file.structure, placement, ffn == "predicted")
     return Arrangement(devices, options.budgets, residence, scratch_of(file.structure, options))

@@ -16,12 +16,15 @@ from oracle import Logits, kl, random_ids, relative, transformers_logits
 from splits import SPLITS, hot
 
 import runtime
+from convert import convert
 from predictors.cli import main
 from runtime import arrange, ggml
 from runtime.costs import PlanOptions
+from runtime.errors import UserError
 from runtime.placement import Placement
 
 Converted = Callable[..., Path]
+BUNDLED = Path(__file__).parent.parent / "examples/tiny-relu-llama"
 FAMILIES = ("bundled", "llama-gqa", "llama-odd-ff", "llama-biases", "opt-pre-norm", "opt-post-norm", "opt-untied")
 
 
@@ -142,6 +145,15 @@ def test_two_runs_give_the_same_bits(converted: Converted) -> None:
     path, ids = converted("bundled", "q4_0"), random_ids(60, 4000)
     options: dict[str, Any] = {"device": "CPU", "hot": 256, "threads": 2}
     assert np.array_equal(logits(path, ids, **options), logits(path, ids, **options))
+
+
+def test_a_file_without_the_device_s_layout_keeps_its_neurons_on_the_cpu(tmp_path: Path) -> None:
+    """`ffn_down_t` is for the CPU's kernels only: attention, keys and values and the head can be on the device all the same."""
+    path, ids = tmp_path / "sparse.gguf", random_ids(40, 4000)
+    convert(BUNDLED, path, type="f32", layout="sparse", calibration="none")
+    assert relative(logits(path, ids, ffn="exact"), logits(path, ids, ffn="exact", device="CPU", hot=0)) <= 1e-4
+    with pytest.raises(UserError, match="256 hot neurons, expected 0, since the file has no ffn_down"):
+        logits(path, ids, device="CPU", hot=256)
 
 
 def test_blocks_may_differ(converted: Converted) -> None:

@@ -13,7 +13,6 @@ from plain import convert
 from powerinfer_files import F16, Q4_0, file_bytes, parts
 
 from runtime.errors import UserError
-from runtime.structure import RESIDUALS
 
 Folder = Callable[[str], Path]
 
@@ -100,13 +99,6 @@ def test_other_magics_and_versions(whole: bytes, tmp_path: Path) -> None:
 def test_options_that_do_not_apply(whole: bytes, tmp_path: Path, option: dict[str, Any]) -> None:
     name = next(iter(option)).replace("_", "-")
     refused(whole, f"--{name}: does not apply to a PowerInfer file", tmp_path, **option)
-
-
-@pytest.mark.skipif("parallel" in RESIDUALS, reason="this version has parallel blocks")
-def test_parallel_blocks(checkpoint: Folder, tiny_gguf: Path, tmp_path: Path) -> None:
-    keys, tensors = parts(checkpoint("llama-gqa"), F16, tiny_gguf)
-    keys = {key.replace("llama.", "falcon."): v for key, v in keys.items()} | {"general.architecture": "falcon"}
-    refused(file_bytes(keys, tensors), "`lazyneuron.residual` is `parallel`", tmp_path)
 
 
 @pytest.mark.parametrize("ffn_type", ["silu", "fatrelu", "fatrelu:much"])

@@ -39,7 +39,6 @@ from test_convert_write import MB, peak_memory
 
 import runtime
 from runtime.gguf_file import GgufFile
-from runtime.structure import RESIDUALS
 from runtime.tokenizer import Tokenizer
 
 Folder = Callable[[str], Path]
@@ -311,7 +310,6 @@ def test_memory_does_not_grow_with_the_model(original: Folder, tiny_gguf: Path, 
     assert (tmp_path / "new.gguf").stat().st_size > 250 * MB
 
 
-@pytest.mark.skipif("parallel" not in RESIDUALS, reason="no parallel blocks in this version")
 @pytest.mark.parametrize("two_norms", [True, False])
 def test_falcon(tiny_gguf: Path, tmp_path: Path, two_norms: bool) -> None:
     checkpoint = tmp_path / "falcon"

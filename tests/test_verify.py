@@ -15,7 +15,7 @@ from families import CASES
 from oracle import kl, max_difference, random_ids, transformers_logits
 from plain import convert
 
-from convert import job, rewrites, verify
+from convert import rewrites, source, verify
 from convert.arch import Source
 from convert.archs import llama, nemotron
 from convert.checkpoint import open_checkpoint
@@ -80,10 +80,10 @@ def test_the_divergence_equals_the_tests_own() -> None:
 
 
 def wrong_metadata(changes: dict[str, Any]) -> Callable[[pytest.MonkeyPatch], None]:
-    right = job._metadata
+    right = source._metadata
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(job, "_metadata", lambda *a: right(*a) | {f"lazyneuron.{k}": v for k, v in changes.items()})
+        patch.setattr(source, "_metadata", lambda *a: right(*a) | {f"lazyneuron.{k}": v for k, v in changes.items()})
 
     return plant
 
