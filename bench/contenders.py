@@ -18,11 +18,11 @@ import numpy as np
 
 import runtime
 from runtime import ggml_devices as gd
-from runtime import logs
 from runtime.bandwidth import cpu
 from runtime.devices import NONE, find
 from runtime.engine import FFN_MODES
 from runtime.errors import UserError
+from runtime.logs import captured_log, silence
 
 LLAMA_CPP = "llama_cpp"
 BATCH = 512  # tokens of a prompt computed at once, by every contender
@@ -132,7 +132,7 @@ class LlamaCpp:
         import llama_cpp  # noqa: PLC0415  (its import is slow, and no other contender needs it)
 
         self._lib, self._spec, self._log = llama_cpp, spec, [""]
-        logs.silence()
+        silence()  # its import routed the log elsewhere
         llama_cpp.llama_backend_init()
 
     def open(self) -> None:
@@ -144,7 +144,7 @@ class LlamaCpp:
         lib, params = self._lib, self._model_params()
         assert params.use_extra_bufts  # repacked weights
         params.no_alloc, params.load_mode = dry, lib.LLAMA_LOAD_MODE_NONE if dry else lib.LLAMA_LOAD_MODE_MMAP
-        with logs.captured_log() as self._log:
+        with captured_log() as self._log:
             self._model = lib.llama_model_load_from_file(self._spec.path.encode(), params)
             self._context = lib.llama_init_from_model(self._model, self._context_params()) if self._model else None
         if not self._context:

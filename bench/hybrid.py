@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from bench.contenders import BATCH, LLAMA_CPP, LlamaCpp, Spec
 from bench.make_model import add_recipe, cached, recipe_of
@@ -35,6 +34,7 @@ from runtime.devices import DeviceInfo, devices, find
 from runtime.engine import FFN_MODES, KV_TYPES
 from runtime.errors import UserError, run_command
 from runtime.gguf_file import GgufFile
+from runtime.logs import silence
 from runtime.placement import evaluate
 from runtime.threads import physical_cores
 
@@ -169,48 +169,33 @@ def _llama_cpp(plan: Plan, file: GgufFile, options: PlanOptions, device: DeviceI
 def _where(r: Mapping[str, Any], n_blocks: int) -> str:
     """What is on the device, in words."""
     if "layers" in r:
-        ffns = f", FFNs of {r['cpu_ffns']} not" if r["cpu_ffns"] else ""
-        return f"{r['layers']} of {n_blocks + 1} layers{ffns}"
-    head = ", head" if r["head"] else ""
-    return f"{r['blocks']} of {n_blocks} blocks, {r['hot_share']:.0%} of neurons{head}"
+        return f"{r['layers']}/{n_blocks + 1} layers" + (f", {r['cpu_ffns']} FFNs not" if r["cpu_ffns"] else "")
+    return f"{r['blocks']}/{n_blocks} blocks, {r['hot_share']:.0%} hot" + (", head" if r["head"] else "")
 
 
 def _rows(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     for budget in result["budgets"]:
+        yield (f"{budget['percent']:g} %: {budget['budget_bytes'] / 1e6:.0f} MB",)
         base = budget[LLAMA_CPP]["tokens_per_s"]
         for kind in (LLAMA_CPP, OURS):
             r = budget[kind]
             yield (
-                f"{budget['percent']:g}% {kind}",
+                kind,
                 f"{r['tokens_per_s']:.2f}",
                 f"{r['min']:.2f} - {r['max']:.2f}",
                 f"{r['tokens_per_s'] / base:.2f}",
-                f"{budget['budget_bytes'] / 1e6:.0f}",
                 f"{r['device_bytes'] / 1e6:.0f}",
                 "n/a" if r["driver_bytes"] is None else f"{r['driver_bytes'] / 1e6:.0f}",
                 _where(r, result["blocks"]),
             )
 
 
-def _table(result: Mapping[str, Any]) -> Table:
-    device = result["device"]
-    title = f"decoding {result['model']}, {result['ffn']}, {result['threads']} threads, {device['name']} ({device['description']})"
-    columns = (
-        "budget",
-        "tokens/s",
-        "min - max",
-        "x llama.cpp",
-        "budget MB",
-        "buffers MB",
-        "driver MB",
-        "on the device",
-    )
-    return table(title, columns, list(_rows(result)))
-
-
 def show(result: Mapping[str, Any], out: Console) -> None:
     """Print the table for people."""
-    out.print(_table(result))
+    device = result["device"]
+    title = f"decoding {result['model']}, {result['ffn']}, {result['threads']} threads, {device['name']} ({device['description']})"
+    columns = ("", "tokens/s", "min - max", "x llama.cpp", "buffers MB", "driver MB", "on the device")
+    out.print(table(title, columns, list(_rows(result))))
     out.print(
         "buffers: as each runtime counts its own; driver: by how much the free memory shrank that the driver reports."
     )
@@ -241,6 +226,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="tokens decoded per turn")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender within each budget")
     args = parser.parse_args()
+    silence()
     gpus = [device for kind in _GPUS for device in devices() if device.kind == kind]
     if not gpus:
         parser.exit(NO_GPU, "no GPU: ggml sees none on this machine, nothing is measured (docs/install-gpu.md)\n")

@@ -19,6 +19,7 @@ from bench.contenders import Spec, make, timed_decode, timed_open, timed_prompt
 from bench.memory import DenseProduct, resident
 from runtime.devices import find
 from runtime.errors import UserError
+from runtime.logs import silence
 
 BANDWIDTH = "bandwidth"
 
@@ -145,6 +146,7 @@ def _main(description: str) -> None:
     # Libraries that print must not print into the replies.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    silence()
     spec = Spec(**json.loads(description))
     target = _Yardstick(spec.threads) if spec.kind == BANDWIDTH else _Model(spec)
     _serve(target, replies.write)

@@ -154,6 +154,17 @@ def test_a_race_takes_a_real_model(tiny_gguf: Path, tmp_path: Path) -> None:
     assert {"llama_cpp", "dense", "exact"} <= set(result)
 
 
+def test_without_a_gpu_nothing_is_claimed() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.hybrid", "--shape", "tiny"], capture_output=True, text=True, check=False, cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1", "VK_DRIVER_FILES": os.devnull},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "no GPU" in done.stderr
+
+
 @pytest.mark.parametrize(("name", "kind"), [("tiny", "q4_0"), ("tiny", "f16"), ("tiny-opt", "q8_0")])
 def test_kernels_compute_what_was_planted(name: str, kind: str) -> None:
     case = Case(shape(name), kind, 0.25, threads=2, copies=2)
