@@ -247,9 +247,11 @@ def timed_prompt(contender: Contender, ids: Sequence[int]) -> float:
     return time.perf_counter() - begin
 
 
-def timed_decode(contender: Contender, prompt: Sequence[int], ids: Sequence[int]) -> float:
-    """Seconds that the tokens `ids` take one by one, after a prompt that is not counted."""
+def timed_decode(contender: Contender, prompt: Sequence[int], ids: Sequence[int], warm_up: Sequence[int] = ()) -> float:
+    """Seconds that the tokens `ids` take one by one, after a prompt and tokens to warm up that are not counted."""
     contender.start(prompt)
+    for token in warm_up:
+        contender.step(token)
     begin = time.perf_counter()
     for token in ids:
         contender.step(token)

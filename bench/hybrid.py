@@ -42,6 +42,8 @@ NO_GPU = 2  # exit status
 OURS = "lazyneuron"
 _GPUS = ("GPU", "IGPU")
 _KIB = 1 << 10
+_WARM_UP = 16  # tokens
+_FIRST = PROMPT + _WARM_UP  # position of the first token that counts
 
 
 @dataclass
@@ -53,13 +55,12 @@ class Entry:
     turns: list[dict[str, Any]] = field(default_factory=list)
 
     def turn(self, plan: Plan, tokens: int) -> None:
-        """Load, decode once to warm up and once that counts, and end."""
+        """Load, decode some tokens to warm up and those that count, and end."""
         read_through(Path(self.spec.path))
-        decode = {"prompt": plan.ids[:PROMPT], "ids": plan.ids[PROMPT : PROMPT + tokens]}
+        prompt, warm_up, ids = plan.ids[:PROMPT], plan.ids[PROMPT:_FIRST], plan.ids[_FIRST : _FIRST + tokens]
         with Worker(self.spec) as worker:
-            loads = worker.open(plan.ids[:PROMPT])
-            worker.ask("decode", **decode)
-            reply = worker.ask("decode", **decode)
+            loads = worker.open(prompt)
+            reply = worker.ask("decode", prompt=prompt, ids=ids, warm_up=warm_up)
             self.speeds.append(tokens / reply["seconds"])
             self.turns.append({**reply, **loads, **worker.ask("on_device")})
 
@@ -95,7 +96,7 @@ def measure(
     if tokens < 1 or rounds < 1 or not percents or not all(0 <= percent <= 100 for percent in percents):
         raise UserError("--tokens and --rounds: expected at least 1; --budgets: 0 to 100")
     load = load_average(_say)
-    with planned(path, twin, threads, tokens) as plan, GgufFile(path) as file:
+    with planned(path, twin, threads, tokens, _WARM_UP) as plan, GgufFile(path) as file:
         mode = ffn or plan.modes[-1]
         options = machine_options([device], usable((), [device]), threads, mode, plan.n_ctx, KV_TYPES["f16"], BATCH)
         full = full_bytes(file, options)

@@ -78,17 +78,21 @@ class Entry:
 
 
 @contextmanager
-def planned(path: Path, twin: Path | None, threads: int, tokens: int) -> Iterator[Plan]:
-    """The plan for a model; its twin for llama.cpp is made where none is given, and goes away at the end."""
+def planned(path: Path, twin: Path | None, threads: int, tokens: int, warm_up: int = 0) -> Iterator[Plan]:
+    """The plan for a model; its twin for llama.cpp is made where none is given, and goes away at the end.
+
+    tokens: decoded after the prompt and `warm_up` tokens.
+    """
     with ExitStack() as stack:
         with GgufFile(path) as file:
             s, tensors, synthetic = file.structure, dict(file.tensors), ACTIVE_KEY in file.metadata
-        if PROMPT + tokens > min(N_CTX, s.context_length):
-            raise UserError(f"--tokens {tokens}, expected at most {min(N_CTX, s.context_length) - PROMPT}")
+        before, n_ctx = PROMPT + warm_up, min(N_CTX, s.context_length)
+        if before + tokens > n_ctx:
+            raise UserError(f"--tokens {tokens}, expected at most {n_ctx - before}")
         if twin is None:
             twin = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "stock.gguf"
             stock.write(path, twin)
-        wanted = max(*PROMPTS, PROMPT + tokens)
+        wanted = max(*PROMPTS, before + tokens)
         ids = random_ids(s.vocab_size, wanted) if synthetic else _text_ids(path, wanted)
         yield Plan(path, twin, s, tensors, synthetic, ids, threads)
 

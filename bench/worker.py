@@ -98,8 +98,8 @@ class _Model:
     def prompt(self, ids: list[int]) -> float:
         return timed_prompt(self._contender, ids)
 
-    def decode(self, prompt: list[int], ids: list[int]) -> dict[str, Any]:
-        seconds = timed_decode(self._contender, prompt, ids)
+    def decode(self, prompt: list[int], ids: list[int], warm_up: Sequence[int] = ()) -> dict[str, Any]:
+        seconds = timed_decode(self._contender, prompt, ids, warm_up)
         return {"seconds": seconds, **self._contender.facts()}
 
     def memory(self) -> dict[str, int]:
