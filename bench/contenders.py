@@ -1,23 +1,50 @@
-"""The contenders of a race, each in a process of its own: llama.cpp, and our modes. All get the same ids to compute, whatever they would have said themselves.
+"""The contenders of a race, each in a process of its own: llama.cpp, and our modes, on the CPU alone or on a device too.
+
+All get the same ids to compute, whatever they would have said themselves.
 
 `open` is timed, so whatever a contender imports is imported when it is made.
 """
 
 from __future__ import annotations
 
+import ctypes
+import re
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 import runtime
+from runtime import ggml_devices as gd
+from runtime.bandwidth import cpu
+from runtime.devices import NONE, find
 from runtime.engine import FFN_MODES
-from runtime.logs import silence
+from runtime.errors import UserError
+from runtime.logs import captured_log, silence
 
 LLAMA_CPP = "llama_cpp"
 BATCH = 512  # tokens of a prompt computed at once, by every contender
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A contender. kind: LLAMA_CPP or one of our modes. device: a name, or NONE for the CPU alone.
+
+    budget: bytes on the device, whole KiB; of our modes. layers, cpu_ffns: llama.cpp's: how many layers are on the device, the head first and then the last
+    blocks (`--n-gpu-layers`), and how many of the first blocks leave their FFN's weights to the CPU.
+    """
+
+    kind: str
+    path: str
+    threads: int
+    n_ctx: int
+    device: str = NONE
+    budget: int = 0
+    layers: int = 0
+    cpu_ffns: int = 0
 
 
 class Contender(Protocol):
@@ -35,6 +62,9 @@ class Contender(Protocol):
     def facts(self) -> dict[str, Any]:
         """What is known of the tokens since `start`."""
 
+    def on_device(self) -> dict[str, Any]:
+        """`device_bytes`, those of all buffers on the device, and what else is known of what is there."""
+
     def close(self) -> None:
         """Free the model."""
 
@@ -42,13 +72,17 @@ class Contender(Protocol):
 class Ours:
     """Our runtime in one FFN mode."""
 
-    def __init__(self, path: Path, ffn: str, threads: int, n_ctx: int) -> None:
-        self._path, self._ffn, self._threads, self._n_ctx = path, ffn, threads, n_ctx
+    def __init__(self, spec: Spec) -> None:
+        self._spec = spec
         self._ids: list[int] = []
 
     def open(self) -> None:
         """Load the model."""
-        self._model = runtime.load(self._path, ffn=self._ffn, threads=self._threads, n_ctx=self._n_ctx, n_batch=BATCH)
+        s = self._spec
+        self._model = runtime.load(
+            s.path, ffn=s.kind, threads=s.threads, n_ctx=s.n_ctx, n_batch=BATCH, device=s.device,
+            vram_budget=None if s.device == NONE else f"{s.budget // 1024}KiB",
+        )  # fmt: skip
         self._engine = self._model._engine
 
     def start(self, ids: Sequence[int]) -> None:
@@ -67,31 +101,86 @@ class Ours:
         """Shares of neurons per block since `start`."""
         return {"fired": self._engine.layer_shares(), "gates": self._engine.gate_shares()}
 
+    def on_device(self) -> dict[str, Any]:
+        """Blocks whose attention is there, the share of all neurons, and whether the head is."""
+        found: dict[str, Any] = {"device_bytes": sum(self._model.device_bytes())}
+        if self._model.arrangement:
+            placement, s = self._model.arrangement.residence.placement, self._model.structure
+            found["blocks"] = s.block_count - placement.resident_from
+            found["hot_share"] = sum(map(sum, placement.hot)) / (s.block_count * s.feed_forward_length)
+            found["head"] = placement.head
+        return found
+
     def close(self) -> None:
         """Free the model."""
         self._model.close()
 
 
-class LlamaCpp:
-    """llama.cpp through llama-cpp-python with its own best settings: mapped, repacked, flash attention."""
+class _BufferTypeOverride(ctypes.Structure):
+    """struct llama_model_tensor_buft_override, which llama-cpp-python does not declare."""
 
-    def __init__(self, path: Path, threads: int, n_ctx: int) -> None:
+    _fields_ = [("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p)]
+
+
+class LlamaCpp:
+    """llama.cpp through llama-cpp-python's C functions with its own best settings: mapped, repacked, flash attention.
+
+    Its class `Llama` cannot say which device is used, nor which weights stay with the CPU.
+    """
+
+    def __init__(self, spec: Spec) -> None:
         import llama_cpp  # noqa: PLC0415  (its import is slow, and no other contender needs it)
 
-        self._lib, self._path, self._threads, self._n_ctx = llama_cpp, path, threads, n_ctx
-        silence()
+        self._lib, self._spec, self._log = llama_cpp, spec, [""]
+        silence()  # its import routed the log elsewhere
+        llama_cpp.llama_backend_init()
 
     def open(self) -> None:
-        """Load the model."""
-        self._llm = self._lib.Llama(
-            str(self._path), n_ctx=self._n_ctx, n_batch=BATCH, n_ubatch=BATCH, n_threads=self._threads,
-            n_threads_batch=self._threads, flash_attn=True, use_mmap=True, verbose=False,
-        )  # fmt: skip
-        assert self._llm.model_params.use_extra_bufts  # repacked weights
+        """Load the model. Raises UserError where that fails."""
+        self._open(dry=False)
+
+    def _open(self, dry: bool) -> None:
+        """dry: nothing is loaded, and only the sizes of compute buffers are found out."""
+        lib, params = self._lib, self._model_params()
+        assert params.use_extra_bufts  # repacked weights
+        params.no_alloc, params.load_mode = dry, lib.LLAMA_LOAD_MODE_NONE if dry else lib.LLAMA_LOAD_MODE_MMAP
+        with captured_log() as self._log:
+            self._model = lib.llama_model_load_from_file(self._spec.path.encode(), params)
+            self._context = lib.llama_init_from_model(self._model, self._context_params()) if self._model else None
+        if not self._context:
+            if self._model:
+                lib.llama_model_free(self._model)
+            raise UserError(f"`{self._spec.path}`: llama.cpp does not load it: {(self._log or [''])[-1]}")
+        self._n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
+
+    def _model_params(self) -> Any:
+        s, params = self._spec, self._lib.llama_model_default_params()
+        params.n_gpu_layers = s.layers
+        # Whatever the CPU holds may be repacked: without this, memory for transfers to the device would come first.
+        params.no_host = True
+        used = [device.handle.value for device in find((s.device,))] if s.layers else []
+        self._devices = (ctypes.c_void_p * 2)(*used)  # ends with NULL; kept as long as the model
+        params.devices = ctypes.addressof(self._devices)
+        self._overrides = (_BufferTypeOverride * 2)()
+        if s.cpu_ffns:
+            blocks = "|".join(map(str, range(s.cpu_ffns)))
+            buffer_type = gd.ggml_backend_dev_buffer_type(cpu().handle)
+            self._overrides[0] = _BufferTypeOverride(
+                rf"^blk\.({blocks})\.ffn_(gate|up|down)\.".encode(), buffer_type.value
+            )
+            params.tensor_buft_overrides = ctypes.addressof(self._overrides)
+        return params
+
+    def _context_params(self) -> Any:
+        params = self._lib.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = self._spec.n_ctx, BATCH, BATCH
+        params.n_threads = params.n_threads_batch = self._spec.threads
+        params.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        return params
 
     def start(self, ids: Sequence[int]) -> None:
         """Forget the context and compute `ids` as a prompt."""
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._llm.ctx), True)
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         for at in range(0, len(ids), BATCH):
             self._compute(ids[at : at + BATCH])
 
@@ -101,26 +190,45 @@ class LlamaCpp:
 
     def _compute(self, ids: Sequence[int]) -> None:
         tokens = (self._lib.llama_token * len(ids))(*ids)  # the batch only points to it
-        if self._lib.llama_decode(self._llm.ctx, self._lib.llama_batch_get_one(tokens, len(ids))):
+        if self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(tokens, len(ids))):
             raise RuntimeError("llama_decode failed")
-        logits = self._lib.llama_get_logits_ith(self._llm.ctx, -1)
-        np.ctypeslib.as_array(logits, (self._llm.n_vocab(),)).argmax()
+        logits = self._lib.llama_get_logits_ith(self._context, -1)
+        np.ctypeslib.as_array(logits, (self._n_vocab,)).argmax()
 
     def facts(self) -> dict[str, Any]:
         """Nothing: every neuron, always."""
         return {}
 
+    def on_device(self) -> dict[str, Any]:
+        """Layers there, and how many of the first blocks leave their FFN to the CPU. The bytes are those that llama.cpp logs."""
+        return {"device_bytes": self._logged_bytes(), "layers": self._spec.layers, "cpu_ffns": self._spec.cpu_ffns}
+
+    def compute_bytes(self) -> int:
+        """Bytes of the compute buffers that it would have on the device, found without loading the model."""
+        self._open(dry=True)
+        try:
+            return self._logged_bytes()
+        finally:
+            self.close()
+
+    def _logged_bytes(self) -> int:
+        """The sum of the device's buffers, each rounded to 10 KiB by the log."""
+        # Buffers are named after their device, some with a suffix: `CUDA0`, `MTL0_Mapped`. `CUDA_Host` is main memory.
+        line = re.compile(rf": +{re.escape(self._spec.device)}(_\w+)? .*buffer size = +([\d.]+) MiB", re.IGNORECASE)
+        return sum(round(float(match[2]) * _MIB) for match in map(line.search, self._log) if match)
+
     def close(self) -> None:
         """Free the model."""
-        self._llm.close()
+        self._lib.llama_free(self._context)
+        self._lib.llama_model_free(self._model)
 
 
-def make(kind: str, path: Path, threads: int, n_ctx: int) -> Contender:
-    """The contender named `kind`: LLAMA_CPP or one of our modes."""
-    if kind in FFN_MODES:
-        return Ours(path, kind, threads, n_ctx)
-    assert kind == LLAMA_CPP, kind
-    return LlamaCpp(path, threads, n_ctx)
+def make(spec: Spec) -> Contender:
+    """The contender that is described."""
+    if spec.kind in FFN_MODES:
+        return Ours(spec)
+    assert spec.kind == LLAMA_CPP, spec.kind
+    return LlamaCpp(spec)
 
 
 def timed_open(contender: Contender, ids: Sequence[int]) -> dict[str, float]:
@@ -139,9 +247,11 @@ def timed_prompt(contender: Contender, ids: Sequence[int]) -> float:
     return time.perf_counter() - begin
 
 
-def timed_decode(contender: Contender, prompt: Sequence[int], ids: Sequence[int]) -> float:
-    """Seconds that the tokens `ids` take one by one, after a prompt that is not counted."""
+def timed_decode(contender: Contender, prompt: Sequence[int], ids: Sequence[int], warm_up: Sequence[int] = ()) -> float:
+    """Seconds that the tokens `ids` take one by one, after a prompt and tokens to warm up that are not counted."""
     contender.start(prompt)
+    for token in warm_up:
+        contender.step(token)
     begin = time.perf_counter()
     for token in ids:
         contender.step(token)

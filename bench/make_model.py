@@ -114,7 +114,7 @@ def measure(path: Path, threads: int, tokens: int = _MEASURED_TOKENS) -> dict[st
     """Run the file in `exact` and `predicted` mode: shares of neurons per block, and the predictor's recall."""
     shares = {}
     for mode in ("exact", "predicted"):
-        with runtime.load(path, ffn=mode, threads=threads, n_ctx=max(256, tokens)) as model:
+        with runtime.load(path, ffn=mode, threads=threads, n_ctx=max(256, tokens), device="none") as model:
             model.logits(random_ids(model.structure.vocab_size, tokens))
             shares[mode] = (model.layer_shares(), model.gate_shares())
     active, (found, predicted) = shares["exact"][0], shares["predicted"]

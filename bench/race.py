@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import stock
-from bench.contenders import LLAMA_CPP
+from bench.contenders import LLAMA_CPP, Spec
 from bench.make_model import ACTIVE_KEY, random_ids
 from bench.memory import read_through
 from bench.worker import BANDWIDTH, Worker
@@ -78,17 +78,21 @@ class Entry:
 
 
 @contextmanager
-def planned(path: Path, twin: Path | None, threads: int, tokens: int) -> Iterator[Plan]:
-    """The plan for a model; its twin for llama.cpp is made where none is given, and goes away at the end."""
+def planned(path: Path, twin: Path | None, threads: int, tokens: int, warm_up: int = 0) -> Iterator[Plan]:
+    """The plan for a model; its twin for llama.cpp is made where none is given, and goes away at the end.
+
+    tokens: decoded after the prompt and `warm_up` tokens.
+    """
     with ExitStack() as stack:
         with GgufFile(path) as file:
             s, tensors, synthetic = file.structure, dict(file.tensors), ACTIVE_KEY in file.metadata
-        if PROMPT + tokens > min(N_CTX, s.context_length):
-            raise UserError(f"--tokens {tokens}, expected at most {min(N_CTX, s.context_length) - PROMPT}")
+        before, n_ctx = PROMPT + warm_up, min(N_CTX, s.context_length)
+        if before + tokens > n_ctx:
+            raise UserError(f"--tokens {tokens}, expected at most {n_ctx - before}")
         if twin is None:
             twin = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "stock.gguf"
             stock.write(path, twin)
-        wanted = max(*PROMPTS, PROMPT + tokens)
+        wanted = max(*PROMPTS, before + tokens)
         ids = random_ids(s.vocab_size, wanted) if synthetic else _text_ids(path, wanted)
         yield Plan(path, twin, s, tensors, synthetic, ids, threads)
 
@@ -103,18 +107,24 @@ def _text_ids(path: Path, n: int) -> list[int]:
     return (ids * (n // len(ids) + 1))[:n]
 
 
-def race(plan: Plan, tokens: int, rounds: int, prompts: bool, say: Callable[[str], object]) -> dict[str, Any]:
-    """Let the contenders take turns, the first round to warm up; returns the figures that are printed as JSON."""
+def load_average(say: Callable[[str], object]) -> float:
+    """The machine's load before a race; says so where others take part."""
     others = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if others > _BUSY:
         say(f"warning: the machine is busy (load {others:.1f}): these figures will not be worth much")
+    return others
+
+
+def race(plan: Plan, tokens: int, rounds: int, prompts: bool, say: Callable[[str], object]) -> dict[str, Any]:
+    """Let the contenders take turns, the first round to warm up; returns the figures that are printed as JSON."""
+    others = load_average(say)
     with ExitStack() as stack:
         entries = {}
         for kind in (LLAMA_CPP, *plan.modes):
             path = plan.twin if kind == LLAMA_CPP else plan.path
-            worker = Worker(kind, path, plan.threads, plan.n_ctx)
+            worker = Worker(Spec(kind, str(path), plan.threads, plan.n_ctx))
             entries[kind] = Entry(stack.enter_context(worker), path)
-        yardstick = stack.enter_context(Worker(BANDWIDTH, plan.path, plan.threads, plan.n_ctx))
+        yardstick = stack.enter_context(Worker(Spec(BANDWIDTH, str(plan.path), plan.threads, plan.n_ctx)))
         say("loading")
         _load(entries, plan, rounds if prompts else 1)
         bandwidths = []

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from bench.offload import dense_ffns_on_cpu, whole_layers
 from bench.tables import console, table
 from runtime.costs import Floats, NeuronBytes, candidates, cold_bytes, cuts_of
 from runtime.errors import UserError, run_command
-from runtime.placement import Block, Device, Machine, Placement, evaluate, place
+from runtime.placement import Block, Device, Machine, place
 
 GIB = 1 << 30
 N_CTX, POSITIONS, KV_SIZE = (
@@ -162,31 +163,6 @@ def machine_of(computer: Computer, sync: float) -> Machine:
     """The computer with all of its card but the margin as the budget."""
     budget = max(0, int(computer.card * GIB) - MARGIN)
     return Machine((Device(budget, computer.card_rate * 1e9, RESERVE),), computer.memory_rate * 1e9, sync)
-
-
-def whole_layers(blocks: list[Block], head: int, machine: Machine) -> Placement:
-    """llama.cpp's `--n-gpu-layers`: head and as many of the last layers as fit; the others wholly on the CPU."""
-    n = len(blocks)
-
-    def placed(first: int, with_head: bool) -> Placement:
-        hot = [(b.neurons if i >= first else 0,) for i, b in enumerate(blocks)]
-        return evaluate(blocks, head, machine, first, with_head, hot)
-
-    return _fastest([placed(n, False), *(placed(first, True) for first in range(n + 1))], machine) or placed(n, False)
-
-
-def dense_ffns_on_cpu(blocks: list[Block], head: int, machine: Machine) -> Placement | None:
-    """llama.cpp's `--n-cpu-ffn`: everything on the card but the FFNs of the first layers; None where that does not fit."""
-    options = [
-        evaluate(blocks, head, machine, 0, True, [(0 if i < n else b.neurons,) for i, b in enumerate(blocks)])
-        for n in range(len(blocks) + 1)
-    ]
-    return _fastest(options, machine)
-
-
-def _fastest(options: list[Placement], machine: Machine) -> Placement | None:
-    fitting = [option for option in options if option.bytes[0] <= machine.devices[0].budget]
-    return min(fitting, key=lambda option: option.seconds, default=None)
 
 
 def simulate(sync: float = 50e-6, per_active: float = 1.5) -> Iterator[dict[str, Any]]:

@@ -10,13 +10,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from bench.contenders import make, timed_decode, timed_open, timed_prompt
+from bench.contenders import Spec, make, timed_decode, timed_open, timed_prompt
 from bench.memory import DenseProduct, resident
+from runtime.devices import find
 from runtime.errors import UserError
+from runtime.logs import silence
 
 BANDWIDTH = "bandwidth"
 
@@ -27,9 +30,9 @@ class Worker:
     Every request raises UserError or RuntimeError where the far end failed.
     """
 
-    def __init__(self, kind: str, path: Path, threads: int, n_ctx: int) -> None:
-        self.kind = kind
-        command = [sys.executable, "-m", "bench.worker", kind, str(path), str(threads), str(n_ctx)]
+    def __init__(self, spec: Spec) -> None:
+        self.kind = spec.kind
+        command = [sys.executable, "-m", "bench.worker", json.dumps(asdict(spec))]
         folder = str(Path(__file__).parent.parent)
         environment = {
             **os.environ,
@@ -82,9 +85,10 @@ class Worker:
 class _Model:
     """The far end of a contender: its requests as methods."""
 
-    def __init__(self, kind: str, path: Path, threads: int, n_ctx: int) -> None:
-        self._contender = make(kind, path, threads, n_ctx)
+    def __init__(self, spec: Spec) -> None:
+        self._contender, self._device = make(spec), spec.device
         self._opened = False
+        self._free = self._free_bytes()
 
     def open(self, ids: list[int]) -> dict[str, float]:
         self.close()
@@ -94,12 +98,19 @@ class _Model:
     def prompt(self, ids: list[int]) -> float:
         return timed_prompt(self._contender, ids)
 
-    def decode(self, prompt: list[int], ids: list[int]) -> dict[str, Any]:
-        seconds = timed_decode(self._contender, prompt, ids)
+    def decode(self, prompt: list[int], ids: list[int], warm_up: Sequence[int] = ()) -> dict[str, Any]:
+        seconds = timed_decode(self._contender, prompt, ids, warm_up)
         return {"seconds": seconds, **self._contender.facts()}
 
     def memory(self) -> dict[str, int]:
         return resident()
+
+    def on_device(self) -> dict[str, Any]:
+        """What the contender has on the device, and by how much the memory that the driver says is free has shrunk."""
+        return {**self._contender.on_device(), "driver_bytes": self._free - self._free_bytes()}
+
+    def _free_bytes(self) -> int:
+        return sum(device.memory_free for device in find((self._device,)))
 
     def close(self) -> None:
         if self._opened:
@@ -131,11 +142,13 @@ def _serve(target: Any, replies: Callable[[str], object]) -> None:
     target.close()
 
 
-def _main(kind: str, path: str, threads: str, n_ctx: str) -> None:
+def _main(description: str) -> None:
     # Libraries that print must not print into the replies.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    target = _Yardstick(int(threads)) if kind == BANDWIDTH else _Model(kind, Path(path), int(threads), int(n_ctx))
+    silence()
+    spec = Spec(**json.loads(description))
+    target = _Yardstick(spec.threads) if spec.kind == BANDWIDTH else _Model(spec)
     _serve(target, replies.write)
 
 

@@ -17,7 +17,7 @@ import pytest
 import runtime
 from bench import batches, kernels, predictors, stock
 from bench.case import Case
-from bench.contenders import LlamaCpp
+from bench.contenders import LLAMA_CPP, LlamaCpp, Spec
 from bench.firing import plan_firing
 from bench.make_model import Recipe, measure, random_ids, write_model
 from bench.pool import GROUP, ColumnPool, RowPool, choose_groups, decode, row_ids
@@ -121,7 +121,7 @@ def test_llama_cpp_loads_the_twin(models: dict[str, Path], name: str) -> None:
     with GgufFile(models[name]) as file:
         mine = {n: t.nbytes for n, t in file.tensors.items() if "blk." in n and "ffn_down_t" not in n}
         shared = sum(size for n, size in mine.items() if "predictor" not in n and "neuron" not in n)
-    contender = LlamaCpp(models[f"{name}.stock"], 2, 64)
+    contender = LlamaCpp(Spec(LLAMA_CPP, str(models[f"{name}.stock"]), 2, 64))
     on_worker(contender.open)
     try:
         on_worker(lambda: contender.start(random_ids(512, 16)))
@@ -152,6 +152,17 @@ def test_a_race_takes_a_real_model(tiny_gguf: Path, tmp_path: Path) -> None:
     result = last_line("decode", str(tiny_gguf), "--rounds", "1", "--tokens", "2", cache=tmp_path)
     assert not result["synthetic"]
     assert {"llama_cpp", "dense", "exact"} <= set(result)
+
+
+def test_without_a_gpu_nothing_is_claimed() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.hybrid", "--shape", "tiny"], capture_output=True, text=True, check=False, cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1", "VK_DRIVER_FILES": os.devnull},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "no GPU" in done.stderr
 
 
 @pytest.mark.parametrize(("name", "kind"), [("tiny", "q4_0"), ("tiny", "f16"), ("tiny-opt", "q8_0")])

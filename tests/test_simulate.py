@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.offload import dense_ffns_on_cpu, whole_layers
 from bench.simulate import (
     COMPUTERS,
     GIB,
@@ -18,11 +19,9 @@ from bench.simulate import (
     TYPES,
     Shape,
     blocks_of,
-    dense_ffns_on_cpu,
     frequencies,
     machine_of,
     simulate,
-    whole_layers,
 )
 from runtime.placement import Device, Machine
 

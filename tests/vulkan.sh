@@ -94,7 +94,7 @@ main() {
   export VK_DRIVER_FILES=${drivers[0]} # this driver alone, also where there is a GPU
   export GGML_VK_VISIBLE_DEVICES=0     # ggml passes over a Vulkan device of type CPU unless it is named
   "$VENV/bin/python" -m tests.devices >&2
-  "$VENV/bin/python" -m pytest -m vulkan tests/test_vulkan.py "$@"
+  "$VENV/bin/python" -m pytest -m vulkan tests/test_vulkan.py tests/test_vulkan_bench.py "$@"
   say "once more, without F16 arithmetic on the device"
   GGML_VK_DISABLE_F16=1 "$VENV/bin/python" -m pytest -m vulkan tests/test_vulkan.py "$@"
 }
