@@ -48,6 +48,9 @@ def configure_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ffn-type", metavar="RELU", help="the activation, where config.json is wrong about it")
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: one per CPU")
     _add_predictor_options(parser)
+    parser.add_argument(
+        "--split-max-size", metavar="SIZE", help="write a larger model as shards of at most this size, e.g. 45G or 500M"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--force", action="store_true", help="replace OUT.gguf if it exists")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object, last line of stdout")
@@ -139,6 +142,7 @@ def _print_summary(report: Report) -> None:
     types = ", ".join(f"{count} {name}" for name, count in report.types.items())
     verb = "would write" if report.dry_run else "wrote"
     where = f"`{report.path}`: " if report.path else ""
+    where += f"{len(report.files)} shards: " if len(report.files) > 1 else ""
     print(f"{where}{verb} {report.bytes:,} bytes, {report.tensors} tensors ({types})", file=sys.stderr)
     for line in _fallback_lines(report):
         print(line, file=sys.stderr)

@@ -23,7 +23,8 @@ from convert.stream import Bytes, Encoder
 from convert.tokenizer import tokenizer_metadata
 from predictors.fit import DEFAULT_ENERGY, ModelFit, fit_model
 from runtime.errors import UserError
-from runtime.gguf_write import Stream, check_target, write_gguf
+from runtime.gguf_split import check_no_shards, check_sizes, shard_size, split_model
+from runtime.gguf_write import Stream, check_target, write_files
 from runtime.structure import required_tensors
 
 Progress = Callable[[str, int, int], None]
@@ -31,9 +32,13 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did, or would do. bytes: of the file; of its tensors alone after a dry run."""
+    """What a conversion did, or would do. files: one, or the shards, of which `path` is the first.
+
+    bytes: of all files; of the tensors alone after a dry run.
+    """
 
     path: str
+    files: list[str]
     bytes: int
     tensors: int
     types: dict[str, int]
@@ -62,6 +67,7 @@ def convert(
     calibration: str | Path | None = None,
     calibration_tokens: int | None = None,
     seed: int = 0,
+    split_max_size: str | None = None,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -73,17 +79,20 @@ def convert(
     ffn_type: the activation, where config.json does not tell the truth. threads: None for one per CPU.
     calibration: the text on which neurons are ordered and predictors fitted: a UTF-8 file, None for the one in the package, "none" to leave both out.
     calibration_tokens, predictor, predictor_type, energy, seed: see `predictors.fit.fit_model`.
+    split_max_size: e.g. "45G": a larger model is written as shards of at most that size, `out` with -00001-of-0000N in its name.
     progress: called with (what, done, of how much) as the work goes on.
     Raises UserError for whatever is wrong with the checkpoint or the target; then nothing is written.
     """
     started = time.monotonic()
     types = Types(check_type(type, "--type"), check_type(output_type, "--output-type") if output_type else "")
-    target = None if dry_run else _target(out, force)
+    max_bytes = shard_size(split_max_size)
+    target = None if dry_run else _target(out, force, max_bytes)
     folder, repo = fetch(str(source))
     checkpoint = open_checkpoint(folder)
     plan = make_plan(checkpoint, types, layout, ffn_type)
     metadata = _metadata(folder, repo, plan)
-    size = plan.nbytes
+    check_sizes(plan.tensors, max_bytes)
+    size, files = plan.nbytes, [str(out or "")]
     if target:
         workers = threads or available_threads()
         calibrated = str(calibration) != "none"
@@ -94,8 +103,8 @@ def convert(
                 fit = fitting.run(file, progress)
             plan = with_neurons(plan, fit)
             metadata |= plan.structure.to_metadata() | fit.metadata
-        size = _write(checkpoint, plan, metadata, target, workers, progress)
-    return _report(plan, str(out or ""), size, dry_run, time.monotonic() - started)
+        size, files = _write(checkpoint, plan, metadata, target, workers, progress, max_bytes)
+    return _report(plan, files, size, dry_run, time.monotonic() - started)
 
 
 def _text(calibration: str | Path | None) -> Path | None:
@@ -146,11 +155,13 @@ def available_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _target(out: str | Path | None, force: bool) -> Path:
-    """The file to write, known to be writable before anything is fetched for it."""
+def _target(out: str | Path | None, force: bool, max_bytes: int) -> Path:
+    """The file to write, known to be writable before anything is fetched for it. max_bytes: of a shard, 0 for one file."""
     if out is None:
         raise UserError("no output file given", "python -m convert REPO_OR_DIR OUT.gguf, or add --dry-run")
     check_target(Path(out), 0, force)
+    if max_bytes:
+        check_no_shards(Path(out), force)
     return Path(out)
 
 
@@ -163,15 +174,23 @@ def _metadata(folder: Path, repo: str, plan: Plan) -> dict[str, Any]:
 
 
 def _write(
-    checkpoint: Checkpoint, plan: Plan, metadata: dict[str, Any], out: Path, threads: int, progress: Progress | None
-) -> int:
+    checkpoint: Checkpoint,
+    plan: Plan,
+    metadata: dict[str, Any],
+    out: Path,
+    threads: int,
+    progress: Progress | None,
+    max_bytes: int = 0,
+) -> tuple[int, list[str]]:
+    """Write the planned file, or its shards of at most `max_bytes`; returns their bytes and their names."""
     count = _Count(plan.nbytes, progress)
     with Encoder(checkpoint, threads) as encoder:
         streams = [
             Stream(t.name, t.shape, NUMBERS[t.type], t.nbytes, count.watch(t.name, encoder.pieces(t)))
             for t in plan.tensors
         ]
-        return write_gguf(out, metadata, streams)
+        files = split_model(out, metadata, streams, max_bytes)
+        return write_files(files), [str(file.path) for file in files]
 
 
 @dataclass
@@ -190,9 +209,10 @@ class _Count:
                 self.progress(name, self.done, self.total)
 
 
-def _report(plan: Plan, path: str, size: int, dry_run: bool, seconds: float) -> Report:
+def _report(plan: Plan, files: list[str], size: int, dry_run: bool, seconds: float) -> Report:
     return Report(
-        path=path,
+        path=files[0],
+        files=files,
         bytes=size,
         tensors=len(plan.tensors),
         types=dict(Counter(tensor.type for tensor in plan.tensors)),
