@@ -36,7 +36,7 @@ def open_shards(first: GgufPart) -> list[GgufPart]:
 
     Raises UserError when one is missing, damaged, out of its place or of another model, and when `first` is not the first.
     """
-    count, number = int(first.metadata.get(COUNT, 1)), int(first.metadata.get(NUMBER, 0))
+    count, number = _integer(first, COUNT, 1), _integer(first, NUMBER, 0)
     named = parse_name(first.path.name)
     if number > 0:
         begin = shard_name(named[0], 0, count) if named else "the one that ends in -00001-of-..."
@@ -60,15 +60,22 @@ def open_shards(first: GgufPart) -> list[GgufPart]:
     return parts
 
 
+def _integer(part: GgufPart, key: str, default: int) -> int:
+    value = part.metadata.get(key, default)
+    if not isinstance(value, int):
+        raise UserError(f"`{part.path}`: `{key}` is {value!r}, expected a whole number", _TOGETHER)
+    return value
+
+
 def _check_place(part: GgufPart, number: int, first: dict[str, Any]) -> None:
     """That the keys of shard `number` say what its name says, and agree with the first one's."""
-    keys, count = part.metadata, first[COUNT]
+    keys, expected = part.metadata, f"shard {number + 1} of {first[COUNT]}"
     if NUMBER not in keys or COUNT not in keys:
-        raise UserError(f"`{part.path}`: a model of its own, expected shard {number + 1} of {count}", _TOGETHER)
-    if (keys[NUMBER], keys[COUNT]) != (number, count):
-        found = f"shard {keys[NUMBER] + 1} of {keys[COUNT]}"
-        raise UserError(f"`{part.path}`: holds {found}, expected shard {number + 1} of {count}", _TOGETHER)
-    if any(keys.get(key) != first.get(key) for key in (TENSORS, MODEL)):
+        raise UserError(f"`{part.path}`: a model of its own, expected {expected}", _TOGETHER)
+    found = f"shard {_integer(part, NUMBER, 0) + 1} of {_integer(part, COUNT, 1)}"
+    if found != expected:
+        raise UserError(f"`{part.path}`: holds {found}, expected {expected}", _TOGETHER)
+    if any(str(keys.get(key)) != str(first.get(key)) for key in (TENSORS, MODEL)):
         raise UserError(f"`{part.path}`: a shard of another model", _TOGETHER)
 
 
@@ -80,6 +87,6 @@ def _check_tensors(parts: list[GgufPart]) -> None:
             if name in home:
                 raise UserError(f"`{part.path}`: tensor `{name}` is also in `{home[name].path.name}`", _TOGETHER)
             home[name] = part
-    expected = parts[0].metadata.get(TENSORS, len(home))
+    expected = _integer(parts[0], TENSORS, len(home))
     if len(home) != expected:
         raise UserError(f"`{parts[0].path}`: {len(home)} tensors in all shards, expected {expected}", _TOGETHER)
