@@ -9,22 +9,27 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Sequence
-from types import FrameType
+from collections.abc import Callable, Sequence
+from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from convert import card, push
 from convert.arch import Source
 from convert.job import Report, convert
 from convert.quantize import TYPES
 from predictors.fit import DEFAULT_ENERGY
 from predictors.fit import TYPES as PREDICTOR_TYPES
 from predictors.kinds import KINDS
+from runtime.commands.options import Parser
 from runtime.errors import run_command
 from runtime.structure import LAYOUTS
+
+# A folder of such a name is ./card, ./push.
+VERBS: dict[str, tuple[ModuleType, Callable[..., None]]] = {"card": (card, card.card), "push": (push, push.push)}
 
 _START = """\
 Give a Hugging Face checkpoint and a file to write:
@@ -32,7 +37,11 @@ Give a Hugging Face checkpoint and a file to write:
     python -m convert SparseLLM/ReluLLaMA-7B relullama-7b.gguf --type q8_0
     python -m convert path/to/checkpoint model.gguf
 
-then run it with `python -m runtime chat model.gguf`; all options: python -m convert --help"""
+then run it with `python -m runtime chat model.gguf`, and share it:
+
+    python -m convert push model.gguf user/repo
+
+All options: python -m convert --help, python -m convert push --help, python -m convert card --help"""
 
 
 def configure_parser() -> argparse.ArgumentParser:
@@ -85,12 +94,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments:
         print(_START)
         return 2
+    if arguments[0] in VERBS:
+        _stop_cleanly()
+        return run_command(lambda: _run_verb(*VERBS[arguments[0]], arguments))
     parser = configure_parser()
     options = vars(parser.parse_args(arguments))
     if options["out"] is None and not options["dry_run"]:
         parser.error("OUT.gguf is missing")
-    signal.signal(signal.SIGTERM, _terminate)
+    _stop_cleanly()
     return run_command(lambda: _run(options.pop("json"), options))
+
+
+def _run_verb(module: ModuleType, command: Callable[..., None], arguments: Sequence[str]) -> None:
+    parser = Parser(prog=f"python -m convert {arguments[0]}", description=command.__doc__)
+    module.configure_parser(parser)
+    command(**vars(parser.parse_args(arguments[1:])))
 
 
 def _run(as_json: bool, options: dict[str, Any]) -> None:
@@ -164,6 +182,11 @@ def _positive(text: str) -> int:
     if number < 1:
         raise ValueError(text)
     return number
+
+
+def _stop_cleanly() -> None:
+    if hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, _terminate)
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:

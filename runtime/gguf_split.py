@@ -67,7 +67,8 @@ def check_sizes(tensors: Sequence[Sized], max_bytes: int) -> None:
     largest = max(tensors, key=lambda tensor: tensor.nbytes, default=None)
     if largest and 0 < max_bytes < largest.nbytes:
         raise UserError(
-            f"--split-max-size {max_bytes:,} bytes, expected at least the {largest.nbytes:,} of `{largest.name}`"
+            f"--split-max-size {max_bytes:,} bytes, expected at least the {largest.nbytes:,} of `{largest.name}`",
+            "a tensor is never divided",
         )
 
 

@@ -126,7 +126,7 @@ def _check_sha256(folder: Path, name: str, expected: str) -> None:
     seen = f"{state.st_size} {state.st_mtime_ns}"
     if not expected or (note.is_file() and note.read_text() == seen):
         return
-    found = _sha256(content)
+    found = sha256_of(content)
     if found != expected:
         (folder / name).unlink()
         content.unlink(missing_ok=True)
@@ -139,7 +139,8 @@ def _check_sha256(folder: Path, name: str, expected: str) -> None:
         note.write_text(seen)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The file's sha256, as hexadecimal digits."""
     if sys.stderr.isatty() and path.stat().st_size > _LONG:
         print("checking what was fetched", file=sys.stderr)
     digest = hashlib.sha256()

@@ -32,7 +32,7 @@ class Request:
 
 
 class Server(ThreadingHTTPServer):
-    """Keeps requests; drops the next `drops` transfers of large files after `drop_after` bytes."""
+    """Keeps requests."""
 
     daemon_threads = True
 
@@ -88,13 +88,15 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Storage(Server):
-    """Objects by their sha256. sent, received: bytes of bodies, dropped ones included."""
+    """Objects by their sha256. Drops the next `drops` transfers after `drop_after` bytes. sent, received: bytes of bodies, dropped ones included."""
 
     def __init__(self) -> None:
         super().__init__(StorageHandler, "localhost")
         self.objects: dict[str, bytes] = {}
         self.damaged: set[str] = set()
         self.drops = self.drop_after = self.sent = self.received = 0
+        self.dropped: set[str] = set()
+        self.room = 1000  # for so many objects more
         self.lock = threading.Lock()
 
     def add(self, data: bytes) -> str:
@@ -102,10 +104,14 @@ class Storage(Server):
         self.objects[oid] = data
         return oid
 
-    def drops_now(self) -> bool:
+    def drops_now(self, upload: str = "") -> bool:
+        """Whether this transfer is to be dropped; one upload is dropped only once."""
         with self.lock:
+            if self.drops <= 0 or upload in self.dropped:
+                return False
             self.drops -= 1
-            return self.drops >= 0
+            self.dropped |= {upload} - {""}
+            return True
 
 
 class StorageHandler(Handler):
@@ -133,14 +139,18 @@ class StorageHandler(Handler):
 
     def do_PUT(self) -> None:
         self.remember()
-        if self.server.drops_now():
+        oid = self.path.rsplit("/", 1)[-1]
+        if self.server.drops_now(upload=oid):
             self.server.received += len(self.rfile.read(self.server.drop_after))
             self.hang_up()
-            return
+            return None
         data = self.body()
+        if self.server.room <= 0:
+            return self.answer(507)
+        self.server.room -= 1
         self.server.received += len(data)
-        assert self.server.add(data) == self.path.rsplit("/", 1)[-1]
-        self.answer(200)
+        assert self.server.add(data) == oid
+        return self.answer(200)
 
 
 # --- the Hub itself --------------------------------------------------------------------------------------------------
@@ -150,12 +160,15 @@ class StorageHandler(Handler):
 class Repo:
     """Branch -> commit, and commit -> path -> content; large contents are in the storage under `oids`."""
 
+    name: str
     private: bool = False
     branches: dict[str, str] = field(default_factory=dict)
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
-    def commit(self, files: Mapping[str, bytes], branch: str = "main") -> str:
-        files = {**self.commits.get(self.branches.get(branch, ""), {}), **files}
+    def commit(self, changes: Mapping[str, bytes | None], branch: str = "main") -> str:
+        """Add files to a branch; None takes one out."""
+        changed = {**self.commits.get(self.branches.get(branch, ""), {}), **changes}
+        files = {path: data for path, data in changed.items() if data is not None}
         name = hashlib.sha1(repr(sorted((path, digest(data)) for path, data in files.items())).encode()).hexdigest()
         self.branches[branch], self.commits[name] = name, files
         return name
@@ -180,7 +193,7 @@ class Hub(Server):
         self.architecture = ""
 
     def add(self, repo: str, files: Mapping[str, bytes], branch: str = "main", private: bool = False) -> Repo:
-        found = self.repos.setdefault(repo, Repo(private))
+        found = self.repos.setdefault(repo, Repo(repo, private))
         for path, data in files.items():
             if path.endswith(LARGE):
                 self.storage.add(data)
@@ -249,7 +262,8 @@ class HubHandler(Handler):
             {"rfilename": path, **(described(path, data, "sha256") if blobs else {})} for path, data in files.items()
         ]
         gguf = {"gguf": {"architecture": self.server.architecture}} if self.server.architecture else {}
-        return as_json({"id": name, "sha": commit, "siblings": siblings, "tags": [], **gguf})
+        private = self.server.repos[name].private
+        return as_json({"id": name, "sha": commit, "private": private, "siblings": siblings, "tags": [], **gguf})
 
     def tree(self, _name: str, _commit: str, files: dict[str, bytes]) -> Answer:
         return as_json([{"type": "file", "path": path, **described(path, data, "oid")} for path, data in files.items()])
@@ -269,7 +283,8 @@ class HubHandler(Handler):
     def create(self, wanted: dict[str, Any]) -> Answer:
         name = f"{wanted['organization']}/{wanted['name']}"
         if name in self.server.repos:
-            return 409, b'{"error": "You already created this model repo"}', {}
+            problem = {"error": "You already created this model repo", "url": f"{self.server.url}/{name}"}
+            return 409, json.dumps(problem).encode(), {}
         private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
         self.server.add(name, {".gitattributes": b"*.gguf filter=lfs\n"}, private=private)
         return as_json({"url": f"{self.server.url}/{name}", "name": name})
@@ -302,7 +317,7 @@ class HubHandler(Handler):
         return as_json({"transfer": "basic", "objects": objects})
 
     def commit(self, repo: Repo, branch: str, body: bytes) -> Answer:
-        files: dict[str, bytes] = {}
+        files: dict[str, bytes | None] = {}
         for line in body.splitlines():
             key, value = (entry := json.loads(line))["key"], entry["value"]
             if key == "file":
@@ -311,8 +326,10 @@ class HubHandler(Handler):
                 if value["oid"] not in self.server.storage.objects:
                     return 400, b'{"error": "LFS object not uploaded"}', {}
                 files[value["path"]] = self.server.storage.objects[value["oid"]]
+            elif key == "deletedFile":
+                files[value["path"]] = None
         oid = repo.commit(files, branch)
-        return as_json({"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/commit/{oid}"})
+        return as_json({"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{repo.name}/commit/{oid}"})
 
 
 def described(path: str, data: bytes, sha256: str) -> dict[str, Any]:
