@@ -138,7 +138,7 @@ def _plot(file: GgufFile, frequencies: list[Frequencies]) -> bytes:
     shown = [(i, share) for i, share in enumerate(predicted) if share is not None and file.structure.rank(i)]
     if shown:
         bars.plot(*zip(*shown, strict=True), "o", color="black", markersize=4, label="predicted")
-    bars.set(title="Neurons computed, by layer", xlabel="layer", ylabel="share of the neurons")
+    bars.set(title="Active neurons, by layer", xlabel="layer", ylabel="share of the neurons")
     bars.legend()
     draw_curves(curves, frequencies)
     curves.set_title("Hot and cold neurons")

@@ -49,6 +49,12 @@ def fetch(source: str) -> tuple[Path, str]:
 
 def _checkpoint_files(listing: Listing) -> list[str]:
     """Config, tokenizer, and the weights in one format: safetensors where there are some."""
+    if "config.json" not in listing.files:
+        ours = any(name.endswith(".gguf") for name in listing.files)
+        hint = (
+            f"it may be converted already: python -m runtime inspect {listing.reference}" if ours else "check the name"
+        )
+        raise UserError(f"{listing}: no config.json in it, expected a checkpoint", hint)
     weights = _matching(listing, _SAFETENSORS) or _matching(listing, _PICKLES)
     return _matching(listing, _SMALL) + weights
 

@@ -47,7 +47,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of one commit, or those of them that are in the cache. architecture: of the GGUF files, "" if unknown."""
+    """The files of one commit, or those of them that are in the cache. architecture: of a GGUF file in it, "" if unknown."""
 
     reference: Reference
     commit: str
@@ -95,9 +95,10 @@ def parse(source: str) -> Reference | None:
 def choose_model(listing: Listing) -> list[str]:
     """The GGUF file that is wanted, or all its shards in order. Raises UserError when it is none, several, or not ours."""
     models = _models(listing)
-    if listing.architecture not in ("", ARCHITECTURE):
+    # Of several models the Hub tells the architecture of one only.
+    if len(models) == 1 and listing.architecture not in ("", ARCHITECTURE):
         raise UserError(
-            f"{listing}: its GGUF files are for `{listing.architecture}`, expected `{ARCHITECTURE}`",
+            f"{listing}: its GGUF file is for `{listing.architecture}`, expected `{ARCHITECTURE}`",
             "convert the original checkpoint: python -m convert REPO OUT.gguf",
         )
     wanted = listing.reference.file

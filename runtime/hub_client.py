@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, errors, scan_cache_dir, snapshot_download
+from huggingface_hub import HfApi, constants, errors, hf_hub_download, scan_cache_dir
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from runtime.errors import UserError
@@ -23,6 +23,7 @@ from runtime.hub import Listing, Reference, RemoteFile
 _TRANSPORT: type[Exception] = errors.HfHubHTTPError.__mro__[1]
 _UNREACHABLE = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, _TRANSPORT)
 _WAITS = (1, 2, 4)  # seconds before a transfer is tried again, besides what huggingface_hub itself retries
+_MOVES = 3  # times that a branch may move between listing and fetching it
 _CHECKED = ".sha256"  # folder in a repository's cache: one note per file whose sha256 was found right
 _LONG = 1 << 30  # bytes whose hashing takes so long that people are told
 _PIECE = 1 << 24  # bytes hashed at a time
@@ -39,22 +40,20 @@ def fetch(reference: Reference, choose: Choose) -> tuple[Path, list[str]]:
     """
     quiet_unless_terminal()
     with hub_errors(str(reference)):
-        try:
-            listing = list_files(reference)
-        except errors.HfHubHTTPError as error:
-            if error.response.status_code < 500:
-                raise
-            return _fetch_cached(reference, choose, f"the Hub answered {error.response.status_code}")
-        except _UNREACHABLE:
-            offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
-            return _fetch_cached(reference, choose, offline)
-        names = choose(listing)
-        folder = _download(reference, names)
-    if folder.name != listing.commit:
-        return fetch(reference, choose)  # the branch moved in between
-    for name in names:
-        _check_sha256(folder, name, listing.files[name].sha256)
-    return folder, names
+        for _ in range(_MOVES):
+            try:
+                listing = list_files(reference)
+            except _UNREACHABLE as error:
+                return _fetch_cached(reference, choose, _why_unreachable(error))
+            names = choose(listing)
+            # The first one by the branch's name, for the cache to learn which commit that is now.
+            folder = _download(reference.repo, names[0], reference.revision)
+            if folder.name == listing.commit:
+                for name in names:
+                    _download(reference.repo, name, listing.commit)
+                    _check_sha256(folder, name, listing.files[name].sha256)
+                return folder, names
+    raise UserError(f"`{reference}`: changes while it is fetched", f"name a commit: hf://{reference.repo}@COMMIT")
 
 
 def list_files(reference: Reference) -> Listing:
@@ -66,23 +65,36 @@ def list_files(reference: Reference) -> Listing:
     return Listing(reference, info.sha or "", files, (info.gguf or {}).get("architecture", ""))
 
 
+def _why_unreachable(error: Exception) -> str:
+    """What keeps us from asking the Hub; an answer of it that is final is raised again."""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    if not isinstance(error, errors.HfHubHTTPError):
+        return "the Hub cannot be reached"
+    if error.response.status_code < 500:
+        raise error
+    return f"the Hub answered {error.response.status_code}"
+
+
 def quiet_unless_terminal() -> None:
     """Progress bars are for people: stderr shows them only where it is a terminal."""
     if not sys.stderr.isatty():
         disable_progress_bars()
 
 
-def _download(reference: Reference, names: Sequence[str], waits: Sequence[int] = _WAITS) -> Path:
-    patterns = [re.sub(r"([*?\[])", r"[\1]", name) for name in names]
+def _download(repo: str, name: str, revision: str | None, waits: Sequence[int] = _WAITS) -> Path:
+    """Fetch one file, unless the cache has it; the cached folder of its commit."""
+    # One after the other and not by snapshot_download, whose threads an interrupt waits for.
     try:
-        return Path(snapshot_download(reference.repo, revision=reference.revision, allow_patterns=patterns))
+        path = Path(hf_hub_download(repo, name, revision=revision))
+        return path.parents[name.count("/")]
     except errors.HfHubHTTPError:
         raise
     except _TRANSPORT:
         if not waits:
             raise
     time.sleep(waits[0])
-    return _download(reference, names, waits[1:])
+    return _download(repo, name, revision, waits[1:])
 
 
 def _fetch_cached(reference: Reference, choose: Choose, why: str) -> tuple[Path, list[str]]:
@@ -173,6 +185,10 @@ def hub_errors(repo: str) -> Iterator[None]:
         raise UserError(f"`{repo}`: no possible name of a repository ({error})", "expected user/repo") from None
     except _UNREACHABLE as error:
         raise UserError(f"`{repo}`: the Hub cannot be reached ({error})", "check the network, then try again") from None
+    except RuntimeError as error:  # of hf_xet, which moves large files
+        raise UserError(
+            f"`{repo}`: the transfer failed ({error})", "try again; HF_HUB_DISABLE_XET=1 uses plain HTTP"
+        ) from None
 
 
 def _refused(repo: str, status: int, message: str | None) -> UserError:

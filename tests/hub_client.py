@@ -14,16 +14,20 @@ ROOT = Path(__file__).parent.parent
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def environment(hub: Hub, home: Path) -> dict[str, str]:
+    """What makes huggingface_hub use this Hub and that cache, and nothing of the user's own."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    return {**inherited, "PYTHONPATH": str(ROOT), **settings}
+
+
 def client_of(hub: Hub, home: Path) -> Run:
     """Runs `python -m COMMAND`; keyword arguments are environment variables, but for cwd and stdin."""
 
     def run(*command: str | Path, cwd: Path = ROOT, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-        environment = {**inherited, "PYTHONPATH": str(ROOT), **settings, **env}
-        arguments = [sys.executable, "-m", *map(str, command)]
+        arguments, variables = [sys.executable, "-m", *map(str, command)], {**environment(hub, home), **env}
         return subprocess.run(
-            arguments, input=stdin, capture_output=True, text=True, check=False, cwd=cwd, env=environment
+            arguments, input=stdin, capture_output=True, text=True, check=False, cwd=cwd, env=variables
         )
 
     return run

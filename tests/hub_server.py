@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -96,6 +97,7 @@ class Storage(Server):
         self.damaged: set[str] = set()
         self.drops = self.drop_after = self.sent = self.received = 0
         self.dropped: set[str] = set()
+        self.pause = 0.0  # seconds before the second half of a download
         self.room = 1000  # for so many objects more
         self.lock = threading.Lock()
 
@@ -132,8 +134,13 @@ class StorageHandler(Handler):
         self.end_headers()
         dropped = self.server.drops_now()
         part = part[: self.server.drop_after] if dropped else part
-        self.wfile.write(part)
-        self.server.sent += len(part)
+        half = len(part) // 2 if self.server.pause else len(part)
+        self.wfile.write(part[:half])
+        self.server.sent += half
+        if half < len(part):
+            time.sleep(self.server.pause)
+            self.wfile.write(part[half:])
+            self.server.sent += len(part) - half
         if dropped:
             self.hang_up()
 

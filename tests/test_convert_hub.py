@@ -68,11 +68,13 @@ def test_pickles_where_there_are_no_safetensors(hub: Hub, run: Run, folder: Path
     [
         ("user/gated", "access to it must be granted first"),
         ("user/missing", "no such file or folder here, and no such repository on the Hub"),
+        ("user/other", "no config.json in it, expected a checkpoint"),
         ("user/model:q4_0", "no such folder, expected a checkpoint folder or a Hub id"),
     ],
 )
 def test_refusals(source: str, expected: str, hub: Hub, run: Run, tmp_path: Path) -> None:
     hub.refused["user/gated"] = (403, "GatedRepo")
+    hub.add("user/other", {"m.gguf": b"GGUF"})
     error = complaint(run("convert", source, tmp_path / "x.gguf", *PLAIN))
     assert error.startswith(f"error: `{source}`: {expected}")
     assert not (tmp_path / "x.gguf").exists()

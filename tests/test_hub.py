@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hub_client import Run, complaint, succeeded
+from hub_client import ROOT, Run, complaint, environment, succeeded
 from hub_server import TOKEN, Hub
 
 from runtime.errors import UserError
@@ -98,7 +102,8 @@ def test_what_cannot_be_chosen() -> None:
     assert refusal(listing(["model.safetensors"])).endswith("python -m convert user/repo OUT.gguf")
     assert "no GGUF file in it" in refusal(listing(["README.md"]))
     assert "2 of the 3 shards" in refusal(listing(SHARDS[:2]))
-    assert "are for `llama`, expected `lazyneuron`" in refusal(listing(["m.gguf"], architecture="llama"))
+    assert "is for `llama`, expected `lazyneuron`" in refusal(listing(["m.gguf"], architecture="llama"))
+    assert choose_model(listing(both, "q4_0", architecture="llama")) == ["m-q4_0.gguf"]
 
 
 def test_a_local_path_is_never_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +196,22 @@ def test_three_dropped_connections(hub: Hub, run: Run, converted: Converted) -> 
     assert hub.storage.sent < len(model) + 3 * 1_000_000
 
 
+def test_an_interrupt_stops_a_download_at_once(hub: Hub, run: Run, small: bytes, tmp_path: Path) -> None:
+    hub.add("user/repo", {"m.gguf": small})
+    hub.storage.pause = 20.0
+    command = [sys.executable, "-m", "runtime", "inspect", "user/repo"]
+    settings = environment(hub, tmp_path / "home")
+    with subprocess.Popen(command, cwd=ROOT, env=settings, stderr=subprocess.PIPE, text=True) as process:
+        while not hub.storage.sent:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=10) == (None, "interrupted\n")
+        assert process.returncode == 130
+    hub.storage.pause = 0.0
+    assert fetched(run, "user/repo") == small
+
+
 def test_a_wrong_sha256(hub: Hub, run: Run, small: bytes, tmp_path: Path) -> None:
     hub.add("user/repo", {"m.gguf": small})
     oid = hashlib.sha256(small).hexdigest()
@@ -224,6 +245,13 @@ def test_the_token_goes_to_the_hub_only(hub: Hub, run: Run, small: bytes) -> Non
     assert hub.seen("GET")[-1].headers["authorization"] == f"Bearer {TOKEN}"
     assert hub.storage.requests
     assert not [r for r in hub.storage.requests if TOKEN in str(r.headers) or TOKEN in r.path]
+
+
+def test_a_file_for_another_program_is_not_fetched(hub: Hub, run: Run, small: bytes) -> None:
+    hub.add("user/repo", {"m.gguf": small})
+    hub.architecture = "llama"
+    assert "is for `llama`, expected `lazyneuron`" in complaint(run("runtime", "inspect", "user/repo"))
+    assert not hub.storage.requests
 
 
 def test_without_a_network_the_cache_serves(hub: Hub, run: Run, small: bytes) -> None:
