@@ -47,16 +47,19 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of one commit, or those of them that are in the cache. architecture: of a GGUF file in it, "" if unknown."""
+    """The files of one commit. architecture: of a GGUF file in it, "" if unknown.
+
+    cached: why these are only the files in the cache, "" where they are all.
+    """
 
     reference: Reference
     commit: str
     files: Mapping[str, RemoteFile]
     architecture: str = ""
-    cached: bool = False
+    cached: str = ""
 
     def __str__(self) -> str:
-        return f"`{self.reference}`" + (" (its copy in the cache)" if self.cached else "")
+        return f"`{self.reference}`" + (f" (its copy in the cache: {self.cached})" if self.cached else "")
 
 
 def locate(source: str | Path) -> Path:
@@ -139,7 +142,7 @@ def _whole(listing: Listing, names: list[str]) -> list[str]:
     if found and len(names) != found[2]:
         raise UserError(
             f"{listing}: {len(names)} of the {found[2]} shards of `{names[0]}`",
-            "fetch the rest: unset HF_HUB_OFFLINE" if listing.cached else "the upload was not finished",
+            "the rest was never fetched" if listing.cached else "the upload was not finished",
         )
     return names
 

@@ -106,7 +106,7 @@ def _fetch_cached(reference: Reference, choose: Choose, why: str) -> tuple[Path,
         )
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     files = {name: RemoteFile((folder / name).stat().st_size) for name in names}
-    chosen = choose(Listing(reference, folder.name, files, cached=True))
+    chosen = choose(Listing(reference, folder.name, files, cached=why))
     if not constants.HF_HUB_OFFLINE:
         print(f"note: {why}: using the copy of `{reference}` in the cache", file=sys.stderr)
     for name in chosen:

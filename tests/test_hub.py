@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -136,7 +140,10 @@ def test_only_what_is_needed_and_later_offline(hub: Hub, run: Run, small: bytes,
     assert not hub.requests
     assert fetched(run, "user/repo", HF_HUB_OFFLINE="1") == small  # the only one in the cache
     wrong = complaint(run("runtime", "inspect", "user/repo:f16", HF_HUB_OFFLINE="1"))
-    assert "`user/repo` (its copy in the cache): no GGUF file fits `f16`; it has m-q8_0.gguf" in wrong
+    assert (
+        "`user/repo` (its copy in the cache: HF_HUB_OFFLINE is set): no GGUF file fits `f16`; it has m-q8_0.gguf"
+        in wrong
+    )
     assert "HF_HUB_OFFLINE is set" in complaint(run("runtime", "inspect", "user/other", HF_HUB_OFFLINE="1"))
     assert hub.storage.sent == len(small)
 
@@ -210,6 +217,22 @@ def test_an_interrupt_stops_a_download_at_once(hub: Hub, run: Run, small: bytes,
         assert process.returncode == 130
     hub.storage.pause = 0.0
     assert fetched(run, "user/repo") == small
+
+
+def test_progress_is_shown_on_a_terminal_only(hub: Hub, run: Run, small: bytes, tmp_path: Path) -> None:
+    hub.add("user/repo", {"m.gguf": small})
+    command = [sys.executable, "-m", "runtime", "inspect", "user/repo", "--json"]
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(hub, tmp_path / "home"), stdout=subprocess.PIPE, stderr=theirs, check=True
+    )
+    os.close(theirs)
+    shown = os.read(ours, 100_000).decode()
+    os.close(ours)
+    assert "100%|" in shown
+    assert json.loads(done.stdout)["bytes"] == len(small)
+    assert run("runtime", "inspect", "user/repo", HF_HOME=str(tmp_path / "other")).stderr == ""
 
 
 def test_a_wrong_sha256(hub: Hub, run: Run, small: bytes, tmp_path: Path) -> None:
