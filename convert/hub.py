@@ -10,6 +10,7 @@ from pathlib import Path
 
 from runtime.errors import UserError
 from runtime.hub import Listing, parse
+from runtime.hub_client import fetch as fetch_files
 
 _SMALL = (
     "config.json",
@@ -42,8 +43,6 @@ def fetch(source: str) -> tuple[Path, str]:
             f"`{source}`: {found}, expected a checkpoint folder or a Hub id",
             "such as path/to/folder, user/repo or hf://user/repo@revision",
         )
-    from runtime.hub_client import fetch as fetch_files  # noqa: PLC0415  (slow to import, and needless for a folder)
-
     return fetch_files(reference, _checkpoint_files)[0], reference.repo
 
 

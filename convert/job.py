@@ -92,7 +92,7 @@ def convert(
     plan = make_plan(checkpoint, types, layout, ffn_type)
     metadata = _metadata(folder, repo, plan)
     check_sizes(plan.tensors, max_bytes)
-    size, files = plan.nbytes, [str(out or "")]
+    size, files = plan.nbytes, [str(out)] if out else []
     if target:
         workers = threads or available_threads()
         calibrated = str(calibration) != "none"
@@ -211,7 +211,7 @@ class _Count:
 
 def _report(plan: Plan, files: list[str], size: int, dry_run: bool, seconds: float) -> Report:
     return Report(
-        path=files[0],
+        path=files[0] if files else "",
         files=files,
         bytes=size,
         tensors=len(plan.tensors),

@@ -22,7 +22,7 @@ from runtime.commands.options import note, print_json
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.gguf_split import shard_size, split_model
-from runtime.gguf_write import check_target, copied, copied_keys, write_files
+from runtime.gguf_write import check_space, copied, copied_keys, write_files
 from runtime.hub import Listing, Reference, parse
 from runtime.hub_client import fetch, hub_errors, list_files, quiet_unless_terminal
 
@@ -147,7 +147,7 @@ def _fitting(file: GgufFile, max_bytes: int) -> Iterator[list[Path]]:
         yield [part.path for part in file.parts]
         return
     stem = _stem(file.path.name)
-    check_target(file.path.parent / f".{stem}", file.size, force=True)
+    check_space(file.path.parent, file.size)
     with tempfile.TemporaryDirectory(prefix=f".{stem}.", dir=file.path.parent) as folder:
         out = Path(folder) / f"{stem}.gguf"
         files = split_model(out, copied_keys(file.path), [copied(file, name) for name in file.tensors], max_bytes)

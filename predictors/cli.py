@@ -26,6 +26,7 @@ from predictors.kinds import KINDS
 from predictors.rewrite import rewrite
 from runtime.commands.options import Parser, count
 from runtime.errors import UserError, run_command
+from runtime.gguf_file import GgufFile
 from runtime.gguf_write import check_target
 from runtime.hub import locate
 
@@ -96,8 +97,10 @@ def fit(model: Path, out: Path, force: bool = False, as_json: bool = False, **op
 
     The order of the neurons stays: `python -m convert` is what changes it.
     """
-    check_target(out, model.stat().st_size, force)
-    if out.exists() and out.samefile(model):
+    with GgufFile(model) as file:
+        check_target(out, file.size, force)
+        itself = out.exists() and any(out.samefile(part.path) for part in file.parts)
+    if itself:
         raise UserError(f"`{out}`: is the model itself, expected another file", "write to a new name, then rename it")
     with _Bar() as bar:
         made = fit_model(model, reorder=False, progress=bar, **options)

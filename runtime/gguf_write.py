@@ -94,10 +94,15 @@ def check_target(out: Path, nbytes: int, force: bool) -> None:
         raise UserError(f"`{out.parent}`: no such folder", "make it first, or write elsewhere")
     if out.exists() and not force:
         raise UserError(f"`{out}`: exists already", "add --force to replace it, or choose another name")
-    free = shutil.disk_usage(out.parent).free
+    check_space(out.parent, nbytes)
+
+
+def check_space(folder: Path, nbytes: int) -> None:
+    """Raise UserError unless files of `nbytes` together fit into `folder`."""
+    free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise UserError(
-            f"`{out.parent}`: {free / 1e9:.2f} GB free, expected at least the {nbytes / 1e9:.2f} GB of the file",
+            f"`{folder}`: {free / 1e9:.2f} GB free, expected at least the {nbytes / 1e9:.2f} GB of the file",
             "free some space, or write to another disk",
         )
 

@@ -122,6 +122,8 @@ class StorageHandler(Handler):
     def do_GET(self) -> None:
         self.remember()
         oid = self.path.rsplit("/", 1)[-1]
+        if oid not in self.server.objects:
+            return self.answer(404, b"{}")
         data = self.server.objects[oid]
         if oid in self.server.damaged:
             data = data[:-1] + bytes([data[-1] ^ 1])
@@ -143,6 +145,7 @@ class StorageHandler(Handler):
             self.server.sent += len(part) - half
         if dropped:
             self.hang_up()
+        return None
 
     def do_PUT(self) -> None:
         self.remember()
@@ -197,6 +200,7 @@ class Hub(Server):
         self.storage = Storage()
         self.repos: dict[str, Repo] = {}
         self.refused: dict[str, tuple[int, str]] = {}  # repository -> status, error code
+        self.moved: set[str] = set()  # repositories for which it sends clients to another host
         self.architecture = ""
 
     def add(self, repo: str, files: Mapping[str, bytes], branch: str = "main", private: bool = False) -> Repo:
@@ -251,6 +255,8 @@ class HubHandler(Handler):
         return self.answer(404, b"{}")
 
     def of_repo(self, name: str, revision: str, reply: Any, *rest: str) -> Answer:
+        if name in self.server.moved:
+            return 307, b"", {"Location": f"{self.server.storage.url}/api/models/{name}"}
         if name in self.server.refused:
             status, code = self.server.refused[name]
             return status, b"{}", {"X-Error-Code": code}

@@ -267,6 +267,9 @@ def test_the_token_goes_to_the_hub_only(hub: Hub, run: Run, small: bytes) -> Non
     assert fetched(run, "user/repo", HF_TOKEN=TOKEN) == small
     assert hub.seen("GET")[-1].headers["authorization"] == f"Bearer {TOKEN}"
     assert hub.storage.requests
+    hub.moved.add("user/elsewhere")
+    complaint(run("runtime", "inspect", "user/elsewhere", HF_TOKEN=TOKEN))
+    assert hub.storage.seen("GET", "/api/models/user/elsewhere")
     assert not [r for r in hub.storage.requests if TOKEN in str(r.headers) or TOKEN in r.path]
 
 
