@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import CHECKPOINTS
-from hub_client import Run, client_of
+from hub_client import Client
 from hub_server import Hub
 
 from convert import convert
@@ -75,6 +75,6 @@ def hub() -> Iterator[Hub]:
 
 
 @pytest.fixture
-def run(hub: Hub, tmp_path: Path) -> Run:
-    """Runs `python -m ...` against `hub`, with a cache of its own."""
-    return client_of(hub, tmp_path / "home")
+def run(hub: Hub, tmp_path: Path) -> Client:
+    """Runs commands against `hub`, with a cache of their own."""
+    return Client(hub, tmp_path / "home")

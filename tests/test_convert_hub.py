@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import copy_checkpoint, load_tensors
-from hub_client import Run, complaint, succeeded
+from hub_client import Client
 from hub_server import Hub
 from plain import PLAIN, convert
 
@@ -32,9 +32,9 @@ def resolved(hub: Hub) -> set[str]:
     return {request.path.rsplit("/", 1)[-1] for request in hub.requests if "/resolve/" in request.path}
 
 
-def test_only_the_needed_files_are_fetched(hub: Hub, run: Run, folder: Path, tmp_path: Path) -> None:
+def test_only_the_needed_files_are_fetched(hub: Hub, run: Client, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.gguf"
-    succeeded(run("convert", "user/model", out, *PLAIN))
+    assert run("convert", "user/model", out, *PLAIN).out == ""
     assert resolved(hub) == {
         "config.json",
         "model.safetensors",
@@ -50,31 +50,29 @@ def test_only_the_needed_files_are_fetched(hub: Hub, run: Run, folder: Path, tmp
 
     hub.requests.clear()
     again = tmp_path / "again.gguf"
-    succeeded(run("convert", "hf://user/model@main", again, *PLAIN, HF_HUB_OFFLINE="1"))
+    assert run("convert", "hf://user/model@main", again, *PLAIN, HF_HUB_OFFLINE="1").out == ""
     assert again.read_bytes() == data
     assert not hub.requests
 
 
-def test_pickles_where_there_are_no_safetensors(hub: Hub, run: Run, folder: Path, tmp_path: Path) -> None:
+def test_pickles_where_there_are_no_safetensors(hub: Hub, run: Client, folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     upload(hub, folder, "user/pickles")
-    succeeded(run("convert", "user/pickles", tmp_path / "x.gguf", *PLAIN))
+    assert run("convert", "user/pickles", tmp_path / "x.gguf", *PLAIN).out == ""
     assert "pytorch_model.bin" in resolved(hub)
     assert "flax_model.msgpack" not in resolved(hub)
 
 
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        ("user/gated", "access to it must be granted first"),
-        ("user/missing", "no such file or folder here, and no such repository on the Hub"),
-        ("user/other", "no config.json in it, expected a checkpoint"),
-        ("user/model:q4_0", "no such folder, expected a checkpoint folder or a Hub id"),
-    ],
-)
-def test_refusals(source: str, expected: str, hub: Hub, run: Run, tmp_path: Path) -> None:
+def test_refusals(hub: Hub, run: Client, tmp_path: Path) -> None:
     hub.refused["user/gated"] = (403, "GatedRepo")
     hub.add("user/other", {"m.gguf": b"GGUF"})
-    error = complaint(run("convert", source, tmp_path / "x.gguf", *PLAIN))
-    assert error.startswith(f"error: `{source}`: {expected}")
+    expected = {
+        "user/gated": "access to it must be granted first",
+        "user/missing": "no such file or folder here, and no such repository on the Hub",
+        "user/other": "no config.json in it, expected a checkpoint",
+        "user/model:q4_0": "no such folder, expected a checkpoint folder or a Hub id",
+    }
+    found = run.many(*(("convert", source, tmp_path / "x.gguf", *PLAIN) for source in expected))
+    for done, (source, complaint) in zip(found, expected.items(), strict=True):
+        assert done.complaint.startswith(f"error: `{source}`: {complaint}")
     assert not (tmp_path / "x.gguf").exists()

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hub_client import ROOT, Run, complaint, environment, succeeded
+from hub_client import ROOT, Client
 from hub_server import TOKEN, Hub
 
 from runtime.errors import UserError
@@ -29,10 +29,15 @@ from runtime.hub import Listing, Reference, RemoteFile, choose_model, locate, pa
 Converted = Callable[..., Path]
 
 
-def fetched(run: Run, name: str, **env: str) -> bytes:
-    """The bytes of the file that `name` stands for, as a command sees it."""
-    report = json.loads(succeeded(run("runtime", "inspect", name, "--json", **env)))
-    return Path(report["path"]).read_bytes()
+def fetched(run: Client, *names: str, **env: str) -> list[bytes]:
+    """The bytes of the files that names stand for, as a command sees them."""
+    found = run.many(*(("runtime", "inspect", name, "--json") for name in names), **env)
+    return [Path(json.loads(done.out)["path"]).read_bytes() for done in found]
+
+
+def inspect(*names: str) -> list[tuple[str, ...]]:
+    """The commands that look at models."""
+    return [("runtime", "inspect", name) for name in names]
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -126,89 +131,85 @@ def small(converted: Converted) -> bytes:
     return converted("llama-gqa", "q8_0").read_bytes()
 
 
-def test_only_what_is_needed_and_later_offline(hub: Hub, run: Run, small: bytes, converted: Converted) -> None:
+def test_only_what_is_needed_and_later_offline(hub: Hub, run: Client, small: bytes, converted: Converted) -> None:
     other = converted("llama-gqa", "f16").read_bytes()
-    hub.add(
-        "user/repo", {"m-q8_0.gguf": small, "m-f16.gguf": other, "model.safetensors": b"x", "README.md": b"A card."}
-    )
-    assert fetched(run, "user/repo:q8_0") == small
+    files = {"m-q8_0.gguf": small, "m-f16.gguf": other, "model.safetensors": b"x", "README.md": b"A card."}
+    hub.add("user/repo", files)
+    first, several = run.many(("runtime", "inspect", "user/repo:q8_0", "--json"), *inspect("user/repo"))
+    assert Path(json.loads(first.out)["path"]).read_bytes() == small
+    assert f"m-f16.gguf ({len(other) / 1e6:.1f} MB), m-q8_0.gguf ({len(small) / 1e6:.1f} MB)" in several.complaint
+    assert several.complaint.endswith("for example user/repo:f16")
     assert hub.storage.sent == len(small)
     assert not [r for r in hub.requests if "resolve" in r.path and "m-q8_0.gguf" not in r.path]
 
     hub.requests.clear()
-    assert fetched(run, "user/repo:q8_0", HF_HUB_OFFLINE="1") == small
-    assert not hub.requests
-    assert fetched(run, "user/repo", HF_HUB_OFFLINE="1") == small  # the only one in the cache
-    wrong = complaint(run("runtime", "inspect", "user/repo:f16", HF_HUB_OFFLINE="1"))
+    # The second name fits only one file of those in the cache.
+    assert fetched(run, "user/repo:q8_0", "user/repo", HF_HUB_OFFLINE="1") == [small, small]
+    absent, unknown = run.many(*inspect("user/repo:f16", "user/other"), HF_HUB_OFFLINE="1")
+    why = "HF_HUB_OFFLINE is set"
     assert (
-        "`user/repo` (its copy in the cache: HF_HUB_OFFLINE is set): no GGUF file fits `f16`; it has m-q8_0.gguf"
-        in wrong
+        f"`user/repo` (its copy in the cache: {why}): no GGUF file fits `f16`; it has m-q8_0.gguf" in absent.complaint
     )
-    assert "HF_HUB_OFFLINE is set" in complaint(run("runtime", "inspect", "user/other", HF_HUB_OFFLINE="1"))
-    assert hub.storage.sent == len(small)
-
-    several = complaint(run("runtime", "inspect", "user/repo"))
-    assert f"m-f16.gguf ({len(other) / 1e6:.1f} MB), m-q8_0.gguf ({len(small) / 1e6:.1f} MB)" in several
-    assert several.endswith("for example user/repo:f16")
+    assert why in unknown.complaint
+    assert not hub.requests
 
 
-def test_every_command_takes_a_name(hub: Hub, run: Run, fitted_gguf: Path, tmp_path: Path) -> None:
+def test_every_command_takes_a_name(hub: Hub, run: Client, fitted_gguf: Path, tmp_path: Path) -> None:
     hub.add("user/repo", {"m.gguf": fitted_gguf.read_bytes()})
     text = tmp_path / "text.txt"
     text.write_text("We the people of the United States. " * 20)
     machine = ("--vram-budget", "1", "--device-bandwidth", "500", "--cpu-bandwidth", "50")
-    succeeded(run("runtime", "complete", "user/repo", "-p", "We", "-n", "2"))
-    assert "resolve" in "".join(r.path for r in hub.requests)
-    for command in (("perplexity", text, "--tokens", "32"), ("sparsity",), ("plan", *machine), ("chat", "-n", "1")):
-        succeeded(run("runtime", command[0], "user/repo", *command[1:], stdin="Hello\n", HF_HUB_OFFLINE="1"))
-    short = run("predictors", "evaluate", "user/repo", text, HF_HUB_OFFLINE="1")
-    assert f"`{text}`: 161 tokens" in short.stderr  # the model was found: the text is what it complains about
-    code = "import runtime; m = runtime.load('user/repo', n_ctx=64); print(m.structure.block_count); m.close()"
-    script = tmp_path / "script.py"
-    script.write_text(code)
-    with GgufFile(fitted_gguf) as file:
-        assert int(succeeded(run("script", cwd=tmp_path, HF_HUB_OFFLINE="1"))) == file.structure.block_count
+    commands = (
+        ("complete", "user/repo", "-p", "We", "-n", "2"), ("perplexity", "user/repo", text, "--tokens", "32"), ("sparsity", "user/repo"),
+        ("plan", "user/repo", *machine), ("chat", "user/repo", "-n", "1"), ("inspect", "user/repo"),
+    )  # fmt: skip
+    *found, judged = run.many(
+        *(("runtime", *command) for command in commands), ("predictors", "evaluate", "user/repo", text), stdin="Hello\n"
+    )
+    assert all(done.out for done in found)
+    assert f"`{text}`: 161 tokens" in judged.stderr  # the model was found: the text is what it complains about
+    assert hub.storage.sent == fitted_gguf.stat().st_size
+    (tmp_path / "script.py").write_text("import runtime\nwith runtime.load('user/repo') as m: print(m.ffn)\n")
+    assert run("script", cwd=tmp_path).out == "predicted\n"
 
 
-def test_shards_are_fetched_together(hub: Hub, run: Run, fitted_gguf: Path, tmp_path: Path) -> None:
+def test_shards_are_fetched_together(hub: Hub, run: Client, fitted_gguf: Path, tmp_path: Path) -> None:
     with GgufFile(fitted_gguf) as file:
         streams = [copied(file, name) for name in file.tensors]
         files = split_model(tmp_path / "m.gguf", copied_keys(fitted_gguf), streams, file.size // 3)
         write_files(files)
     hub.add("user/repo", {f"sub/{file.path.name}": file.path.read_bytes() for file in files})
-    report = json.loads(succeeded(run("runtime", "inspect", "user/repo", "--json")))
+    report = json.loads(run("runtime", "inspect", "user/repo", "--json").out)
     assert report["bytes"] == sum(file.path.stat().st_size for file in files)
     assert report["path"].endswith(f"sub/m-00001-of-{len(files):05}.gguf")
 
 
-def test_revisions(hub: Hub, run: Run, small: bytes, converted: Converted) -> None:
+def test_revisions(hub: Hub, run: Client, small: bytes, converted: Converted) -> None:
     old = converted("llama-gqa", "f16").read_bytes()
     first = hub.add("user/repo", {"m.gguf": old}).branches["main"]
     hub.add("user/repo", {"m.gguf": small})
     hub.add("user/repo", {"m.gguf": old}, branch="v1")
-    assert fetched(run, "user/repo") == small
-    assert fetched(run, f"hf://user/repo@{first}/m.gguf") == old
-    assert fetched(run, "hf://user/repo@v1/m.gguf") == old
-    assert fetched(run, "user/repo@v1", HF_HUB_OFFLINE="1") == old
-    assert "no such branch, tag or commit" in complaint(run("runtime", "inspect", "user/repo@v2"))
+    names = ("user/repo", f"hf://user/repo@{first}/m.gguf", "hf://user/repo@v1/m.gguf")
+    assert fetched(run, *names) == [small, old, old]
+    assert fetched(run, "user/repo@v1", "user/repo", HF_HUB_OFFLINE="1") == [old, small]
+    assert "no such branch, tag or commit" in run("runtime", "inspect", "user/repo@v2").complaint
 
 
-def test_three_dropped_connections(hub: Hub, run: Run, converted: Converted) -> None:
+def test_three_dropped_connections(hub: Hub, run: Client, converted: Converted) -> None:
     model = converted("bundled", "f32").read_bytes()
     hub.add("user/repo", {"m.gguf": model})
     hub.storage.drops, hub.storage.drop_after = 3, 11_000_000  # the client writes 10 MiB at a time
-    assert fetched(run, "user/repo") == model
+    assert fetched(run, "user/repo") == [model]
     ranges = [request.headers.get("range") for request in hub.storage.seen("GET")]
     assert ranges == [None, *(f"bytes={10 * 2**20 * i}-" for i in (1, 2, 3))]
     assert hub.storage.sent < len(model) + 3 * 1_000_000
 
 
-def test_an_interrupt_stops_a_download_at_once(hub: Hub, run: Run, small: bytes, tmp_path: Path) -> None:
+def test_an_interrupt_stops_a_download_at_once(hub: Hub, run: Client, small: bytes, tmp_path: Path) -> None:
     hub.add("user/repo", {"m.gguf": small})
     hub.storage.pause = 20.0
     command = [sys.executable, "-m", "runtime", "inspect", "user/repo"]
-    settings = environment(hub, tmp_path / "home")
-    with subprocess.Popen(command, cwd=ROOT, env=settings, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=run.environment(), stderr=subprocess.PIPE, text=True) as process:
         while not hub.storage.sent:
             assert process.poll() is None
             time.sleep(0.05)
@@ -216,17 +217,15 @@ def test_an_interrupt_stops_a_download_at_once(hub: Hub, run: Run, small: bytes,
         assert process.communicate(timeout=10) == (None, "interrupted\n")
         assert process.returncode == 130
     hub.storage.pause = 0.0
-    assert fetched(run, "user/repo") == small
+    assert fetched(run, "user/repo") == [small]
 
 
-def test_progress_is_shown_on_a_terminal_only(hub: Hub, run: Run, small: bytes, tmp_path: Path) -> None:
+def test_progress_is_shown_on_a_terminal_only(hub: Hub, run: Client, small: bytes, tmp_path: Path) -> None:
     hub.add("user/repo", {"m.gguf": small})
     command = [sys.executable, "-m", "runtime", "inspect", "user/repo", "--json"]
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(hub, tmp_path / "home"), stdout=subprocess.PIPE, stderr=theirs, check=True
-    )
+    done = subprocess.run(command, cwd=ROOT, env=run.environment(), stdout=subprocess.PIPE, stderr=theirs, check=True)
     os.close(theirs)
     shown = os.read(ours, 100_000).decode()
     os.close(ours)
@@ -235,65 +234,63 @@ def test_progress_is_shown_on_a_terminal_only(hub: Hub, run: Run, small: bytes, 
     assert run("runtime", "inspect", "user/repo", HF_HOME=str(tmp_path / "other")).stderr == ""
 
 
-def test_a_wrong_sha256(hub: Hub, run: Run, small: bytes, tmp_path: Path) -> None:
+def test_a_wrong_sha256(hub: Hub, run: Client, small: bytes, tmp_path: Path) -> None:
     hub.add("user/repo", {"m.gguf": small})
     oid = hashlib.sha256(small).hexdigest()
     hub.storage.damaged.add(oid)
-    text = complaint(run("runtime", "inspect", "user/repo"))
+    text = run("runtime", "inspect", "user/repo").complaint
     assert f"expected {oid} as the Hub says" in text
     assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file() and path.stat().st_size == len(small)]
-    assert complaint(run("runtime", "inspect", "user/repo", HF_HUB_OFFLINE="1"))
+    assert run("runtime", "inspect", "user/repo", HF_HUB_OFFLINE="1").complaint
     hub.storage.damaged.clear()
-    assert fetched(run, "user/repo") == small
+    assert fetched(run, "user/repo") == [small]
 
 
-def test_a_file_is_hashed_once_and_again_when_it_changes(hub: Hub, run: Run, small: bytes, tmp_path: Path) -> None:
+def test_a_file_is_hashed_once_and_again_when_it_changes(hub: Hub, run: Client, small: bytes, tmp_path: Path) -> None:
     hub.add("user/repo", {"m.gguf": small})
     fetched(run, "user/repo")
     content = next(path for path in (tmp_path / "home").rglob("blobs/*") if path.stat().st_size == len(small))
     state = content.stat()
     content.write_bytes(small[:-1] + bytes([small[-1] ^ 1]))
     os.utime(content, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert fetched(run, "user/repo") != small  # neither size nor time tells: it was not read again
+    assert fetched(run, "user/repo") != [small]  # neither size nor time tells: it was not read again
     os.utime(content)
-    assert "as the Hub says" in complaint(run("runtime", "inspect", "user/repo", HF_HUB_OFFLINE="1"))
+    assert "as the Hub says" in run("runtime", "inspect", "user/repo", HF_HUB_OFFLINE="1").complaint
 
 
-def test_the_token_goes_to_the_hub_only(hub: Hub, run: Run, small: bytes) -> None:
+def test_the_token_goes_to_the_hub_only(hub: Hub, run: Client, small: bytes) -> None:
     hub.add("user/repo", {"m.gguf": small}, private=True)
-    refused = complaint(run("runtime", "inspect", "user/repo"))
+    refused = run("runtime", "inspect", "user/repo").complaint
     assert "no such repository on the Hub (or a private one)" in refused
     assert "HF_TOKEN" in refused
-    assert fetched(run, "user/repo", HF_TOKEN=TOKEN) == small
+    assert fetched(run, "user/repo", HF_TOKEN=TOKEN) == [small]
     assert hub.seen("GET")[-1].headers["authorization"] == f"Bearer {TOKEN}"
     assert hub.storage.requests
     hub.moved.add("user/elsewhere")
-    complaint(run("runtime", "inspect", "user/elsewhere", HF_TOKEN=TOKEN))
+    assert run("runtime", "inspect", "user/elsewhere", HF_TOKEN=TOKEN).returncode == 1
     assert hub.storage.seen("GET", "/api/models/user/elsewhere")
     assert not [r for r in hub.storage.requests if TOKEN in str(r.headers) or TOKEN in r.path]
 
 
-def test_a_file_for_another_program_is_not_fetched(hub: Hub, run: Run, small: bytes) -> None:
+def test_a_file_for_another_program_is_not_fetched(hub: Hub, run: Client, small: bytes) -> None:
     hub.add("user/repo", {"m.gguf": small})
     hub.architecture = "llama"
-    assert "is for `llama`, expected `lazyneuron`" in complaint(run("runtime", "inspect", "user/repo"))
+    assert "is for `llama`, expected `lazyneuron`" in run("runtime", "inspect", "user/repo").complaint
     assert not hub.storage.requests
 
 
-def test_without_a_network_the_cache_serves(hub: Hub, run: Run, small: bytes) -> None:
+def test_without_a_network_the_cache_serves(hub: Hub, run: Client, small: bytes) -> None:
     hub.add("user/repo", {"m.gguf": small})
     fetched(run, "user/repo")
-    nobody = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = run("runtime", "inspect", "user/repo", **nobody)
-    succeeded(done)
-    assert done.stderr == "note: the Hub cannot be reached: using the copy of `user/repo` in the cache\n"
-    assert "nothing of it in the cache" in complaint(run("runtime", "inspect", "user/other", **nobody))
+    here, elsewhere = run.many(*inspect("user/repo", "user/other"), HF_ENDPOINT="http://127.0.0.1:9")
+    assert here.out
+    assert here.stderr == "note: the Hub cannot be reached: using the copy of `user/repo` in the cache\n"
+    assert "nothing of it in the cache" in elsewhere.complaint
 
 
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [((403, "GatedRepo"), "access to it must be granted first"), ((404, "RepoNotFound"), "no such repository on the Hub"), ((503, ""), "the Hub answered 503")],
-)  # fmt: skip
-def test_refusals(hub: Hub, run: Run, answer: tuple[int, str], expected: str) -> None:
-    hub.refused["user/repo"] = answer
-    assert expected in complaint(run("runtime", "inspect", "user/repo"))
+def test_refusals(hub: Hub, run: Client) -> None:
+    hub.refused = {"user/gated": (403, "GatedRepo"), "user/none": (404, "RepoNotFound"), "user/down": (503, "")}
+    gated, none, down = run.many(*inspect(*hub.refused))
+    assert "access to it must be granted first" in gated.complaint
+    assert "no such repository on the Hub" in none.complaint
+    assert "the Hub answered 503" in down.complaint

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from checkpoints import copy_checkpoint
 from gguf import GGUFReader
-from hub_client import Run, complaint, succeeded
+from hub_client import Client
 from hub_server import TOKEN, Hub
 from huggingface_hub import ModelCard
 
@@ -39,17 +40,15 @@ def files_of(hub: Hub, repo: str = "user/repo", branch: str = "main") -> dict[st
     return found.commits[found.branches[branch]]
 
 
-def push(run: Run, *arguments: str | Path, **env: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(
-        succeeded(run("convert", "push", *arguments, "--json", **{"HF_TOKEN": TOKEN, **env}))
-    )
+def push(run: Client, *arguments: str | Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run("convert", "push", *arguments, "--json", HF_TOKEN=TOKEN).out)
     return found
 
 
 # --- pushing ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_was_pushed_comes_back(hub: Hub, run: Run, fitted_gguf: Path, tmp_path: Path) -> None:
+def test_what_was_pushed_comes_back(hub: Hub, run: Client, fitted_gguf: Path, tmp_path: Path) -> None:
     report = push(run, fitted_gguf, "user/repo")
     oid = hashlib.sha256(fitted_gguf.read_bytes()).hexdigest()
     name = fitted_gguf.name
@@ -59,26 +58,31 @@ def test_what_was_pushed_comes_back(hub: Hub, run: Run, fitted_gguf: Path, tmp_p
     assert files_of(hub)["sparsity.png"].startswith(b"\x89PNG")
     assert f"python -m runtime chat {report['model']}" in files_of(hub)["README.md"].decode()
 
-    home = {"HF_HOME": str(tmp_path / "another home")}
-    done = json.loads(succeeded(run("runtime", "inspect", report["model"], "--json", **home)))
-    assert Path(done["path"]).read_bytes() == fitted_gguf.read_bytes()
-    said = [json.loads(succeeded(run("runtime", "complete", model, "-p", "We", "-n", "4", "--temp", "0", "--json", **home)))["text"] for model in ("user/repo", str(fitted_gguf))]  # fmt: skip
-    assert said[0] == said[1]
+    other = Client(hub, tmp_path / "another home")
+    words = ("-p", "We", "-n", "4", "--temp", "0")
+    shown, theirs, ours = other.many(
+        ("runtime", "inspect", report["model"], "--json"),
+        ("runtime", "complete", report["model"], *words),
+        ("runtime", "complete", fitted_gguf, *words),
+    )
+    assert Path(json.loads(shown.out)["path"]).read_bytes() == fitted_gguf.read_bytes()
+    assert theirs.out == ours.out != ""
 
 
-def test_nothing_is_sent_twice_and_the_token_to_nobody_else(hub: Hub, run: Run, small: Path) -> None:
+def test_nothing_is_sent_twice_and_the_token_to_nobody_else(hub: Hub, run: Client, small: Path) -> None:
     push(run, small, "user/repo", "--private", "--no-plot")
     assert hub.repos["user/repo"].private
     assert hub.storage.received == small.stat().st_size
-    assert not [r for r in hub.storage.requests if TOKEN in str(r.headers) or TOKEN in r.path]
     before = dict(hub.repos["user/repo"].branches)
-    push(run, small, "user/repo", "--no-plot")
-    push(run, small, "user/other", "--no-plot")  # the storage has the file already
+    again = [("convert", "push", small, repo, "--no-plot") for repo in ("user/repo", "user/other")]
+    assert [done.returncode for done in run.many(*again, HF_TOKEN=TOKEN)] == [0, 0]
     assert hub.repos["user/repo"].branches == before
+    assert small.name in files_of(hub, "user/other")  # the storage had the file already
     assert hub.storage.received == small.stat().st_size
+    assert not [r for r in hub.storage.requests if TOKEN in str(r.headers) or TOKEN in r.path]
 
 
-def test_three_dropped_uploads(hub: Hub, run: Run, small: Path) -> None:
+def test_three_dropped_uploads(hub: Hub, run: Client, small: Path) -> None:
     hub.storage.drops, hub.storage.drop_after = 3, 50_000
     shards = push(run, small, "user/repo", "--split-max-size", "150K", "--no-plot")["files"]
     assert len(shards) == 3
@@ -89,11 +93,11 @@ def test_three_dropped_uploads(hub: Hub, run: Run, small: Path) -> None:
     assert not list(small.parent.glob(".tiny*"))
 
 
-def test_a_push_that_failed_goes_on(hub: Hub, run: Run, small: Path) -> None:
+def test_a_push_that_failed_goes_on(hub: Hub, run: Client, small: Path) -> None:
     """The files that arrived are not sent again, and until all have arrived the repository shows none."""
     hub.storage.room = 2
     arguments = (small, "user/repo", "--split-max-size", "150K", "--no-plot")
-    assert "the Hub answered 507" in complaint(run("convert", "push", *arguments, HF_TOKEN=TOKEN))
+    assert "the Hub answered 507" in run("convert", "push", *arguments, HF_TOKEN=TOKEN).complaint
     assert set(files_of(hub)) == {".gitattributes"}
     assert not list(small.parent.glob(".tiny*"))
     hub.storage.room = 1
@@ -102,9 +106,9 @@ def test_a_push_that_failed_goes_on(hub: Hub, run: Run, small: Path) -> None:
     assert len(hub.storage.seen("PUT")) == 1
 
 
-def test_shards_come_back_as_one_model(hub: Hub, run: Run, small: Path, tmp_path: Path) -> None:
+def test_shards_come_back_as_one_model(hub: Hub, run: Client, small: Path, tmp_path: Path) -> None:
     push(run, small, "user/repo", "--split-max-size", "150K")
-    report = json.loads(succeeded(run("runtime", "inspect", "user/repo", "--json")))
+    report = json.loads(run("runtime", "inspect", "user/repo", "--json").out)
     first = Path(report["path"])
     assert re.fullmatch(r"tiny-q8_0-00001-of-0000\d\.gguf", first.name)
     ids = list(range(5, 40))
@@ -119,7 +123,7 @@ def test_shards_come_back_as_one_model(hub: Hub, run: Run, small: Path, tmp_path
     assert [name for name in files_of(hub) if name.endswith(".gguf")] == ["tiny-q8_0.gguf"]
 
 
-def test_two_models_in_one_repository(hub: Hub, run: Run, small: Path, converted: Converted) -> None:
+def test_two_models_in_one_repository(hub: Hub, run: Client, small: Path, converted: Converted) -> None:
     other = converted("llama-gqa", "f16")
     push(run, other, "user/repo")
     assert push(run, small, "user/repo")["model"] == "user/repo:tiny-q8_0.gguf"
@@ -129,39 +133,39 @@ def test_two_models_in_one_repository(hub: Hub, run: Run, small: Path, converted
     assert "python -m runtime chat user/repo:tiny-q8_0.gguf\n" in card
 
 
-def test_branches(hub: Hub, run: Run, small: Path) -> None:
+def test_branches(hub: Hub, run: Client, small: Path) -> None:
     hub.add("user/repo", {"README.md": b"kept"})
     assert push(run, small, "user/repo", "--revision", "v2")["model"] == "user/repo@v2"
     assert small.name in files_of(hub, branch="v2")
     assert small.name not in files_of(hub)
 
 
-def test_a_card_changed_by_hand_is_kept(hub: Hub, run: Run, small: Path) -> None:
+def test_a_card_changed_by_hand_is_kept(hub: Hub, run: Client, small: Path) -> None:
     hub.add("user/repo", {"README.md": b"My own words."})
     done = run("convert", "push", small, "user/repo", HF_TOKEN=TOKEN)
-    succeeded(done)
+    assert done.returncode == 0
     assert "has a card of its own, which is kept" in done.stderr
     assert files_of(hub)["README.md"] == b"My own words."
     push(run, small, "user/repo", "--replace-card")
     assert MARK in files_of(hub)["README.md"].decode()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "env", "expected"),
-    [
-        (["user/repo"], {"HF_TOKEN": "wrong"}, "`user/repo`: the Hub answered 401"),
-        (["user/public", "--private"], {}, "exists and is public, expected a private one"),
-        (["repo"], {}, "`repo`: expected a name on the Hub such as user/repo"),
-        (["user/repo@main"], {}, "expected a name on the Hub"),
-        (["user/repo", "--split-max-size", "1K"], {}, "--split-max-size 1,000 bytes, expected at least"),
-        (["user/repo"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the Hub cannot be reached"),
-    ],
-)  # fmt: skip
-def test_refused_pushes(
-    hub: Hub, run: Run, small: Path, arguments: list[str], env: dict[str, str], expected: str
-) -> None:
+def test_refused_pushes(hub: Hub, run: Client, small: Path) -> None:
     hub.add("user/public", {})
-    assert expected in complaint(run("convert", "push", small, *arguments, **{"HF_TOKEN": TOKEN, **env}))
+    expected = {
+        ("user/public", "--private"): "exists and is public, expected a private one",
+        ("repo",): "`repo`: expected a name on the Hub such as user/repo",
+        ("user/repo@main",): "expected a name on the Hub",
+        ("user/repo", "--split-max-size", "1K"): "--split-max-size 1,000 bytes, expected at least",
+        ("user/repo", "--perplexity", str(small)): "expected UTF-8 text",
+    }
+    found = run.many(*(("convert", "push", small, *arguments) for arguments in expected), HF_TOKEN=TOKEN)
+    for done, complaint in zip(found, expected.values(), strict=True):
+        assert complaint in done.stderr
+        assert done.returncode == 1
+    push_it = ("convert", "push", small, "user/repo")
+    assert "`user/repo`: the Hub answered 401" in run(*push_it, HF_TOKEN="wrong").complaint
+    assert "the Hub cannot be reached" in run(*push_it, HF_ENDPOINT="http://127.0.0.1:9").complaint
     assert not hub.storage.received
     assert "user/repo" not in hub.repos
 
@@ -236,27 +240,30 @@ def test_perplexity_is_measured(fitted_gguf: Path, capfd: pytest.CaptureFixture[
     assert "python -m runtime perplexity user/repo heldout.txt --ffn exact --tokens 200" in text
 
 
-def test_the_card_alone(hub: Hub, run: Run, fitted_gguf: Path, tmp_path: Path) -> None:
-    out = tmp_path / "card"
-    succeeded(run("convert", "card", fitted_gguf, "-o", out))
+def test_the_card_alone(hub: Hub, run: Client, fitted_gguf: Path, tmp_path: Path) -> None:
+    out, command = tmp_path / "card", ("convert", "card", fitted_gguf)
+    written, again, printed = run.many((*command, "-o", out), (*command, "-o", out), (*command, "--repo", "user/repo"))
+    assert written.out == ""
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "sparsity.png"]
-    assert "exists already" in complaint(run("convert", "card", fitted_gguf, "-o", out))
+    assert "exists already" in again.complaint
+    assert "python -m runtime chat user/repo\n" in printed.out
+    assert "sparsity.png" not in printed.out
     # Validated as huggingface_hub does it, by the Hub's answer.
     code = f"from huggingface_hub import ModelCard\nModelCard.load({str(out / 'README.md')!r}).validate()\n"
     (tmp_path / "script.py").write_text(code)
-    succeeded(run("script", cwd=tmp_path))
+    assert run("script", cwd=tmp_path).out == ""
     assert hub.seen("POST", "/api/validate-yaml")
-    printed = succeeded(run("convert", "card", fitted_gguf, "--repo", "user/repo"))
-    assert "python -m runtime chat user/repo\n" in printed
-    assert "sparsity.png" not in printed
 
 
-def test_a_plot_without_matplotlib(fitted_gguf: Path, tmp_path: Path, run: Run) -> None:
-    (tmp_path / "matplotlib.py").write_text("raise ImportError")
-    text = complaint(run("convert", "card", fitted_gguf, "-o", tmp_path / "card", cwd=tmp_path))
-    assert "plots need matplotlib\nhint: pip install 'lazyneuron[plot]'" in text
+def test_a_plot_without_matplotlib(
+    fitted_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # what import takes for missing
+    command = ["card", str(fitted_gguf), "-o", str(tmp_path / "card")]
+    assert convert_main(command) == 1
+    assert "plots need matplotlib\nhint: pip install 'lazyneuron[plot]'" in capfd.readouterr().err
     assert not (tmp_path / "card").exists()
-    succeeded(run("convert", "card", fitted_gguf, "-o", tmp_path / "card", "--no-plot", cwd=tmp_path))
+    assert convert_main([*command, "--no-plot"]) == 0
 
 
 def test_verbs_are_reserved(
