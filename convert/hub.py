@@ -5,12 +5,14 @@ Knows file names, not what is in the files; fetching is `runtime.hub_client`'s w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+from runtime import hub_client
 from runtime.errors import UserError
 from runtime.hub import Listing, parse
-from runtime.hub_client import fetch as fetch_files
+from runtime.hub_client import Choose
 
 _SMALL = (
     "config.json",
@@ -33,6 +35,22 @@ def fetch(source: str) -> tuple[Path, str]:
 
     Raises UserError when there is neither such a folder nor such a repository, or it cannot be fetched.
     """
+    return _fetch(source, _checkpoint_files, "a checkpoint folder")
+
+
+def fetch_files(source: str, patterns: Sequence[str], expected: str) -> tuple[Path, str]:
+    """A local folder, or the files of a Hub repository that match `patterns`; otherwise as `fetch`. expected: for the error."""
+
+    def choose(listing: Listing) -> list[str]:
+        names = _matching(listing, patterns)
+        if not names:
+            raise UserError(f"{listing}: no {' or '.join(patterns)} in it, expected {expected}", "check the name")
+        return names
+
+    return _fetch(source, choose, expected)
+
+
+def _fetch(source: str, choose: Choose, expected: str) -> tuple[Path, str]:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder, ""
@@ -40,10 +58,10 @@ def fetch(source: str) -> tuple[Path, str]:
     if reference is None or reference.file:
         found = "a file" if folder.exists() else "no such folder"
         raise UserError(
-            f"`{source}`: {found}, expected a checkpoint folder or a Hub id",
+            f"`{source}`: {found}, expected {expected} or a Hub id",
             "such as path/to/folder, user/repo or hf://user/repo@revision",
         )
-    return fetch_files(reference, _checkpoint_files)[0], reference.repo
+    return hub_client.fetch(reference, choose)[0], reference.repo
 
 
 def _checkpoint_files(listing: Listing) -> list[str]:
@@ -58,5 +76,5 @@ def _checkpoint_files(listing: Listing) -> list[str]:
     return _matching(listing, _SMALL) + weights
 
 
-def _matching(listing: Listing, patterns: tuple[str, ...]) -> list[str]:
+def _matching(listing: Listing, patterns: Sequence[str]) -> list[str]:
     return [name for name in listing.files if any(fnmatch(name, pattern) for pattern in patterns)]

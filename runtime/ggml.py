@@ -71,6 +71,10 @@ CUSTOM1_OP = ctypes.CFUNCTYPE(
 )  # ggml_custom1_op_t
 LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 LogCallback = Annotated[object, C(LOG_CALLBACK, "ggml_log_callback")]
+GGUF_READER = ctypes.CFUNCTYPE(
+    ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t
+)  # userdata, output, offset, len
+GgufReader = Annotated[object, C(GGUF_READER, "gguf_reader_callback_t")]
 
 
 class ContextP(Handle):
@@ -461,6 +465,14 @@ def ggml_backend_tensor_get(tensor: ConstTensorP, data: VoidP, offset: SizeT, si
 
 @stub(GGML_BASE)
 def gguf_init_from_file(fname: CharP, params: GgufInitParams) -> GgufP: ...
+@stub(GGML_BASE)
+def gguf_init_from_callback(
+    callback: GgufReader,
+    userdata: VoidP,
+    max_chunk_read: SizeT,
+    max_expected_size: Annotated[int, C(ctypes.c_uint64, "uint64_t")],
+    params: GgufInitParams,
+) -> GgufP: ...
 @stub(GGML_BASE)
 def gguf_free(ctx: GgufP) -> None: ...
 @stub(GGML_BASE)

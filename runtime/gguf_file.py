@@ -14,11 +14,11 @@ import numpy as np
 
 from runtime import ggml
 from runtime.errors import UserError
-from runtime.gguf_part import GgufPart, TensorInfo
+from runtime.gguf_part import MAGIC, GgufPart, TensorInfo
 from runtime.shards import open_shards
 from runtime.structure import Structure, required_tensors
 
-__all__ = ["GgufFile", "TensorInfo"]
+__all__ = ["MAGIC", "GgufFile", "TensorInfo"]
 
 _AGAIN = "the file is damaged: download or convert it again"
 
@@ -27,16 +27,17 @@ class GgufFile:
     """An open model: `metadata` (key -> value; arrays as numpy arrays or lists of str) and `tensors` (name -> TensorInfo).
 
     path: the file, or the first of its shards; `parts` are all of them, and `size` their bytes together.
+    magic: its first four bytes, for files that are GGUF in all but these.
     Raises UserError when a file is missing, no GGUF, damaged, shorter than its tensors say, or a shard of something else.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, magic: bytes = MAGIC) -> None:
         self.path = Path(path)
         if self.path.is_dir():
             raise UserError(
                 f"`{path}` is a folder, expected a GGUF file", "convert it first: python -m convert FOLDER OUT.gguf"
             )
-        self.parts = open_shards(GgufPart(self.path))
+        self.parts = open_shards(GgufPart(self.path, magic))
         self.size = sum(part.size for part in self.parts)
         self.metadata = self.parts[0].metadata
         self.tensors = {name: info for part in self.parts for name, info in part.tensors.items()}

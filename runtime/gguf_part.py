@@ -20,6 +20,7 @@ from runtime import ggml
 from runtime.errors import UserError
 from runtime.logs import captured_log
 
+MAGIC = b"GGUF"
 _SCALARS: dict[int, tuple[Any, Callable[[Any], Any]]] = {
     0: (ctypes.c_uint8, int),
     1: (ctypes.c_int8, int),
@@ -50,16 +51,17 @@ class TensorInfo:
 class GgufPart:
     """One open file: `metadata` (key -> value; arrays as numpy arrays or lists of str) and `tensors` (name -> TensorInfo).
 
+    magic: its first four bytes, for files that are GGUF in all but these.
     Raises UserError when the file is missing, no GGUF, damaged or shorter than its tensors say.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, magic: bytes = MAGIC) -> None:
         self.path = path
         self._map: mmap.mmap | None = None
         self._view: np.ndarray[Any, np.dtype[np.uint8]] | None = None
         self.size = path.stat().st_size
-        self._check_magic()
-        with _Parsed(path) as parsed:
+        self._check_magic(magic)
+        with _Parsed(path, magic) as parsed:
             self.metadata = parsed.metadata()
             self.tensors = {info.name: info for info in parsed.tensors()}
         self._check_extents()
@@ -92,19 +94,20 @@ class GgufPart:
             self._map.close()
             self._map = None
 
-    def _check_magic(self) -> None:
+    def _check_magic(self, magic: bytes) -> None:
         with self.path.open("rb") as file:
-            magic = file.read(4)
-        if magic == b"PWRI":
+            found = file.read(len(MAGIC))
+        if found == magic:
+            return
+        if found == b"PWRI":
             raise UserError(
                 f"`{self.path}`: a PowerInfer file (magic PWRI), expected GGUF",
                 "convert the original checkpoint: python -m convert REPO OUT.gguf",
             )
-        if magic != b"GGUF":
-            raise UserError(
-                f"`{self.path}`: starts with {magic!r}, expected a GGUF file",
-                "convert a checkpoint first: python -m convert REPO OUT.gguf",
-            )
+        raise UserError(
+            f"`{self.path}`: starts with {found!r}, expected a {magic.decode()} file",
+            "convert a checkpoint first: python -m convert REPO OUT.gguf",
+        )
 
     def _check_extents(self) -> None:
         for info in self.tensors.values():
@@ -118,10 +121,13 @@ class GgufPart:
 class _Parsed:
     """The gguf_context of a file, with the ggml_context that it fills."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, magic: bytes) -> None:
         params = ggml.gguf_init_params(no_alloc=True)
         with captured_log() as log:
-            self._gguf = ggml.ConstGgufP(ggml.gguf_init_from_file(os.fsencode(path), params).value)
+            context = (
+                ggml.gguf_init_from_file(os.fsencode(path), params) if magic == MAGIC else _parse_as_gguf(path, params)
+            )
+            self._gguf = ggml.ConstGgufP(context.value)
         if not self._gguf:
             found = log[-1] if log else "unreadable"
             raise UserError(
@@ -174,6 +180,21 @@ class _Parsed:
             return [_text(ggml.gguf_get_arr_str(self._gguf, i, j)) for j in range(n)]
         address = ggml.gguf_get_arr_data(self._gguf, i)
         return np.array((_SCALARS[kind][0] * n).from_address(address)) if n and address else np.zeros(0)
+
+
+def _parse_as_gguf(path: Path, params: ggml.gguf_init_params) -> ggml.GgufP:
+    """The gguf_context of a file, read as if it began with GGUF's magic."""
+    with path.open("rb") as file:
+
+        def read(_userdata: int | None, output: int, offset: int, length: int) -> int:
+            file.seek(offset)
+            data = file.read(length)
+            if offset < len(MAGIC):
+                data = (MAGIC[offset:] + data[len(MAGIC) - offset :])[: len(data)]
+            ctypes.memmove(output, data, len(data))
+            return len(data)
+
+        return ggml.gguf_init_from_callback(ggml.GGUF_READER(read), None, 0, path.stat().st_size, params)
 
 
 def _text(raw: bytes) -> str:
