@@ -9,15 +9,16 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from convert import card, push
 from convert.arch import Generated
 from convert.catalogue import catalogue
 from convert.job import Report, convert
@@ -26,8 +27,12 @@ from convert.quantize import TYPES
 from predictors.fit import DEFAULT_ENERGY
 from predictors.fit import TYPES as PREDICTOR_TYPES
 from predictors.kinds import KINDS
+from runtime.commands.options import Parser
 from runtime.errors import run_command
 from runtime.structure import LAYOUTS
+
+# A folder of such a name is ./card, ./push.
+VERBS: dict[str, tuple[ModuleType, Callable[..., None]]] = {"card": (card, card.card), "push": (push, push.push)}
 
 _START = """\
 Give a Hugging Face checkpoint and a file to write:
@@ -36,7 +41,11 @@ Give a Hugging Face checkpoint and a file to write:
     python -m convert prosparse-llama-2-7b prosparse.gguf      (short names: python -m convert --list)
     python -m convert path/to/checkpoint model.gguf
 
-then run it with `python -m runtime chat model.gguf`; all options: python -m convert --help"""
+then run it with `python -m runtime chat model.gguf`, and share it:
+
+    python -m convert push model.gguf user/repo
+
+All options: python -m convert --help, python -m convert push --help, python -m convert card --help"""
 
 
 def configure_parser() -> argparse.ArgumentParser:
@@ -64,6 +73,9 @@ def configure_parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="print the known models and leave")
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: one per CPU")
     _add_predictor_options(parser)
+    parser.add_argument(
+        "--split-max-size", metavar="SIZE", help="write a larger model as shards of at most this size, e.g. 45G or 500M"
+    )
     parser.add_argument(
         "--verify",
         action="store_true",
@@ -103,6 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments:
         print(_START)
         return 2
+    if arguments[0] in VERBS:
+        _stop_cleanly()
+        return run_command(lambda: _run_verb(*VERBS[arguments[0]], arguments))
     parser = configure_parser()
     options = vars(parser.parse_args(arguments))
     if options.pop("list"):
@@ -112,8 +127,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("SOURCE is missing")
     if options["out"] is None and not options["dry_run"]:
         parser.error("OUT.gguf is missing")
-    signal.signal(signal.SIGTERM, _terminate)
+    _stop_cleanly()
     return run_command(lambda: _run(options.pop("json"), options))
+
+
+def _run_verb(module: ModuleType, command: Callable[..., None], arguments: Sequence[str]) -> None:
+    parser = Parser(prog=f"python -m convert {arguments[0]}", description=command.__doc__)
+    module.configure_parser(parser)
+    command(**vars(parser.parse_args(arguments[1:])))
 
 
 def _run(as_json: bool, options: dict[str, Any]) -> None:
@@ -182,6 +203,7 @@ def _print_summary(report: Report) -> None:
     types = ", ".join(f"{count} {name}" for name, count in report.types.items())
     verb = "would write" if report.dry_run else "wrote"
     where = f"`{report.path}`: " if report.path else ""
+    where += f"{len(report.files)} shards: " if len(report.files) > 1 else ""
     print(f"{where}{verb} {report.bytes:,} bytes, {report.tensors} tensors ({types})", file=sys.stderr)
     if report.verified:
         print(_verdict_line(report.verified), file=sys.stderr)
@@ -214,6 +236,11 @@ def _positive(text: str) -> int:
     if number < 1:
         raise ValueError(text)
     return number
+
+
+def _stop_cleanly() -> None:
+    if hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, _terminate)
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:

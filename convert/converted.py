@@ -26,7 +26,7 @@ def plan_again(file: GgufFile) -> Plan:
     for name, shape in required_tensors(s).items():
         info = file.tensors[name]
         kind = info.type.lower()
-        tensors.append(PlannedTensor(name, Kept(file.path, info), shape, kind, kind))
+        tensors.append(PlannedTensor(name, Kept(file.path_of(info.name), info), shape, kind, kind))
     return Plan(None, s, Types("", ""), tuple(tensors))
 
 

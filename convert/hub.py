@@ -1,25 +1,20 @@
-"""Finds a checkpoint: a local folder, or a repository on the Hugging Face Hub; fetches the needed files only.
+"""Finds a checkpoint: a local folder, or a repository on the Hugging Face Hub; chooses the needed files only.
 
-Knows file names, not what is in the files.
+Knows file names, not what is in the files; fetching is `runtime.hub_client`'s work.
 """
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import errors, snapshot_download
-from huggingface_hub.utils.tqdm import disable_progress_bars
-
+from runtime import hub_client
 from runtime.errors import UserError
+from runtime.hub import Listing, parse
+from runtime.hub_client import Choose
 
-# The HTTP library's own base class; which library that is depends on huggingface_hub's version.
-_TRANSPORT: type[Exception] = errors.HfHubHTTPError.__mro__[1]
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_SMALL = [
+_SMALL = (
     "config.json",
     "tokenizer.model",
     "tokenizer.json",
@@ -30,53 +25,56 @@ _SMALL = [
     "merges.txt",
     "chat_template.jinja",
     "README.md",
-]
-_SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
-_PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
+)
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin")
 
 
 def fetch(source: str) -> tuple[Path, str]:
     """The folder with the checkpoint `source`, and its Hub id ("" for a local folder).
 
-    Raises UserError when there is neither such a folder nor such a repository, or the Hub cannot be reached.
+    Raises UserError when there is neither such a folder nor such a repository, or it cannot be fetched.
     """
-    folder, repo = fetch_files(source, _SMALL + _SAFETENSORS, "a checkpoint folder")
-    if repo and not any(folder.glob("*.safetensors")):
-        folder, _ = fetch_files(source, _SMALL + _PICKLES, "a checkpoint folder")
-    return folder, repo
+    return _fetch(source, _checkpoint_files, "a checkpoint folder")
 
 
-def fetch_files(source: str, patterns: list[str], expected: str) -> tuple[Path, str]:
+def fetch_files(source: str, patterns: Sequence[str], expected: str) -> tuple[Path, str]:
     """A local folder, or the files of a Hub repository that match `patterns`; otherwise as `fetch`. expected: for the error."""
+
+    def choose(listing: Listing) -> list[str]:
+        names = _matching(listing, patterns)
+        if not names:
+            raise UserError(f"{listing}: no {' or '.join(patterns)} in it, expected {expected}", "check the name")
+        return names
+
+    return _fetch(source, choose, expected)
+
+
+def _fetch(source: str, choose: Choose, expected: str) -> tuple[Path, str]:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder, ""
-    if folder.exists() or not _REPO.fullmatch(source):
+    reference = None if folder.exists() else parse(source)
+    if reference is None or reference.file:
         found = "a file" if folder.exists() else "no such folder"
-        raise UserError(f"`{source}`: {found}, expected {expected} or a Hub id such as user/repo")
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    with _hub_errors(source):
-        return Path(snapshot_download(source, allow_patterns=patterns)), source
+        raise UserError(
+            f"`{source}`: {found}, expected {expected} or a Hub id",
+            "such as path/to/folder, user/repo or hf://user/repo@revision",
+        )
+    return hub_client.fetch(reference, choose)[0], reference.repo
 
 
-@contextmanager
-def _hub_errors(repo: str) -> Iterator[None]:
-    try:
-        yield
-    except errors.GatedRepoError:
-        raise UserError(
-            f"`{repo}`: access to it must be granted first",
-            f"ask for it on https://huggingface.co/{repo}, then `hf auth login`",
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"`{repo}`: no such folder, and no such repository on the Hub (or a private one)",
-            "check the spelling; for a private one, `hf auth login` first",
-        ) from None
-    except errors.HfHubHTTPError as error:
-        raise UserError(f"`{repo}`: the Hub answered {error.response.status_code}", "try again later") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, _TRANSPORT):
-        raise UserError(
-            f"`{repo}`: not a local folder, and the Hub cannot be reached", "check the network, or give a folder"
-        ) from None
+def _checkpoint_files(listing: Listing) -> list[str]:
+    """Config, tokenizer, and the weights in one format: safetensors where there are some."""
+    if "config.json" not in listing.files:
+        ours = any(name.endswith(".gguf") for name in listing.files)
+        hint = (
+            f"it may be converted already: python -m runtime inspect {listing.reference}" if ours else "check the name"
+        )
+        raise UserError(f"{listing}: no config.json in it, expected a checkpoint", hint)
+    weights = _matching(listing, _SAFETENSORS) or _matching(listing, _PICKLES)
+    return _matching(listing, _SMALL) + weights
+
+
+def _matching(listing: Listing, patterns: Sequence[str]) -> list[str]:
+    return [name for name in listing.files if any(fnmatch(name, pattern) for pattern in patterns)]

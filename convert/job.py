@@ -26,7 +26,8 @@ from predictors.fit import DEFAULT_ENERGY, ModelFit, fit_model
 from predictors.heat import order_by_counts
 from predictors.quantized import Floats
 from runtime.errors import UserError
-from runtime.gguf_write import Stream, check_target, write_gguf
+from runtime.gguf_split import check_no_shards, check_sizes, shard_size, split_model
+from runtime.gguf_write import Stream, check_target, write_files
 from runtime.structure import ARCHITECTURE, required_tensors
 
 Progress = Callable[[str, int, int], None]
@@ -34,12 +35,14 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did, or would do. bytes: of the file; of its tensors alone after a dry run.
+    """What a conversion did, or would do. files: one, or the shards, of which `path` is the first.
 
+    bytes: of all files; of the tensors alone after a dry run.
     ffn_source: who said which activation it is: "config.json", "--ffn-type" or "models.toml". verified: see `convert.verify.Verdict`.
     """
 
     path: str
+    files: list[str]
     bytes: int
     tensors: int
     types: dict[str, int]
@@ -73,6 +76,7 @@ def convert(
     calibration: str | Path | None = None,
     calibration_tokens: int | None = None,
     seed: int = 0,
+    split_max_size: str | None = None,
     verify: bool = False,
     dry_run: bool = False,
     force: bool = False,
@@ -87,17 +91,20 @@ def convert(
     activations: a folder or Hub id with PowerInfer's activation counts, to order neurons by in place of how often they fire on the calibration text.
     calibration: the text on which neurons are ordered and predictors fitted or measured: a UTF-8 file, None for the one in the package, "none" to leave both out.
     calibration_tokens, predictor (default "lowrank"), predictor_type, energy, seed: see `predictors.fit.fit_model`.
+    split_max_size: e.g. "45G": a larger model is written as shards of at most that size, `out` with -00001-of-0000N in its name.
     verify: compare the file's logits with the checkpoint's before it takes its name; see `convert.verify`.
     progress: called with (what, done, of how much) as the work goes on.
     Raises UserError for whatever is wrong with the source, the options or the target; then nothing is written.
     """
     started = time.monotonic()
-    target = None if dry_run else _target(out, force)
+    max_bytes = shard_size(split_max_size)
+    target = None if dry_run else _target(out, force, max_bytes)
     other_type = None if predictor_type == "auto" else predictor_type
     others, counted = (str(folder) if folder else None for folder in (import_predictor, activations))
     given = Given(type, output_type, layout, ffn_type, predictor, other_type, energy, others, counted, verify or None)
     job = open_job(str(source), given)
-    size = job.plan.nbytes
+    check_sizes(job.plan.tensors, max_bytes)
+    size, files = job.plan.nbytes, [str(out)] if out else []
     verdict, planned = None, job.plan
     if target:
         _check_other(target, Path(source))
@@ -116,26 +123,33 @@ def convert(
         )
         job = _with_neurons(job, fitting if calibrated else None, given.activations, target, progress)
         with _checked(target, verify) as file:
-            size = _write(job, file, workers, progress)
+            size, written = _write(job, file, workers, progress, max_bytes)
             if verify and job.checkpoint:
-                verdict = verify_file(file, target, job.checkpoint, planned)
+                verdict = verify_file(written[0], target, job.checkpoint, planned)
+        files = [str(target.with_name(path.name.removeprefix(_unverified()))) for path in written]
     elif activations:
         read_counts(str(activations), job.plan.structure)
-    return _report(job, str(out or ""), size, verdict, dry_run, time.monotonic() - started)
+    return _report(job, files, size, verdict, dry_run, time.monotonic() - started)
 
 
 @contextmanager
 def _checked(target: Path, verify: bool) -> Iterator[Path]:
-    """The file to write: the target, or one beside it that takes the target's name once it has been verified."""
+    """The file to write: the target, or one beside it that takes the target's name once it has been verified. So do its shards."""
     if not verify:
         yield target
         return
-    file = target.with_name(f".{target.name}.{os.getpid()}.unverified")
     try:
-        yield file
-        file.replace(target)
+        yield target.with_name(_unverified() + target.name)
+        for path in sorted(target.parent.glob(f"{_unverified()}*")):
+            path.replace(path.with_name(path.name.removeprefix(_unverified())))
     finally:
-        file.unlink(missing_ok=True)
+        for path in target.parent.glob(f"{_unverified()}*"):
+            path.unlink()
+
+
+def _unverified() -> str:
+    """How names of files begin that are not verified yet."""
+    return f".{os.getpid()}.unverified."
 
 
 def _check_other(target: Path, source: Path) -> None:
@@ -201,22 +215,26 @@ def available_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _target(out: str | Path | None, force: bool) -> Path:
-    """The file to write, known to be writable before anything is fetched for it."""
+def _target(out: str | Path | None, force: bool, max_bytes: int) -> Path:
+    """The file to write, known to be writable before anything is fetched for it. max_bytes: of a shard, 0 for one file."""
     if out is None:
         raise UserError("no output file given", "python -m convert REPO_OR_DIR OUT.gguf, or add --dry-run")
     check_target(Path(out), 0, force)
+    if max_bytes:
+        check_no_shards(Path(out), force)
     return Path(out)
 
 
-def _write(job: Job, out: Path, threads: int, progress: Progress | None) -> int:
+def _write(job: Job, out: Path, threads: int, progress: Progress | None, max_bytes: int = 0) -> tuple[int, list[Path]]:
+    """Write the job's file, or its shards of at most `max_bytes`; returns their bytes and their paths."""
     count = _Count(job.plan.nbytes, progress)
     with Encoder(job.checkpoint, threads) as encoder:
         streams = [
             Stream(t.name, t.shape, NUMBERS[t.type], t.nbytes, count.watch(t.name, encoder.pieces(t)))
             for t in job.plan.tensors
         ]
-        return write_gguf(out, job.metadata, streams)
+        files = split_model(out, job.metadata, streams, max_bytes)
+        return write_files(files), [file.path for file in files]
 
 
 @dataclass
@@ -235,10 +253,11 @@ class _Count:
                 self.progress(name, self.done, self.total)
 
 
-def _report(job: Job, path: str, size: int, verdict: Verdict | None, dry_run: bool, seconds: float) -> Report:
+def _report(job: Job, files: list[str], size: int, verdict: Verdict | None, dry_run: bool, seconds: float) -> Report:
     plan = job.plan
     return Report(
-        path=path,
+        path=files[0] if files else "",
+        files=files,
         bytes=size,
         tensors=len(plan.tensors),
         types=dict(Counter(tensor.type for tensor in plan.tensors)),

@@ -5,15 +5,17 @@ Knows nothing of structures or tensors.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from gguf import GGML_QUANT_VERSION, LlamaFileType
+from huggingface_hub import metadata_load
+from yaml import YAMLError
 
+from runtime.errors import UserError
 from runtime.structure import ARCHITECTURE
 
-_HUB = "https://huggingface.co"
+HUB = "https://huggingface.co"
 _FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32,
     "f16": LlamaFileType.MOSTLY_F16,
@@ -29,17 +31,27 @@ _FILE_TYPES = {
 def general_metadata(folder: Path, repo: str, main_type: str) -> dict[str, Any]:
     """The `general.*` pairs of a checkpoint in `folder`, fetched from the Hub's `repo` ("" for a local one)."""
     card = read_card(folder / "README.md")
-    base = repo or card.get("base_model", "")
+    base = repo or _first(card.get("base_model"))
     return {
         "general.architecture": ARCHITECTURE,
         "general.name": (repo or folder.resolve().name).split("/")[-1],
         "general.type": "model",
-        **({"general.license": card["license"]} if "license" in card else {}),
-        **({"general.source.url": f"{_HUB}/{repo}", "general.source.repo_url": f"{_HUB}/{repo}"} if repo else {}),
+        **_licence(card, repo),
+        **({"general.languages": _texts(card["language"])} if _texts(card.get("language")) else {}),
+        **({"general.source.url": f"{HUB}/{repo}", "general.source.repo_url": f"{HUB}/{repo}"} if repo else {}),
         **(_base_model(base) if "/" in base else {}),
         "general.quantization_version": GGML_QUANT_VERSION,
         "general.file_type": int(_FILE_TYPES[main_type]),
     }
+
+
+def _licence(card: dict[str, Any], repo: str) -> dict[str, str]:
+    """Licence, and name and address of one that the Hub has no word for."""
+    link = _first(card.get("license_link"))
+    if link and repo and "://" not in link:
+        link = f"{HUB}/{repo}/blob/main/{link}"
+    found = {"": _first(card.get("license")), ".name": _first(card.get("license_name")), ".link": link}
+    return {f"general.license{key}": value for key, value in found.items() if value}
 
 
 def _base_model(repo: str) -> dict[str, Any]:
@@ -48,14 +60,21 @@ def _base_model(repo: str) -> dict[str, Any]:
         "general.base_model.count": 1,
         "general.base_model.0.name": name,
         "general.base_model.0.organization": organization,
-        "general.base_model.0.repo_url": f"{_HUB}/{repo}",
+        "general.base_model.0.repo_url": f"{HUB}/{repo}",
     }
 
 
-def read_card(path: Path) -> dict[str, str]:
-    """The one-line entries of a model card's front matter; lists and nested entries are left out."""
-    if not path.is_file():
-        return {}
-    front = re.match(r"---\r?\n(.*?)\r?\n---", path.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    pairs = re.findall(r"^(\w+):[ \t]*(\S.*?)[ \t]*$", front.group(1), re.MULTILINE) if front else []
-    return {key: value.strip("'\"") for key, value in pairs if value[0] not in "[{|>"}
+def read_card(path: Path) -> dict[str, Any]:
+    """The metadata of a model card, empty where there is none. Raises UserError when it is not YAML."""
+    try:
+        return metadata_load(path) or {} if path.is_file() else {}
+    except (ValueError, YAMLError) as error:
+        raise UserError(f"`{path}`: its metadata is no YAML ({error})", "correct or remove the file") from None
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(one) for one in (value if isinstance(value, list) else [value]) if one is not None]
+
+
+def _first(value: Any) -> str:
+    return (_texts(value) or [""])[0]

@@ -26,7 +26,9 @@ from predictors.kinds import KINDS
 from predictors.rewrite import rewrite
 from runtime.commands.options import Parser, count
 from runtime.errors import UserError, run_command
+from runtime.gguf_file import GgufFile
 from runtime.gguf_write import check_target
+from runtime.hub import locate
 
 _START = """\
 Fit other predictors to a converted model, or see what a model's predictors are worth:
@@ -43,12 +45,16 @@ def configure_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
     refit = verbs.add_parser("fit", help="write a model file again with other predictors")
     refit.set_defaults(command=fit)
-    refit.add_argument("model", metavar="MODEL.gguf", type=Path, help="made by `python -m convert`")
+    refit.add_argument(
+        "model", metavar="MODEL", help="a GGUF file made by `python -m convert`, or user/repo on the Hub"
+    )
     refit.add_argument("out", metavar="OUT.gguf", type=Path, help="the file to write")
     _add_fit_options(refit)
     judge = verbs.add_parser("evaluate", help="measure a model's predictors on a text")
     judge.set_defaults(command=show_evaluation)
-    judge.add_argument("model", metavar="MODEL.gguf", type=Path, help="made by `python -m convert`")
+    judge.add_argument(
+        "model", metavar="MODEL", help="a GGUF file made by `python -m convert`, or user/repo on the Hub"
+    )
     judge.add_argument("file", metavar="TEXT", type=Path, help="a UTF-8 text that the predictors were not fitted on")
     judge.add_argument("--tokens", type=count, metavar="N", help="use only the first N tokens (16384)")
     judge.add_argument("--predictor-bias", type=float, default=0.0, metavar="X", help="as at run time (0)")
@@ -82,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> None:
     options = vars(configure_parser().parse_args(arguments))
-    options.pop("command")(**options)
+    command = options.pop("command")
+    command(**options | {"model": locate(options["model"])})
 
 
 def fit(model: Path, out: Path, force: bool = False, as_json: bool = False, **options: Any) -> None:
@@ -90,8 +97,10 @@ def fit(model: Path, out: Path, force: bool = False, as_json: bool = False, **op
 
     The order of the neurons stays: `python -m convert` is what changes it.
     """
-    check_target(out, model.stat().st_size, force)
-    if out.exists() and out.samefile(model):
+    with GgufFile(model) as file:
+        check_target(out, file.size, force)
+        itself = out.exists() and any(out.samefile(part.path) for part in file.parts)
+    if itself:
         raise UserError(f"`{out}`: is the model itself, expected another file", "write to a new name, then rename it")
     with _Bar() as bar:
         made = fit_model(model, reorder=False, progress=bar, **options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
+from runtime import shards
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.structure import ARCHITECTURE
@@ -61,7 +62,7 @@ def copied(file: GgufFile, name: str, new_name: str | None = None) -> Stream:
     info = file.tensors[name]
 
     def pieces() -> Iterator[npt.NDArray[np.uint8]]:
-        with file.path.open("rb") as stored:
+        with file.path_of(name).open("rb") as stored:
             stored.seek(info.offset)
             for at in range(0, info.nbytes, _PIECE):
                 yield np.frombuffer(stored.read(min(_PIECE, info.nbytes - at)), np.uint8)
@@ -70,8 +71,9 @@ def copied(file: GgufFile, name: str, new_name: str | None = None) -> Stream:
 
 
 def copied_keys(path: Path) -> dict[str, Key]:
-    """All keys of a file but empty arrays, which the `gguf` package cannot write, and what it adds by itself."""
-    fields = {key: f for key, f in GGUFReader(path).fields.items() if key not in _WRITER_ADDS and len(f.data)}
+    """All keys of a file but empty arrays, which the `gguf` package cannot write, what it adds by itself, and what says how a model is split."""
+    left = (*_WRITER_ADDS, *shards.KEYS)
+    fields = {key: f for key, f in GGUFReader(path).fields.items() if key not in left and len(f.data)}
     return {key: _key(field) for key, field in fields.items() if not key.startswith("GGUF.")}
 
 
@@ -92,34 +94,59 @@ def check_target(out: Path, nbytes: int, force: bool) -> None:
         raise UserError(f"`{out.parent}`: no such folder", "make it first, or write elsewhere")
     if out.exists() and not force:
         raise UserError(f"`{out}`: exists already", "add --force to replace it, or choose another name")
-    free = shutil.disk_usage(out.parent).free
+    check_space(out.parent, nbytes)
+
+
+def check_space(folder: Path, nbytes: int) -> None:
+    """Raise UserError unless files of `nbytes` together fit into `folder`."""
+    free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise UserError(
-            f"`{out.parent}`: {free / 1e9:.2f} GB free, expected at least the {nbytes / 1e9:.2f} GB of the file",
+            f"`{folder}`: {free / 1e9:.2f} GB free, expected at least the {nbytes / 1e9:.2f} GB of the file",
             "free some space, or write to another disk",
         )
+
+
+@dataclass(frozen=True)
+class NewFile:
+    """A file to be written. metadata: plain values (whole numbers as UINT32, in lists as INT32; empty lists are left out), or `Key`s as they are."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Sequence[Stream]
 
 
 def write_gguf(
     out: Path, metadata: Mapping[str, Any], tensors: Sequence[Stream], architecture: str = ARCHITECTURE
 ) -> int:
-    """Write the file `out`, replacing one that exists, and return its size in bytes.
+    """Write the one file `out` as `write_files` does; returns its size in bytes."""
+    return write_files([NewFile(out, metadata, tensors)], architecture)
 
-    metadata: plain values (whole numbers as UINT32, in lists as INT32; empty lists are left out), or `Key`s as they are.
-    After any exception, an interrupt included, `out` is as it was before and nothing else is left behind; an OSError names the file.
+
+def write_files(files: Sequence[NewFile], architecture: str = ARCHITECTURE) -> int:
+    """Write all files, replacing those that exist, and return their size in bytes together.
+
+    After any exception, an interrupt included, every file is as it was before and nothing else is left behind; an OSError names the file.
     """
-    with _replacing(out) as partial, _writer(partial, out, architecture) as writer:
-        for key, value in metadata.items():
+    with ExitStack() as all_or_none:
+        partials = [all_or_none.enter_context(_replacing(file.path)) for file in files]
+        for file, partial in zip(files, partials, strict=True):
+            _write(file, partial, architecture)
+    return sum(file.path.stat().st_size for file in files)
+
+
+def _write(file: NewFile, partial: Path, architecture: str) -> None:
+    with _writer(partial, file.path, architecture) as writer:
+        for key, value in file.metadata.items():
             _add_value(writer, key, value)
-        for tensor in tensors:
+        for tensor in file.tensors:
             kind = GGMLQuantizationType(tensor.type)
             writer.add_tensor_info(tensor.name, tensor.shape[::-1], np.dtype(np.float32), tensor.nbytes, kind)
         writer.write_header_to_file(partial)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor in tensors:
+        for tensor in file.tensors:
             writer.write_tensor_data(tensor)
-    return out.stat().st_size
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from runtime.engine import BATCH, FFN_MODES, KV_TYPES, Engine, Options
 from runtime.errors import UserError
 from runtime.generate import Generation
 from runtime.gguf_file import GgufFile
+from runtime.hub import locate
 from runtime.sampling import Sampling
 from runtime.threads import Threads
 from runtime.tokenizer import Tokenizer
@@ -44,7 +45,7 @@ def load(
     hot: int | Sequence[int] | None = None,
     trace: str | Path | None = None,
 ) -> Model:
-    """Open a converted model.
+    """Open a converted model: a file (the first shard of a split one), or a name on the Hub such as "user/repo:q4_0", which is fetched.
 
     ffn: "predicted" computes the neurons that the file's predictor expects to fire, "exact" those that fire, "dense" all; default: "predicted" where the file has a predictor that pays, else "exact".
     threads: default, one per physical core. n_ctx: context in tokens; default, the model's own limit, at most 8192.
@@ -58,7 +59,7 @@ def load(
     """
     _check_options(ffn, kv_type, n_batch, predictor_bias)
     team = Threads.of(threads, tuple(cpus), priority)
-    file = GgufFile(path)
+    file = GgufFile(locate(path))
     try:
         options = Options(
             ffn=ffn or ("predicted" if any(file.structure.predictor_rank) else "exact"),

@@ -43,8 +43,8 @@ class Weights(Tensors):
     def __init__(self, file: GgufFile, names: Collection[str]) -> None:
         self._file = file
         self._context = new_context(len(names))
-        address, size = file.mapped()
-        self._buffer = ggml.ggml_backend_cpu_buffer_from_ptr(address, size)
+        mappings = {file.mapped(name) for name in names}
+        self._buffers = {at: ggml.ggml_backend_cpu_buffer_from_ptr(at, size) for at, size in mappings}
         super().__init__({name: self._tensor(name) for name in names})
 
     def release(self, name: str) -> None:
@@ -55,14 +55,16 @@ class Weights(Tensors):
         info = self._file.tensors[name]
         tensor = ggml.ggml_new_tensor_2d(self._context, info.type_id, *(*info.ne, 1)[:2])
         ggml.ggml_set_name(tensor, name.encode())
-        status = ggml.ggml_backend_tensor_alloc(self._buffer, tensor, self._file.address(name))
+        buffer = self._buffers[self._file.mapped(name)[0]]
+        status = ggml.ggml_backend_tensor_alloc(buffer, tensor, self._file.address(name))
         assert status == ggml.STATUS_SUCCESS, name
         return tensor
 
     def close(self) -> None:
         """Release the tensors and the mapping."""
         self.tensors, self.copies = {}, {}
-        ggml.ggml_backend_buffer_free(self._buffer)
+        for buffer in self._buffers.values():
+            ggml.ggml_backend_buffer_free(buffer)
         ggml.ggml_free(self._context)
         self._file.close()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from checkpoints import CHECKPOINTS
+from hub_client import Client
+from hub_server import Hub
 
 from convert import convert
 from runtime import native_ffn
@@ -63,3 +65,17 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Each variant of the kernels that this CPU can run."""
     monkeypatch.setenv("LAZYNEURON_KERNELS", request.param)
     return str(request.param)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """An empty Hub on this machine."""
+    server = Hub()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def run(hub: Hub, tmp_path: Path) -> Client:
+    """Runs commands against `hub`, with a cache of their own."""
+    return Client(hub, tmp_path / "home")

@@ -72,7 +72,8 @@ def test_a_source_that_does_not_exist(source: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("env", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
 def test_the_hub_out_of_reach(env: dict[str, str], tmp_path: Path) -> None:
     lines = fails("user/repo", tmp_path / "x.gguf", env={"HF_HOME": str(tmp_path / "hub"), **env})
-    assert lines[0] == "error: `user/repo`: not a local folder, and the Hub cannot be reached"
+    why = "HF_HUB_OFFLINE is set" if "HF_HUB_OFFLINE" in env else "the Hub cannot be reached"
+    assert lines[0] == f"error: `user/repo`: no such file or folder here, nothing of it in the cache, and {why}"
 
 
 def refused(source: Path, complaint: str, **options: Any) -> None:

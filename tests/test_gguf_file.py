@@ -68,6 +68,17 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         assert (info.type, info.ne, info.offset % 64) == ("f32", (64, 32), 0)
 
 
+def test_another_magic(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf")
+    path.write_bytes(b"ABCD" + path.read_bytes()[4:])
+    with GgufFile(path, b"ABCD") as file:
+        assert file.structure == SMALL
+        expected = np.random.default_rng(0).normal(0, 0.1, (64, 32)).astype(np.float32)
+        assert np.array_equal(file.read("token_embd.weight").view(np.float32).reshape(64, 32), expected)
+    with pytest.raises(UserError, match="expected a GGUF file"):
+        GgufFile(path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"", "expected a GGUF file"), (b"GGUF", "damaged"), (b"PWRI" + bytes(64), "PowerInfer"), (b"\x80\x02}q\x00" * 9, "expected a GGUF file"), (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 1), "damaged"), (b"GGUF" + struct.pack("<IQQ", 99, 0, 0), "damaged")],

@@ -151,7 +151,7 @@ def test_released_pages_are_given_back_and_can_be_read_again(converted: Converte
     path = converted("bundled", "f32")
     with GgufFile(path) as file:
         file.release("blk.0.ffn_up.weight")  # nothing is mapped yet
-        address, size = file.mapped()
+        address, size = file.mapped("blk.0.ffn_up.weight")
         view = np.ctypeslib.as_array((ggml.ctypes.c_uint8 * size).from_address(address))
         before = view.copy()
         assert resident_pages(path) > 0.9 * size

@@ -17,6 +17,7 @@ from runtime.arrange import Arrangement
 from runtime.devices import AUTO, parse_sizes
 from runtime.engine import FFN_MODES, KV_TYPES
 from runtime.errors import UserError
+from runtime.hub import locate
 from runtime.model import Model, load
 from runtime.sampling import Sampling
 from runtime.threads import PRIORITIES, parse_cpus
@@ -66,8 +67,10 @@ def where(arrangement: Arrangement) -> str:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """MODEL, the file that every command takes."""
-    parser.add_argument("model", metavar="MODEL", type=Path, help="a GGUF file made by `python -m convert`")
+    """MODEL, the file that every command takes, or its name on the Hub."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="a GGUF file made by `python -m convert`, or user/repo on the Hub"
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -138,14 +141,14 @@ def add_sampling(parser: argparse.ArgumentParser, max_tokens: str) -> None:
 
 
 def arguments_of(options: dict[str, Any]) -> dict[str, Any]:
-    """The parsed options as keyword arguments of a command: those of a group become one `sampling` or `loading`."""
+    """The parsed options as keyword arguments of a command: those of a group become one `sampling` or `loading`, and `model` is located."""
     groups: dict[str, type[Sampling] | type[Loading]] = {"sampling": Sampling, "loading": Loading}
     for name, group in groups.items():
         names = {field.name for field in fields(group)}
         if names <= options.keys():
             value = group(**{key: options[key] for key in names})
             options = {key: v for key, v in options.items() if key not in names} | {name: value}
-    return options
+    return options | ({"model": locate(options["model"])} if "model" in options else {})
 
 
 def cpus(text: str) -> tuple[int, ...]:

@@ -51,16 +51,23 @@ def perplexity(
     as_json: bool = False,
 ) -> None:
     """Print the perplexity of a text, with the window and stride it was measured with."""
-    text = read_text(file)
+    read_text(file)  # a text that cannot be read is noticed before the model is loaded
     with (loading or Loading()).open(model) as loaded:
-        plan = _plan(loaded, file, loaded.tokenize(text, add_special=False)[:tokens], window, stride)
-        started = time.perf_counter()
-        losses = np.concatenate(list(_measured(loaded, plan)))
-        result = _result(loaded, file, plan, losses) | {"seconds": time.perf_counter() - started}
+        result = measure(loaded, file, window, stride, tokens)
     if as_json:
         print_json(result)
     else:
         print(_line(result))
+
+
+def measure(
+    model: Model, file: Path, window: int | None = None, stride: int | None = None, tokens: int | None = None
+) -> dict[str, Any]:
+    """The perplexity of the text `file` under a loaded model, with how it was measured: what --json prints."""
+    plan = _plan(model, file, model.tokenize(read_text(file), add_special=False)[:tokens], window, stride)
+    started = time.perf_counter()
+    losses = np.concatenate(list(_measured(model, plan)))
+    return _result(model, file, plan, losses) | {"seconds": time.perf_counter() - started}
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def sparsity(model: Path, plot: Path | None = None, as_json: bool = False) -> No
     with GgufFile(model) as file:
         frequencies = read_frequencies(file)
         layers = [layer_facts(freq) for freq in frequencies]
-        achieved = _predictor(file.metadata, len(layers))
+        achieved = predictor_facts(file.metadata, len(layers))
     if plot is not None:
         _write_plot(plot, frequencies, model.name)
     if as_json:
@@ -70,7 +70,7 @@ def layer_facts(freq: Frequencies) -> dict[str, float]:
     return {"active": float(freq.mean()), "hot": float(hot), "rare": float((freq < RARE).mean())}
 
 
-def _predictor(metadata: dict[str, Any], n_layers: int) -> list[dict[str, float]]:
+def predictor_facts(metadata: dict[str, Any], n_layers: int) -> list[dict[str, float]]:
     """What the file says of each layer's predictor; empty where it has none."""
     keys = {
         name: metadata.get(f"lazyneuron.predictor.{name}")
@@ -97,28 +97,8 @@ def _table(model: Path, layers: list[dict[str, float]], achieved: list[dict[str,
 
 
 def _write_plot(path: Path, frequencies: list[Frequencies], name: str) -> None:
-    """One curve per layer: share of the activations over share of the neurons, hottest first."""
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415  (an extra: only plots need it)
-    except ImportError:
-        raise UserError("--plot needs matplotlib", "pip install 'lazyneuron[plot]'") from None
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.add_subplot(
-        title=f"{name}: hot and cold neurons",
-        xlabel="share of the neurons, hottest first",
-        ylabel="share of the activations",
-        xlim=(0, 1),
-        ylim=(0, 1),
-    )
-    for i, freq in enumerate(frequencies):
-        carried = np.cumsum(freq, dtype=np.float64)
-        axes.plot(
-            np.arange(1, len(freq) + 1) / len(freq), carried / (carried[-1] or 1.0), label=f"layer {i}", linewidth=1
-        )
-    axes.axhline(CARRIED, color="gray", linestyle=":", linewidth=1)
-    axes.grid(visible=True, alpha=0.3)
-    if len(frequencies) <= 16:
-        axes.legend(fontsize="small")
+    figure = new_figure(7, 5)
+    draw_curves(figure.add_subplot(title=f"{name}: hot and cold neurons"), frequencies)
     if path.suffix == ".png":
         figure.savefig(path, dpi=150)
         return
@@ -128,3 +108,26 @@ def _write_plot(path: Path, frequencies: list[Frequencies], name: str) -> None:
     path.write_text(
         f"<!doctype html><meta charset='utf-8'><title>{name}</title>\n{svg[svg.index('<svg') :]}", encoding="utf-8"
     )
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib Figure, in inches. Raises UserError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415  (an extra: only plots need it)
+    except ImportError:
+        raise UserError("plots need matplotlib", "pip install 'lazyneuron[plot]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def draw_curves(axes: Any, frequencies: list[Frequencies]) -> None:
+    """One curve per layer: share of the activations over share of the neurons, hottest first."""
+    axes.set(xlabel="share of the neurons, hottest first", ylabel="share of the activations", xlim=(0, 1), ylim=(0, 1))
+    for i, freq in enumerate(frequencies):
+        carried = np.cumsum(freq, dtype=np.float64)
+        axes.plot(
+            np.arange(1, len(freq) + 1) / len(freq), carried / (carried[-1] or 1.0), label=f"layer {i}", linewidth=1
+        )
+    axes.axhline(CARRIED, color="gray", linestyle=":", linewidth=1)
+    axes.grid(visible=True, alpha=0.3)
+    if len(frequencies) <= 16:
+        axes.legend(fontsize="small")
