@@ -16,7 +16,7 @@ from pathlib import Path
 from runtime import ggml
 from runtime.cache import cache_folder
 from runtime.devices import DeviceInfo, devices
-from runtime.sides import Side, device_kinds, host_kinds
+from runtime.sides import Memory, Side, device_kinds, host_kinds
 from runtime.stream import Stream, open_stream
 
 _BYTES = 64 << 20  # of one matrix, in F16
@@ -73,14 +73,14 @@ def _remember(path: Path, known: dict[str, list[float]]) -> None:
 def measure(device: DeviceInfo, threads: int) -> Speed:
     """Time products with matrices of some hundred MB, and hidden states that go there and back."""
     stream = open_stream(device, threads, "measurement")
-    side = Side(f"device {device.name}", device_kinds(device.handle), 16)
-    host = Side("main memory", host_kinds(device.handle), 4)
+    memory = Memory(f"device {device.name}", device_kinds(device.handle))
+    main = Memory("main memory", host_kinds(device.handle))
+    side, host = Side(memory, 16), Side(main, 4)
     try:
         return _measured(stream, side, host, _MATRICES["CPU" if device.is_stand_in else "GPU"])
     finally:
-        side.close()
-        host.close()
-        stream.close()
+        for opened in (side, host, memory, main, stream):
+            opened.close()
 
 
 def _measured(stream: Stream, side: Side, host: Side, n: int) -> Speed:
@@ -88,7 +88,7 @@ def _measured(stream: Stream, side: Side, host: Side, n: int) -> Speed:
     matrices = [side.tensor(_WIDTH, rows, ggml.F16) for _ in range(n)]
     x, y, host_x = side.tensor(_WIDTH), side.tensor(_WIDTH), host.tensor(_WIDTH)
     side.allocate_tensors()
-    side.fill(0x3C)  # numbers near 1; memory that was never written may not be there
+    side.memory.fill(0x3C)  # numbers near 1; memory that was never written may not be there
     host.allocate_tensors()
     products, step = side.part("products"), side.part("step")
     for matrix in matrices:

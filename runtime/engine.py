@@ -157,6 +157,8 @@ class Engine:
         self._closing.append(repack(self.weights, self._backend, multiplied).close)
         self.kv = KvCache(self._backend, kv_type, s.kv_length, n_cells, self.resident_from)
         self._closing.append(self.kv.close)
+        if self._hybrid:
+            self._reserve(self._hybrid)
 
     def _open_hybrid(self, arrangement: Arrangement, n_cells: int, kv_type: int) -> Hybrid:
         streams: list[Stream] = []
@@ -269,29 +271,41 @@ class Engine:
         scratch = self._scratch_for(spec)
         if not self._hybrid:
             return Graph(spec, self.structure, self.weights, self.kv, self._backend, scratch)
-        graph = SplitGraph(spec, self._hybrid, self._backend, self.kv, scratch)
+        return self._split_graph(self._hybrid, spec, scratch)
+
+    def _split_graph(self, hybrid: Hybrid, spec: GraphSpec, scratch: Repacked | None) -> SplitGraph:
+        before = hybrid.growths
         try:
-            self._check_budget(graph)
+            graph = SplitGraph(spec, hybrid, self._backend, self.kv, scratch)
+        finally:
+            if hybrid.growths != before:
+                self._close_graphs(lambda spec: True)  # they have lost their memory
+        try:
+            self._check_budget(spec)
         except UserError:
             graph.close()
             raise
         return graph
 
+    def _reserve(self, hybrid: Hybrid) -> None:
+        """Ask for the memory of the largest prompt at once, so that nothing has to grow later, and a budget that is too small is told now."""
+        n = min(self.options.n_batch, self.options.n_ctx)
+        spec = GraphSpec(
+            n, _padded(self.options.n_ctx), 1, self.options.ffn, self.options.threads, self.options.flash_attention
+        )
+        self._split_graph(hybrid, spec, None).close()
+
     def device_bytes(self) -> tuple[int, ...]:
         """Bytes of all buffers on each device: weights, keys and values, hidden states, compute buffers."""
-        if not self._hybrid:
-            return ()
-        graphs = [graph.device_sizes for graph in self._graphs.values() if isinstance(graph, SplitGraph)]
-        return tuple(map(sum, zip(self._hybrid.sizes, *graphs, strict=True)))
+        return self._hybrid.sizes if self._hybrid else ()
 
-    def _check_budget(self, new: SplitGraph) -> None:
+    def _check_budget(self, spec: GraphSpec) -> None:
         assert self.arrangement
-        sums = map(sum, zip(self.device_bytes(), new.device_sizes, strict=True))
         a = self.arrangement
-        for device, budget, needed in zip(a.devices, a.budgets, sums, strict=True):
-            if needed + a.scratch > budget:
+        for device, budget, used in zip(a.devices, a.budgets, self.device_bytes(), strict=True):
+            if used + a.scratch > budget:
                 raise UserError(
-                    f"device {device.name}: {new.spec.n_tokens} tokens at once need {(needed + a.scratch) / 2**20:.1f} MiB, expected at most {budget / 2**20:.1f}",
+                    f"device {device.name}: {spec.n_tokens} tokens at once need {(used + a.scratch) / 2**20:.1f} MiB, expected at most {budget / 2**20:.1f}",
                     "allow more with --vram-budget, or shorten --n-ctx",
                 )
 

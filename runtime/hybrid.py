@@ -15,6 +15,7 @@ from runtime import ggml
 from runtime import ggml_devices as gd
 from runtime.errors import UserError
 from runtime.residence import Part, Residence
+from runtime.sides import Memory, device_kinds, host_kinds
 from runtime.stream import Stream
 from runtime.structure import Structure
 from runtime.weights import KvCache, Tensors, Weights, new_context
@@ -53,6 +54,10 @@ class Hybrid:
         except UserError:
             self.close()
             raise
+        handle = streams[0].info.handle
+        self.memories = [Memory(f"device {t.info.name}", device_kinds(t.info.handle)) for t in streams]
+        self.main_memory = Memory("main memory", host_kinds(handle))
+        self._closing += [memory.close for memory in (*self.memories, self.main_memory)]
         self._views = new_context(16 * s.block_count)
         self._closing.append(lambda: ggml.ggml_free(self._views))
         self.cold = {i: self._cold(i) for i in range(residence.first, s.block_count) if residence.cold(i)}
@@ -108,8 +113,14 @@ class Hybrid:
 
     @property
     def sizes(self) -> Sized:
-        """Bytes of weights, keys and values on each device."""
-        return (self._sizes[0] + self.kv.nbytes, *self._sizes[1:])
+        """Bytes on each device: weights, keys and values, hidden states, compute buffers."""
+        kept = (self._sizes[0] + self.kv.nbytes, *self._sizes[1:])
+        return tuple(n + memory.size for n, memory in zip(kept, self.memories, strict=True))
+
+    @property
+    def growths(self) -> int:
+        """Changes whenever subgraphs that were made before have lost their memory."""
+        return sum(memory.growths for memory in (*self.memories, self.main_memory))
 
     def close(self) -> None:
         """Free everything but the mapped weights."""

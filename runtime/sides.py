@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from runtime import ggml
 from runtime import ggml_devices as gd
 from runtime.errors import UserError
 from runtime.graph import NODES_PER_BLOCK
 from runtime.weights import new_context
+
+_ALIGNMENT = 64
 
 
 class Part:
@@ -38,22 +42,94 @@ def put(tensor: ggml.TensorP, place: ggml.TensorP) -> None:
     assert status == ggml.STATUS_SUCCESS
 
 
-class Side:
-    """What the subgraphs of one side need: tensors that cross between them, and one compute buffer that they use in turn.
+class Memory:
+    """One side's memory for subgraphs: a buffer for tensors that cross between them, and a compute buffer that they use in turn.
 
+    It grows with what is asked of it and is never given back before `close`: freeing and asking again at every change from prompt to token costs time, and
+    some drivers do not survive it (docs/log.md). Whenever `growths` has changed, everything that was placed before has lost its place.
     kinds: types of memory for the crossing tensors, the first that can be had; the compute buffer is of the last one.
     """
 
-    def __init__(self, where: str, kinds: Sequence[ggml.BufferTypeP], max_tensors: int) -> None:
-        self._where, self._kinds = where, kinds
-        self._context = new_context(max_tensors)
+    def __init__(self, where: str, kinds: Sequence[ggml.BufferTypeP]) -> None:
+        self.where, self._kinds, self.growths = where, kinds, 0
         self._allocator = ggml.ggml_gallocr_new(kinds[-1])
         self._buffer = ggml.BufferP()
+
+    def place(self, tensors: Sequence[ggml.TensorP]) -> None:
+        """Put crossing tensors into the buffer, from its start. Raises UserError where memory does not suffice."""
+        sizes = [
+            max(gd.ggml_backend_buft_get_alloc_size(kind, ggml.ConstTensorP(t.value)) for kind in self._kinds)
+            for t in tensors
+        ]
+        alignment = max(_ALIGNMENT, *(gd.ggml_backend_buft_get_alignment(kind) for kind in self._kinds))
+        ends = np.cumsum([-(-size // alignment) * alignment for size in sizes])
+        if len(tensors):
+            self._make_room(int(ends[-1]) + alignment)
+        base = gd.ggml_backend_buffer_get_base(self._buffer) if self._buffer else 0
+        start = -(-(base or 0) // alignment) * alignment
+        for tensor, offset in zip(tensors, (0, *ends[:-1].tolist()), strict=False):
+            status = ggml.ggml_backend_tensor_alloc(self._buffer, tensor, start + offset)
+            assert status == ggml.STATUS_SUCCESS
+
+    def _make_room(self, size: int) -> None:
+        if self._buffer and ggml.ggml_backend_buffer_get_size(self._buffer) >= size:
+            return
+        self.growths += 1
+        if self._buffer:
+            ggml.ggml_backend_buffer_free(self._buffer)
+            self._buffer = ggml.BufferP()
+        for kind in self._kinds:
+            self._buffer = gd.ggml_backend_buft_alloc_buffer(kind, size)
+            if self._buffer:
+                return
+        raise self._full("hidden states")
+
+    def fill(self, value: int) -> None:
+        """Set every byte of the crossing tensors."""
+        ggml.ggml_backend_buffer_clear(self._buffer, value)
+
+    def allocate(self, parts: Sequence[Part]) -> None:
+        """Give all inner results of subgraphs their place. Raises UserError where memory does not suffice."""
+        before = self._compute_size
+        # Once the buffer is large enough for the largest, it stays where it is.
+        reserved = all(ggml.ggml_gallocr_reserve(self._allocator, p.graph) for p in parts)
+        self.growths += self._compute_size != before
+        if not reserved or not all(ggml.ggml_gallocr_alloc_graph(self._allocator, p.graph) for p in parts):
+            self.growths += 1
+            raise self._full("compute buffers")
+
+    @property
+    def _compute_size(self) -> int:
+        return ggml.ggml_gallocr_get_buffer_size(self._allocator, 0)
+
+    def _full(self, what: str) -> UserError:
+        return UserError(f"{self.where}: not enough memory for {what}", "use a smaller --vram-budget or --n-ctx")
+
+    @property
+    def size(self) -> int:
+        """Bytes of both buffers."""
+        return (ggml.ggml_backend_buffer_get_size(self._buffer) if self._buffer else 0) + self._compute_size
+
+    def close(self) -> None:
+        """Free both buffers."""
+        ggml.ggml_gallocr_free(self._allocator)
+        if self._buffer:
+            ggml.ggml_backend_buffer_free(self._buffer)
+
+
+class Side:
+    """Subgraphs in one side's memory, and the tensors that cross between them. Descriptions only: `close` frees these."""
+
+    def __init__(self, memory: Memory, max_tensors: int) -> None:
+        self.memory = memory
+        self._context = new_context(max_tensors)
+        self._tensors: list[ggml.TensorP] = []
         self.parts: list[Part] = []
 
     def tensor(self, ne0: int, ne1: int = 1, type_id: int = ggml.F32) -> ggml.TensorP:
         """A tensor that crosses; without memory until `allocate_tensors`."""
-        return ggml.ggml_new_tensor_2d(self._context, type_id, ne0, ne1)
+        self._tensors.append(ggml.ggml_new_tensor_2d(self._context, type_id, ne0, ne1))
+        return self._tensors[-1]
 
     def reshaped(self, place: ggml.TensorP, ne0: int, ne1: int) -> ggml.TensorP:
         """A tensor of another, not larger, shape at the same place."""
@@ -63,17 +139,7 @@ class Side:
 
     def allocate_tensors(self) -> None:
         """Give the tensors so far their memory. Raises UserError where it does not suffice."""
-        if not ggml.ggml_get_first_tensor(self._context):
-            return
-        for kind in self._kinds:
-            self._buffer = ggml.ggml_backend_alloc_ctx_tensors_from_buft(self._context, kind)
-            if self._buffer:
-                return
-        raise self._full("hidden states")
-
-    def fill(self, value: int) -> None:
-        """Set every byte of the tensors."""
-        ggml.ggml_backend_buffer_clear(self._buffer, value)
+        self.memory.place(self._tensors)
 
     def part(self, name: str, n_blocks: int = 1) -> Part:
         """A new subgraph on this side."""
@@ -82,27 +148,12 @@ class Side:
 
     def allocate_parts(self) -> None:
         """Give all subgraphs their memory. Raises UserError where it does not suffice."""
-        # Once the buffer is large enough for the largest, it stays where it is.
-        reserved = all(ggml.ggml_gallocr_reserve(self._allocator, p.graph) for p in self.parts)
-        if not reserved or not all(ggml.ggml_gallocr_alloc_graph(self._allocator, p.graph) for p in self.parts):
-            raise self._full("compute buffers")
-
-    def _full(self, what: str) -> UserError:
-        return UserError(f"{self._where}: not enough memory for {what}", "use a smaller --vram-budget or --n-ctx")
-
-    @property
-    def size(self) -> int:
-        """Bytes of buffers."""
-        crossing = ggml.ggml_backend_buffer_get_size(self._buffer) if self._buffer else 0
-        return crossing + ggml.ggml_gallocr_get_buffer_size(self._allocator, 0)
+        self.memory.allocate(self.parts)
 
     def close(self) -> None:
-        """Free the subgraphs and the memory."""
+        """Free the subgraphs' descriptions."""
         for part in self.parts:
             ggml.ggml_free(part.ctx)
-        ggml.ggml_gallocr_free(self._allocator)
-        if self._buffer:
-            ggml.ggml_backend_buffer_free(self._buffer)
         ggml.ggml_free(self._context)
 
 

@@ -21,7 +21,7 @@ from runtime.errors import UserError
 from runtime.graph import Graph, check_status, check_supported, input_values, read, write
 from runtime.hybrid import Hybrid
 from runtime.repack import Repacked
-from runtime.sides import Part, Side, device_kinds, host_kinds
+from runtime.sides import Part, Side
 from runtime.stream import Mark, Stream
 from runtime.weights import KvCache
 
@@ -68,7 +68,7 @@ class SplitGraph:
     """What `runtime.graph.Graph` is for the CPU alone: call `run` from the thread that owns ggml, and `close`.
 
     backend: the CPU's. kv: keys and values of the blocks that are wholly on the CPU.
-    Raises UserError where memory does not suffice, and for what a device cannot compute.
+    It uses the hybrid's memory, as all others of that hybrid do: see `Hybrid.growths`. Raises UserError where memory does not suffice, and for what a device cannot compute.
     """
 
     def __init__(
@@ -104,13 +104,9 @@ class SplitGraph:
 
     def _open_sides(self) -> None:
         s, n, d = self._s, self.spec.n_tokens, self._s.embedding_length
-        handles = [stream.info.handle for stream in self._streams]
         max_tensors = 32 + 20 * s.block_count
-        self.devices = [
-            Side(f"device {stream.info.name}", device_kinds(stream.info.handle), max_tensors)
-            for stream in self._streams
-        ]
-        self.host = Side("main memory", host_kinds(handles[0]), max_tensors)
+        self.devices = [Side(memory, max_tensors) for memory in self._hybrid.memories]
+        self.host = Side(self._hybrid.main_memory, max_tensors)
         self._closing += [side.close for side in (*self.devices, self.host)]
         device, host = self.devices[0], self.host
         arriving = self.spec.n_outputs if self._residence.first == s.block_count else n
@@ -190,15 +186,8 @@ class SplitGraph:
         if self._trace:
             self._trace.add("CPU", name, began)
 
-    # --- what others ask ---------------------------------------------------------------------------------------------
-
-    @property
-    def device_sizes(self) -> tuple[int, ...]:
-        """Bytes of this graph's buffers on each device."""
-        return tuple(side.size for side in self.devices)
-
     def close(self) -> None:
-        """Free the subgraphs and their buffers."""
+        """Free the subgraphs; their memory is the hybrid's."""
         while self._closing:
             self._closing.pop()()
 

@@ -15,6 +15,7 @@ from oracle import random_ids, relative
 
 import runtime
 from runtime import devices, ggml
+from runtime import ggml_devices as gd
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -38,18 +39,24 @@ def computing_threads() -> list[str]:
 
 @pytest.mark.parametrize(
     ("function", "nth"),
-    [("ggml_backend_alloc_ctx_tensors_from_buft", n) for n in range(3)] + [("ggml_backend_alloc_ctx_tensors", 0)],
+    [
+        ("ggml_backend_alloc_ctx_tensors_from_buft", 0),
+        ("ggml_backend_alloc_ctx_tensors", 0),
+        ("ggml_backend_buft_alloc_buffer", 0),
+        ("ggml_backend_buft_alloc_buffer", 1),
+    ],
 )
 def test_memory_that_does_not_suffice(path: Path, monkeypatch: pytest.MonkeyPatch, function: str, nth: int) -> None:
-    """Weights, hidden states on either side, keys and values."""
-    allocate, calls = getattr(ggml, function), 0
+    """Weights, keys and values, hidden states on either side."""
+    module: Any = ggml if hasattr(ggml, function) else gd
+    allocate, calls = getattr(module, function), 0
 
-    def failing(context: Any, kind: Any) -> Any:
+    def failing(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
-        return ggml.BufferP() if calls > nth else allocate(context, kind)
+        return ggml.BufferP() if calls > nth else allocate(*arguments)
 
-    monkeypatch.setattr(ggml, function, failing)
+    monkeypatch.setattr(module, function, failing)
     with pytest.raises(UserError, match="not enough memory"), load(path) as model:
         model.logits(random_ids(5, 4000))
         pytest.fail(f"only {calls} allocations")

@@ -99,7 +99,7 @@ def choices(path: Path, ids: list[int], **options: Any) -> tuple[Logits, list[fl
         return found, model.gate_shares()
 
 
-@pytest.mark.parametrize("kind", ["lowrank", "signbit", "mlp"])
+@pytest.mark.parametrize("kind", ["lowrank", "signbit"])
 def test_predictors_choose_the_same_cold_neurons(predictor_file: Callable[[str], Path], kind: str) -> None:
     """Scores are computed on the device, choices made on the CPU: the same ones as on the CPU alone, but for scores at the very threshold."""
     path, ids = predictor_file(kind), random_ids(40, 4000)
