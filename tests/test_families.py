@@ -134,6 +134,17 @@ def test_energies_are_those_of_what_neurons_add_to_the_stream(case: Any, name: s
     np.testing.assert_allclose(energy, expected, rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("name", "parallel"), [("falcon-40b", True), ("falcon-7b", True), ("falcon-sequential", False)]
+)
+def test_the_stream_before_a_parallel_ffns_norm_is_the_blocks_input(case: Any, name: str, parallel: bool) -> None:
+    """A predictor that taps the stream sees it, not the sum with attention's result."""
+    _, path, ids, _ = case(name)
+    with GgufFile(path) as file, BlockRunner(file, 2, 32) as runner:
+        hidden = runner.embed(np.int32(ids[:32]))
+        assert np.array_equal(runner.block(0, hidden).residual, hidden) == parallel
+
+
 IMAGINARY = """
 from convert import naming, rope
 from convert.arch import Arch, Field
