@@ -11,8 +11,18 @@ Knows nothing of checkpoints, families or how a file was made: everything is rea
 from __future__ import annotations
 
 from runtime.errors import UserError
-from runtime.generate import Generation, Stats
-from runtime.model import Model, load
+from runtime.generate import Generation, LogitsProcessor, Stats, Token
+from runtime.model import Model, ModelStats, load
 from runtime.sampling import Sampling
 
-__all__ = ["Generation", "Model", "Sampling", "Stats", "UserError", "load"]
+__all__ = [
+    "Generation",
+    "LogitsProcessor",
+    "Model",
+    "ModelStats",
+    "Sampling",
+    "Stats",
+    "Token",
+    "UserError",
+    "load",
+]

@@ -32,6 +32,7 @@ from runtime.stream import Stream, open_stream
 from runtime.structure import required_tensors
 from runtime.threads import Threads
 from runtime.trace import Trace
+from runtime.traffic import kv_bytes
 from runtime.weights import KvCache, Weights
 
 T = TypeVar("T")
@@ -88,7 +89,7 @@ class Options:
 
 
 class Engine:
-    """A model ready to compute. Not thread-safe by itself: every method runs its work on the ggml worker thread.
+    """A model ready to compute. Its methods run their work on the ggml worker thread, one after the other, whichever threads call them.
 
     arrangement: what is on devices; None, or nothing: all is computed on the CPU. trace: collects when what was computed.
     Raises UserError for a mode that the file does not allow, and where memory does not suffice.
@@ -107,7 +108,7 @@ class Engine:
         self._hybrid: Hybrid | None = None
         self._graphs: OrderedDict[GraphSpec, Graph | SplitGraph] = OrderedDict()
         self._scratch: Repacked | None = None
-        self.cached: list[int] = []  # the ids whose keys and values are in the cache
+        self._cached: list[int] = []  # the ids whose keys and values are in the cache
         self.counts = [Counts() for _ in range(self.structure.block_count)]
         self._check_modes(file)
         activity = expected(file, options.ffn, options.predictor_bias)
@@ -207,7 +208,7 @@ class Engine:
 
     def reset(self) -> None:
         """Forget the sequence in the cache."""
-        self.cached.clear()
+        on_worker(self._cached.clear)
 
     def logits(self, ids: Sequence[int], n_outputs: int | None = None) -> npt.NDArray[np.float32]:
         """Logits after `ids`, continuing from the longest prefix that is in the cache.
@@ -215,8 +216,12 @@ class Engine:
         n_outputs: 1 for the last position only, None for every position (then nothing cached is reused).
         Returns float32 [n_outputs, n_vocab].
         """
-        start = 0 if n_outputs is None else self.reusable(ids)
-        del self.cached[start:]
+        # What is cached is asked where it is changed: another thread's batch, or one whose caller was interrupted, may still be running.
+        return on_worker(lambda: self._logits(ids, n_outputs))
+
+    def _logits(self, ids: Sequence[int], n_outputs: int | None) -> npt.NDArray[np.float32]:
+        start = 0 if n_outputs is None else self._reusable(ids)
+        del self._cached[start:]
         parts = []
         # A device has room for the logits of few positions.
         n_batch = min(self.options.n_batch, LOGITS) if self.arrangement and not n_outputs else self.options.n_batch
@@ -227,22 +232,20 @@ class Engine:
 
     def reusable(self, ids: Sequence[int]) -> int:
         """How many of `ids` need not be computed again: the cached prefix, without the last id, whose logits are wanted."""
-        known = list(ids[: min(len(self.cached), len(ids) - 1)])
-        if self.cached[: len(known)] == known:
+        return on_worker(lambda: self._reusable(ids))
+
+    def _reusable(self, ids: Sequence[int]) -> int:
+        known = list(ids[: min(len(self._cached), len(ids) - 1)])
+        if self._cached[: len(known)] == known:
             return len(known)
-        return next(n for n, (a, b) in enumerate(zip(self.cached, known, strict=False)) if a != b)
+        return next(n for n, (a, b) in enumerate(zip(self._cached, known, strict=False)) if a != b)
 
     def _batch(self, ids: Sequence[int], start: int, n_outputs: int) -> npt.NDArray[np.float32]:
-        tokens = np.asarray(ids, np.int32)
-
-        def compute() -> npt.NDArray[np.float32]:
-            graph = self._graph(len(tokens), start + len(tokens), n_outputs)
-            logits = graph.run(tokens, start)
-            self._count(graph)
-            self.cached[start:] = ids
-            return logits
-
-        return on_worker(compute)
+        graph = self._graph(len(ids), start + len(ids), n_outputs)
+        logits = graph.run(np.asarray(ids, np.int32), start)
+        self._count(graph)
+        self._cached += ids
+        return logits
 
     def _graph(self, n_tokens: int, n_positions: int, n_outputs: int) -> Graph | SplitGraph:
         spec = GraphSpec(
@@ -298,6 +301,10 @@ class Engine:
     def device_bytes(self) -> tuple[int, ...]:
         """Bytes of all buffers on each device: weights, keys and values, hidden states, compute buffers."""
         return self._hybrid.sizes if self._hybrid else ()
+
+    def kv_bytes(self, n_positions: float) -> float:
+        """Bytes of keys and values at so many positions, all layers."""
+        return kv_bytes(self.structure, n_positions, ggml.ggml_row_size(KV_TYPES[self.options.kv_type], 1))
 
     def _check_budget(self, spec: GraphSpec) -> None:
         assert self.arrangement

@@ -5,11 +5,15 @@ Knows the engine, the tokenizer and the sampler; knows nothing of terminals.
 
 from __future__ import annotations
 
+import asyncio
 import codecs
+import contextlib
+import math
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -19,17 +23,31 @@ from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.sampling import Sampler, Sampling
 from runtime.tokenizer import Tokenizer
-from runtime.traffic import Activity, bytes_per_token, kv_bytes
+from runtime.traffic import Activity, bytes_per_token
+
+Floats = npt.NDArray[np.float32]
+LogitsProcessor = Callable[[npt.NDArray[np.int32], Floats], Floats]
+"""Ids so far, prompt included, int32 [n], and the logits of the next token, float32 [n_vocab], which it may change; returns logits of that shape."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token that was chosen. data: its bytes, which need not be whole characters; logprob: natural logarithm of the probability that its logits (as processed) give it, before sampling filters."""
+
+    id: int
+    data: bytes
+    logprob: float
 
 
 @dataclass
 class Stats:
-    """Figures of one generation; times in seconds, shares from 0 to 1."""
+    """Figures of one generation, or of several together; times in seconds, shares from 0 to 1."""
 
     prompt_tokens: int = 0
-    cached_tokens: int = 0  # of the prompt, reused from the sequence before
+    cached_tokens: int = 0  # of the prompts, reused from the sequence before
     prompt_seconds: float = 0.0
     tokens: int = 0
+    decoded_tokens: int = 0  # all but the first of each generation, which belongs to its prompt
     seconds: float = 0.0
     layer_shares: list[float] = field(default_factory=list)  # of the neurons computed while decoding
     gate_shares: list[float] = field(default_factory=list)  # of the neurons whose gate rows were read
@@ -37,8 +55,8 @@ class Stats:
 
     @property
     def tokens_per_s(self) -> float:
-        """Decoding speed: tokens after the first, which belongs to the prompt, per second."""
-        return (self.tokens - 1) / self.seconds if self.tokens > 1 and self.seconds else 0.0
+        """Decoding speed."""
+        return self.decoded_tokens / self.seconds if self.seconds else 0.0
 
     @property
     def prompt_tokens_per_s(self) -> float:
@@ -50,11 +68,62 @@ class Stats:
         """Share of the FFN neurons computed, over all layers."""
         return sum(self.layer_shares) / len(self.layer_shares) if self.layer_shares else 0.0
 
+    def __add__(self, other: Stats) -> Stats:
+        """Both together: sums, and means weighted by tokens."""
+        n = self.tokens + other.tokens
+
+        def mean(a: float, b: float) -> float:
+            return (a * self.tokens + b * other.tokens) / n
+
+        def means(a: list[float], b: list[float]) -> list[float]:
+            return [mean(*pair) for pair in zip(a, b, strict=True)] if n and a and b else a or b
+
+        return Stats(
+            self.prompt_tokens + other.prompt_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.prompt_seconds + other.prompt_seconds,
+            n,
+            self.decoded_tokens + other.decoded_tokens,
+            self.seconds + other.seconds,
+            means(self.layer_shares, other.layer_shares),
+            means(self.gate_shares, other.gate_shares),
+            mean(self.bytes_per_token, other.bytes_per_token) if n else 0.0,
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate: the parameters of `Model.generate`, with the prompt as ids."""
+
+    prompt: Sequence[int]
+    max_tokens: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: Sequence[str] = ()
+    cache_prompt: bool = False
+    logits_processors: Sequence[LogitsProcessor] = ()
+    on_token: Callable[[Token], bool | None] | None = None
+    on_prompt: Callable[[int, int], bool | None] | None = None
+
+
+class Turns:
+    """Lets the asynchronous generations of one model run one after the other, in the order they began.
+
+    The model keeps the keys and values of one sequence: two that took turns token by token would compute each other's anew every time.
+    """
+
+    def __init__(self) -> None:
+        self._locks: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+
+    def turn(self) -> asyncio.Lock:
+        """What to hold in the running event loop while generating."""
+        return self._locks.setdefault(asyncio.get_running_loop(), asyncio.Lock())
+
 
 class Generation:
-    """An iterator over pieces of text. `stop_reason` is "eos", "length", "stop" or "context" at the end, None before.
+    """An iterator over pieces of text, for `for` and for `async for`.
 
-    Stopping early is `close()`: what was generated stays in `text` and `token_ids`.
+    `stop_reason` is "eos", "length", "stop", "context" or "callback" at the end, None before.
+    Stopping early is `close()`, or leaving the loop: what was generated stays in `text` and `token_ids`.
     """
 
     def __init__(
@@ -62,12 +131,11 @@ class Generation:
         engine: Engine,
         tokenizer: Tokenizer,
         file: GgufFile,
-        prompt: Sequence[int],
-        max_tokens: int | None,
-        sampling: Sampling,
-        stop: Sequence[str],
-        cache_prompt: bool,
+        request: Request,
+        turns: Turns,
+        done: Callable[[Stats], None] = lambda _: None,
     ) -> None:
+        prompt = request.prompt
         if not prompt:
             raise UserError("the prompt has no tokens", "give some text: this model has no start token of its own")
         if len(prompt) >= engine.options.n_ctx:
@@ -79,10 +147,12 @@ class Generation:
         self.text = ""
         self.stop_reason: str | None = None
         self.stats = Stats(prompt_tokens=len(prompt))
-        self._engine, self._tokenizer, self._file, self._prompt = engine, tokenizer, file, list(prompt)
-        self._max_tokens, self._stop, self._cache_prompt = max_tokens, tuple(stop), cache_prompt
-        self._sampler = Sampler(sampling, engine.structure.vocab_size)
+        self._engine, self._tokenizer, self._file = engine, tokenizer, file
+        self._request, self._turns, self._done = request, turns, done
+        self._ids = list(prompt)
+        self._sampler = Sampler(request.sampling, engine.structure.vocab_size)
         self.seed = self._sampler.seed
+        self._cancelled = False
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[str]:
@@ -90,6 +160,26 @@ class Generation:
 
     def __next__(self) -> str:
         return next(self._pieces)
+
+    async def __aiter__(self) -> AsyncGenerator[str, None]:
+        """The pieces, computed in a thread: the event loop goes on meanwhile. A cancelled task stops generating."""
+        async with self._turns.turn():
+            try:
+                while (piece := await self._next()) is not None:
+                    yield piece
+            finally:
+                self.close()
+
+    async def _next(self) -> str | None:
+        step = asyncio.get_running_loop().run_in_executor(None, next, self._pieces, None)
+        try:
+            return await asyncio.shield(step)
+        except asyncio.CancelledError:
+            self._cancelled = True  # a long prompt stops after the batch that is being computed
+            while not step.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([step])
+            raise
 
     def __enter__(self) -> Generation:
         return self
@@ -117,6 +207,7 @@ class Generation:
         finally:
             self._measure()
             self._sampler.close()
+            self._done(self.stats)
 
     def _texts(self) -> Iterator[tuple[str, bool]]:
         """The whole text so far after each token, and whether it is complete."""
@@ -129,55 +220,97 @@ class Generation:
 
     def _cut(self, text: str, final: bool) -> tuple[str, int]:
         """Cut at a stop string; returns the text and how much of it cannot become part of one any more."""
-        for stop in self._stop:
+        for stop in self._request.stop:
             at = text.find(stop)
             if at >= 0:
                 self.stop_reason = "stop"
                 return text[:at], at
-        held = 0 if final else max((_overlap(text, stop) for stop in self._stop), default=0)
+        held = 0 if final else max((_overlap(text, stop) for stop in self._request.stop), default=0)
         return text, len(text) - held
 
     def _tokens(self) -> Iterator[int]:
-        ids = self._prompt
-        if not self._cache_prompt:
+        if not self._request.cache_prompt:
             self._engine.reset()
-        logits = self._prefill(ids)
+        logits = self._prefill()
         self._engine.reset_counts()
         started = time.perf_counter()
+        if logits is None or self._is_complete():
+            return
         while True:
-            if self._max_tokens is not None and len(self.token_ids) >= self._max_tokens:
-                self.stop_reason = "length"
-                return
-            token = self._sampler.sample(logits[0])
+            scores = self._processed(logits[0])
+            token = self._sampler.sample(scores)
             if self._tokenizer.is_eog(token):
                 self.stop_reason = "eos"
                 return
-            self.token_ids.append(token)
-            self.stats.tokens, self.stats.seconds = len(self.token_ids), time.perf_counter() - started
+            self._append(token, time.perf_counter() - started)
+            told = self._request.on_token and self._request.on_token(self._described(token, scores))
             yield token
-            ids = [*self._prompt, *self.token_ids]
-            if len(ids) >= self._engine.options.n_ctx:
-                self.stop_reason = "context"
+            if told is False:
+                self.stop_reason = "callback"
                 return
-            logits = self._engine.logits(ids, n_outputs=1)
+            if self._is_complete():
+                return
+            logits = self._engine.logits(self._ids, n_outputs=1)
 
-    def _prefill(self, ids: list[int]) -> npt.NDArray[np.float32]:
-        """Compute the prompt; float32 [1, n_vocab] after its last token."""
-        started = time.perf_counter()
-        reused = self._engine.reusable(ids)
-        logits = self._engine.logits(ids, n_outputs=1)
-        self.stats.cached_tokens = reused
-        self.stats.prompt_seconds = time.perf_counter() - started
+    def _prefill(self) -> Floats | None:
+        """Compute the prompt batch by batch; float32 [1, n_vocab] after its last token, None where it was stopped before."""
+        stats, engine, n = self.stats, self._engine, len(self._ids)
+        started, done = time.perf_counter(), engine.reusable(self._ids)
+        stats.cached_tokens = done
+        while True:
+            done = min(done + engine.options.n_batch, n)
+            logits = engine.logits(self._ids[:done], n_outputs=1)
+            stats.prompt_seconds = time.perf_counter() - started
+            if self._request.on_prompt and self._request.on_prompt(done, n) is False:
+                self.stop_reason = "callback"
+                return None
+            if self._cancelled or done == n:
+                return None if self._cancelled else logits
+
+    def _is_complete(self) -> bool:
+        """Whether another token is one too many; sets `stop_reason` then."""
+        limit = self._request.max_tokens
+        if limit is not None and len(self.token_ids) >= limit:
+            self.stop_reason = "length"
+        elif len(self._ids) >= self._engine.options.n_ctx:
+            self.stop_reason = "context"
+        return self.stop_reason is not None
+
+    def _processed(self, logits: Floats) -> Floats:
+        """Logits [n_vocab] after the request's processors."""
+        for process in self._request.logits_processors:
+            found = process(np.array(self._ids, np.int32), logits)
+            if np.shape(found) != logits.shape:
+                raise UserError(
+                    f"a logits processor returned {np.shape(found)}, expected logits of shape {logits.shape}"
+                )
+            logits = np.asarray(found, np.float32)
+            if not math.isfinite(logits.max()):
+                raise UserError(
+                    f"a logits processor left {logits.max()} as the largest logit, expected a number",
+                    "-inf forbids a token, and one at least must be allowed",
+                )
         return logits
+
+    def _append(self, token: int, seconds: float) -> None:
+        self.token_ids.append(token)
+        self._ids.append(token)
+        n = len(self.token_ids)
+        self.stats.tokens, self.stats.decoded_tokens, self.stats.seconds = n, n - 1, seconds
+
+    def _described(self, token: int, logits: Floats) -> Token:
+        shifted = logits - logits.max()
+        logprob = float(shifted[token]) - math.log(np.exp(shifted, dtype=np.float64).sum())
+        return Token(token, self._tokenizer.token_bytes(token), logprob)
 
     def _measure(self) -> None:
         stats, engine = self.stats, self._engine
         stats.layer_shares, stats.gate_shares = engine.layer_shares(), engine.gate_shares()
         positions = stats.prompt_tokens + (stats.tokens + 1) / 2
-        element = 2 if engine.options.kv_type == "f16" else 4
         activity = Activity(engine.options.ffn, stats.layer_shares, stats.gate_shares)
-        keys_and_values = kv_bytes(engine.structure, positions, element)
-        stats.bytes_per_token = bytes_per_token(engine.structure, self._file.tensors, activity, keys_and_values).total
+        stats.bytes_per_token = bytes_per_token(
+            engine.structure, self._file.tensors, activity, engine.kv_bytes(positions)
+        ).total
 
 
 def _overlap(text: str, stop: str) -> int:

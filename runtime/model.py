@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 
 import numpy as np
@@ -18,7 +20,7 @@ from runtime.arrange import Wish, arrange
 from runtime.devices import AUTO, parse_sizes
 from runtime.engine import BATCH, FFN_MODES, KV_TYPES, Engine, Options
 from runtime.errors import UserError
-from runtime.generate import Generation
+from runtime.generate import Generation, LogitsProcessor, Request, Stats, Token, Turns
 from runtime.gguf_file import GgufFile
 from runtime.hub import locate
 from runtime.sampling import Sampling
@@ -110,6 +112,24 @@ def _context(file: GgufFile, n_ctx: int | None) -> int:
     return n_ctx
 
 
+@dataclass(frozen=True)
+class ModelStats:
+    """How a model runs and what it did. file_bytes: its weights; kv_bytes: keys and values of a full context; device_bytes: of all buffers on each device.
+
+    total: the figures of all generations that have ended, together; generations: their number.
+    """
+
+    ffn: str
+    threads: int
+    n_ctx: int
+    kv_type: str
+    file_bytes: int
+    kv_bytes: int
+    device_bytes: tuple[int, ...]
+    generations: int
+    total: Stats
+
+
 class Model:
     """A loaded model; made by `load`. Use it in a `with` statement or call `close`.
 
@@ -128,6 +148,7 @@ class Model:
             engine.close()
             raise
         self.arrangement = engine.asked  # None where no device was wanted
+        self._turns, self._total, self._generations, self._totals_lock = Turns(), Stats(), 0, Lock()
         self._trace_path: Path | None = None
         self._closed = False
 
@@ -174,17 +195,46 @@ class Model:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         cache_prompt: bool = False,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        on_token: Callable[[Token], bool | None] | None = None,
+        on_prompt: Callable[[int, int], bool | None] | None = None,
     ) -> Generation:
-        """Continue a prompt (text, or ids): an iterator of pieces of text.
+        """Continue a prompt (text, or ids): an iterator of pieces of text, for `for` and for `async for`.
 
         A long prompt is computed with every neuron where that is faster: no less accurate than the mode itself.
-        max_tokens: None goes on until the model ends or the context is full. cache_prompt: reuse what the previous generation
-        had computed of this prompt, as a chat does; the logits may then differ slightly from those of a fresh run.
+        max_tokens: None goes on until the model ends or the context is full. stop: texts that end it, and are left out.
+        cache_prompt: reuse what the previous generation had computed of this prompt, as a chat does; the logits may then differ slightly from those of a fresh run.
+        logits_processors: called one after the other for each token with the ids so far, int32 [n], and its logits, float32 [n_vocab]; each returns the logits to go on with.
+        on_token: called with each `Token`. on_prompt: called with the tokens of the prompt computed so far and their number, after every batch. Either ends the generation by returning False.
+        Asynchronous generations of one model run one after the other. Raises UserError for a prompt that is empty, longer than the context or with ids out of the vocabulary.
         """
         ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
         self._check_ids(ids)
-        return Generation(
-            self._engine, self.tokenizer, self._file, ids, max_tokens, sampling or Sampling(), stop, cache_prompt
+        processors = tuple(logits_processors)
+        request = Request(
+            ids, max_tokens, sampling or Sampling(), tuple(stop), cache_prompt, processors, on_token, on_prompt
+        )
+        return Generation(self._engine, self.tokenizer, self._file, request, self._turns, self._finished)
+
+    def _finished(self, stats: Stats) -> None:
+        with self._totals_lock:
+            self._total += stats
+            self._generations += 1
+
+    def stats(self) -> ModelStats:
+        """How the model runs, what it holds, and the figures of all its generations so far."""
+        with self._totals_lock:
+            total, generations = replace(self._total), self._generations
+        return ModelStats(
+            self.ffn,
+            self.threads,
+            self.n_ctx,
+            self.kv_type,
+            self._file.size,
+            int(self._engine.kv_bytes(self.n_ctx)),
+            self.device_bytes(),
+            generations,
+            total,
         )
 
     def layer_shares(self) -> list[float]:
