@@ -38,13 +38,20 @@ _COLUMNS = (
 
 
 def measure(
-    model: Path, text: Path, kinds: Sequence[str], types: Sequence[str], energies: Sequence[float], tokens: int | None
+    model: Path,
+    text: Path,
+    kinds: Sequence[str],
+    types: Sequence[str],
+    energies: Sequence[float],
+    tokens: int | None = None,
+    calibration: Path | None = None,
+    calibration_tokens: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One row for each kind, matrix type and energy; tokens: of the text, None for `evaluate`'s own number."""
+    """One row for each kind, matrix type and energy; tokens: of the text, None for `evaluate`'s own number; calibration, calibration_tokens: as in `fit_candidates`."""
     with tempfile.TemporaryDirectory(dir=model.parent) as folder:
         for kind, type_name in product(kinds, types):
             started = time.perf_counter()
-            fitted = fit_candidates(model, kind, predictor_type=type_name)
+            fitted = fit_candidates(model, kind, calibration, calibration_tokens, type_name)
             seconds = time.perf_counter() - started
             for energy in energies:
                 row = {"kind": kind, "type": type_name, "energy": energy, "fit_s": seconds}
@@ -107,9 +114,11 @@ def main() -> None:
     parser.add_argument("--types", type=_words, default=["auto"], help="types of their matrices (default: auto)")
     parser.add_argument("--energies", type=_shares, default=[DEFAULT_ENERGY], help=f"(default: {DEFAULT_ENERGY})")
     parser.add_argument("--tokens", type=int, help="of the text (default: 16,384)")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="text to fit on (default: one in the package)")
+    parser.add_argument("--calibration-tokens", type=int, help="of it (default: as `python -m convert`)")
     args = parser.parse_args()
     rows = []
-    for row in measure(args.model, args.text, args.kinds, args.types, args.energies, args.tokens):
+    for row in measure(**vars(args)):
         rows.append(row)
         print(f"{row['kind']} {row['type']} {row['energy']:g}: {row['perplexity']:.3f}", file=sys.stderr)
     first = rows[0]

@@ -216,9 +216,10 @@ def test_batches_find_where_whole_matrices_pay() -> None:
 def test_predictors_are_compared(models: dict[str, Path], tmp_path: Path) -> None:
     model = tmp_path / "m.gguf"
     shutil.copy(models["gated"], model)
-    rows = list(
-        predictors.measure(model, ROOT / "examples/heldout.txt", ["lowrank", "signbit"], ["auto"], [0.9, 1.0], 1024)
-    )
+    text = tmp_path / "text.txt"
+    text.write_text((ROOT / "examples/heldout.txt").read_text()[:30_000])
+    kinds = ["lowrank", "signbit"]
+    rows = list(predictors.measure(model, text, kinds, ["auto"], [0.9, 1.0], 1024, text, 4096))
     assert [(row["kind"], row["energy"]) for row in rows] == [
         (k, e) for k in ("lowrank", "signbit") for e in (0.9, 1.0)
     ]
@@ -226,4 +227,4 @@ def test_predictors_are_compared(models: dict[str, Path], tmp_path: Path) -> Non
         assert set(row["ranks"]) == {0}
         assert (row["recall"], row["bytes"]) == (1.0, row["bytes_exact"])
     assert any(rows[0]["ranks"]) and rows[0]["recall"] < 1 and rows[0]["bytes"] < rows[0]["bytes_exact"]
-    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "text.txt"]
