@@ -60,7 +60,7 @@ check: $(VENV)/.check
 
 # The `--help` that pages of docs/commands embed, and nothing else there.
 docs: $(VENV)/.setup
-	$(PY) tests/docs.py
+	$(PY) tests/documents.py
 
 bench: $(MODEL)
 	$(PY) -m bench.decode $(MODEL)
