@@ -108,6 +108,11 @@ def with_help(text: str) -> str:
     return _EMBEDDED.sub(lambda found: f"{found[1]}{help_of(found['command'])}{found[3]}", text)
 
 
+def without_help(text: str) -> str:
+    """A page without it."""
+    return _EMBEDDED.sub("", text)
+
+
 def main() -> None:
     """Write the embedded help of all pages anew."""
     for page in sorted(PAGES.glob("*.md")):

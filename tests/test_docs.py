@@ -133,6 +133,7 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
 FOREIGN = {  # options of other programs that the documents name
     "pip": {"--no-cache-dir", "--force-reinstall", "--no-deps"},
     "hf": {"--include", "--local-dir"},
+    "mypy": {"--strict"},
     "llama.cpp": {"--n-cpu-ffn", "--n-gpu-layers"},
 }
 
@@ -140,10 +141,10 @@ FOREIGN = {  # options of other programs that the documents name
 def test_options_exist() -> None:
     ours = {command: documents.options_in(text) for command, text in HELP.items()}
     any_of_them = set().union(*ours.values(), *FOREIGN.values())
-    named = re.compile("|".join(sorted(map(re.escape, ours), key=len, reverse=True)))
-    for name, text in DOCUMENTS.items():
+    named = re.compile(rf"({'|'.join(sorted(map(re.escape, ours), key=len, reverse=True))})\b")
+    for name, text in ((name, documents.without_help(text)) for name, text in DOCUMENTS.items()):
         spans = [span for line in documents.prose(text).splitlines() for span in re.findall(r"`([^`]+)`", line)]
-        lines = [line for block in blocks(text) if block.language != "python" for line in block.commands()]
+        lines = [line for block in blocks(text) if block.language in SHELL for line in block.commands()]
         for span in spans + lines:
             found = named.search(span)
             known = any_of_them if found is None else ours[found[0]]
@@ -160,29 +161,35 @@ def test_index_names_every_command() -> None:
 # --- keys of --json ----------------------------------------------------------------------------------------------------
 
 
-def test_pages_name_every_key(run: Client, fitted_gguf: Path, tmp_path: Path) -> None:
+def test_pages_name_every_key(run: Client, tmp_path: Path) -> None:
     """Those of results; metadata of files are described elsewhere."""
-    text, model = tmp_path / "text.txt", fitted_gguf
+    checkpoint, model, text = tmp_path / "checkpoint", tmp_path / "model.gguf", tmp_path / "text.txt"
+    checkpoint.mkdir()
+    for name, data in first_block().items():
+        (checkpoint / name).write_bytes(data)
     text.write_bytes((ROOT / "examples/heldout.txt").read_bytes()[:8000])
-    machine = ("--vram-budget", "1", "--device-bandwidth", "1008", "--cpu-bandwidth", "60")
     commands: dict[str, tuple[str | Path, ...]] = {
+        "convert": (checkpoint, model, "--calibration-tokens", "2048"),
         "runtime chat": (model, "-n", "2"),
         "runtime complete": (model, "-p", "My fellow citizens,", "-n", "2"),
         "runtime inspect": (model, "--tensors"),
         "runtime perplexity": (model, text, "--tokens", "64"),
         "runtime sparsity": (model,),
-        "runtime devices": (),
-        "runtime plan": (model, *machine),
+        "runtime devices": ("--measure",),
+        "runtime plan": (model, "--vram-budget", "1", "--device-bandwidth", "1008", "--cpu-bandwidth", "60"),
         "predictors evaluate": (model, text, "--tokens", "512"),
-        "convert": (BUNDLED, "out.gguf", "--calibration", "none"),
+        "predictors fit": (model, tmp_path / "other.gguf", "--calibration-tokens", "2048"),
+        "convert push": (model, "user/model", "--no-plot"),
     }
     lines = [(*name.split(), *arguments, "--json") for name, arguments in commands.items()]
-    for name, done in zip(commands, run.many(*lines, cwd=tmp_path, stdin="My fellow citizens,\n"), strict=True):
+    variables = {"GOMP_SPINCOUNT": "10000", "LAZYNEURON_CACHE": str(tmp_path / "cache"), "HF_TOKEN": TOKEN}
+    for name, done in zip(commands, run.many(*lines, stdin="My fellow citizens,\n", **variables), strict=True):
         page = DOCUMENTS[f"docs/commands/{name.replace(' ', '-')}.md"]
         section = page[page.index("## With `--json`") : page.index("## Exit status")]
         listed = set(re.findall(r"`(\w+)`", section))
-        missing = keys_of(json.loads(done.out.splitlines()[-1])) - listed
-        assert not missing, f"docs/commands/{name.replace(' ', '-')}.md does not explain {missing}"
+        assert not (missing := keys_of(json.loads(done.out.splitlines()[-1])) - listed), (
+            f"{name}: {missing} unexplained"
+        )
 
 
 def keys_of(value: Any) -> set[str]:
