@@ -29,15 +29,27 @@ def documents() -> list[Path]:
 
 def help_of(command: str) -> str:
     """What `python -m COMMAND --help` prints."""
-    program, *verb = command.split()[2:]
-    main = importlib.import_module(_MAINS.get(program, program)).main
-    before, sys.argv = sys.argv, [program, *verb, "--help"]
+    return _run(command.split()[2:])[1]
+
+
+def understood(words: list[str]) -> bool:
+    """Whether a program takes these words, its name first: whatever is wrong is told before a `--help` that comes last."""
+    status, said = _run(words)
+    return status == 0 and said.startswith("usage: ")
+
+
+def _run(words: list[str]) -> tuple[int, str]:
+    """Exit status and stdout of a command line with `--help` behind it."""
+    main = importlib.import_module(_MAINS.get(words[0], words[0])).main
+    before, sys.argv = sys.argv, [*words, "--help"]
     try:
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
-            main()
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            status = main()
+    except SystemExit as end:
+        status = int(end.code or 0)
     finally:
         sys.argv = before
-    return out.getvalue()
+    return status, out.getvalue()
 
 
 def options_in(text: str) -> set[str]:

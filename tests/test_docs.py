@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,11 @@ DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for p
 PAGES = {command: path.relative_to(ROOT).as_posix() for command, path in documents.commands().items()}
 HELP = {command: documents.help_of(command) for command in PAGES}
 SHELL = ("", "sh")  # languages of blocks that hold commands; output stands in `text` blocks
+
+
+def lines_of(text: str) -> list[str]:
+    """What a document shows to be typed."""
+    return [line for block in blocks(text) if block.language in SHELL for line in block.commands()]
 
 
 # --- help -------------------------------------------------------------------------------------------------------------
@@ -144,8 +150,7 @@ def test_options_exist() -> None:
     named = re.compile(rf"({'|'.join(sorted(map(re.escape, ours), key=len, reverse=True))})\b")
     for name, text in ((name, documents.without_help(text)) for name, text in DOCUMENTS.items()):
         spans = [span for line in documents.prose(text).splitlines() for span in re.findall(r"`([^`]+)`", line)]
-        lines = [line for block in blocks(text) if block.language in SHELL for line in block.commands()]
-        for span in spans + lines:
+        for span in [*spans, *lines_of(text)]:
             found = named.search(span)
             known = any_of_them if found is None else ours[found[0]]
             for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", span):
@@ -309,7 +314,7 @@ def messages(folder: Path) -> Iterator[re.Pattern[str]]:
 NOT_RUN = {
     "sudo apt-get ": "installs packages",
     'CMAKE_ARGS="': "compiles llama-cpp-python anew",
-    "hf auth login": "asks for a token",
+    ".venv/bin/hf auth login": "asks for a token",
     "python -m bench.decode --shape": "makes a 7B model",
     ".venv/bin/python -m runtime chat relullama-7b.gguf --vram-budget": "needs a GPU",
 }
@@ -375,6 +380,15 @@ def first_block() -> dict[str, bytes]:
     tensors = load(files["model.safetensors"]).items()
     files["model.safetensors"] = save({k: v for k, v in tensors if not re.match(r"model\.layers\.[1-9]", k)})
     return files
+
+
+def test_other_commands_are_command_lines() -> None:
+    """Those in blocks of all documents, up to the values of their options; most need a model that is not here."""
+    typed = [(name, line) for name, text in DOCUMENTS.items() for line in lines_of(documents.without_help(text))]
+    found = [(name, words[1]) for name, line in typed if (words := re.search(r"python -m ([^#|<>]+)", line))]
+    assert len(found) > 40
+    for name, line in found:
+        assert documents.understood(shlex.split(line)), f"{name}: {line}"
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])
