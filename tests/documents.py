@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs/commands"
+SHELL = ("", "sh")  # languages of blocks that hold commands; output stands in `text` blocks
 _EMBEDDED = re.compile(r"(<!-- help: (?P<command>.+?) -->\n```\n).*?(```\n<!-- end of help -->)", re.DOTALL)
 _FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 _MAINS = {"runtime": "runtime.__main__", "convert": "convert.cli", "predictors": "predictors.cli"}
@@ -88,6 +89,11 @@ class Block:
 def blocks(text: str) -> list[Block]:
     """The fenced blocks of a document."""
     return [Block(m["language"], m["text"], text.count("\n", 0, m.start()) + 2) for m in _FENCE.finditer(text)]
+
+
+def typed(text: str) -> list[str]:
+    """What a document shows to be typed."""
+    return [line for block in blocks(text) if block.language in SHELL for line in block.commands()]
 
 
 def prose(text: str) -> str:

@@ -6,16 +6,16 @@ import ast
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import documents
 import pytest
+from checkpoints import first_block
 from documents import ROOT, blocks
 from hub_client import Client
 from hub_server import TOKEN, Hub
@@ -26,12 +26,6 @@ BUNDLED = ROOT / "examples/tiny-relu-llama"
 DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in documents.documents()}
 PAGES = {command: path.relative_to(ROOT).as_posix() for command, path in documents.commands().items()}
 HELP = {command: documents.help_of(command) for command in PAGES}
-SHELL = ("", "sh")  # languages of blocks that hold commands; output stands in `text` blocks
-
-
-def lines_of(text: str) -> list[str]:
-    """What a document shows to be typed."""
-    return [line for block in blocks(text) if block.language in SHELL for line in block.commands()]
 
 
 # --- help -------------------------------------------------------------------------------------------------------------
@@ -150,7 +144,7 @@ def test_options_exist() -> None:
     named = re.compile(rf"({'|'.join(sorted(map(re.escape, ours), key=len, reverse=True))})\b")
     for name, text in ((name, documents.without_help(text)) for name, text in DOCUMENTS.items()):
         spans = [span for line in documents.prose(text).splitlines() for span in re.findall(r"`([^`]+)`", line)]
-        for span in [*spans, *lines_of(text)]:
+        for span in [*spans, *documents.typed(text)]:
             found = named.search(span)
             known = any_of_them if found is None else ours[found[0]]
             for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", span):
@@ -306,91 +300,3 @@ def messages(folder: Path) -> Iterator[re.Pattern[str]]:
             ]
             if len(re.findall(r"[a-z]", " ".join(filter(None, fixed)))) >= 6:
                 yield re.compile("".join(".*" if text is None else re.escape(text) for text in fixed), re.DOTALL)
-
-
-# --- what can be typed --------------------------------------------------------------------------------------------------
-
-# Not run: what changes the machine, needs a GPU or minutes, by how it begins. Of our own commands the options are still checked.
-NOT_RUN = {
-    "sudo apt-get ": "installs packages",
-    'CMAKE_ARGS="': "compiles llama-cpp-python anew",
-    ".venv/bin/hf auth login": "asks for a token",
-    "python -m bench.decode --shape": "makes a 7B model",
-    ".venv/bin/python -m runtime chat relullama-7b.gguf --vram-budget": "needs a GPU",
-}
-
-
-@pytest.fixture
-def place(hub: Hub, run: Client, tiny_gguf: Path, tmp_path: Path) -> Callable[[str], None]:
-    """Runs commands in a folder that looks like this one after `make setup`, with small texts and models in the place of large ones."""
-    hub.add("SparseLLM/ReluLLaMA-7B", first_block())
-    python = f'#!/bin/sh\nexec "{sys.executable}" "$@"\n'
-    for shim in (tmp_path / "bin/python", tmp_path / ".venv/bin/python"):
-        shim.parent.mkdir(parents=True)
-        shim.write_text(python)
-        shim.chmod(0o755)
-    (tmp_path / "build").mkdir()
-    (tmp_path / "build/tiny-relu-llama.gguf").symlink_to(tiny_gguf)
-    (tmp_path / "examples").mkdir()
-    for path in (ROOT / "examples").iterdir():
-        (tmp_path / "examples" / path.name).symlink_to(path)
-    (tmp_path / "examples/heldout.txt").unlink()
-    (tmp_path / "examples/heldout.txt").write_bytes((ROOT / "examples/heldout.txt").read_bytes()[:5000])
-    paths = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    variables = run.environment(
-        PATH=paths, HOME=str(tmp_path), HF_TOKEN=TOKEN, LAZYNEURON_CACHE=str(tmp_path / "cache")
-    )
-
-    def execute(command: list[str]) -> None:
-        line = "My fellow citizens,\n"
-        done = subprocess.run(
-            command, input=line, capture_output=True, text=True, check=False, cwd=tmp_path, env=variables
-        )
-        assert done.returncode == 0, f"{command[-1]}\n{done.stderr}"
-
-    def shell(line: str) -> None:
-        if line.startswith("make "):
-            subprocess.run(
-                ["make", "-n", *line.split("#", maxsplit=1)[0].split()[1:]], cwd=ROOT, check=True, capture_output=True
-            )
-        elif any(line.startswith(prefix) for prefix in NOT_RUN):
-            execute(["bash", "-n", "-c", line])
-            if " -m " in line and "pip" not in line:
-                execute(["bash", "-c", f"{line.split('#', maxsplit=1)[0]} --help"])
-        else:
-            execute(["bash", "-c", line])
-
-    def play(name: str) -> None:
-        for block in blocks(DOCUMENTS[name]):
-            if block.language == "python":
-                execute([sys.executable, "-c", block.text])
-            elif block.language in SHELL:
-                for line in block.commands():
-                    shell(line)
-
-    return play
-
-
-def first_block() -> dict[str, bytes]:
-    """The bundled checkpoint with one block instead of six: converting it takes seconds."""
-    files = {path.name: path.read_bytes() for path in BUNDLED.iterdir()}
-    files["config.json"] = json.dumps(json.loads(files["config.json"]) | {"num_hidden_layers": 1}).encode()
-    from safetensors.torch import load, save
-
-    tensors = load(files["model.safetensors"]).items()
-    files["model.safetensors"] = save({k: v for k, v in tensors if not re.match(r"model\.layers\.[1-9]", k)})
-    return files
-
-
-def test_other_commands_are_command_lines() -> None:
-    """Those in blocks of all documents, up to the values of their options; most need a model that is not here."""
-    typed = [(name, line) for name, text in DOCUMENTS.items() for line in lines_of(documents.without_help(text))]
-    found = [(name, words[1]) for name, line in typed if (words := re.search(r"python -m ([^#|<>]+)", line))]
-    assert len(found) > 40
-    for name, line in found:
-        assert documents.understood(shlex.split(line)), f"{name}: {line}"
-
-
-@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])
-def test_snippets_run(name: str, place: Callable[[str], None]) -> None:
-    place(name)
