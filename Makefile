@@ -11,7 +11,7 @@ NATIVE := $(wildcard runtime/native/*)
 # As in pyproject.toml. Installed before the package, so that its wheel (about 6 minutes on two cores) is built once and then comes from pip's cache.
 LLAMA_CPP := $(shell sed -n 's/^requires = .*"\(llama-cpp-python==[0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: chat setup test test-vulkan sanitize check bench clean
+.PHONY: chat setup test test-vulkan sanitize check docs bench clean
 
 chat: $(MODEL)
 	@$(PY) -m runtime chat $(MODEL)
@@ -57,6 +57,10 @@ check: $(VENV)/.check
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+# The `--help` that pages of docs/commands embed, and nothing else there.
+docs: $(VENV)/.setup
+	$(PY) tests/documents.py
 
 bench: $(MODEL)
 	$(PY) -m bench.decode $(MODEL)

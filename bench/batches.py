@@ -8,7 +8,6 @@ the predictor's candidates, predictor included. The last line is one JSON object
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from bench.copies import Copies
 from bench.shapes import SHAPES, shape
 from bench.tables import console, table
 from convert.quantize import NUMBERS
+from runtime.commands.help import HelpParser
 from runtime.engine import on_worker
 from runtime.errors import UserError, run_command
 from runtime.logs import captured_log
@@ -53,7 +53,7 @@ def limits(results: Sequence[Mapping[str, float]], n_matrices: int) -> list[floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.batches", description="FFNs of several tokens at once.")
+    parser = HelpParser(prog="python -m bench.batches", description="FFNs of several tokens at once.")
     parser.add_argument("--type", nargs="+", default=["q4_0"], help=f"formats: {', '.join(NUMBERS)}")
     parser.add_argument("--shape", choices=SHAPES, default="mistral-7b")
     parser.add_argument("--tokens", nargs="+", type=int, default=[32, 128])

@@ -9,7 +9,6 @@ the memory bandwidth that ggml's dense product reaches in the same run; with `--
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from bench.contenders import LLAMA_CPP
 from bench.make_model import add_recipe, cached, recipe_of
 from bench.race import planned, race
 from bench.tables import console, table
+from runtime.commands.help import HelpParser
 from runtime.errors import UserError, run_command
 from runtime.threads import physical_cores
 
@@ -101,7 +101,7 @@ def show(result: Mapping[str, Any], out: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = HelpParser(
         prog="python -m bench.decode", description="Decoding speed beside llama.cpp on the same weights."
     )
     parser.add_argument("model", type=Path, nargs="?", help="a converted GGUF file (else: --shape)")

@@ -10,7 +10,6 @@ Where there is no GPU, it says so and ends with status 2. The last line is one J
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -29,6 +28,7 @@ from bench.race import PROMPT, Plan, load_average, planned
 from bench.tables import console, table
 from bench.worker import Worker
 from runtime.arrange import machine_options, usable
+from runtime.commands.help import HelpParser
 from runtime.costs import PlanOptions, machine_of, model_costs
 from runtime.devices import DeviceInfo, devices, find
 from runtime.engine import FFN_MODES, KV_TYPES
@@ -209,7 +209,7 @@ def _percents(text: str) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = HelpParser(
         prog="python -m bench.hybrid",
         description="Decoding speed on a GPU beside llama.cpp with the same memory there.",
     )

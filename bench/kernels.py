@@ -8,7 +8,6 @@ The last line is one JSON object.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -24,6 +23,7 @@ from bench.shapes import SHAPES, shape
 from bench.tables import console, table
 from convert.quantize import NUMBERS, fitting
 from runtime import ggml
+from runtime.commands.help import HelpParser
 from runtime.engine import on_worker
 from runtime.errors import UserError, run_command
 from runtime.logs import captured_log
@@ -92,7 +92,7 @@ def _row(variant: str, v: dict[str, Any]) -> tuple[str, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description="Time one FFN in all its forms.")
+    parser = HelpParser(prog="python -m bench.kernels", description="Time one FFN in all its forms.")
     parser.add_argument("--shape", nargs="+", default=["mistral-7b"], choices=SHAPES, help="default: mistral-7b")
     parser.add_argument("--type", nargs="+", default=["q4_0"], help="ggml types, default: q4_0")
     parser.add_argument("--active", nargs="+", type=float, default=[0.1], help="shares of neurons, default: 0.1")

@@ -30,6 +30,7 @@ from bench.tables import console, table
 from convert.metadata import general_metadata
 from convert.quantize import TYPES, check_type
 from runtime.cache import cache_folder
+from runtime.commands.help import HelpParser
 from runtime.errors import UserError, run_command
 from runtime.gguf_write import write_gguf
 from runtime.threads import physical_cores
@@ -151,7 +152,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.make_model", description="Make a synthetic model.")
+    parser = HelpParser(prog="python -m bench.make_model", description="Make a synthetic model.")
     add_recipe(parser, required=True)
     parser.add_argument("--out", type=Path, help="where to (default: $LAZYNEURON_CACHE/bench)")
     parser.add_argument("--stock", type=Path, help="where the twin for llama.cpp goes (default: none with --out)")

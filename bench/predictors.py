@@ -7,7 +7,6 @@ Prints a table of kinds x types of their matrices x energies, and one JSON objec
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from bench.tables import console, table
 from predictors.evaluate import Evaluation, evaluate
 from predictors.fit import DEFAULT_ENERGY, Candidates, fit_candidates
 from predictors.rewrite import rewrite
+from runtime.commands.help import HelpParser
 from runtime.errors import run_command
 
 _COLUMNS = (
@@ -107,7 +107,7 @@ def _shares(text: str) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.predictors", description="Fit predictors and judge them.")
+    parser = HelpParser(prog="python -m bench.predictors", description="Fit predictors and judge them.")
     parser.add_argument("model", type=Path, help="a converted GGUF file")
     parser.add_argument("text", type=Path, help="a UTF-8 text to judge on")
     parser.add_argument("--kinds", type=_words, default=["lowrank"], help="separated by commas (default: lowrank)")

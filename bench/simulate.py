@@ -8,7 +8,6 @@ The last line is one JSON object. What differs from the published figures, and w
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -20,6 +19,7 @@ import numpy as np
 
 from bench.offload import dense_ffns_on_cpu, whole_layers
 from bench.tables import console, table
+from runtime.commands.help import HelpParser
 from runtime.costs import Floats, NeuronBytes, candidates, cold_bytes, cuts_of
 from runtime.errors import UserError, run_command
 from runtime.placement import Block, Device, Machine, place
@@ -218,9 +218,7 @@ _COLUMNS = ("", "GB", "predicted", "exact", "-ngl", "-ncffn", "hot", "limited by
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.simulate", description="Expected speeds beside published ones."
-    )
+    parser = HelpParser(prog="python -m bench.simulate", description="Expected speeds beside published ones.")
     parser.add_argument("--sync-us", type=float, default=50.0, help="microseconds from device to CPU and back (50)")
     parser.add_argument("--candidates", type=float, default=1.5, help="per neuron that fires, of a predictor (1.5)")
     args = parser.parse_args()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from runtime.arrange import Arrangement
+from runtime.commands.help import HelpParser
 from runtime.devices import AUTO, parse_sizes
 from runtime.engine import FFN_MODES, KV_TYPES
 from runtime.errors import UserError
@@ -23,7 +24,7 @@ from runtime.sampling import Sampling
 from runtime.threads import PRIORITIES, parse_cpus
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(HelpParser):
     """argparse, but for a wrong option raising UserError like every other mistake."""
 
     def error(self, message: str) -> NoReturn:
