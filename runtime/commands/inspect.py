@@ -137,7 +137,7 @@ def activities(file: GgufFile, shares: list[float] | None) -> dict[str, Activity
     shares: of each layer's neurons, those that fired on the calibration text.
     """
     s, n = file.structure, file.structure.block_count
-    predicted, recalls = (_floats(file, f"lazyneuron.predictor.{name}") for name in ("predicted_share", "recall"))
+    predicted, recalls = (_shares(file, f"lazyneuron.predictor.{name}") for name in ("predicted_share", "recall"))
     computed = [share * recall for share, recall in zip(shares or [], recalls, strict=False)]
     return {
         "dense": None if s.layout == "sparse" else Activity.uniform("dense", n, 1.0),
@@ -158,9 +158,10 @@ def _traffic(file: GgufFile, shares: list[float] | None) -> dict[str, float | No
     }
 
 
-def _floats(file: GgufFile, key: str) -> list[float]:
-    """An array of the file's metadata, empty where it has none."""
-    return [float(value) for value in file.metadata.get(key, ())]
+def _shares(file: GgufFile, key: str) -> list[float]:
+    """An array of shares in the file's metadata, empty where it has none or where they are none."""
+    values = [float(value) for value in file.metadata.get(key, ())]
+    return values if all(0 <= value <= 1 for value in values) else []
 
 
 def _tables(report: dict[str, Any]) -> Iterator[Table | Text]:

@@ -112,7 +112,7 @@ def _row(found: dict[str, Any]) -> dict[str, Any]:
         "parts": found["parts"],
         "resident_from": sum(not layer["attention_on_device"] for layer in layers),
         "hot": [sum(layer["hot"]) for layer in layers],
-        "activations": [round(layer["activations"], 4) for layer in layers],
+        "activations": [round(layer["activations"], 3) for layer in layers],
         "us": [float(f"{layer['seconds'] * 1e6:.4g}") for layer in layers],
         "waits": "".join(layer["limit"][0].lower() for layer in layers),
     }

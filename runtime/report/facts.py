@@ -23,6 +23,7 @@ MODES = {"dense": "dense", "exact_calibrated": "exact", "predicted_calibrated": 
 _LONGEST = 300  # characters of a text that the file brings along
 _CALIBRATION = ("corpus", "sha256", "tokens", "method", "seed", "counts")
 _PREDICTOR = ("energy", "source", "threshold")
+_EXACT = 1 << 53  # whole numbers up to here are the same as floats
 _COPIES = ("ffn_down_t", "neurons", "predictor")  # no parameters of the model
 
 
@@ -56,11 +57,11 @@ def curve(freq: Frequencies) -> list[float]:
     """The share of the activations that the hottest 0, 1, 2 .. 100 % of the neurons carry; all 0 where none ever fires."""
     carried = np.append(0.0, np.cumsum(freq, dtype=np.float64))
     at = np.rint(np.linspace(0, len(freq), POINTS + 1)).astype(int)
-    return [round(float(share), 4) for share in carried[at] / (carried[-1] or 1.0)]
+    return [round(float(share), 3) for share in carried[at] / (carried[-1] or 1.0)]
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: numpy's numbers and arrays as Python's, no NaN or infinity (None), long texts cut, floats with nine digits."""
+    """`value` as JSON can hold it: numpy's numbers and arrays as Python's, no NaN or infinity (None), long texts cut, floats with nine digits, whole ones as integers."""
     if isinstance(value, Mapping):
         return {plain(str(key)): plain(item) for key, item in value.items()}
     if isinstance(value, str):
@@ -70,7 +71,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, bytes):
         return [plain(item) for item in value]
     if isinstance(value, float):
-        return float(f"{value:.9g}") if math.isfinite(value) else None
+        short = float(f"{value:.9g}") if math.isfinite(value) else None
+        return int(value) if short and value.is_integer() and abs(value) < _EXACT else short
     return value if isinstance(value, int) or value is None else plain(str(value))
 
 

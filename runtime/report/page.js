@@ -18,6 +18,10 @@ function number(value) {
   return value.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 }
 
+function duration(seconds) {
+  return seconds >= 1e-3 ? `${number(1e3 * seconds)} ms` : `${number(1e6 * seconds)} µs`;
+}
+
 function byteUnit(n) {
   const units = [[1e9, "GB"], [1e6, "MB"], [1e3, "kB"]];
   const [scale, name] = units.find(([size]) => n >= size) || [1, "B"];
@@ -282,16 +286,16 @@ const partKind = (name) => (name === "head" ? (now().head_on_device ? "hot" : "c
 
 redrawPlacement.push(
   rowsChart("times", {
-    label: "Time per token by what it waits for",
+    label: "Time per token, by what it waits for",
     rows: () =>
       partNames.map((name) => ({
         name,
-        text: `${number(1e3 * now().parts[name])} ms`,
-        bars: [{ value: 1e3 * now().parts[name], kind: partKind(name) }],
+        text: now().parts[name] ? duration(now().parts[name]) : "0",
+        bars: [{ value: now().parts[name], kind: partKind(name) }],
       })),
-    top: () => 1e3 * longest,
-    unit: () => ({ scale: 1, name: "ms per token" }),
-    read: (i) => `${partNames[i]}: ${number(1e3 * now().parts[partNames[i]])} ms, ${percent(now().parts[partNames[i]] / now().seconds)} of a token`,
+    top: () => longest,
+    unit: (most) => (most >= 1e-3 ? { scale: 1e-3, name: "ms" } : { scale: 1e-6, name: "µs" }),
+    read: (i) => `${partNames[i]}: ${duration(now().parts[partNames[i]])}, ${percent(now().parts[partNames[i]] / now().seconds)} of a token`,
   }),
 );
 
@@ -313,7 +317,7 @@ function chooseBudget(i) {
   const texts = {
     "budget-name": memory(row.budget),
     "tokens-per-s": number(row.tokens_per_s),
-    milliseconds: `${number(1e3 * row.seconds)} ms`,
+    time: duration(row.seconds),
     "on-device": memory(row.bytes),
     "hot-share": percent(sum(row.hot) / (placement.neurons * nLayers)),
     limit: row.limit,

@@ -30,6 +30,7 @@ def write_page(facts: Mapping[str, Any]) -> str:
         "percent": tables_of.percent,
         "memory": tables_of.memory,
         "number": tables_of.number,
+        "duration": tables_of.duration,
     }
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     now = tables_of.beginning(facts)

@@ -247,6 +247,11 @@ def number(value: float | None) -> str:
     return f"{value:,.{digits}f}"
 
 
+def duration(seconds: float) -> str:
+    """Time for people, in milliseconds or less."""
+    return f"{number(seconds * 1e3)} ms" if seconds >= 1e-3 else f"{number(seconds * 1e6)} µs"
+
+
 def _counted(n: int) -> str:
     for unit, scale in (("billion", 1e9), ("million", 1e6)):
         if n >= scale:
