@@ -148,7 +148,7 @@ def subtitle(facts: Facts) -> list[str]:
 def overview(facts: Facts) -> list[tuple[str, str]]:
     """The structure in a few words: names and values."""
     s = facts["structure"]
-    shared = f" ({s['head_count_kv']} for keys and values)" if s["head_count_kv"] != s["head_count"] else ""
+    shared = f", {s['head_count_kv']} for KV" if s["head_count_kv"] != s["head_count"] else ""
     return [
         ("layers", str(s["block_count"])),
         ("hidden width", f"{s['embedding_length']:,}"),
@@ -176,7 +176,8 @@ def machine(facts: Facts) -> list[tuple[str, str]]:
         ("CPU", f"{found['cpu']['bandwidth'] / 1e9:.4g} GB/s, {found['cpu']['source']}"),
         ("there and back", f"{found['sync']['seconds'] * 1e6:.4g} µs, {found['sync']['source']}"),
         *([("name", found["name"])] if found["device"]["source"] != "assumed" and found["name"] else []),
-        ("context", f"{placement['n_ctx']:,} tokens, keys and values in {placement['kv_type']}"),
+        ("context", f"{placement['n_ctx']:,} tokens"),
+        ("keys and values", placement["kv_type"]),
         ("its buffers", memory(placement["reserve"])),
     ]
 
