@@ -189,10 +189,10 @@ def check_placement(driver: Chrome, model: Path) -> dict[str, Any]:
     assert text(driver, "#on-device") == (f"{used / 2**30:.2f} GiB" if used >= 2**30 else f"{used / 2**20:.1f} MiB")
     assert text(driver, "#limit") == planned["limit"]
     hot = np.array([layer["hot"][0] for layer in planned["layers"]]) / neurons
-    high = max(rectangles(driver, "split", "pale")[:1] + rectangles(driver, "split", "hot")[:1])
-    columns = np.array(rectangles(driver, "split", "hot"))
-    assert len(columns) >= len(hot)
-    assert high > 100
+    drawn, rest = (np.array(rectangles(driver, "split", f"{kind}:not(.strip)")) for kind in ("hot", "pale"))
+    assert drawn / (drawn + rest) == pytest.approx(hot, abs=1e-4)
+    attention = sum(layer["attention_on_device"] for layer in planned["layers"])
+    assert len(rectangles(driver, "split", "hot.strip")) == attention
     assert text(driver, "#hot-share") == percent(float(hot.mean()))
     return planned
 
@@ -520,6 +520,21 @@ def test_a_device_that_nobody_described_is_assumed_and_called_so(
 def test_a_described_device_is_no_assumption(opened: Chrome) -> None:
     assert opened.find_elements(By.CSS_SELECTOR, ".notice:not(noscript *)") == []
     assert facts_in(opened)["machine"]["device"] == {"bandwidth": 272e9, "source": "given"}
+
+
+def test_the_slider_ends_where_the_device_is_full(
+    fitted_gguf: Path, tmp_path: Path, browser: Chrome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = 26 << 20
+    monkeypatch.setattr("runtime.commands.report.usable", lambda budgets, devices: (free,))
+    report(fitted_gguf, tmp_path / "page.html", device="CPU", vram_budget=(1 << 40,), **MACHINE)
+    show(browser, tmp_path / "page.html", 1200)
+    assert "all that may be used of this device" in text(browser, "#budget-range")
+    budgets = facts_in(browser)["placement"]["budgets"]
+    assert budgets[-1]["budget"] == free
+    assert text(browser, "#budget-name") == "26.0 MiB"
+    assert 0 < float(text(browser, "#hot-share").split()[0]) < 100
+    check_placement(browser, fitted_gguf)
 
 
 def test_a_device_of_this_machine_is_measured(

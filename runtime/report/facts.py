@@ -21,6 +21,7 @@ from runtime.traffic import bytes_per_token
 POINTS = 100  # of a curve, beside its origin
 MODES = {"dense": "dense", "exact_calibrated": "exact", "predicted_calibrated": "predicted"}
 _LONGEST = 300  # characters of a text that the file brings along
+_LISTED = 100  # of a list of such texts
 _CALIBRATION = ("corpus", "sha256", "tokens", "method", "seed", "counts")
 _PREDICTOR = ("energy", "source", "threshold")
 _EXACT = 1 << 53  # whole numbers up to here are the same as floats
@@ -35,7 +36,10 @@ def facts_of(file: GgufFile) -> dict[str, Any]:
         "version": _version(),
         "model": file.path.name,
         "parameters": _parameters(file, described["groups"]),
-        **{key: described[key] for key in ("bytes", "general", "structure", "groups", "tokenizer", "sparsity")},
+        **{key: described[key] for key in ("bytes", "structure", "groups", "tokenizer", "sparsity")},
+        "general": {
+            key: value[:_LISTED] if isinstance(value, list) else value for key, value in described["general"].items()
+        },
         "calibration": _texts(file, "calibration", _CALIBRATION),
         "predictor": _texts(file, "predictor", _PREDICTOR),
         "layers": _layers(file, frequencies),

@@ -235,6 +235,7 @@ redrawPlacement.push(
         column(root, `pale${pointed}`, i, share, 100, place);
         if (n > 0) dash(root, i, 100 * now().activations[i], place);
         const box = column(root, i >= now().resident_from ? "hot" : "pale", i, 0, 0, place);
+        box.classList.add("strip");
         box.setAttribute("y", place.bottom + 6);
         box.setAttribute("height", strip - 8);
       });
