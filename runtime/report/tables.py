@@ -5,6 +5,7 @@ Knows no HTML: every cell is plain text, which the page escapes.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -207,10 +208,11 @@ def verdict(facts: Facts) -> dict[str, Any]:
     }
 
 
-def command(facts: Facts) -> tuple[str, str, str]:
-    """What shows the first placement in a terminal: the words before the budget, the budget, and those after it."""
+def command(facts: Facts) -> tuple[str, str, list[str]]:
+    """What shows the first placement in a terminal: the words before the budget, the budget, and the options after it."""
     budget = f"{beginning(facts)['budget'] / 2**20:.12g}MiB"
-    return f"python -m runtime plan {shlex.quote(facts['model'])} --vram-budget", budget, facts["machine"]["arguments"]
+    options = re.split(" (?=--)", facts["machine"]["arguments"])
+    return f"python -m runtime plan {shlex.quote(facts['model'])} --vram-budget", budget, options
 
 
 def beginning(facts: Facts) -> Mapping[str, Any]:
