@@ -27,7 +27,8 @@ from predictors.heat import order_by_counts
 from predictors.quantized import Floats
 from runtime.errors import UserError
 from runtime.gguf_split import check_no_shards, check_sizes, shard_size, split_model
-from runtime.gguf_write import Stream, check_target, write_files
+from runtime.gguf_write import Stream, write_files
+from runtime.new_file import check_target
 from runtime.structure import ARCHITECTURE, required_tensors
 
 Progress = Callable[[str, int, int], None]

@@ -22,9 +22,10 @@ from runtime.commands.options import note, print_json
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.gguf_split import shard_size, split_model
-from runtime.gguf_write import check_space, copied, copied_keys, write_files
+from runtime.gguf_write import copied, copied_keys, write_files
 from runtime.hub import Listing, Reference, parse
 from runtime.hub_client import fetch, hub_errors, list_files, quiet_unless_terminal
+from runtime.new_file import check_space
 
 DEFAULT_SHARD = "45G"  # the Hub takes files up to 50 GB
 _CARD = "README.md"

@@ -27,8 +27,8 @@ from predictors.rewrite import rewrite
 from runtime.commands.options import Parser, count
 from runtime.errors import UserError, run_command
 from runtime.gguf_file import GgufFile
-from runtime.gguf_write import check_target
 from runtime.hub import locate
+from runtime.new_file import check_target
 
 _START = """\
 Fit other predictors to a converted model, or see what a model's predictors are worth:

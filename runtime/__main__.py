@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from runtime.commands import chat, complete, devices, inspect, perplexity, plan, sparsity
+from runtime.commands import chat, complete, devices, inspect, perplexity, plan, report, sparsity
 from runtime.commands.options import Parser, arguments_of
 from runtime.errors import run_command
 from runtime.native_ffn import exit_on_abort
@@ -19,6 +19,7 @@ COMMANDS = (
     (inspect, inspect.inspect),
     (perplexity, perplexity.perplexity),
     (plan, plan.plan),
+    (report, report.report),
     (sparsity, sparsity.sparsity),
 )
 

@@ -1,4 +1,4 @@
-"""Writes a GGUF file whole or not at all: to a temporary name beside the target, then renamed.
+"""Writes GGUF files, all of them whole or none at all.
 
 The layout of the file is the `gguf` package's work. Knows neither models nor what the tensors mean.
 """
@@ -6,7 +6,6 @@ The layout of the file is the `gguf` package's work. Knows neither models nor wh
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
 from runtime import shards
-from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
+from runtime.new_file import replacing
 from runtime.structure import ARCHITECTURE
 
 ALIGNMENT = 64  # of every tensor in the file: a cache line, and AVX-512's load
@@ -86,27 +85,6 @@ def _key(field: Any) -> Key:
     return Key(field.contents(), kind, items if array else None)
 
 
-def check_target(out: Path, nbytes: int, force: bool) -> None:
-    """Raise UserError unless a file of `nbytes` can be put at `out`."""
-    if out.is_dir():
-        raise UserError(f"`{out}`: a folder, expected a file name", f"for example {out / 'model.gguf'}")
-    if not out.parent.is_dir():
-        raise UserError(f"`{out.parent}`: no such folder", "make it first, or write elsewhere")
-    if out.exists() and not force:
-        raise UserError(f"`{out}`: exists already", "add --force to replace it, or choose another name")
-    check_space(out.parent, nbytes)
-
-
-def check_space(folder: Path, nbytes: int) -> None:
-    """Raise UserError unless files of `nbytes` together fit into `folder`."""
-    free = shutil.disk_usage(folder).free
-    if nbytes > free:
-        raise UserError(
-            f"`{folder}`: {free / 1e9:.2f} GB free, expected at least the {nbytes / 1e9:.2f} GB of the file",
-            "free some space, or write to another disk",
-        )
-
-
 @dataclass(frozen=True)
 class NewFile:
     """A file to be written. metadata: plain values (whole numbers as UINT32, in lists as INT32; empty lists are left out), or `Key`s as they are."""
@@ -129,7 +107,7 @@ def write_files(files: Sequence[NewFile], architecture: str = ARCHITECTURE) -> i
     After any exception, an interrupt included, every file is as it was before and nothing else is left behind; an OSError names the file.
     """
     with ExitStack() as all_or_none:
-        partials = [all_or_none.enter_context(_replacing(file.path)) for file in files]
+        partials = [all_or_none.enter_context(replacing(file.path)) for file in files]
         for file, partial in zip(files, partials, strict=True):
             _write(file, partial, architecture)
     return sum(file.path.stat().st_size for file in files)
@@ -150,18 +128,6 @@ def _write(file: NewFile, partial: Path, architecture: str) -> None:
 
 
 @contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """A temporary path in the same folder that takes `out`'s place at the end, or goes away."""
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        partial.replace(out)
-        _sync_folder(out.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
 def _writer(partial: Path, out: Path, architecture: str) -> Iterator[Any]:
     writer = GGUFWriter(None, architecture)
     writer.add_custom_alignment(ALIGNMENT)
@@ -177,17 +143,6 @@ def _writer(partial: Path, out: Path, architecture: str) -> Iterator[Any]:
     finally:
         with suppress(OSError):  # the one that made writing fail, again
             writer.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where the system has folders to sync."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _add_value(writer: Any, key: str, value: Any) -> None:

@@ -10,6 +10,7 @@ an instance): the choice is a multiple-choice knapsack and is solved by dynamic 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -189,6 +190,27 @@ def place(blocks: Sequence[Block], head: int, machine: Machine) -> Placement:
     return min(found, key=lambda placement: placement.seconds)
 
 
+class Planner:
+    """Places one model on a machine's only device within any budget up to the device's own: what all budgets share is computed once.
+
+    Each placement is the one that `place` finds for that budget.
+    """
+
+    def __init__(self, blocks: Sequence[Block], head: int, machine: Machine) -> None:
+        if len(machine.devices) != 1:
+            raise ValueError(f"{len(machine.devices)} devices, expected one")
+        self._search = _Search(blocks, head, machine, 1)
+        self._cpu_only = evaluate(blocks, head, machine, len(blocks), False, [(0,)] * len(blocks))
+        self._largest = machine.devices[0].budget
+        self._search.best()
+
+    def place(self, budget: int) -> Placement:
+        """The fastest placement within `budget` bytes. Raises ValueError for more than the device's."""
+        if budget > self._largest:
+            raise ValueError(f"a budget of {budget} bytes, expected at most the device's {self._largest}")
+        return min([self._cpu_only, *self._search.within(budget).best()], key=lambda placement: placement.seconds)
+
+
 class _Search:
     """The best placement on the first `n` devices that uses any of them."""
 
@@ -200,6 +222,13 @@ class _Search:
         margin = max(_step(b) for b in blocks) if self.several else 0
         self.rooms = [d.budget - d.reserve - margin for d in self.devices]
         self.fixed = [b.stored + (b.predictor if self.several else 0) for b in blocks]
+        self._solvers: dict[tuple[float, ...], _Solver] = {}
+
+    def within(self, budget: int) -> _Search:
+        """The same with another, smaller budget of the first device, sharing what does not depend on it."""
+        other = copy.copy(self)
+        other.rooms = [self.rooms[0] + budget - self.devices[0].budget, *self.rooms[1:]]
+        return other
 
     def best(self) -> list[Placement]:
         """One placement, or none where not even the head or one block fits."""
@@ -228,21 +257,24 @@ class _Search:
 
     def _solved(self, shares: list[float], rooms: dict[tuple[int, bool], int]) -> list[Placement]:
         """The best for those pairs of first resident block and head on the device whose room for neurons, in bytes, is given."""
-        tables = [self._table(b, shares) for b in self.blocks]
-        floors = [int(sizes.min()) for sizes, _ in tables]
-        tables = [(sizes - floor, seconds) for (sizes, seconds), floor in zip(tables, floors, strict=True)]
-        unit = _unit([sizes for sizes, _ in tables])
-        units = {(i, head): (room - sum(floors[i:])) // unit for (i, head), room in rooms.items()}
+        solver = self._solver(tuple(shares), max(rooms.values()))
+        units = {(i, head): solver.units(i, room) for (i, head), room in rooms.items()}
         units = {option: n for option, n in units.items() if n >= 0}
         if not units:
             return []
-        programme = _Programme([(-(-sizes // unit), seconds) for sizes, seconds in tables], max(units.values()))
         cpu = np.cumsum([0.0, *(self._cpu_seconds(b) for b in self.blocks)])
         gain = self.head / self.machine.cpu_bandwidth - self.head / self.devices[0].bandwidth
+        programme = solver.programme
         first, head = min(units, key=lambda o: (cpu[o[0]] + programme.seconds(o[0], units[o]) - gain * o[1], o))
         hot = self._pieces([0] * first + programme.choices(first, units[first, head]), shares)
-        slack = sum(int((-sizes % unit).max()) for sizes, _ in tables)
-        return [evaluate(self.blocks, self.head, self.machine, first, head, hot, slack)]
+        return [evaluate(self.blocks, self.head, self.machine, first, head, hot, solver.slack)]
+
+    def _solver(self, shares: tuple[float, ...], room: int) -> _Solver:
+        """What solves for devices that share so, within `room` bytes and less: made once, since it is the same for every budget."""
+        known = self._solvers.get(shares)
+        if known is None or known.room < room:
+            known = self._solvers[shares] = _Solver([self._table(b, list(shares)) for b in self.blocks], room)
+        return known
 
     def _cpu_seconds(self, b: Block) -> float:
         return (b.read + b.predictor + b.cold[0]) / self.machine.cpu_bandwidth
@@ -279,6 +311,23 @@ class _Search:
             ends = [b.cuts[end] for end in (0, *np.cumsum(counts).tolist())]
             pieces.append((*np.diff(ends).tolist(), *unused))
         return pieces
+
+
+class _Solver:
+    """The dynamic programme over the blocks' tables of bytes and seconds. room: the most bytes that it can be asked for."""
+
+    def __init__(self, tables: Sequence[tuple[Sizes, Seconds]], room: int) -> None:
+        self.room = room
+        self._floors = [int(sizes.min()) for sizes, _ in tables]
+        above = [sizes - floor for (sizes, _), floor in zip(tables, self._floors, strict=True)]
+        self._unit = _unit(above)
+        self.slack = sum(int((-sizes % self._unit).max()) for sizes in above)
+        counted = [(-(-sizes // self._unit), seconds) for sizes, (_, seconds) in zip(above, tables, strict=True)]
+        self.programme = _Programme(counted, max(0, room // self._unit))
+
+    def units(self, first: int, room: int) -> int:
+        """Units that `room` bytes leave to choose about, with blocks `first`.. resident; negative where they do not fit."""
+        return (room - sum(self._floors[first:])) // self._unit
 
 
 def _step(b: Block) -> int:

@@ -12,7 +12,8 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from runtime import ggml
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
-from runtime.gguf_write import ALIGNMENT, Key, Stream, check_target, copied, copied_keys, write_gguf
+from runtime.gguf_write import ALIGNMENT, Key, Stream, copied, copied_keys, write_gguf
+from runtime.new_file import check_target
 
 DATA = np.arange(12, dtype=np.float32)
 

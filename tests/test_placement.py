@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise, product
 
 import numpy as np
 import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from runtime.placement import MAX_UNITS, Block, Device, Machine, Placement, evaluate, place
+from runtime.placement import MAX_UNITS, Block, Device, Machine, Placement, Planner, evaluate, place
 
 HUGE = 1 << 50
 
@@ -225,6 +226,19 @@ def test_rounding_costs_no_more_than_it_says() -> None:
         smaller = Machine((Device(device.budget - found.slack, device.bandwidth),), machine.cpu_bandwidth, machine.sync)
         assert found.seconds <= optimum(blocks, head, smaller) * (1 + 1e-9)
     assert max(slacks) > 0
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_planner_finds_for_every_budget_what_place_finds(seed: int) -> None:
+    blocks, head, machine = random_case(np.random.default_rng(seed), n_devices=1)
+    (device,) = machine.devices
+    most = replace(device, budget=device.reserve + head + sum(b.stored + b.predictor + b.hot[-1] for b in blocks) + 9)
+    planner = Planner(blocks, head, replace(machine, devices=(most,)))
+    for budget in np.linspace(0, most.budget, 23).astype(int).tolist():
+        found = place(blocks, head, replace(machine, devices=(replace(device, budget=budget),)))
+        assert planner.place(budget) == found
+    with pytest.raises(ValueError, match="at most the device's"):
+        planner.place(most.budget + 1)
 
 
 def llama_70b(rows_per_weight: float, predictor: int = 0) -> tuple[list[Block], int]:

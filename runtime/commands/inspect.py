@@ -36,7 +36,7 @@ _KINDS = (
     "other",
 )
 _FREQUENCIES = "blk.{}.ffn_neuron_freq"
-_LITTLE_TO_GAIN = 0.5  # share of the neurons that fire, from which on skipping the others saves less than predicting them and jumping costs
+LITTLE_TO_GAIN = 0.5  # share of the neurons that fire, from which on skipping the others saves less than predicting them and jumping costs
 
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
 def inspect(model: Path, tensors: bool = False, as_json: bool = False) -> None:
     """Print a model file's structure, tensors, tokenizer, and the bytes that a token reads."""
     with GgufFile(model) as file:
-        report = _report(file, tensors)
+        report = describe(file, tensors)
     if as_json:
         print_json(report)
         return
@@ -76,7 +76,8 @@ def kind_of(name: str) -> str:
     return fixed.get(stem, "output" if stem.startswith("output") else "other")
 
 
-def _report(file: GgufFile, all_tensors: bool) -> dict[str, Any]:
+def describe(file: GgufFile, all_tensors: bool = False) -> dict[str, Any]:
+    """What `inspect --json` prints of an open file."""
     structure = file.structure
     sparsity = _sparsity(file, structure)
     report: dict[str, Any] = {
@@ -87,7 +88,7 @@ def _report(file: GgufFile, all_tensors: bool) -> dict[str, Any]:
         "groups": list(_groups(file.tensors)),
         "tokenizer": _tokenizer(file),
         "sparsity": sparsity,
-        "bytes_per_token": _traffic(file, structure, sparsity["layer_shares"]),
+        "bytes_per_token": _traffic(file, sparsity["layer_shares"]),
     }
     if all_tensors:
         report["tensors"] = [
@@ -130,34 +131,42 @@ def _sparsity(file: GgufFile, s: Structure) -> dict[str, Any]:
     return {"calibrated": True, "layer_shares": shares, "share": float(np.mean(shares))}
 
 
-def _traffic(file: GgufFile, s: Structure, shares: list[float] | None) -> dict[str, float | None]:
-    """Bytes of weights that one token reads: `dense`; `exact` when all, none, or the usual neurons fire; `predicted` as measured."""
+def activities(file: GgufFile, shares: list[float] | None) -> dict[str, Activity | None]:
+    """Which neurons a token reads: `dense`; `exact` when all, none, or the usual ones fire; `predicted` as measured. None where the file does not say.
 
-    def total(ffn: str, layer_shares: list[float], gates: list[float] | None = None) -> float:
-        return bytes_per_token(s, file.tensors, Activity(ffn, layer_shares, gates or [1.0] * n)).total
-
-    n = s.block_count
-    predicted, recalls = (_floats(file, f"lazyneuron.predictor.{name}") for name in ("predicted_share", "recall"))
+    shares: of each layer's neurons, those that fired on the calibration text.
+    """
+    s, n = file.structure, file.structure.block_count
+    predicted, recalls = (_shares(file, f"lazyneuron.predictor.{name}") for name in ("predicted_share", "recall"))
     computed = [share * recall for share, recall in zip(shares or [], recalls, strict=False)]
     return {
-        "dense": None if s.layout == "sparse" else total("dense", [1.0] * n),
-        "exact_all": total("exact", [1.0] * n),
-        "exact_none": total("exact", [0.0] * n),
-        "exact_calibrated": total("exact", shares) if shares else None,
-        "predicted_calibrated": total("predicted", computed, predicted)
+        "dense": None if s.layout == "sparse" else Activity.uniform("dense", n, 1.0),
+        "exact_all": Activity.uniform("exact", n, 1.0),
+        "exact_none": Activity.uniform("exact", n, 0.0),
+        "exact_calibrated": Activity("exact", shares, [1.0] * n) if shares else None,
+        "predicted_calibrated": Activity("predicted", computed, predicted)
         if len(computed) == len(predicted) == n
         else None,
     }
 
 
-def _floats(file: GgufFile, key: str) -> list[float]:
-    """An array of the file's metadata, empty where it has none."""
-    return [float(value) for value in file.metadata.get(key, ())]
+def _traffic(file: GgufFile, shares: list[float] | None) -> dict[str, float | None]:
+    """Bytes of weights that one token reads, by what it reads of the neurons."""
+    return {
+        name: None if activity is None else bytes_per_token(file.structure, file.tensors, activity).total
+        for name, activity in activities(file, shares).items()
+    }
+
+
+def _shares(file: GgufFile, key: str) -> list[float]:
+    """An array of shares in the file's metadata, empty where it has none or where they are none."""
+    values = [float(value) for value in file.metadata.get(key, ())]
+    return values if all(0 <= value <= 1 for value in values) else []
 
 
 def _tables(report: dict[str, Any]) -> Iterator[Table | Text]:
     general = {name: value for name, value in report["general"].items() if isinstance(value, str | int | float)}
-    facts = {"file": report["path"], "size": _size(report["bytes"]), **general}
+    facts = {"file": report["path"], "size": size_text(report["bytes"]), **general}
     yield _facts("file", facts)
     yield _facts("structure", report["structure"])
     yield _group_table(report["groups"])
@@ -165,7 +174,7 @@ def _tables(report: dict[str, Any]) -> Iterator[Table | Text]:
     yield _traffic_table(report["bytes_per_token"])
     yield _sparsity_table(report["sparsity"]["layer_shares"])
     share = report["sparsity"]["share"]
-    if share is not None and share >= _LITTLE_TO_GAIN:
+    if share is not None and share >= LITTLE_TO_GAIN:
         yield Text(f"little to gain: {share:.0%} of the neurons fire on average, so few can be skipped")
     if "tensors" in report:
         yield _tensor_table(report["tensors"])
@@ -190,8 +199,8 @@ def _group_table(groups: list[dict[str, Any]]) -> Table:
     table = _table("tensors", "group", "tensors", "size", "types")
     for group in groups:
         types = ", ".join(f"{n} {name}" for name, n in group["types"].items())
-        table.add_row(group["kind"], str(group["tensors"]), _size(group["bytes"]), types)
-    table.add_row("all", str(sum(g["tensors"] for g in groups)), _size(sum(g["bytes"] for g in groups)), "")
+        table.add_row(group["kind"], str(group["tensors"]), size_text(group["bytes"]), types)
+    table.add_row("all", str(sum(g["tensors"] for g in groups)), size_text(sum(g["bytes"] for g in groups)), "")
     return table
 
 
@@ -210,7 +219,7 @@ def _traffic_table(traffic: dict[str, float | None]) -> Table:
     }
     for name, size in traffic.items():
         if size is not None:
-            table.add_row(name.partition("_")[0], _size(size), texts[name])
+            table.add_row(name.partition("_")[0], size_text(size), texts[name])
     return table
 
 
@@ -228,11 +237,12 @@ def _tensor_table(tensors: list[dict[str, Any]]) -> Table:
     table = _table("all tensors", "name", "type", "ne", "size", "offset")
     for t in tensors:
         ne = " x ".join(map(str, t["ne"]))
-        table.add_row(Text(printable(t["name"])), t["type"], ne, _size(t["bytes"]), str(t["offset"]))
+        table.add_row(Text(printable(t["name"])), t["type"], ne, size_text(t["bytes"]), str(t["offset"]))
     return table
 
 
-def _size(n: float) -> str:
+def size_text(n: float) -> str:
+    """Bytes for people, e.g. 17.62 MB."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n >= scale:
             return f"{n / scale:.2f} {unit}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rich.table import Table
 from runtime import ggml
 from runtime.arrange import machine_options, usable
 from runtime.commands.options import add_json, add_model, count, print_json, sizes
-from runtime.costs import PlanOptions, frequencies, machine_of, model_costs
+from runtime.costs import Floats, PlanOptions, frequencies, machine_of, model_costs
 from runtime.devices import find
 from runtime.engine import BATCH, FFN_MODES, KV_TYPES
 from runtime.errors import UserError
@@ -31,21 +31,23 @@ HELP = "show what a device would hold, and the speed to expect"
 def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Options of `plan`."""
     add_model(parser)
+    add_machine(
+        parser,
+        "memory to use on the device, e.g. 8 or 800MiB; several devices: 8,6 (with --device: what is free)",
+        "of the device's memory, one number for each device",
+    )
+    add_json(parser)
+
+
+def add_machine(parser: argparse.ArgumentParser, budget: str, device_bandwidth: str, cpu_bandwidth: str = "") -> None:
+    """What is planned for: the options behind `known` and `context`. The texts explain --vram-budget, --device-bandwidth and --cpu-bandwidth."""
     group = parser.add_argument_group("the machine")
     group.add_argument(
         "--device", metavar="NAME[,NAME]", help="a device of this machine (see `devices`): its speed is measured once"
     )
-    group.add_argument(
-        "--vram-budget",
-        type=sizes,
-        default=(),
-        metavar="GIB",
-        help="memory to use on the device, e.g. 8 or 800MiB; several devices: 8,6 (with --device: what is free)",
-    )
-    group.add_argument(
-        "--device-bandwidth", type=_numbers, metavar="GB/S", help="of the device's memory, one number for each device"
-    )
-    group.add_argument("--cpu-bandwidth", type=_number, metavar="GB/S", help="of main memory")
+    group.add_argument("--vram-budget", type=sizes, default=(), metavar="GIB", help=budget)
+    group.add_argument("--device-bandwidth", type=_numbers, metavar="GB/S", help=device_bandwidth)
+    group.add_argument("--cpu-bandwidth", type=_number, metavar="GB/S", help=f"of main memory{cpu_bandwidth}")
     group.add_argument(
         "--sync-us",
         type=_number,
@@ -58,7 +60,6 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--n-ctx", "-c", type=count, metavar="N", help="context in tokens (default: the model's, <= 8192)")
     run.add_argument("--kv-type", choices=KV_TYPES, default="f16", help="numbers of the KV cache (f16)")
     run.add_argument("--positions", type=count, metavar="N", help="positions that a token sees (half the context)")
-    add_json(parser)
 
 
 def plan(
@@ -76,23 +77,15 @@ def plan(
     as_json: bool = False,
 ) -> None:
     """Print the split of each layer between device and CPU, bytes per device, the expected time per token and what limits it."""
-    given: dict[str, Any] = {
-        "device_bandwidths": device_bandwidth and tuple(rate * 1e9 for rate in device_bandwidth),
-        "cpu_bandwidth": cpu_bandwidth and cpu_bandwidth * 1e9,
-        "sync": None if sync_us is None else sync_us * 1e-6,
-        "n_positions": positions,
-    }
-    known = {name: value for name, value in given.items() if value is not None}
+    described = known(device_bandwidth, cpu_bandwidth, sync_us, positions)
     with GgufFile(model) as file:
-        mode = ffn or ("predicted" if any(file.structure.predictor_rank) else "exact")
-        context = _context(file, n_ctx)
+        mode, context = ffn or usual_mode(file), context_of(file, n_ctx)
         if device:
             machine = measured(device, vram_budget, threads, mode, context, KV_TYPES[kv_type])
-            options = replace(machine, **known)
+            options = replace(machine, **described)
         else:
-            _check_described(vram_budget, known)
-            size = ggml.ggml_row_size(KV_TYPES[kv_type], 1)
-            options = PlanOptions(mode, context, vram_budget, kv_size=size, **known)
+            _check_described(vram_budget, described)
+            options = PlanOptions(mode, context, vram_budget, kv_size=kv_size(kv_type), **described)
         report = {"model": str(model), "kv_type": kv_type, **_report(file, options)}
     if as_json:
         print_json(report)
@@ -101,6 +94,32 @@ def plan(
     console.print(_table(report))
     for line in _summary(report):
         console.print(line)
+
+
+def known(
+    device_bandwidth: tuple[float, ...] | None,
+    cpu_bandwidth: float | None,
+    sync_us: float | None,
+    positions: int | None,
+) -> dict[str, Any]:
+    """Those fields of `PlanOptions` that the options (in GB/s and microseconds) give."""
+    given: dict[str, Any] = {
+        "device_bandwidths": device_bandwidth and tuple(rate * 1e9 for rate in device_bandwidth),
+        "cpu_bandwidth": cpu_bandwidth and cpu_bandwidth * 1e9,
+        "sync": None if sync_us is None else sync_us * 1e-6,
+        "n_positions": positions,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def usual_mode(file: GgufFile) -> str:
+    """The FFN mode that a file is run in if nobody says."""
+    return "predicted" if any(file.structure.predictor_rank) else "exact"
+
+
+def kv_size(kv_type: str) -> int:
+    """Bytes of one element of keys and values."""
+    return int(ggml.ggml_row_size(KV_TYPES[kv_type], 1))
 
 
 def measured(
@@ -125,7 +144,8 @@ def _check_described(budgets: tuple[int, ...], known: Mapping[str, Any]) -> None
         )
 
 
-def _context(file: GgufFile, n_ctx: int | None) -> int:
+def context_of(file: GgufFile, n_ctx: int | None) -> int:
+    """Positions to plan for. Raises UserError for more than the model has."""
     limit = file.structure.context_length
     if n_ctx is not None and n_ctx > limit:
         raise UserError(f"`{file.path}`: n_ctx {n_ctx}, expected 1 to {limit}, the model's own limit")
@@ -135,17 +155,22 @@ def _context(file: GgufFile, n_ctx: int | None) -> int:
 def _report(file: GgufFile, options: PlanOptions) -> dict[str, Any]:
     machine = machine_of(file.structure, options)
     blocks, head = model_costs(file, options)
-    placement = place(blocks, head, machine)
     nothing = tuple(Device(0, d.bandwidth) for d in machine.devices)
     cpu_only = place(blocks, head, Machine(nothing, machine.cpu_bandwidth, machine.sync))
-    calibrated = file.structure.neuron_order == "hot"
     return {
         "ffn": options.ffn,
         "n_ctx": options.n_ctx,
-        "calibrated": calibrated,
+        "calibrated": file.structure.neuron_order == "hot",
+        "cpu_only_seconds": cpu_only.seconds,
+        **placed(place(blocks, head, machine), machine, [frequencies(file, i) for i in range(len(blocks))]),
+    }
+
+
+def placed(placement: Placement, machine: Machine, frequencies: Sequence[Floats]) -> dict[str, Any]:
+    """What is where, and what that is expected to cost. frequencies: how often each neuron fires, per layer."""
+    return {
         "seconds": placement.seconds,
         "tokens_per_s": 1 / placement.seconds,
-        "cpu_only_seconds": cpu_only.seconds,
         "parts": placement.parts,
         "limit": placement.limit,
         "head_on_device": placement.head,
@@ -154,13 +179,12 @@ def _report(file: GgufFile, options: PlanOptions) -> dict[str, Any]:
             {"budget": d.budget, "bytes": used, "reserve": d.reserve if used else 0}
             for d, used in zip(machine.devices, placement.bytes, strict=True)
         ],
-        "layers": [_layer(file, placement, i) for i in range(len(blocks))],
+        "layers": [_layer(freq, placement, i) for i, freq in enumerate(frequencies)],
     }
 
 
-def _layer(file: GgufFile, placement: Placement, i: int) -> dict[str, Any]:
+def _layer(freq: Floats, placement: Placement, i: int) -> dict[str, Any]:
     """activations: the share of what fires in this layer that the device computes."""
-    freq = frequencies(file, i)
     hot = placement.hot[i]
     return {
         "attention_on_device": i >= placement.resident_from,

@@ -1,0 +1,123 @@
+"""What a page shows of a model: what the other commands say of its file, gathered in one object that JSON can hold.
+
+Computes nothing of its own but sums and quotients. Knows files; knows nothing of HTML.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from runtime.commands.inspect import activities, describe, kind_of
+from runtime.commands.sparsity import Frequencies, layer_facts, predictor_facts, read_frequencies
+from runtime.gguf_file import GgufFile
+from runtime.structure import ARCHITECTURE
+from runtime.traffic import bytes_per_token
+
+POINTS = 100  # of a curve, beside its origin
+MODES = {"dense": "dense", "exact_calibrated": "exact", "predicted_calibrated": "predicted"}
+_LONGEST = 300  # characters of a text that the file brings along
+_LISTED = 100  # of a list of such texts
+_CALIBRATION = ("corpus", "sha256", "tokens", "method", "seed", "counts")
+_PREDICTOR = ("energy", "source", "threshold")
+_EXACT = 1 << 53  # whole numbers up to here are the same as floats
+_COPIES = ("ffn_down_t", "neurons", "predictor")  # no parameters of the model
+
+
+def facts_of(file: GgufFile) -> dict[str, Any]:
+    """All that a page shows of an open file, but for the placement and for what needs a machine."""
+    described = describe(file)
+    frequencies = read_frequencies(file) if file.structure.neuron_order == "hot" else []
+    return {
+        "version": _version(),
+        "model": file.path.name,
+        "parameters": _parameters(file, described["groups"]),
+        **{key: described[key] for key in ("bytes", "structure", "groups", "tokenizer", "sparsity")},
+        "general": {
+            key: value[:_LISTED] if isinstance(value, list) else value for key, value in described["general"].items()
+        },
+        "calibration": _texts(file, "calibration", _CALIBRATION),
+        "predictor": _texts(file, "predictor", _PREDICTOR),
+        "layers": _layers(file, frequencies),
+        "curves": [curve(freq) for freq in frequencies],
+        "bytes_per_token": described["bytes_per_token"],
+        "modes": _modes(file, described["sparsity"]["layer_shares"]),
+    }
+
+
+def bounds(facts: Mapping[str, Any], rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """For each mode, the tokens/s that each memory (bytes/s, by name) allows at most: its bandwidth over the bytes that a token reads."""
+    return [
+        {"mode": mode["mode"], "bytes": mode["bytes"], **{name: rate / mode["bytes"] for name, rate in rates.items()}}
+        for mode in facts["modes"]
+    ]
+
+
+def curve(freq: Frequencies) -> list[float]:
+    """The share of the activations that the hottest 0, 1, 2 .. 100 % of the neurons carry; all 0 where none ever fires."""
+    carried = np.append(0.0, np.cumsum(freq, dtype=np.float64))
+    at = np.rint(np.linspace(0, len(freq), POINTS + 1)).astype(int)
+    return [round(float(share), 3) for share in carried[at] / (carried[-1] or 1.0)]
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: numpy's numbers and arrays as Python's, no NaN or infinity (None), long texts cut, floats with nine digits, whole ones as integers."""
+    if isinstance(value, Mapping):
+        return {plain(str(key)): plain(item) for key, item in value.items()}
+    if isinstance(value, str):
+        return value if len(value) <= _LONGEST else value[: _LONGEST - 1] + "…"
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        short = float(f"{value:.9g}") if math.isfinite(value) else None
+        return int(value) if short and value.is_integer() and abs(value) < _EXACT else short
+    return value if isinstance(value, int) or value is None else plain(str(value))
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("lazyneuron")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _parameters(file: GgufFile, groups: Sequence[Mapping[str, Any]]) -> int:
+    """Elements of the model's own tensors: the down projection is counted once."""
+    kinds = {group["kind"] for group in groups}
+    copies = _COPIES if "ffn_down" in kinds else _COPIES[1:]
+    return sum(math.prod(t.ne) for name, t in file.tensors.items() if kind_of(name) not in copies)
+
+
+def _texts(file: GgufFile, group: str, names: Sequence[str]) -> dict[str, Any]:
+    found = {name: file.metadata.get(f"{ARCHITECTURE}.{group}.{name}") for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _layers(file: GgufFile, frequencies: Sequence[Frequencies]) -> list[dict[str, Any]]:
+    """Per layer: what fires (without calibration nothing), and the predictor (rank 0: none) with what was measured of it."""
+    s, n = file.structure, file.structure.block_count
+    firing = [layer_facts(freq) for freq in frequencies] or [{} for _ in range(n)]
+    measured = predictor_facts(file.metadata, n)
+    for name in ("energy_kept", "type"):
+        values = file.metadata.get(f"{ARCHITECTURE}.predictor.{name}", ())
+        if len(values) == n:
+            measured = [{**found, name: value} for found, value in zip(measured, values, strict=True)]
+    return [{**firing[i], **(measured[i] if s.rank(i) else {}), "rank": s.rank(i)} for i in range(n)]
+
+
+def _modes(file: GgufFile, shares: list[float] | None) -> list[dict[str, Any]]:
+    """For each FFN mode that the file says enough about, the bytes of weights that a token reads, by part."""
+    found = activities(file, shares)
+    modes = []
+    for key, mode in MODES.items():
+        if (activity := found[key]) is not None:
+            traffic = bytes_per_token(file.structure, file.tensors, activity)
+            parts = {name: getattr(traffic, name) for name in ("ffn", "attention", "head", "other")}
+            modes.append({"mode": mode, "bytes": traffic.total, "parts": parts})
+    return modes

@@ -1,0 +1,268 @@
+"""A page's tables and its texts for people, from its facts: what is there without any script.
+
+Knows no HTML: every cell is plain text, which the page escapes.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.commands.inspect import LITTLE_TO_GAIN, size_text
+from runtime.report.facts import POINTS
+
+_CARRY = (1, 5, 10, 20, 50)  # percent of the neurons whose activations the table shows
+_NOT_SHOWN = ("predictor_rank", "predictor_error")  # of the structure: they stand in the table of predictors
+_SHOWN_ELSEWHERE = ("name", "license", "license.name", "base_model.0.name")
+_DASH = "-"
+
+Facts = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """head: names of the columns; rows: cells, the first of each row being its name."""
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def tables(facts: Facts) -> dict[str, Table]:
+    """The tables by name; `neurons` and `predictors` are missing where the file says nothing of them."""
+    made = {
+        "structure": Table(("key", "value"), tuple(_structure(facts))),
+        "parts": Table(("part", "tensors", "types", "size", "of the file"), tuple(_parts(facts))),
+        "modes": Table(
+            ("mode", "FFN and predictor", "attention", "head", "other", "all", "of all neurons"), tuple(_modes(facts))
+        ),
+        "layers": Table(
+            ("layer", "attention, KV", "hot neurons", "of all", "activations", "µs per layer", "waits for"),
+            tuple(_layers(facts)),
+        ),
+        "budgets": Table(
+            ("budget", "on the device", "attention of", "neurons", "head", "tokens/s", "takes most"),
+            tuple(_budgets(facts)),
+        ),
+        "bounds": Table(("mode", "bytes per token", "tokens/s, CPU", "tokens/s, device"), tuple(_bounds(facts))),
+    }
+    if facts["curves"]:
+        columns = ("layer", "fire", "carry 80 %", "fire < 1 %", *(f"hottest {n} %" for n in _CARRY))
+        made["neurons"] = Table(columns, tuple(_neurons(facts)))
+    if any(layer["rank"] for layer in facts["layers"]):
+        columns = ("layer", "predictor", "recall", "precision", "predicted", "fire", "energy kept")
+        made["predictors"] = Table(columns, tuple(_predictors(facts)))
+    return made
+
+
+def _structure(facts: Facts) -> Iterator[tuple[str, ...]]:
+    for name, value in facts["structure"].items():
+        if name not in _NOT_SHOWN:
+            yield name, str(value)
+
+
+def _parts(facts: Facts) -> Iterator[tuple[str, ...]]:
+    for group in facts["groups"]:
+        share = group["bytes"] / facts["bytes"]
+        yield group["kind"], str(group["tensors"]), ", ".join(group["types"]), size_text(group["bytes"]), percent(share)
+
+
+def _modes(facts: Facts) -> Iterator[tuple[str, ...]]:
+    for mode in facts["modes"]:
+        parts = [size_text(mode["parts"][name]) for name in ("ffn", "attention", "head", "other")]
+        yield mode["mode"], *parts, size_text(mode["bytes"]), percent(mode["bytes"] / most_read(facts))
+
+
+def _neurons(facts: Facts) -> Iterator[tuple[str, ...]]:
+    for i, (layer, curve) in enumerate(zip(facts["layers"], facts["curves"], strict=True)):
+        shares = [layer["active"], layer["hot"], layer["rare"], *(curve[n * POINTS // 100] for n in _CARRY)]
+        yield str(i), *map(percent, shares)
+
+
+def _predictors(facts: Facts) -> Iterator[tuple[str, ...]]:
+    for i, layer in enumerate(facts["layers"]):
+        kind = " ".join((*filter(None, [layer.get("type")]), f"rank {layer['rank']}")) if layer["rank"] else "none"
+        shares = [percent(layer.get(name)) for name in ("recall", "precision", "predicted_share", "active")]
+        yield str(i), kind, *shares, percent(layer.get("energy_kept"), 2)
+
+
+def _layers(facts: Facts) -> Iterator[tuple[str, ...]]:
+    """Of the placement that the slider begins with."""
+    placement = facts["placement"]
+    row = beginning(facts)
+    sides = {"d": "device", "c": "CPU"}
+    for i, hot in enumerate(row["hot"]):
+        attention = "device" if i >= row["resident_from"] else "CPU"
+        shares = percent(hot / placement["neurons"]), percent(row["activations"][i])
+        yield str(i), attention, f"{hot:,}", *shares, number(row["us"][i]), sides[row["waits"][i]]
+
+
+def _budgets(facts: Facts) -> Iterator[tuple[str, ...]]:
+    n = facts["structure"]["block_count"]
+    for row in facts["placement"]["budgets"]:
+        attention, head = f"{n - row['resident_from']} layers", "device" if row["head_on_device"] else "CPU"
+        share = percent(hot_share(facts, row))
+        yield (
+            memory(row["budget"]),
+            memory(row["bytes"]),
+            attention,
+            share,
+            head,
+            number(row["tokens_per_s"]),
+            row["limit"],
+        )
+
+
+def _bounds(facts: Facts) -> Iterator[tuple[str, ...]]:
+    for bound in facts["bounds"]:
+        rates = number(bound["cpu_tokens_per_s"]), number(bound["device_tokens_per_s"])
+        yield bound["mode"], size_text(bound["bytes"]), *rates
+
+
+def title(facts: Facts) -> str:
+    """What the model is called: by itself, or its file."""
+    return str(facts["general"].get("name") or facts["model"])
+
+
+def subtitle(facts: Facts) -> list[str]:
+    """File, origin, licence and size, in a few words each."""
+    general = facts["general"]
+    base = general.get("base_model.0.name") or general.get("base_model.0.repo_url")
+    licence = general.get("license.name") or general.get("license")
+    types: Counter[str] = Counter()
+    for group in facts["groups"]:
+        if group["kind"].startswith(("attention", "ffn")):
+            types.update(group["types"])
+    return [
+        *([facts["model"]] if facts["model"] != title(facts) else []),
+        *([f"from {base}"] if base else []),
+        f"licence {licence}" if licence else "no licence stated",
+        f"{_counted(facts['parameters'])} parameters",
+        types.most_common(1)[0][0],
+        size_text(facts["bytes"]),
+    ]
+
+
+def overview(facts: Facts) -> list[tuple[str, str]]:
+    """The structure in a few words: names and values."""
+    s = facts["structure"]
+    shared = f", {s['head_count_kv']} for KV" if s["head_count_kv"] != s["head_count"] else ""
+    return [
+        ("layers", str(s["block_count"])),
+        ("hidden width", f"{s['embedding_length']:,}"),
+        ("neurons per layer", f"{s['feed_forward_length']:,}"),
+        ("FFN", f"{'gated' if s['ffn_gate'] == 'gated' else 'ungated'}, {s['ffn_activation']}"),
+        ("attention heads", f"{s['head_count']}{shared}"),
+        ("width of a head", str(s["head_length"])),
+        ("vocabulary", f"{s['vocab_size']:,} tokens"),
+        ("context", f"{s['context_length']:,} tokens"),
+        ("norms", f"{s['norm']}, {s['norm_placement']}"),
+        ("positions", s["position"]),
+        ("output head", "the token embeddings" if s["tied_output"] else "its own"),
+        ("down projection", "both layouts" if s["layout"] == "both" else "sparse layout only"),
+        ("neurons stored", "hottest first" if s["neuron_order"] == "hot" else "as in the checkpoint"),
+        ("predictors", s["predictor"]),
+        ("checkpoint", s["source_architecture"]),
+    ]
+
+
+def machine(facts: Facts) -> list[tuple[str, str]]:
+    """What is planned for: names and values, each with where it is from."""
+    found, placement = facts["machine"], facts["placement"]
+    return [
+        ("device", f"{found['device']['bandwidth'] / 1e9:.4g} GB/s, {found['device']['source']}"),
+        ("CPU", f"{found['cpu']['bandwidth'] / 1e9:.4g} GB/s, {found['cpu']['source']}"),
+        ("there and back", f"{found['sync']['seconds'] * 1e6:.4g} µs, {found['sync']['source']}"),
+        *([("name", found["name"])] if found["device"]["source"] != "assumed" and found["name"] else []),
+        ("context", f"{placement['n_ctx']:,} tokens"),
+        ("keys and values", placement["kv_type"]),
+        ("its buffers", memory(placement["reserve"])),
+    ]
+
+
+def origin(facts: Facts) -> list[tuple[str, str]]:
+    """How page and file were made: names and values."""
+    calibration = [(f"calibration: {name}", _text(value)) for name, value in facts["calibration"].items()]
+    general = [(name, _text(value)) for name, value in facts["general"].items() if name not in _SHOWN_ELSEWHERE]
+    return [
+        ("page", f"lazyneuron {facts['version']}, python -m runtime report"),
+        ("options", facts["machine"]["arguments"]),
+        *(calibration or [("calibration", "none")]),
+        *general,
+    ]
+
+
+def verdict(facts: Facts) -> dict[str, Any]:
+    """What there is to gain, as far as the file says it. ratio: bytes of a token that reads all, over those of the mode that reads fewest."""
+    share, modes = facts["sparsity"]["share"], {mode["mode"]: mode["bytes"] for mode in facts["modes"]}
+    return {
+        "share": share,
+        "little": share is not None and share >= LITTLE_TO_GAIN,
+        "all": most_read(facts),
+        "none": facts["bytes_per_token"]["exact_none"],
+        "modes": {name: modes[name] for name in ("exact", "predicted") if name in modes},
+        "ratio": most_read(facts) / min(modes.values(), default=most_read(facts)),
+    }
+
+
+def command(facts: Facts) -> tuple[str, str, list[str]]:
+    """What shows the first placement in a terminal: the words before the budget, the budget, and the options after it."""
+    budget = f"{beginning(facts)['budget'] / 2**20:.12g}MiB"
+    options = re.split(" (?=--)", facts["machine"]["arguments"])
+    return f"python -m runtime plan {shlex.quote(facts['model'])} --vram-budget", budget, options
+
+
+def beginning(facts: Facts) -> Mapping[str, Any]:
+    """The placement that the slider begins with."""
+    placement = facts["placement"]
+    found: Mapping[str, Any] = placement["budgets"][placement["begin"]]
+    return found
+
+
+def hot_share(facts: Facts, row: Mapping[str, Any]) -> float:
+    """The share of all neurons that a placement has on the device."""
+    return float(sum(row["hot"]) / (facts["placement"]["neurons"] * len(row["hot"])))
+
+
+def most_read(facts: Facts) -> float:
+    """Bytes of weights that a token reads if it reads every neuron."""
+    return float(facts["bytes_per_token"]["exact_all"])
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share for people; a dash where there is none."""
+    return _DASH if share is None else f"{100 * share:.{digits}f} %"
+
+
+def memory(n: int) -> str:
+    """Bytes of a device's memory for people, in the units of --vram-budget."""
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"
+
+
+def number(value: float | None) -> str:
+    """A number with three digits, or all of those before the point; a dash where there is none."""
+    if value is None:
+        return _DASH
+    digits = next((n for n, limit in ((0, 100), (1, 10), (2, 1)) if abs(value) >= limit), 3)
+    return f"{value:,.{digits}f}"
+
+
+def duration(seconds: float) -> str:
+    """Time for people, in milliseconds or less."""
+    return f"{number(seconds * 1e3)} ms" if seconds >= 1e-3 else f"{number(seconds * 1e6)} µs"
+
+
+def _counted(n: int) -> str:
+    for unit, scale in (("billion", 1e9), ("million", 1e6)):
+        if n >= scale:
+            return f"{n / scale:.3g} {unit}"
+    return f"{n:,}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(str, value))
+    return str(value)
