@@ -1,4 +1,4 @@
-"""What the documents show to be typed is typed: README and quickstart are run as they stand, with small models in the place of large ones."""
+"""What the documents show to be typed is typed: README, quickstart and the page on Python are run as they stand, with small models in the place of large ones."""
 
 from __future__ import annotations
 
@@ -84,6 +84,11 @@ def place(hub: Hub, run: Client, tiny_gguf: Path, tmp_path: Path) -> Place:
 @pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])
 def test_snippets_run(name: str, place: Place) -> None:
     place.read(name)
+
+
+def test_snippets_of_the_python_page_run(place: Place, fitted_gguf: Path) -> None:
+    (place.folder / "relullama-7b.gguf").symlink_to(fitted_gguf)
+    place.read("docs/python.md")
 
 
 def test_command_lines_of_all_documents_are_understood() -> None:
