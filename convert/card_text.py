@@ -169,7 +169,7 @@ def _predictors(facts: Facts) -> Iterator[str]:
         ]
         shares = [f"{layers[i][key]:.1%}" if layers else "" for key in ("active", "hot")]
         kind = " ".join([str(types[i]) if len(types) else "", f"rank {s.rank(i)}"]).strip() if has else "none"
-        energy = f"{float(kept[i]):.2%}" if has and len(kept) == s.block_count else ""
+        energy = f"{float(kept[i]):.2%}" if has and len(kept) else ""
         rows.append((str(i), *shares, kind, *measured, energy))
     yield "\n<details><summary>Layer by layer</summary>\n"
     yield from _table(("layer", *_PER_LAYER), rows)

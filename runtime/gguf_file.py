@@ -14,6 +14,7 @@ import numpy as np
 
 from runtime import ggml
 from runtime.errors import UserError
+from runtime.figures import check_figures
 from runtime.gguf_part import MAGIC, GgufPart, TensorInfo
 from runtime.shards import open_shards
 from runtime.structure import Structure, required_tensors
@@ -45,9 +46,10 @@ class GgufFile:
 
     @functools.cached_property
     def structure(self) -> Structure:
-        """The model's description, checked against the tensors: each required one present with its shape, neurons in the order it says."""
+        """The model's description, checked against the tensors: each required one present with its shape, neurons in the order it says; figures of its making in their range."""
         structure = Structure.from_metadata(self.metadata, f"`{self.path}`")
         self._check_tensors(structure)
+        check_figures(self.metadata, structure.block_count, f"`{self.path}`")
         if structure.neuron_order == "hot":
             for i in range(structure.block_count):
                 self._check_order(i)

@@ -54,5 +54,5 @@ def expected(file: GgufFile, ffn: str, predictor_bias: float) -> Activity:
     if ffn != "predicted" or predictor_bias > 0:
         return Activity(ffn, fired, [1.0] * s.block_count)
     stored = file.metadata.get("lazyneuron.predictor.predicted_share", ())
-    shares: Sequence[float] = stored if len(stored) == s.block_count else [min(1.0, _OVERSHOOT * f) for f in fired]
+    shares: Sequence[float] = stored if len(stored) else [min(1.0, _OVERSHOOT * f) for f in fired]
     return Activity(ffn, fired, [float(share) if s.rank(i) else 1.0 for i, share in enumerate(shares)])

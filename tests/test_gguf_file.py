@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import subprocess
 import sys
@@ -35,7 +36,13 @@ def write(
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_custom_alignment(64)
-    adders = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    adders = {
+        str: writer.add_string,
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        list: writer.add_array,
+    }
     for key, value in (SMALL.to_metadata() | (metadata or {})).items():
         if value is not None:
             adders[type(value)](key, value)
@@ -116,6 +123,20 @@ BAD_METADATA: list[tuple[dict[str, Any], str]] = [
     ({"lazyneuron.rope.dimension_count": 18}, "rope.dimension_count is 18"),
     ({"lazyneuron.norm_epsilon": 0.0}, "norm_epsilon"),
     ({"lazyneuron.position": None}, "no key `lazyneuron.position`"),
+    (
+        {"lazyneuron.predictor.recall": 5},
+        "`lazyneuron.predictor.recall` is 5, expected 2 numbers from 0 to 1, one per block",
+    ),
+    ({"lazyneuron.predictor.precision": [0.5]}, "is [0.5], expected 2 numbers"),
+    ({"lazyneuron.predictor.predicted_share": [0.5, 1e30]}, "expected 2 numbers from 0 to 1"),
+    ({"lazyneuron.predictor.energy_kept": [0.5, math.nan]}, "expected 2 numbers from 0 to 1"),
+    ({"lazyneuron.predictor.type": ["q8_0", "x" * 200, "f16"]}, "x..., expected 2 names, one per block"),
+    ({"lazyneuron.predictor.energy": "all"}, "`lazyneuron.predictor.energy` is 'all', expected a number from 0 to 1"),
+    (
+        {"lazyneuron.calibration.tokens": "many"},
+        "`lazyneuron.calibration.tokens` is 'many', expected a number of tokens",
+    ),
+    ({"lazyneuron.calibration.corpus": 3}, "`lazyneuron.calibration.corpus` is 3, expected a text"),
 ]
 
 

@@ -159,9 +159,8 @@ def _traffic(file: GgufFile, shares: list[float] | None) -> dict[str, float | No
 
 
 def _shares(file: GgufFile, key: str) -> list[float]:
-    """An array of shares in the file's metadata, empty where it has none or where they are none."""
-    values = [float(value) for value in file.metadata.get(key, ())]
-    return values if all(0 <= value <= 1 for value in values) else []
+    """An array of shares in the file's metadata, empty where it has none."""
+    return [float(value) for value in file.metadata.get(key, ())]
 
 
 def _tables(report: dict[str, Any]) -> Iterator[Table | Text]:

@@ -6,6 +6,7 @@ Reads the file's own frequencies; runs nothing.
 from __future__ import annotations
 
 import argparse
+import html
 import io
 import sys
 from pathlib import Path
@@ -76,7 +77,7 @@ def predictor_facts(metadata: dict[str, Any], n_layers: int) -> list[dict[str, f
         name: metadata.get(f"lazyneuron.predictor.{name}")
         for name in ("rank", "predicted_share", "recall", "precision")
     }
-    if any(values is None or len(values) != n_layers for values in keys.values()):
+    if any(values is None for values in keys.values()):
         return [{} for _ in range(n_layers)]
     return [{name: float(values[i]) for name, values in keys.items() if values is not None} for i in range(n_layers)]
 
@@ -106,7 +107,8 @@ def _write_plot(path: Path, frequencies: list[Frequencies], name: str) -> None:
     figure.savefig(drawing, format="svg")
     svg = drawing.getvalue()
     path.write_text(
-        f"<!doctype html><meta charset='utf-8'><title>{name}</title>\n{svg[svg.index('<svg') :]}", encoding="utf-8"
+        f"<!doctype html><meta charset='utf-8'><title>{html.escape(name)}</title>\n{svg[svg.index('<svg') :]}",
+        encoding="utf-8",
     )
 
 

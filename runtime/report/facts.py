@@ -106,7 +106,7 @@ def _layers(file: GgufFile, frequencies: Sequence[Frequencies]) -> list[dict[str
     measured = predictor_facts(file.metadata, n)
     for name in ("energy_kept", "type"):
         values = file.metadata.get(f"{ARCHITECTURE}.predictor.{name}", ())
-        if len(values) == n:
+        if len(values):
             measured = [{**found, name: value} for found, value in zip(measured, values, strict=True)]
     return [{**firing[i], **(measured[i] if s.rank(i) else {}), "rank": s.rank(i)} for i in range(n)]
 
