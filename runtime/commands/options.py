@@ -6,7 +6,10 @@ Knows argparse and the terminal's two streams; knows nothing of models.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
@@ -72,6 +75,25 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="a GGUF file made by `python -m convert`, or user/repo on the Hub"
     )
+
+
+def add_prompt(parser: argparse.ArgumentParser, default: str) -> None:
+    """-p and --prompt-file; `default` says what happens without them."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("-p", "--prompt", metavar="TEXT", help=f"the prompt ({default})")
+    source.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file with the prompt")
+
+
+def given_prompt(prompt: str | None, file: Path | None) -> str | None:
+    """The text of -p or --prompt-file, without the newline that ends a file; None where neither was given."""
+    if file is not None:
+        return read_text(file).removesuffix("\n")
+    return None if prompt is None else typed(prompt, "--prompt")
+
+
+def typed(text: str, option: str) -> str:
+    """An option's text; raises UserError when it was not UTF-8 on the command line."""
+    return decoded(os.fsencode(text), option)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -189,9 +211,20 @@ def decoded(raw: bytes, where: str) -> str:
         raise UserError(f"{where}: byte {error.start} is {raw[error.start]:#04x}, expected UTF-8 text") from None
 
 
+# Controls (but newline and tab), line and paragraph separators, embeddings, overrides and isolates of bidirectional text, lone
+# surrogates. Joiners, variation selectors and tags stay: emoji and several scripts are spelled with them.
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 def printable(text: str) -> str:
-    """`text` with characters that could steer a terminal made visible; newlines and tabs stay."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    """`text` with characters that could steer a terminal or turn its writing round made visible; newlines and tabs stay."""
+    return _STEERING.sub("\ufffd", text)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The beginning of a hint, "did you mean `chat`? ", or "" where nothing known is similar to `word`."""
+    similar = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean `{similar[0]}`? " if similar else ""
 
 
 def print_json(values: dict[str, Any]) -> None:
