@@ -27,6 +27,7 @@ from runtime.model import Model
 from runtime.sampling import Sampling
 
 HELP = "talk to a model"
+ALIASES = ("run",)
 PLAIN_MAX_TOKENS = 256  # a model without chat template seldom ends by itself
 
 

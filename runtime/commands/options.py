@@ -11,12 +11,13 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from runtime.arrange import Arrangement
+from runtime.commands.completion import completed
 from runtime.commands.help import HelpParser
 from runtime.devices import AUTO, parse_sizes
 from runtime.engine import FFN_MODES, KV_TYPES
@@ -32,7 +33,25 @@ class Parser(HelpParser):
 
     def error(self, message: str) -> NoReturn:
         """Report a wrong command line."""
-        raise UserError(message, f"{self.prog} --help lists the options")
+        self._refuse(message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse's; a command reports options that it does not know by itself, not through the command line above it."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            option = unknown[0].partition("=")[0]
+            similar = did_you_mean(option, self._option_string_actions) if option.startswith("-") else ""
+            self._refuse(f"unrecognized arguments: {' '.join(unknown)}", similar)
+        return found, unknown
+
+    def _refuse(self, message: str, hint: str = "") -> NoReturn:
+        raise UserError(message, f"{hint}{self.prog} --help lists the options")
+
+
+def check_verb(word: str, verbs: Sequence[str], prog: str) -> None:
+    """Raise UserError when `word`, the first of a command line, is neither an option nor one of the commands."""
+    if not word.startswith("-") and word not in verbs:
+        raise UserError(f"unknown command `{word}`", f"{did_you_mean(word, verbs)}`{prog}` lists the commands")
 
 
 @dataclass(frozen=True)
@@ -72,8 +91,11 @@ def where(arrangement: Arrangement) -> str:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """MODEL, the file that every command takes, or its name on the Hub."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="a GGUF file made by `python -m convert`, or user/repo on the Hub"
+    completed(
+        parser.add_argument(
+            "model", metavar="MODEL", help="a GGUF file made by `python -m convert`, or user/repo on the Hub"
+        ),
+        ".gguf",
     )
 
 
