@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.bar import Bar
 from rich.console import Console
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from runtime.generate import Stats
@@ -45,10 +45,12 @@ def print_layers(title: str, shares: Sequence[float]) -> None:
     rows = -(-len(shares) // columns)
     table = Table.grid(padding=(0, 1, 0, 0))
     for first in range(rows):
-        cells: list[str | ProgressBar] = []
+        cells: list[str | Bar] = []
         for layer in range(first, len(shares), rows):
-            bar = ProgressBar(largest or 1.0, shares[layer], width, complete_style="cyan", finished_style="cyan")
-            cells += [f"{layer:>{n_digits}}", bar, f"{shares[layer]:6.1%}"]
+            share, scale = shares[layer], largest or 1.0
+            plain = "#" * round(share / scale * width)  # rich's own bar has no form in ASCII
+            bar = plain.ljust(width) if console.options.ascii_only else Bar(scale, 0, share, width=width, color="cyan")
+            cells += [f"{layer:>{n_digits}}", bar, f"{share:6.1%}"]
         table.add_row(*cells)
     console.print(f"{title} (the longest bar: {largest:.1%})")
     console.print(table)

@@ -5,6 +5,7 @@ Knows keys and streams; what a text or a command means is the session's.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -40,30 +41,27 @@ class Terminal:
         model = self._session.model
         note(f"{model.path.name}: {model.ffn}, {model.threads} threads, context of {model.n_ctx} tokens")
         note("/help lists the commands; Alt+Enter or a backslash at the end of a line begins another line")
-        self._running = True
         if first is not None:
             print(f"> {_shortened(printable(first))}")
             self._attempt(lambda: self._reply(first))
-        while self._running and (text := self._read()) is not None:
-            self._attempt(lambda text=text: self._take(text))  # type: ignore[misc]
+        self._running = True
+        while self._running:
+            self._attempt(self._step)
 
     def _attempt(self, step: Callable[[], None]) -> None:
         try:
             attempt(step)
-        except KeyboardInterrupt:  # between two steps, or in a command: the chat goes on
-            note(f"\n{_LEAVING_HINT}")
-
-    def _read(self) -> str | None:
-        """What was typed: "" after Ctrl-C, None to leave."""
-        try:
-            return self._prompt.prompt("> ")
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # at the prompt, or in a command: the chat goes on
             note(_LEAVING_HINT)
-            return ""
-        except EOFError:
-            return None
 
-    def _take(self, text: str) -> None:
+    def _step(self) -> None:
+        try:
+            typed = self._prompt.prompt("> ")
+        except (EOFError, OSError):  # Ctrl-D; or the terminal has gone
+            self._running = False
+            return
+        # Bytes that are no UTF-8 come as lone surrogates, which no file could hold.
+        text = typed.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         self._running = self._session.take(text, self._reply)
 
     def _reply(self, text: str) -> None:
@@ -147,17 +145,26 @@ def _prompt_session() -> PromptSession[str]:
     )
 
 
+class _History(FileHistory):
+    """What was typed before, this time and earlier; without a word where it can no longer be written: the chat goes on."""
+
+    def store_string(self, string: str) -> None:
+        with contextlib.suppress(OSError):
+            super().store_string(string)
+
+
 def _history() -> History:
-    """What was typed before, kept for this user alone; only in memory where the file cannot be written."""
+    """The history kept for this user alone; only in memory where the file cannot be written."""
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     path = Path(state).expanduser() / "lazyneuron" / "history"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
+        path.open("a+b").close()  # a folder, or another user's
     except OSError as error:
         note(f"the history is not kept: `{path}`: {error.strerror}")
         return InMemoryHistory()
-    return FileHistory(str(path))
+    return _History(str(path))
 
 
 def _keys() -> KeyBindings:

@@ -1,0 +1,123 @@
+"""A command at a real pseudo-terminal (pexpect), and the screen that its user sees (pyte)."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+import pexpect
+import pyte
+import pyte.screens
+from wcwidth import wcwidth
+
+ROOT = Path(__file__).parent.parent
+CTRL_C, CTRL_D, CTRL_Z, TAB, ENTER, ALT_ENTER, UP = "\x03", "\x04", "\x1a", "\t", "\r", "\x1b\r", "\x1b[A"
+PASTE = "\x1b[200~{}\x1b[201~"
+
+
+class Screen(pyte.Screen):
+    """pyte's, with the lines that left it at the top, and with characters joined to the one before."""
+
+    def __init__(self, columns: int, lines: int) -> None:
+        self.scrolled: list[str] = []
+        self.answers: list[str] = []
+        super().__init__(columns, lines)
+
+    def write_process_input(self, data: str) -> None:
+        self.answers.append(data)
+
+    def draw(self, data: str) -> None:
+        for char in data:
+            if wcwidth(char) == 0 and self.cursor.x:  # pyte drops joiners and variation selectors, and what follows
+                self._join(char)
+            else:
+                super().draw(char)
+
+    def _join(self, char: str) -> None:
+        line, x = self.buffer[self.cursor.y], self.cursor.x - 1
+        x -= line[x].data == "" and x > 0  # the right half of a wide character
+        line[x] = line[x]._replace(data=line[x].data + char)
+
+    def index(self) -> None:
+        if self.cursor.y == (self.margins or pyte.screens.Margins(0, self.lines - 1)).bottom:
+            self.scrolled.append(self.line(0))
+        super().index()
+
+    def line(self, y: int) -> str:
+        return "".join(self.buffer[y][x].data for x in range(self.columns)).rstrip()
+
+    def text(self) -> str:
+        """All lines, those that left the screen included."""
+        return "\n".join([*self.scrolled, *map(self.line, range(self.lines))])
+
+
+class Terminal:
+    """A command in a process of its own whose terminal we are; what it does is awaited, never assumed after some time."""
+
+    def __init__(self, *command: object, columns: int = 160, lines: int = 40, **env: str) -> None:
+        self.screen = Screen(columns, lines)
+        self._stream = pyte.ByteStream(self.screen)
+        self.raw = b""
+        self._seen = 0  # how much of the text was expected already
+        program, *arguments = map(str, command)
+        unset = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES")
+        values = {name: value for name, value in os.environ.items() if name not in unset}
+        self.process = pexpect.spawn(
+            program, arguments, cwd=ROOT, env=values | {"TERM": "xterm-256color"} | env, dimensions=(lines, columns)
+        )
+        self.process.delaybeforesend = None
+
+    def send(self, keys: str | bytes) -> None:
+        self.process.send(keys)
+
+    def expect(self, pattern: str, seconds: float = 30) -> str:
+        """Wait until `pattern` is to be read below what was expected before; returns the text up to its end."""
+        until = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.screen.text()[self._seen :])):
+            try:
+                self._read(until - time.monotonic())
+            except (pexpect.TIMEOUT, pexpect.EOF) as reason:
+                raise AssertionError(f"no {pattern!r} ({type(reason).__name__}):\n{self.screen.text()}") from None
+        self._seen += found.end()
+        return found.string[: found.end()]
+
+    def _read(self, seconds: float) -> None:
+        data = self.process.read_nonblocking(1 << 16, max(0.0, seconds))
+        self.raw += data
+        self._stream.feed(data)
+        while self.screen.answers:  # e.g. where the cursor is
+            self.process.send(self.screen.answers.pop(0))
+
+    def resize(self, columns: int, lines: int) -> None:
+        self.process.setwinsize(lines, columns)
+        self.screen.resize(lines, columns)
+
+    def ended(self) -> int:
+        """The exit status, once the command has ended; of a signal, minus its number."""
+        until = time.monotonic() + 30
+        while True:
+            try:
+                self._read(until - time.monotonic())
+            except pexpect.EOF:
+                break
+        self.process.wait()
+        status = self.process.exitstatus
+        return -self.process.signalstatus if status is None else status
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.close(force=True)
+
+
+def chat(state: Path, *arguments: object, columns: int = 160, lines: int = 40, **env: str) -> Terminal:
+    """`python -m runtime chat`, with its history below `state`."""
+    command = (sys.executable, "-m", "runtime", "chat", *arguments, "--threads", 1)
+    return Terminal(*command, columns=columns, lines=lines, XDG_STATE_HOME=str(state), **env)
