@@ -78,19 +78,27 @@ class Terminal:
         """Wait until `pattern` is to be read below what was expected before; returns the text up to its end."""
         until = time.monotonic() + seconds
         while not (found := re.search(pattern, self.screen.text()[self._seen :])):
-            try:
-                self._read(until - time.monotonic())
-            except (pexpect.TIMEOUT, pexpect.EOF) as reason:
-                raise AssertionError(f"no {pattern!r} ({type(reason).__name__}):\n{self.screen.text()}") from None
+            assert self._read(until), f"no {pattern!r} in\n{self.screen.text()}"
         self._seen += found.end()
         return found.string[: found.end()]
 
-    def _read(self, seconds: float) -> None:
-        data = self.process.read_nonblocking(1 << 16, max(0.0, seconds))
+    def expect_raw(self, pattern: bytes, seconds: float = 30) -> None:
+        """Wait until `pattern` has been written, whether it can be seen or not."""
+        until, start = time.monotonic() + seconds, len(self.raw)
+        while not re.search(pattern, self.raw[start:]):
+            assert self._read(until), f"no {pattern!r} in {self.raw[start:]!r}"
+
+    def _read(self, until: float) -> bool:
+        """Read something by then, and show it; False where the time is over or the other side has closed."""
+        try:
+            data = self.process.read_nonblocking(1 << 16, max(0.0, until - time.monotonic()))
+        except (pexpect.TIMEOUT, pexpect.EOF):
+            return False
         self.raw += data
         self._stream.feed(data)
         while self.screen.answers:  # e.g. where the cursor is
             self.process.send(self.screen.answers.pop(0))
+        return True
 
     def resize(self, columns: int, lines: int) -> None:
         self.process.setwinsize(lines, columns)
@@ -99,11 +107,9 @@ class Terminal:
     def ended(self) -> int:
         """The exit status, once the command has ended; of a signal, minus its number."""
         until = time.monotonic() + 30
-        while True:
-            try:
-                self._read(until - time.monotonic())
-            except pexpect.EOF:
-                break
+        while self._read(until):
+            pass
+        assert time.monotonic() < until, f"still running:\n{self.screen.text()}"
         self.process.wait()
         status = self.process.exitstatus
         return -self.process.signalstatus if status is None else status

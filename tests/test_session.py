@@ -101,8 +101,8 @@ def model(tiny_gguf: Path) -> Iterator[Model]:
         yield loaded
 
 
-def session_with(model: Model, max_tokens: int | None = 8, **conversation: Any) -> Session:
-    return Session(model, Conversation(None, **conversation), GREEDY, max_tokens)
+def session_with(model: Model, max_tokens: int | None = 8, shift: bool = True, **conversation: Any) -> Session:
+    return Session(model, Conversation(None, **conversation), GREEDY, max_tokens, shift)
 
 
 def going_on(_piece: str) -> bool:
@@ -163,12 +163,13 @@ def test_a_full_context_is_said(model: Model) -> None:
     session = session_with(model, max_tokens=None)
     reply = session.reply("My fellow citizens,", going_on)
     assert reply.stop_reason in ("context", "eos")
-    assert "context of 96 tokens is full: /reset" in session.context_note(reply)
-    assert "at most 1024" in session.context_note(reply)
+    (note,) = session.context_notes(reply)
+    assert "context of 96 tokens is full: /reset" in note
+    assert "at most 1024" in note
 
 
 def test_a_conversation_that_no_longer_fits_is_said_and_kept(model: Model) -> None:
-    session = session_with(model)
+    session = session_with(model, shift=False)
     session.reply("One", going_on)
     before = list(session.conversation.messages)
     with pytest.raises(UserError, match="fewer than the context of 96; your last text was not added") as caught:

@@ -74,7 +74,7 @@ class Session:
         if command == "/retry":
             self._retry(answer)
         elif text.startswith("/"):
-            self._command(*command.partition(" ")[::2])
+            self.command(command)
         elif command:
             answer(text)
         return True
@@ -125,7 +125,9 @@ class Session:
         which = "oldest message" if dropped.messages == 1 else f"{dropped.messages} oldest messages"
         return f"dropped the {which} ({dropped.tokens} tokens) to fit the context of {self.model.n_ctx} tokens"
 
-    def _command(self, name: str, argument: str) -> None:
+    def command(self, line: str) -> None:
+        """Run a slash command that neither leaves nor answers. Raises UserError for an unknown one."""
+        name, _, argument = line.partition(" ")
         if name not in self._commands:
             raise UserError(
                 f"unknown command `{name}`",
