@@ -50,6 +50,10 @@ class Screen(pyte.Screen):
     def line(self, y: int) -> str:
         return "".join(self.buffer[y][x].data for x in range(self.columns)).rstrip()
 
+    def start_of_line(self) -> int:
+        """Where in `text` the cursor's line begins."""
+        return sum(len(line) + 1 for line in [*self.scrolled, *map(self.line, range(self.cursor.y))])
+
     def text(self) -> str:
         """All lines, those that left the screen included."""
         return "\n".join([*self.scrolled, *map(self.line, range(self.lines))])
@@ -74,15 +78,16 @@ class Terminal:
     def send(self, keys: str | bytes) -> None:
         self.process.send(keys)
 
-    def expect(self, pattern: str, seconds: float = 30) -> str:
-        """Wait until `pattern` is to be read below what was expected before; returns the text up to its end."""
+    def expect(self, pattern: str, seconds: float = 6) -> str:
+        """Wait until `pattern` is to be read, on the line that is typed or after what was expected before; returns the text up to its end."""
         until = time.monotonic() + seconds
         while not (found := re.search(pattern, self.screen.text()[self._seen :])):
             assert self._read(until), f"no {pattern!r} in\n{self.screen.text()}"
-        self._seen += found.end()
+        # What is below the line that is typed may go away again.
+        self._seen = min(self._seen + found.end(), self.screen.start_of_line())
         return found.string[: found.end()]
 
-    def expect_raw(self, pattern: bytes, seconds: float = 30) -> None:
+    def expect_raw(self, pattern: bytes, seconds: float = 6) -> None:
         """Wait until `pattern` has been written, whether it can be seen or not."""
         until, start = time.monotonic() + seconds, len(self.raw)
         while not re.search(pattern, self.raw[start:]):
@@ -107,12 +112,18 @@ class Terminal:
     def ended(self) -> int:
         """The exit status, once the command has ended; of a signal, minus its number."""
         until = time.monotonic() + 30
-        while self._read(until):
+        while not self.process.ptyproc.closed and self._read(until):
             pass
-        assert time.monotonic() < until, f"still running:\n{self.screen.text()}"
-        self.process.wait()
+        while self.process.isalive():
+            assert time.monotonic() < until, f"still running:\n{self.screen.text()}"
+            time.sleep(0.01)
         status = self.process.exitstatus
         return -self.process.signalstatus if status is None else status
+
+    def hang_up(self) -> None:
+        """Take the terminal away."""
+        self.process.ptyproc.fileobj.close()
+        self.process.ptyproc.closed = True
 
     def __enter__(self) -> Terminal:
         return self

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import sys
@@ -101,7 +100,7 @@ def test_a_first_text_and_a_system_prompt(tiny_gguf: Path, tmp_path: Path) -> No
         again = saved(terminal, tmp_path / "talk.json")
         assert again == messages
         enter(terminal, "/exit")
-        result = json.loads(re.findall(r"\{.*\}", terminal.expect(r"\{.*\}").replace("\n", ""))[-1])
+        result = json.loads(re.findall(r"\{.*\}", terminal.expect(r"\{[\s\S]*\}").replace("\n", ""))[-1])
         assert terminal.ended() == 0
     assert (result["tokens"], len(result["replies"])) == (8, 2)
 
@@ -175,8 +174,8 @@ def test_tab_completes_commands_and_files(screen: Terminal, tmp_path: Path) -> N
 
 def test_a_line_of_2000_emoji(emoji_gguf: Path, tmp_path: Path) -> None:
     line = "🙂👩‍👩‍👧日é"
-    line = (line * (2000 // len(line) + 1))[:2000]
-    with chat(tmp_path, emoji_gguf, "--temp", 0, "-n", 7, "-c", 16_384, columns=80, lines=24) as terminal:
+    line = (line * (2000 // len(line) + 1))[:1999] + "!"
+    with chat(tmp_path, emoji_gguf, "--temp", 0, "-n", 7, "-c", 16_384, lines=24) as terminal:
         enter(terminal, PASTE.format(line))
         terminal.expect(FOOTER)
         messages = saved(terminal, tmp_path / "talk.json")
@@ -211,8 +210,7 @@ def test_ctrl_c_stops_only_the_reply(endless: Terminal) -> None:
     enter(endless, "Go")
     endless.expect(f"({FAMILY}.*\n){{3}}")
     endless.send(CTRL_C)
-    footer = re.findall(FOOTER, endless.expect(FOOTER)) and endless.screen.text()
-    assert "· stopped]" in footer
+    endless.expect(r"· stopped\]")
     enter(endless, "/stats")
     endless.expect(r"replies +1\b")
     enter(endless, "Go")
@@ -293,13 +291,12 @@ def test_a_terminal_that_goes_away_ends_the_chat(
     script = f"exec {sys.executable} -m runtime chat {emoji_gguf} {options} 2> {tmp_path / 'errors'}"
     with Terminal("sh", "-c", f"trap '' HUP; {script}" if ignoring else script, XDG_STATE_HOME=str(tmp_path)) as gone:
         gone.expect(f"{FAMILY}.*\n" if replying else PROMPT)
-        gone.process.ptyproc.fileobj.close()
-        _, status, usage = os.wait4(gone.process.pid, 0)
-    assert (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGHUP) or os.WEXITSTATUS(status) in (0, 1)
+        gone.hang_up()
+        status = gone.ended()
+    assert status == -signal.SIGHUP or (ignoring and status in (0, 1))
     errors = (tmp_path / "errors").read_text()
     assert "Traceback" not in errors
     assert errors.count("error: ") <= 1
-    assert usage.ru_utime < 20
 
 
 # --- the size of the window -------------------------------------------------------------------------------------------
@@ -312,7 +309,7 @@ def test_resizing_while_typing(screen: Terminal, tmp_path: Path) -> None:
     screen.expect("words more")
     for columns, lines in ((30, 10), (20, 5), (120, 50)):
         screen.resize(columns, lines)
-        screen.expect_raw(rb"more")
+        screen.expect_raw(rb"\x1b\[\?25h")  # it was drawn again
     screen.send("!" + ENTER)
     screen.expect_raw(rb"tokens/s")
     screen.expect_raw(rb"\[\?2004h")
@@ -326,14 +323,14 @@ def test_resizing_during_a_reply(endless: Terminal, tmp_path: Path) -> None:
     for columns, lines in ((40, 10), (20, 5), (100, 40)):
         endless.expect_raw(FAMILY.encode())
         endless.resize(columns, lines)
-    endless.expect_raw(FAMILY.encode() * 0 + WOMEN.encode() * 40)
+    endless.expect_raw(WOMEN.encode() * 40)
     endless.send(CTRL_C)
     endless.expect_raw(rb"stopped\]")
     endless.expect_raw(rb"\[\?2004h")
     endless.send(f"/save {tmp_path / 'talk.json'}{ENTER}")
     endless.expect_raw(rb"saved 2 messages")
     reply = json.loads((tmp_path / "talk.json").read_text())["messages"][1]["content"]
-    assert reply.encode() in endless.raw
+    assert reply.encode() in endless.raw.replace(b"^C", b"")  # the terminal's echo
     assert reply.startswith(WOMEN * 40)
 
 
@@ -343,10 +340,7 @@ def test_a_window_of_20_columns(tiny_gguf: Path, tmp_path: Path) -> None:
         text = "日本語の長い文章を書く🙂"
         narrow.send(text)
         narrow.expect("🙂")
-        assert narrow.screen.text().endswith(
-            "> 日本語の長い文章を\n  書く🙂"
-            + "\n" * (len(narrow.screen.text()) - len(narrow.screen.text().rstrip("\n")))
-        ) or text in narrow.screen.text().replace("\n", "").replace(" ", "")
+        assert "> 日本語の長い文章を\n  書く🙂" in narrow.screen.text()
         narrow.send(ENTER)
         narrow.expect(r"reached\]")
         enter(narrow, "/stats")

@@ -145,8 +145,8 @@ class Session:
                 self.conversation.messages = messages
 
     def _undo(self, _: str) -> None:
-        text = self.conversation.undo()
-        note(f"took back: {printable(text.splitlines()[0][:60]) if text.strip() else text!r}")
+        first, *others = printable(self.conversation.undo()).strip().splitlines() or [""]
+        note(f"took back: {first}{' ...' if others else ''}")
 
     def _reset(self, _: str) -> None:
         self.conversation.reset()

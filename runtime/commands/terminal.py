@@ -19,6 +19,8 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion, Path
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output.plain_text import PlainTextOutput
+from prompt_toolkit.utils import is_dumb_terminal
 
 from runtime.commands.footer import print_footer
 from runtime.commands.options import note, printable
@@ -142,6 +144,7 @@ def _prompt_session() -> PromptSession[str]:
         completer=Commands(),
         complete_while_typing=False,
         enable_suspend=True,
+        output=PlainTextOutput(sys.stdout) if is_dumb_terminal() else None,
     )
 
 
