@@ -66,7 +66,7 @@ class Terminal:
         self.screen = Screen(columns, lines)
         self._stream = pyte.ByteStream(self.screen)
         self.raw = b""
-        self._seen = 0  # how much of the text was expected already
+        self._seen = self._raw_seen = 0  # how much of either was expected already
         program, *arguments = map(str, command)
         unset = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES")
         values = {name: value for name, value in os.environ.items() if name not in unset}
@@ -78,7 +78,7 @@ class Terminal:
     def send(self, keys: str | bytes) -> None:
         self.process.send(keys)
 
-    def expect(self, pattern: str, seconds: float = 6) -> str:
+    def expect(self, pattern: str, seconds: float = 30) -> str:
         """Wait until `pattern` is to be read, on the line that is typed or after what was expected before; returns the text up to its end."""
         until = time.monotonic() + seconds
         while not (found := re.search(pattern, self.screen.text()[self._seen :])):
@@ -87,11 +87,18 @@ class Terminal:
         self._seen = min(self._seen + found.end(), self.screen.start_of_line())
         return found.string[: found.end()]
 
-    def expect_raw(self, pattern: bytes, seconds: float = 6) -> None:
-        """Wait until `pattern` has been written, whether it can be seen or not."""
-        until, start = time.monotonic() + seconds, len(self.raw)
-        while not re.search(pattern, self.raw[start:]):
-            assert self._read(until), f"no {pattern!r} in {self.raw[start:]!r}"
+    def expect_raw(self, pattern: bytes, seconds: float = 30) -> None:
+        """Wait until `pattern` is written, whether it can be seen or not, after what was expected so before."""
+        until = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.raw[self._raw_seen :])):
+            assert self._read(until), f"no {pattern!r} in {self.raw[self._raw_seen :]!r}"
+        self._raw_seen += found.end()
+
+    def expect_gone(self, text: str, seconds: float = 30) -> None:
+        """Wait until `text` is not to be read any more."""
+        until = time.monotonic() + seconds
+        while text in self.screen.text():
+            assert self._read(until), f"still {text!r} in\n{self.screen.text()}"
 
     def _read(self, until: float) -> bool:
         """Read something by then, and show it; False where the time is over or the other side has closed."""
@@ -106,6 +113,7 @@ class Terminal:
         return True
 
     def resize(self, columns: int, lines: int) -> None:
+        self._raw_seen = len(self.raw)
         self.process.setwinsize(lines, columns)
         self.screen.resize(lines, columns)
 

@@ -6,7 +6,7 @@ Knows a model and a conversation; what becomes of the pieces is the session's.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 
 from runtime import llama
@@ -93,7 +93,7 @@ class Draft:
             return None
         return Reply(
             self._text,
-            joined([generation.stats for generation in self._generations]),
+            sum((generation.stats for generation in self._generations), Stats()),
             self._stop_reason(),
             len(self._generations),
             len(self._prompt) + len(self._token_ids()),
@@ -158,22 +158,3 @@ def larger_context(model: Model) -> str:
     """The part of a hint that says how to get a larger context, if the model allows one."""
     limit = model.structure.context_length
     return f", or start with a larger --n-ctx (at most {limit})" if model.n_ctx < limit else ""
-
-
-def joined(parts: Sequence[Stats]) -> Stats:
-    """The figures of several generations together: sums, and means weighted by tokens."""
-    n = max(1, sum(part.tokens for part in parts))
-
-    def means(rows: Sequence[Sequence[float]]) -> list[float]:
-        return [sum(column) / n for column in zip(*rows, strict=True)]
-
-    return Stats(
-        prompt_tokens=sum(part.prompt_tokens for part in parts),
-        cached_tokens=sum(part.cached_tokens for part in parts),
-        prompt_seconds=sum(part.prompt_seconds for part in parts),
-        tokens=sum(part.tokens for part in parts),
-        seconds=sum(part.seconds for part in parts),
-        layer_shares=means([[share * part.tokens for share in part.layer_shares] for part in parts]),
-        gate_shares=means([[share * part.tokens for share in part.gate_shares] for part in parts]),
-        bytes_per_token=sum(part.bytes_per_token * part.tokens for part in parts) / n,
-    )

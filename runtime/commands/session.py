@@ -15,6 +15,7 @@ from runtime.commands.footer import print_layers
 from runtime.commands.options import did_you_mean, note, printable
 from runtime.commands.reply import Draft, Dropped, Reply, larger_context
 from runtime.errors import UserError, os_error
+from runtime.generate import Stats
 from runtime.model import Model
 from runtime.sampling import Sampling
 
@@ -178,16 +179,14 @@ class Session:
 
     def totals(self) -> dict[str, Any]:
         """Figures of all replies together, as they are printed with --json."""
-        stats = [reply.stats for reply in self.replies]
-        tokens, seconds = sum(s.tokens for s in stats), sum(s.seconds for s in stats)
-        decoded = sum(max(0, s.tokens - 1) for s in stats)  # the first token of a reply belongs to its prompt
+        total = sum((reply.stats for reply in self.replies), Stats())
         return {
-            "tokens": tokens,
-            "tokens_per_s": decoded / seconds if seconds else 0.0,
-            "computed_share": sum(s.computed_share * s.tokens for s in stats) / max(1, tokens),
-            "bytes_per_token": sum(s.bytes_per_token * s.tokens for s in stats) / max(1, tokens),
-            "prompt_tokens": sum(s.prompt_tokens for s in stats),
-            "cached_tokens": sum(s.cached_tokens for s in stats),
+            "tokens": total.tokens,
+            "tokens_per_s": total.tokens_per_s,
+            "computed_share": total.computed_share,
+            "bytes_per_token": total.bytes_per_token,
+            "prompt_tokens": total.prompt_tokens,
+            "cached_tokens": total.cached_tokens,
         }
 
     def result(self) -> dict[str, Any]:
