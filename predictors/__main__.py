@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK: shells may ask this module what can follow (docs/completions.md).
 """`python -m predictors`."""
 
 import os

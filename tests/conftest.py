@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from checkpoints import CHECKPOINTS
-from emoji_model import make_emoji_model
 from hub_client import Client
 from hub_server import Hub
+from parrot import WOMEN, make_parrot
 
 from convert import convert
 from runtime import native_ffn
@@ -64,7 +64,7 @@ def fitted_gguf(converted: Converted) -> Path:
 @pytest.fixture(scope="session")
 def emoji_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that writes emoji for ever, with a context of 16,384 tokens."""
-    return make_emoji_model(tmp_path_factory.mktemp("emoji"))
+    return make_parrot(tmp_path_factory.mktemp("emoji"), WOMEN)
 
 
 @pytest.fixture(params=[v for i, v in enumerate(native_ffn.VARIANTS) if native_ffn.library().lzn_has_variant(i)])

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from emoji_model import WOMEN
+from parrot import WOMEN
 
 import runtime
 from convert import convert
@@ -25,7 +25,7 @@ GREEDY = Sampling(temperature=0)
 
 
 def chat(*arguments: object, stdin: str | bytes) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "runtime", "chat", *map(str, arguments)]
+    command = [sys.executable, "-m", "runtime", "chat", *map(str, arguments), "--threads", "1"]
     raw = stdin if isinstance(stdin, bytes) else stdin.encode()
     done = subprocess.run(command, cwd=ROOT, input=raw, capture_output=True, timeout=120, check=False)
     return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())

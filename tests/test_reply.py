@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from emoji_model import WOMEN
+from parrot import WOMEN
 
 import runtime
 from runtime.commands.conversation import Conversation

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emoji_model import WOMEN
+from parrot import WOMEN, make_parrot
 from terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_Z, ENTER, PASTE, TAB, UP, Terminal, chat
 
 PROMPT = r"(^|\n)>( |\n|$)"
@@ -364,6 +364,17 @@ def test_colours_are_for_those_who_want_them(
         assert terminal.ended() == 0
     assert (re.search(COLOUR, terminal.raw) is not None) == coloured
     assert (b"\x1b[" in terminal.raw) == (env.get("TERM") != "dumb")
+
+
+@pytest.mark.parametrize("command", ["chat MODEL -p Go", "complete MODEL -p Go", "chat MODEL < /dev/stdin"])
+def test_a_model_cannot_steer_the_terminal(command: str, tmp_path: Path) -> None:
+    model = make_parrot(tmp_path, "\x1b[31m\u202e")
+    line = f"exec {sys.executable} -m runtime {command.replace('MODEL', str(model))} --temp 0 -n 16"
+    with Terminal(
+        "sh", "-c", line if "-p" in command else f"echo Go | {line}", XDG_STATE_HOME=str(tmp_path)
+    ) as terminal:
+        terminal.expect("\ufffd\\[31m\ufffd\ufffd\\[31m\ufffd")
+    assert b"\x1b[31m" not in terminal.raw
 
 
 def test_bars_without_unicode(tiny_gguf: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from runtime.commands.options import (
     add_model,
     add_prompt,
     add_sampling,
+    cleaner,
     decoded,
     given_prompt,
     note,
@@ -110,8 +111,10 @@ def answer_lines(session: Session, lines: Iterable[bytes], first: str | None = N
 
 
 def _answer(session: Session, text: str) -> None:
+    clean = cleaner(sys.stdout)
+
     def show(piece: str) -> bool:
-        sys.stdout.write(piece)
+        sys.stdout.write(clean(piece))
         sys.stdout.flush()
         return True
 

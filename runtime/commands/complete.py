@@ -15,10 +15,10 @@ from runtime.commands.options import (
     add_model,
     add_prompt,
     add_sampling,
+    cleaner,
     decoded,
     given_prompt,
     print_json,
-    printable,
     stream,
 )
 from runtime.errors import UserError
@@ -72,8 +72,7 @@ def _show(generation: Generation, as_json: bool) -> None:
         for _ in generation:
             pass
         return
-    # Only a terminal could be steered by what a model writes; a file gets the text as it is.
-    clean = printable if sys.stdout.isatty() else str
+    clean = cleaner(sys.stdout)
 
     def write(piece: str) -> None:
         sys.stdout.write(clean(piece))

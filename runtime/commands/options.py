@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from runtime.arrange import Arrangement
 from runtime.commands.completion import completed
@@ -241,6 +241,11 @@ _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2
 def printable(text: str) -> str:
     """`text` with characters that could steer a terminal or turn its writing round made visible; newlines and tabs stay."""
     return _STEERING.sub("\ufffd", text)
+
+
+def cleaner(out: TextIO) -> Callable[[str], str]:
+    """How a model's text is written to `out`: as it is, but for a terminal, which it could steer."""
+    return printable if out.isatty() else str
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""A model that writes one family of emoji for ever, character by character: what it says is known, and hard to show."""
+"""A model that writes a given text for ever, byte by byte: what it says is known, and may be hard to show."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from convert import convert
 
 TOKENIZER = Path(__file__).parent.parent / "examples/tiny-relu-llama"
 WOMEN = "\N{WOMAN}\N{ZERO WIDTH JOINER}"
-_BYTES = [3 + byte for byte in WOMEN.encode()]  # the tokenizer's ids of single bytes
 _D, _FF, _LAYERS, _VOCAB = 32, 64, 2, 4096
 
 _CONFIG = {
@@ -33,27 +32,30 @@ _CONFIG = {
 }
 
 
-def make_emoji_model(folder: Path) -> Path:
-    """The GGUF file of such a model, made in `folder`: two layers whose neurons fire and add nothing, 16,384 tokens of context."""
+def make_parrot(folder: Path, text: str) -> Path:
+    """The GGUF file of a model that writes `text`, in which no byte occurs twice; made in `folder`.
+
+    Two layers whose neurons fire and add nothing, 16,384 tokens of context.
+    """
     from safetensors.numpy import save_file
 
-    checkpoint = folder / "emoji"
+    checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
     (checkpoint / "config.json").write_text(json.dumps(_CONFIG))
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / name, checkpoint / name)
-    save_file(_weights(), checkpoint / "model.safetensors")
-    convert(checkpoint, folder / "emoji.gguf", type="f16", calibration="none")
-    return folder / "emoji.gguf"
+    save_file(_weights([3 + byte for byte in text.encode()]), checkpoint / "model.safetensors")
+    convert(checkpoint, folder / "parrot.gguf", type="f16", calibration="none")
+    return folder / "parrot.gguf"
 
 
-def _weights() -> dict[str, np.ndarray]:
-    # Each byte has a direction of its own and asks for the next one; every other token asks for the first.
+def _weights(tokens: list[int]) -> dict[str, np.ndarray]:
+    # `tokens` are the tokenizer's for single bytes. Each has a direction of its own and asks for the next one; every other asks for the first.
     embeddings, head = np.zeros((_VOCAB, _D), np.float32), np.zeros((_VOCAB, _D), np.float32)
     embeddings[:, 0] = 1
-    embeddings[_BYTES] = np.eye(len(_BYTES), _D, k=1)
-    head[np.roll(_BYTES, -1)] = np.eye(len(_BYTES), _D, k=1)
-    head[_BYTES[0], 0] = 1
+    embeddings[tokens] = np.eye(len(tokens), _D, k=1)
+    head[np.roll(tokens, -1)] = np.eye(len(tokens), _D, k=1)
+    head[tokens[0], 0] = 1
     weights = {"model.embed_tokens.weight": embeddings, "lm_head.weight": head, "model.norm.weight": np.ones(_D)}
     rng = np.random.default_rng(0)
     for i in range(_LAYERS):
