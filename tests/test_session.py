@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,26 @@ def test_save_overwrites_no_other_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no saved conversation"):
         Conversation(None).save(precious)
     assert precious.read_text() == '{"chapter": 1}'
+
+
+def test_a_save_that_fails_keeps_what_was_saved(tmp_path: Path) -> None:
+    conversation = Conversation(None)
+    conversation.add("user", "kept")
+    conversation.save(tmp_path / "talk.json")
+    conversation.add("user", "x" * 100_000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"talk\.json"):
+            conversation.save(tmp_path / "talk.json")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    loaded = Conversation(None)
+    loaded.load(tmp_path / "talk.json")
+    assert [m["content"] for m in loaded.messages] == ["kept"]
+    assert [file.name for file in tmp_path.iterdir()] == ["talk.json"]
 
 
 @pytest.mark.parametrize(

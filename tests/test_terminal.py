@@ -158,7 +158,7 @@ def test_tab_completes_commands_and_files(screen: Terminal, tmp_path: Path) -> N
     (tmp_path / "talk of the town.json").write_text("{}")
     screen.expect(PROMPT)
     screen.send("/s" + TAB)
-    menu = screen.expect("/stats .*needed")
+    menu = screen.expect("/stats .*layers")
     assert "/save" in menu
     screen.send("a" + TAB)
     screen.expect("> /save")
@@ -366,7 +366,7 @@ def test_colours_are_for_those_who_want_them(
     assert (b"\x1b[" in terminal.raw) == (env.get("TERM") != "dumb")
 
 
-@pytest.mark.parametrize("command", ["chat MODEL -p Go", "complete MODEL -p Go", "chat MODEL < /dev/stdin"])
+@pytest.mark.parametrize("command", ["chat MODEL -p Go", "complete MODEL -p Go", "chat MODEL"])
 def test_a_model_cannot_steer_the_terminal(command: str, tmp_path: Path) -> None:
     model = make_parrot(tmp_path, "\x1b[31m\u202e")
     line = f"exec {sys.executable} -m runtime {command.replace('MODEL', str(model))} --temp 0 -n 16"

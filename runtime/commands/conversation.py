@@ -6,7 +6,9 @@ that user and model write in turn.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +94,7 @@ class Conversation:
             except UserError:
                 raise UserError(f"`{path}`: exists and is no saved conversation", "choose another name") from None
         values = {_FORMAT: _VERSION, "messages": self.messages}
-        path.write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        _write(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
 
     def load(self, path: Path) -> None:
         """Replace the messages by those of a saved conversation. Raises UserError when `path` holds none."""
@@ -108,6 +110,19 @@ def _running_text(messages: Iterable[Message]) -> str:
         starts_line = message["role"] != "assistant" and text and not text.endswith("\n")
         text += ("\n" if starts_line else "") + message["content"]
     return text
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all; raises OSError."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("x", encoding="utf-8") as file:
+            file.write(text)
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
 
 
 def _read(path: Path) -> list[Message]:

@@ -25,7 +25,7 @@ COMMANDS = {
     "/reset": "begin anew",
     "/save FILE": "write the whole conversation to a file",
     "/load FILE": "continue a saved conversation",
-    "/stats": "figures of this session, and the share of each layer's neurons that the last reply needed",
+    "/stats": "figures of this session, and a chart of the last reply's layers",
     "/help": "this list",
     "/exit": "leave (or Ctrl-D)",
 }
