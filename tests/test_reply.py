@@ -78,15 +78,17 @@ def asked(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
 def test_the_oldest_turns_go_and_the_system_prompt_stays(
     template: str | None, model: Model, asked: list[Asked], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    session = Session(model, Conversation(template, "<s>", "</s>", "A speech."), GREEDY, 15)
+    session = Session(model, Conversation(template, "<s>", "</s>", "A speech."), GREEDY, 4)
     said: list[tuple[str, str]] = []
     n_dropped, notes = 0, []
-    for text in ("My fellow citizens,", "We must", "And now", "The war", "Peace", "The end", "Amen"):
-        said.append(("user", text))
+    for limit in (*[4] * 9, 20, 20, 40, 40):
+        said.append(("user", f"We must {len(said)}"))
+        session.max_tokens = limit
         ids = before = prompt_ids(model, template, ("system", "A speech."), *said[n_dropped:])
         n_before = n_dropped
         if len(ids) >= N_CTX:
-            while len(ids) + 15 > N_CTX:  # the whole reply shall fit: that is less than a quarter of the context
+            # The reply shall fit, if it is no longer than a quarter of the context.
+            while len(ids) + min(limit, N_CTX // 4) > N_CTX:
                 n_dropped += 2
                 ids = prompt_ids(model, template, ("system", "A speech."), *said[n_dropped:])
             notes.append(
@@ -94,7 +96,7 @@ def test_the_oldest_turns_go_and_the_system_prompt_stays(
                 f" to fit the context of {N_CTX} tokens"
             )
         n_asked = len(asked)
-        reply = session.reply(text, going_on)
+        reply = session.reply(said[-1][1], going_on)
         assert asked[n_asked].ids == ids
         n_dropped += reply.dropped.messages  # while it was made
         said.append(("assistant", reply.text))
