@@ -139,7 +139,8 @@ class Terminal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.process.close(force=True)
+        self.process.terminate(force=True)
+        self.process.close()
 
 
 def chat(state: Path, *arguments: object, columns: int = 160, lines: int = 40, **env: str) -> Terminal:

@@ -270,6 +270,22 @@ def test_ctrl_z_and_back(tiny_gguf: Path, tmp_path: Path) -> None:
         shell.expect(r"shell\$")
 
 
+def test_ctrl_z_during_a_reply(emoji_gguf: Path, tmp_path: Path) -> None:
+    with Terminal("bash", "--norc", "--noprofile", "-i", PS1="shell$ ", XDG_STATE_HOME=str(tmp_path)) as shell:
+        shell.expect(r"shell\$")
+        shell.send(f"{sys.executable} -m runtime chat {emoji_gguf} --temp 0 -n 3500 --threads 1 -p Go{ENTER}")
+        shell.expect(f"{FAMILY}.*\n")
+        shell.send(CTRL_Z)
+        shell.expect("Stopped")
+        shell.expect(r"shell\$")
+        shell.send("fg" + ENTER)
+        shell.expect(r"\[3500 tokens")
+        messages = saved(shell, tmp_path / "talk.json")
+        enter(shell, "/exit")
+        shell.expect(r"shell\$")
+    assert messages[1]["content"] == WOMEN * 500
+
+
 # --- the end of input -------------------------------------------------------------------------------------------------
 
 

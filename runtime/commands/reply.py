@@ -104,9 +104,8 @@ class Draft:
         """The first generation, or one that goes on with the reply. Its repeat penalty knows nothing of those before."""
         ids = self._token_ids()
         left = None if self._max_tokens is None else self._max_tokens - len(ids)
-        seed = (
-            self._seed + len(self._generations)
-        ) % llama.DEFAULT_SEED  # or a reply could repeat its own random choices
+        # Its own seed, or a reply could repeat its random choices.
+        seed = (self._seed + len(self._generations)) % llama.DEFAULT_SEED
         return self._model.generate([*self._prompt, *ids], left, replace(self._sampling, seed=seed), cache_prompt=True)
 
     def _goes_on(self, generation: Generation) -> bool:
