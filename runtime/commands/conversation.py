@@ -6,7 +6,6 @@ that user and model write in turn.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from typing import Any
 from runtime import template
 from runtime.commands.options import read_text
 from runtime.errors import UserError
+from runtime.new_file import replacing
 
 _FORMAT = "lazyneuron_conversation"
 _VERSION = 1
@@ -94,7 +94,11 @@ class Conversation:
             except UserError:
                 raise UserError(f"`{path}`: exists and is no saved conversation", "choose another name") from None
         values = {_FORMAT: _VERSION, "messages": self.messages}
-        _write(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
+        try:
+            with replacing(path) as partial:
+                partial.write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:  # which names the other file, or none
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
 
     def load(self, path: Path) -> None:
         """Replace the messages by those of a saved conversation. Raises UserError when `path` holds none."""
@@ -110,19 +114,6 @@ def _running_text(messages: Iterable[Message]) -> str:
         starts_line = message["role"] != "assistant" and text and not text.endswith("\n")
         text += ("\n" if starts_line else "") + message["content"]
     return text
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all; raises OSError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("x", encoding="utf-8") as file:
-            file.write(text)
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
 
 
 def _read(path: Path) -> list[Message]:

@@ -145,10 +145,10 @@ class Draft:
             yield piece
 
     def _too_long(self) -> UserError:
-        what = "your text" if self._shift else "the conversation"
+        what, lost = ("your text", "it") if self._shift else ("the conversation", "your last text")
         return UserError(
             f"{what} has {len(self._prompt)} tokens, expected fewer than the context of {self._model.n_ctx}; "
-            "your last text was not added",
+            f"{lost} was not added",
             ("shorten it" if self._shift else "/reset begins anew") + larger_context(self._model),
         )
 
