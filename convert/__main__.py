@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK: shells may ask this module what can follow (docs/completions.md).
 """Runs the command line."""
 
 import os
@@ -6,7 +7,8 @@ import sys
 # Before ggml loads OpenMP: threads that wait longer than this sleep, or a machine with other work stalls at every operator (docs/predictors.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from convert.cli import main
+from convert.cli import complete_for_shell, main
 
 if __name__ == "__main__":
+    complete_for_shell()
     sys.exit(main())

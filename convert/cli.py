@@ -11,14 +11,14 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from types import FrameType, ModuleType
+from importlib import import_module
+from types import FrameType
 from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from convert import card, push
 from convert.arch import Generated
 from convert.catalogue import catalogue
 from convert.job import Report, convert
@@ -27,12 +27,12 @@ from convert.quantize import TYPES
 from predictors.fit import DEFAULT_ENERGY
 from predictors.fit import TYPES as PREDICTOR_TYPES
 from predictors.kinds import KINDS
-from runtime.commands.options import Parser
+from runtime.commands.completion import chosen_from, completed, offer_completions
+from runtime.commands.options import Parser, count
 from runtime.errors import run_command
 from runtime.structure import LAYOUTS
 
-# A folder of such a name is ./card, ./push.
-VERBS: dict[str, tuple[ModuleType, Callable[..., None]]] = {"card": (card, card.card), "push": (push, push.push)}
+VERBS = ("card", "push")  # modules of that name, slow to import; a folder of such a name is ./card, ./push
 
 _START = """\
 Give a Hugging Face checkpoint and a file to write:
@@ -48,21 +48,24 @@ then run it with `python -m runtime chat model.gguf`, and share it:
 All options: python -m convert --help, python -m convert push --help, python -m convert card --help"""
 
 
-def configure_parser() -> argparse.ArgumentParser:
+def configure_parser() -> Parser:
     """The options; their names are the parameters of `convert.convert`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m convert",
         description="Convert a Hugging Face ReLU checkpoint or a PowerInfer file to one GGUF file for lazyneuron.",
     )
-    parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        nargs="?",
-        help="a folder with a checkpoint, a Hub id, a name that --list shows, or a *.powerinfer.gguf file",
+    source = "a folder with a checkpoint, a Hub id, a name that --list shows, or a *.powerinfer.gguf file"
+    completed(parser.add_argument("source", metavar="SOURCE", nargs="?", help=source), ".powerinfer.gguf", _sources)
+    out = parser.add_argument(
+        "out", metavar="OUT.gguf", nargs="?", help="the file to write (not needed with --dry-run)"
     )
-    parser.add_argument("out", metavar="OUT.gguf", nargs="?", help="the file to write (not needed with --dry-run)")
-    parser.add_argument("--type", help=f"format of the matrices: {', '.join(TYPES)} (default f16)")
-    parser.add_argument("--output-type", metavar="TYPE", help="format of the output head (default: q6_k or better)")
+    completed(out, ".gguf")
+    matrices = parser.add_argument("--type", help=f"format of the matrices: {', '.join(TYPES)} (default f16)")
+    head = parser.add_argument(
+        "--output-type", metavar="TYPE", help="format of the output head (default: q6_k or better)"
+    )
+    for action in (matrices, head):
+        chosen_from(action, TYPES)
     layout = "`sparse`: smaller, for sparse CPU runs only (default both; a PowerInfer file: sparse)"
     parser.add_argument("--layout", choices=LAYOUTS, help=layout)
     parser.add_argument(
@@ -71,7 +74,7 @@ def configure_parser() -> argparse.ArgumentParser:
         help="the activation, where config.json is wrong about it: relu, relu2, drelu or, with its threshold, fatrelu:0.01",
     )
     parser.add_argument("--list", action="store_true", help="print the known models and leave")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="default: one per CPU")
+    parser.add_argument("--threads", type=count, metavar="N", help="default: one per CPU")
     _add_predictor_options(parser)
     parser.add_argument(
         "--split-max-size", metavar="SIZE", help="write a larger model as shards of at most this size, e.g. 45G or 500M"
@@ -94,7 +97,7 @@ def _add_predictor_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="text to calibrate on (default: one in the package; `none`: leave neurons as they are, without predictors)",
     )
-    group.add_argument("--calibration-tokens", type=_positive, metavar="N", help="how many of its tokens")
+    group.add_argument("--calibration-tokens", type=count, metavar="N", help="how many of its tokens")
     group.add_argument("--predictor", choices=tuple(KINDS), help="kind of predictor (default lowrank)")
     group.add_argument("--predictor-type", choices=PREDICTOR_TYPES, default="auto", help="format of its matrices")
     group.add_argument(
@@ -114,30 +117,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not arguments:
         print(_START)
-        return 2
+        return 0
+    _stop_cleanly()
+    return run_command(lambda: _run(arguments))
+
+
+def complete_for_shell() -> None:
+    """Answer a shell that asks what can follow, and leave; else do nothing."""
+    offer_completions(configure_parser, {verb: lambda verb=verb: _verb(verb)[0] for verb in VERBS})  # type: ignore[misc]
+
+
+def _run(arguments: Sequence[str]) -> None:
     if arguments[0] in VERBS:
-        _stop_cleanly()
-        return run_command(lambda: _run_verb(*VERBS[arguments[0]], arguments))
+        parser, command = _verb(arguments[0])
+        command(**vars(parser.parse_args(arguments[1:])))
+        return
     parser = configure_parser()
     options = vars(parser.parse_args(arguments))
+    as_json = options.pop("json")
     if options.pop("list"):
-        _print_catalogue(options["json"])
-        return 0
-    if options["source"] is None:
-        parser.error("SOURCE is missing")
-    if options["out"] is None and not options["dry_run"]:
-        parser.error("OUT.gguf is missing")
-    _stop_cleanly()
-    return run_command(lambda: _run(options.pop("json"), options))
+        _print_catalogue(as_json)
+        return
+    for name, metavar in (("source", "SOURCE"), ("out", "OUT.gguf")):
+        if options[name] is None and not (name == "out" and options["dry_run"]):
+            parser.error(f"{metavar} is missing")
+    _convert(as_json, options)
 
 
-def _run_verb(module: ModuleType, command: Callable[..., None], arguments: Sequence[str]) -> None:
-    parser = Parser(prog=f"python -m convert {arguments[0]}", description=command.__doc__)
+def _verb(name: str) -> tuple[Parser, Callable[..., None]]:
+    module = import_module(f"convert.{name}")
+    command: Callable[..., None] = getattr(module, name)
+    parser = Parser(prog=f"python -m convert {name}", description=command.__doc__)
     module.configure_parser(parser)
-    command(**vars(parser.parse_args(arguments[1:])))
+    return parser, command
 
 
-def _run(as_json: bool, options: dict[str, Any]) -> None:
+def _sources() -> list[str]:
+    return [*VERBS, *(known.name for known in catalogue())]
+
+
+def _convert(as_json: bool, options: dict[str, Any]) -> None:
     with _Bar() as bar:
         report = convert(**options, progress=bar)
     if report.dry_run:
@@ -229,13 +248,6 @@ def _fallback_lines(report: Report) -> list[str]:
         f"note: {len(names)} tensors, such as {names[0]}, are {used} because rows are no multiple of {wanted}'s block"
         for (wanted, used), names in kinds.items()
     ]
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
 
 
 def _stop_cleanly() -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from runtime import hub_client
 from runtime.errors import UserError
 from runtime.hub import Listing, parse
-from runtime.hub_client import Choose
+
+if TYPE_CHECKING:
+    from runtime.hub_client import Choose
 
 _SMALL = (
     "config.json",
@@ -61,6 +63,8 @@ def _fetch(source: str, choose: Choose, expected: str) -> tuple[Path, str]:
             f"`{source}`: {found}, expected {expected} or a Hub id",
             "such as path/to/folder, user/repo or hf://user/repo@revision",
         )
+    from runtime import hub_client  # noqa: PLC0415  (slow to import, and needless for local folders)
+
     return hub_client.fetch(reference, choose)[0], reference.repo
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from gguf import GGML_QUANT_VERSION, LlamaFileType
-from huggingface_hub import metadata_load
 from yaml import YAMLError
 
 from runtime.errors import UserError
@@ -66,8 +65,12 @@ def _base_model(repo: str) -> dict[str, Any]:
 
 def read_card(path: Path) -> dict[str, Any]:
     """The metadata of a model card, empty where there is none. Raises UserError when it is not YAML."""
+    if not path.is_file():
+        return {}
+    from huggingface_hub import metadata_load  # noqa: PLC0415  (slow to import, and needed here only)
+
     try:
-        return metadata_load(path) or {} if path.is_file() else {}
+        return metadata_load(path) or {}
     except (ValueError, YAMLError) as error:
         raise UserError(f"`{path}`: its metadata is no YAML ({error})", "correct or remove the file") from None
 

@@ -24,7 +24,8 @@ from predictors.evaluate import Evaluation, evaluate, total_bytes
 from predictors.fit import DEFAULT_ENERGY, TYPES, Figures, ModelFit, fit_model
 from predictors.kinds import KINDS
 from predictors.rewrite import rewrite
-from runtime.commands.options import Parser, count
+from runtime.commands.completion import completed
+from runtime.commands.options import Parser, add_model, check_verb, count
 from runtime.errors import UserError, run_command
 from runtime.gguf_file import GgufFile
 from runtime.hub import locate
@@ -45,16 +46,12 @@ def configure_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
     refit = verbs.add_parser("fit", help="write a model file again with other predictors")
     refit.set_defaults(command=fit)
-    refit.add_argument(
-        "model", metavar="MODEL", help="a GGUF file made by `python -m convert`, or user/repo on the Hub"
-    )
-    refit.add_argument("out", metavar="OUT.gguf", type=Path, help="the file to write")
+    add_model(refit)
+    completed(refit.add_argument("out", metavar="OUT.gguf", type=Path, help="the file to write"), ".gguf")
     _add_fit_options(refit)
     judge = verbs.add_parser("evaluate", help="measure a model's predictors on a text")
     judge.set_defaults(command=show_evaluation)
-    judge.add_argument(
-        "model", metavar="MODEL", help="a GGUF file made by `python -m convert`, or user/repo on the Hub"
-    )
+    add_model(judge)
     judge.add_argument("file", metavar="TEXT", type=Path, help="a UTF-8 text that the predictors were not fitted on")
     judge.add_argument("--tokens", type=count, metavar="N", help="use only the first N tokens (16384)")
     judge.add_argument("--predictor-bias", type=float, default=0.0, metavar="X", help="as at run time (0)")
@@ -87,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> None:
+    check_verb(arguments[0], ("fit", "evaluate"), "python -m predictors")
     options = vars(configure_parser().parse_args(arguments))
     command = options.pop("command")
     command(**options | {"model": locate(options["model"])})

@@ -1,14 +1,17 @@
+# PYTHON_ARGCOMPLETE_OK: shells may ask this module what can follow (docs/completions.md).
 """The command line `python -m runtime`: finds the command and reports its errors; the rest is its module's."""
 
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
 from runtime.commands import chat, complete, devices, inspect, perplexity, plan, report, sparsity
-from runtime.commands.options import Parser, arguments_of
+from runtime.commands.completion import offer_completions
+from runtime.commands.options import Parser, arguments_of, check_verb
 from runtime.errors import run_command
 from runtime.native_ffn import exit_on_abort
 
@@ -43,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> None:
+    check_verb(arguments[0], [name for module, _ in COMMANDS for name in _verbs(module)], "python -m runtime")
     options = vars(_parser().parse_args(arguments))
     exit_on_abort()
     command = options.pop("command")
@@ -53,26 +57,35 @@ def _parser() -> Parser:
     parser = Parser(prog="python -m runtime", description="Run models converted by `python -m convert`.")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
     for module, command in COMMANDS:
-        verb = verbs.add_parser(_verb(module), help=module.HELP, description=command.__doc__)
+        name, *aliases = _verbs(module)
+        verb = verbs.add_parser(name, aliases=aliases, help=module.HELP, description=command.__doc__)
         module.configure_parser(verb)
         verb.set_defaults(command=command)
     return parser
 
 
-def _verb(module: ModuleType) -> str:
-    return module.__name__.rpartition(".")[2]
+def _verbs(module: ModuleType) -> list[str]:
+    """The command's name, and others that it answers to."""
+    return [module.__name__.rpartition(".")[2], *getattr(module, "ALIASES", ())]
 
 
 def _overview() -> str:
-    return _START + "\n".join(f"    {_verb(module):<12}{module.HELP}" for module, _ in COMMANDS)
+    lines = []
+    for module, _ in COMMANDS:
+        name, *aliases = _verbs(module)
+        also = f" (also: {', '.join(aliases)})" if aliases else ""
+        lines.append(f"    {name:<12}{module.HELP}{also}")
+    return _START + "\n".join(lines)
 
 
 def _use_utf8() -> None:
-    # Models write any Unicode, whatever the locale of the terminal.
+    # Models write any Unicode, whatever the locale of the terminal; who names an encoding for Python means it.
+    encoding = None if os.environ.get("PYTHONIOENCODING") else "utf-8"
     for out in (sys.stdout, sys.stderr):
         if isinstance(out, io.TextIOWrapper):
-            out.reconfigure(encoding="utf-8", errors="replace")
+            out.reconfigure(encoding=encoding, errors="replace")
 
 
 if __name__ == "__main__":
+    offer_completions(_parser)
     sys.exit(main())

@@ -9,6 +9,7 @@ import pytest
 from checkpoints import CHECKPOINTS
 from hub_client import Client
 from hub_server import Hub
+from parrot import WOMEN, make_parrot
 
 from convert import convert
 from runtime import native_ffn
@@ -58,6 +59,12 @@ def tiny_gguf(converted: Converted) -> Path:
 def fitted_gguf(converted: Converted) -> Path:
     """The bundled model in F16 as `python -m convert` makes it: hot neurons first, with predictors."""
     return converted("bundled", "f16", None)
+
+
+@pytest.fixture(scope="session")
+def emoji_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that writes emoji for ever, with a context of 16,384 tokens."""
+    return make_parrot(tmp_path_factory.mktemp("emoji"), WOMEN)
 
 
 @pytest.fixture(params=[v for i, v in enumerate(native_ffn.VARIANTS) if native_ffn.library().lzn_has_variant(i)])

@@ -1,20 +1,16 @@
-"""`python -m runtime chat` in a process of its own: through a pipe, and at a pseudo-terminal."""
+"""`python -m runtime chat` in a process of its own, through a pipe."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import select
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from parrot import WOMEN
 
 import runtime
 from convert import convert
@@ -28,14 +24,11 @@ CHATML = """\
 GREEDY = Sampling(temperature=0)
 
 
-# --- through a pipe ---------------------------------------------------------------------------------------------------
-
-
-def chat(*arguments: object, stdin: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "runtime", "chat", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=ROOT, input=stdin, capture_output=True, encoding="utf-8", timeout=120, check=False
-    )
+def chat(*arguments: object, stdin: str | bytes) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "runtime", "chat", *map(str, arguments), "--threads", "1"]
+    raw = stdin if isinstance(stdin, bytes) else stdin.encode()
+    done = subprocess.run(command, cwd=ROOT, input=raw, capture_output=True, timeout=120, check=False)
+    return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def test_a_pipe_gets_replies_and_nothing_else(tiny_gguf: Path) -> None:
@@ -53,12 +46,94 @@ def test_a_pipe_gets_replies_and_nothing_else(tiny_gguf: Path) -> None:
     assert "neurons computed" in with_json.stderr
 
 
-def test_a_full_context_is_one_line_on_stderr(tiny_gguf: Path) -> None:
-    done = chat(tiny_gguf, "--temp", 0, "-n", 100, "-c", 32, stdin="My fellow citizens,\nAnd now\n/reset\nWe\n")
+def test_without_shifting_a_full_context_is_one_line_on_stderr(tiny_gguf: Path) -> None:
+    lines = "My fellow citizens,\nAnd now\n/reset\nWe\n"
+    done = chat(tiny_gguf, "--temp", 0, "-n", 100, "-c", 32, "--no-shift", stdin=lines)
     assert done.returncode == 1
     assert "the context of 32 tokens is full: /reset begins anew" in done.stderr
     assert "error: the conversation has 3" in done.stderr
     assert "Traceback" not in done.stderr
+    assert "dropped" not in done.stderr
+
+
+def test_old_messages_make_room_and_it_is_said(tiny_gguf: Path) -> None:
+    done = chat(tiny_gguf, "--temp", 0, "-n", 20, "-c", 32, "--json", stdin="My fellow citizens,\nAnd now\nWe\n")
+    assert done.returncode == 0
+    dropped = re.findall(r"dropped the 2 oldest messages \((\d+) tokens\) to fit the context of 32 tokens", done.stderr)
+    assert len(dropped) == 2
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["stop_reasons"] == ["length"] * 3
+    assert result["dropped_messages"] == 4
+
+
+def test_a_text_alone_too_long_is_an_error(tiny_gguf: Path) -> None:
+    done = chat(tiny_gguf, "-c", 32, "--temp", 0, "-n", 4, stdin="We\n" + "word " * 40 + "\nWe\n")
+    assert done.returncode == 1
+    assert re.search(r"error: your text has \d+ tokens, expected fewer than the context of 32", done.stderr)
+    assert "hint: shorten it" in done.stderr
+    assert len(done.stdout.splitlines()) >= 2
+
+
+def test_lines_of_any_kind(emoji_gguf: Path) -> None:
+    lines = "\U0001f642".encode() * 2000 + b"\r\n\xff\xfe\n\r\n  \nno newline"
+    done = chat(emoji_gguf, "-c", 8192, "--temp", 0, "-n", 14, "--json", stdin=lines)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == done.stderr.count("error: stdin: byte 0 is 0xff, expected UTF-8 text") == 1
+    assert result["replies"] == [WOMEN * 2] * 2
+    assert result["prompt_tokens"] > 8000
+    assert done.stdout.splitlines()[:2] == result["replies"]
+
+
+def test_exit_leaves_the_rest_unread(tiny_gguf: Path) -> None:
+    done = chat(tiny_gguf, "--temp", 0, "-n", 2, "--json", stdin="We\n/exit\nMust\n")
+    assert done.returncode == 0
+    assert len(json.loads(done.stdout.splitlines()[-1])["replies"]) == 1
+
+
+def test_a_prompt_of_the_command_line_comes_first(tiny_gguf: Path, tmp_path: Path) -> None:
+    file = tmp_path / "first.txt"
+    file.write_text("/My fellow\ncitizens,\n", encoding="utf-8")
+    replies = []
+    for first in (("-p", "/My fellow\ncitizens,"), ("--prompt-file", file)):
+        done = chat(
+            tiny_gguf, "--temp", 0, "-n", 6, *first, "--json", stdin=f"We must\n/save {tmp_path / 'talk.json'}\n"
+        )
+        assert done.returncode == 0
+        replies.append(json.loads(done.stdout.splitlines()[-1])["replies"])
+    assert replies[0] == replies[1]
+    saved = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    assert [m["content"] for m in saved if m["role"] == "user"] == ["/My fellow\ncitizens,", "We must"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-p", " \n"), "the prompt is blank"),
+        (("--prompt-file", "missing.txt"), "missing.txt"),
+        (("-p", "x", "--prompt-file", "y"), "not allowed with"),
+        (("-p", "\udcff"), "--prompt: byte 0 is 0xff, expected UTF-8"),
+        (("--system", "a\udcff"), "--system: byte 1 is 0xff, expected UTF-8"),
+        (("--no-shft",), "unrecognized arguments: --no-shft"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_loaded(arguments: tuple[str, ...], message: str, tiny_gguf: Path) -> None:
+    done = chat(tiny_gguf, *arguments, stdin="We\n")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr.splitlines()[0]
+
+
+def test_without_a_terminal_nothing_is_coloured(tiny_gguf: Path) -> None:
+    done = chat(tiny_gguf, "--temp", 0, "-n", 4, stdin="We\n/stats\n/bogus\n")
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "hint: /help lists them" in done.stderr
+
+
+def test_run_is_chat(tiny_gguf: Path) -> None:
+    command = [sys.executable, "-m", "runtime", "run", str(tiny_gguf), "--temp", "0", "-n", "6"]
+    done = subprocess.run(command, cwd=ROOT, input="We must\n", capture_output=True, encoding="utf-8", check=True)
+    assert done.stdout == chat(tiny_gguf, "--temp", 0, "-n", 6, stdin="We must\n").stdout
 
 
 @pytest.fixture(scope="module")
@@ -89,176 +164,3 @@ def test_a_template_that_refuses_is_one_line(templated_gguf: Path) -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith("error: chat template: no system prompts here\nhint: ")
-
-
-# --- at a terminal ----------------------------------------------------------------------------------------------------
-
-pty = pytest.importorskip("pty")
-CTRL_C, CTRL_D, ALT_ENTER, ENTER = "\x03", "\x04", "\x1b\r", "\r"
-PROMPT = ">"  # the space after it is drawn as a movement of the cursor
-PASTE = "\x1b[200~{}\x1b[201~"
-ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-Z\\-_=>]|\x1b\].*?\x07")
-FOOTER = r"\[\d+ tokens · [\d.]+ tokens/s · [\d.]+% of neurons computed · [\d.]+ MB per token( · [a-z ]+)?\]"
-
-
-class Screen:
-    """A chat in a process of its own whose terminal we are."""
-
-    def __init__(self, state: Path, *arguments: object) -> None:
-        import fcntl
-        import termios
-
-        self._ours, theirs = pty.openpty()
-        env = os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(state)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "runtime", "chat", *map(str, arguments)],
-            cwd=ROOT,
-            env=env,
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            start_new_session=True,
-            # Ctrl-C becomes a signal only on the controlling terminal.
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509
-        )
-        os.close(theirs)
-        self._text = ""
-
-    def send(self, keys: str) -> None:
-        os.write(self._ours, keys.encode())
-
-    def type(self, line: str) -> None:
-        """Type a line once the prompt is there."""
-        self.expect(PROMPT)
-        self.send(line + ENTER)
-
-    def expect(self, pattern: str, seconds: float = 20) -> str:
-        """Read until `pattern` appears; returns the text up to its end and forgets it."""
-        until = time.monotonic() + seconds
-        while not (found := re.search(pattern, self._text)):
-            assert select.select([self._ours], [], [], max(0, until - time.monotonic()))[0], (pattern, self._text)
-            self._text = ESCAPES.sub("", self._text + self._read())
-        text, self._text = self._text[: found.end()], self._text[found.end() :]
-        return text
-
-    def _read(self) -> str:
-        try:
-            return os.read(self._ours, 65536).decode("utf-8", "replace")
-        except OSError:  # Linux's way to say that the other side is closed
-            raise AssertionError(f"the chat has ended: {self._text}") from None
-
-    def ended(self) -> int:
-        """The exit status, once the chat has ended."""
-        return self.process.wait(timeout=30)
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        os.close(self._ours)
-
-
-@pytest.fixture
-def screen(tiny_gguf: Path, tmp_path: Path) -> Iterator[Screen]:
-    opened = Screen(tmp_path / "state", tiny_gguf, "--temp", 0, "-n", 8, "--threads", 1)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def endless(tiny_gguf: Path, tmp_path: Path) -> Iterator[Screen]:
-    opened = Screen(tmp_path / "state", tiny_gguf, "--seed", 1, "-n", 1000, "--threads", 1)
-    yield opened
-    opened.close()
-
-
-def test_a_chat_from_start_to_exit(screen: Screen, tmp_path: Path) -> None:
-    greeting = screen.expect("/help lists")
-    assert "no chat template" in greeting
-    assert "context of 1024 tokens" in greeting
-    screen.type("My fellow citizens,")
-    reply = screen.expect(FOOTER)
-    assert "8 tokens ·" in reply
-    screen.type("/stats")
-    assert re.search(r"replies +1\b", screen.expect("after the last reply"))
-    screen.type(f"/save {tmp_path / 'talk.json'}")
-    screen.expect("saved 2 messages")
-    screen.type("/reset")
-    screen.expect("conversation cleared")
-    screen.type(f"/load {tmp_path / 'talk.json'}")
-    screen.expect("loaded 2 messages")
-    screen.type(f"/load {tmp_path / 'missing.json'}")
-    screen.expect("error: .*missing.json.*No such file")
-    screen.type("/bogus")
-    screen.expect("unknown command `/bogus`")
-    screen.type("/help")
-    screen.expect("begin anew")
-    screen.type("/exit")
-    assert screen.ended() == 0
-    saved = json.loads((tmp_path / "talk.json").read_text())
-    assert [m["role"] for m in saved["messages"]] == ["user", "assistant"]
-    assert saved["messages"][1]["content"].split()[-1] in reply
-
-
-def test_the_history_is_kept_private_and_recalled(screen: Screen, tmp_path: Path) -> None:
-    screen.type("My fellow citizens,")
-    screen.expect(FOOTER)
-    screen.expect(PROMPT)
-    screen.send("\x1b[A" + ENTER)
-    screen.expect(FOOTER)
-    screen.expect(PROMPT)
-    screen.send(CTRL_D)
-    assert screen.ended() == 0
-    history = tmp_path / "state/lazyneuron/history"
-    assert "+My fellow citizens," in history.read_text()
-    assert history.stat().st_mode & 0o077 == 0
-
-
-@pytest.mark.parametrize(
-    "keys", ["one\\" + ENTER + "two", "one" + ALT_ENTER + "two", PASTE.format("one\ntwo"), PASTE.format("one\r\ntwo")]
-)
-def test_several_lines(keys: str, screen: Screen, tmp_path: Path) -> None:
-    screen.type(keys)
-    screen.expect(FOOTER)
-    screen.type(f"/save {tmp_path / 'talk.json'}")
-    screen.expect("saved 2 messages")
-    assert json.loads((tmp_path / "talk.json").read_text())["messages"][0]["content"] == "one\ntwo"
-
-
-def test_ctrl_c_stops_only_the_reply(endless: Screen) -> None:
-    endless.type("My fellow citizens,")
-    endless.expect(r"My fellow citizens,\s+\S+ \S+ \S+")
-    endless.send(CTRL_C)
-    footer = endless.expect(FOOTER)
-    assert "· stopped]" in footer
-    assert int(re.findall(r"\[(\d+) tokens", footer)[-1]) < 900
-    endless.type("/stats")
-    endless.expect(r"replies +1\b")
-    endless.type("/exit")
-    assert endless.ended() == 0
-
-
-def test_ctrl_c_at_the_prompt_clears_the_line_and_then_hints(screen: Screen) -> None:
-    screen.expect(PROMPT)
-    screen.send("never sent")
-    screen.expect("never sent")
-    screen.send(CTRL_C)
-    screen.send(CTRL_C)
-    screen.expect("Ctrl-D or /exit leaves")
-    screen.type("/stats")
-    screen.expect("no replies yet")
-    screen.process.send_signal(signal.SIGTERM)
-    screen.ended()
-
-
-def test_json_at_a_terminal_comes_last(tiny_gguf: Path, tmp_path: Path) -> None:
-    screen = Screen(tmp_path, tiny_gguf, "--temp", 0, "-n", 4, "--json")
-    try:
-        screen.type("We")
-        screen.expect(FOOTER)
-        screen.type("/exit")
-        result = json.loads(re.findall(r"\{.*\}", screen.expect(r"\{.*\}"))[-1])
-        assert (result["tokens"], len(result["replies"])) == (4, 1)
-        assert screen.ended() == 0
-    finally:
-        screen.close()

@@ -296,13 +296,35 @@ def test_files_that_are_no_model(command: str, model: str, message: str, tmp_pat
         (("perplexity", "MODEL", "FILE", "--window", "2000"), "window 2000"),
         (("perplexity", "MODEL", "FILE", "--window", "64", "--stride", "64"), "stride 64, expected 1 to 63"),
         (("perplexity", "MODEL", "FILE", "--tokens", "1"), "1 tokens"),
-        (("prune", "MODEL"), "invalid choice: 'prune'"),
+        (("prune", "MODEL"), "unknown command `prune`"),
     ],
 )
 def test_mistakes_are_one_line(arguments: tuple[str, ...], message: str, tiny_gguf: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     names = {"MODEL": tiny_gguf, "FILE": tmp_path / "text.txt"}
     assert_one_line_error(run(*(names.get(a, a) for a in arguments)), message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "similar"),
+    [
+        (("runtime", "chatt", "MODEL"), "did you mean `chat`? "),
+        (("runtime", "chat", "MODEL", "--tmp", "0"), "did you mean `--temp`? "),
+        (("predictors", "eval"), "did you mean `evaluate`? "),
+        (("predictors", "fit", "MODEL", "OUT", "--king", "mlp"), "did you mean `--kind`? "),
+    ],
+)
+def test_what_was_meant_is_guessed(arguments: tuple[str, ...], similar: str) -> None:
+    done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert_one_line_error(done)
+    assert done.stderr.splitlines()[1].startswith(f"hint: {similar}")
+
+
+@pytest.mark.parametrize("module", ["runtime", "convert", "predictors"])
+def test_each_command_line_alone_says_what_to_type_first(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"\n    python -m {module} " in done.stdout
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess[str], *messages: str) -> None:

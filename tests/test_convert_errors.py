@@ -198,16 +198,27 @@ def test_targets_that_cannot_be_written(broken: Path, tmp_path: Path) -> None:
         convert(broken)
 
 
-def test_wrong_options_are_usage_errors(broken: Path, tmp_path: Path) -> None:
-    for arguments in (
-        [str(broken)],
-        [str(broken), "x.gguf", "--layout", "dense"],
-        [str(broken), "x", "--threads", "0"],
-    ):
-        command = [sys.executable, "-m", "convert", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-        assert done.returncode == 2
-        assert "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["SOURCE"], "OUT.gguf is missing"),
+        (["--dry-run"], "SOURCE is missing"),
+        (["SOURCE", "x.gguf", "--layout", "dense"], "--layout: invalid choice: 'dense'"),
+        (["SOURCE", "x.gguf", "--threads", "0"], "--threads: 0, expected 1 or more"),
+        (["SOURCE", "x.gguf", "--tipe", "f16"], "unrecognized arguments: --tipe f16"),
+        (["push", "x.gguf"], "arguments are required: USER/REPO"),
+        (["card"], "arguments are required: OUT.gguf"),
+    ],
+)
+def test_wrong_options_are_one_line(broken: Path, arguments: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "convert", *(str(broken) if a == "SOURCE" else a for a in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    error, hint = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert error.startswith("error: ")
+    assert message in error
+    assert hint.startswith("hint: ")
+    assert hint.endswith(" --help lists the options")
 
 
 def test_a_target_larger_than_the_disk(tmp_path: Path, checkpoint: Folder) -> None:

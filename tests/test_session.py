@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,26 @@ def test_save_overwrites_no_other_file(tmp_path: Path) -> None:
     assert precious.read_text() == '{"chapter": 1}'
 
 
+def test_a_save_that_fails_keeps_what_was_saved(tmp_path: Path) -> None:
+    conversation = Conversation(None)
+    conversation.add("user", "kept")
+    conversation.save(tmp_path / "talk.json")
+    conversation.add("user", "x" * 100_000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"talk\.json"):
+            conversation.save(tmp_path / "talk.json")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    loaded = Conversation(None)
+    loaded.load(tmp_path / "talk.json")
+    assert [m["content"] for m in loaded.messages] == ["kept"]
+    assert [file.name for file in tmp_path.iterdir()] == ["talk.json"]
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -101,8 +123,8 @@ def model(tiny_gguf: Path) -> Iterator[Model]:
         yield loaded
 
 
-def session_with(model: Model, max_tokens: int | None = 8, **conversation: Any) -> Session:
-    return Session(model, Conversation(None, **conversation), GREEDY, max_tokens)
+def session_with(model: Model, max_tokens: int | None = 8, shift: bool = True, **conversation: Any) -> Session:
+    return Session(model, Conversation(None, **conversation), GREEDY, max_tokens, shift)
 
 
 def going_on(_piece: str) -> bool:
@@ -163,12 +185,13 @@ def test_a_full_context_is_said(model: Model) -> None:
     session = session_with(model, max_tokens=None)
     reply = session.reply("My fellow citizens,", going_on)
     assert reply.stop_reason in ("context", "eos")
-    assert "context of 96 tokens is full: /reset" in session.context_note(reply)
-    assert "at most 1024" in session.context_note(reply)
+    (note,) = session.context_notes(reply)
+    assert "context of 96 tokens is full: /reset" in note
+    assert "at most 1024" in note
 
 
 def test_a_conversation_that_no_longer_fits_is_said_and_kept(model: Model) -> None:
-    session = session_with(model)
+    session = session_with(model, shift=False)
     session.reply("One", going_on)
     before = list(session.conversation.messages)
     with pytest.raises(UserError, match="fewer than the context of 96; your last text was not added") as caught:

@@ -8,12 +8,27 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from runtime.commands.conversation import Conversation
-from runtime.commands.options import Loading, add_json, add_loading, add_model, add_sampling, decoded, note, print_json
+from runtime.commands.options import (
+    Loading,
+    add_json,
+    add_loading,
+    add_model,
+    add_prompt,
+    add_sampling,
+    cleaner,
+    decoded,
+    given_prompt,
+    note,
+    print_json,
+    typed,
+)
 from runtime.commands.session import Session, attempt
+from runtime.errors import UserError
 from runtime.model import Model
 from runtime.sampling import Sampling
 
 HELP = "talk to a model"
+ALIASES = ("run",)
 PLAIN_MAX_TOKENS = 256  # a model without chat template seldom ends by itself
 
 
@@ -21,6 +36,13 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Options of `chat`."""
     add_model(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="the system prompt")
+    add_prompt(parser, "the first text, answered at once; then the chat goes on")
+    parser.add_argument(
+        "--no-shift",
+        dest="shift",
+        action="store_false",
+        help="stop when the context is full (default: leave the oldest messages out of the prompt, and say so)",
+    )
     add_sampling(parser, f"none, or {PLAIN_MAX_TOKENS} without a chat template")
     add_loading(parser)
     add_json(parser)
@@ -29,22 +51,28 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
 def chat(
     model: Path,
     system: str = "",
+    prompt: str | None = None,
+    prompt_file: Path | None = None,
+    shift: bool = True,
     max_tokens: int | None = None,
     sampling: Sampling | None = None,
     loading: Loading | None = None,
     as_json: bool = False,
 ) -> None:
     """Talk to a model; with no terminal, each line of stdin is a prompt and stdout gets the replies."""
+    first, system = given_prompt(prompt, prompt_file), typed(system, "--system")
+    if first is not None and not first.strip():
+        raise UserError("the prompt is blank", "give some text, or leave --prompt and --prompt-file out")
     with (loading or Loading()).open(model) as loaded:
-        session = _session(loaded, system, max_tokens, sampling or Sampling())
-        worked = _converse(session)
+        session = _session(loaded, system, max_tokens, sampling or Sampling(), shift)
+        worked = _converse(session, first)
         if as_json:
             print_json(session.result())
     if not worked:
         raise SystemExit(1)
 
 
-def _session(model: Model, system: str, max_tokens: int | None, sampling: Sampling) -> Session:
+def _session(model: Model, system: str, max_tokens: int | None, sampling: Sampling, shift: bool) -> Session:
     tokenizer = model.tokenizer
     bos, eos = ("" if token is None else tokenizer.token_text(token) for token in (tokenizer.bos, tokenizer.eos))
     if model.chat_template is None:
@@ -53,29 +81,27 @@ def _session(model: Model, system: str, max_tokens: int | None, sampling: Sampli
             "this file has no chat template: your text is continued as running text,"
             f" up to {max_tokens} tokens at a time (-n N changes that)"
         )
-    return Session(model, Conversation(model.chat_template, bos, eos, system), sampling, max_tokens)
+    return Session(model, Conversation(model.chat_template, bos, eos, system), sampling, max_tokens, shift)
 
 
-def _converse(session: Session) -> bool:
+def _converse(session: Session, first: str | None) -> bool:
     if sys.stdin.isatty() and sys.stdout.isatty():
         from runtime.commands.terminal import Terminal  # noqa: PLC0415  (slow to import, and needless in a pipe)
 
-        Terminal(session).run()
+        Terminal(session).run(first)
         return True
-    return answer_lines(session, sys.stdin.buffer)
+    return answer_lines(session, sys.stdin.buffer, first)
 
 
-def answer_lines(session: Session, lines: Iterable[bytes]) -> bool:
-    """Answer each line that is not blank on stdout; returns whether all of them could be answered."""
-    worked, running = True, True
+def answer_lines(session: Session, lines: Iterable[bytes], first: str | None = None) -> bool:
+    """Answer `first` and each line that is not blank on stdout; returns whether all of them could be answered."""
+    worked = first is None or attempt(lambda: _answer(session, first))
+    running = True
 
     def take(raw: bytes) -> None:
         nonlocal running
         line = decoded(raw, "stdin").rstrip("\r\n")
-        if line.startswith("/"):
-            running = session.command(line.strip())
-        elif line.strip():
-            _answer(session, line)
+        running = session.take(line, lambda text: _answer(session, text))
 
     for raw in lines:
         worked &= attempt(lambda raw=raw: take(raw))  # type: ignore[misc]
@@ -84,14 +110,16 @@ def answer_lines(session: Session, lines: Iterable[bytes]) -> bool:
     return worked
 
 
-def _answer(session: Session, line: str) -> None:
+def _answer(session: Session, text: str) -> None:
+    clean = cleaner(sys.stdout)
+
     def show(piece: str) -> bool:
-        sys.stdout.write(piece)
+        sys.stdout.write(clean(piece))
         sys.stdout.flush()
         return True
 
-    reply = session.reply(line, show)
+    reply = session.reply(text, show)
     if not reply.text.endswith("\n"):
         show("\n")
-    if full := session.context_note(reply):
-        note(full)
+    for line in session.context_notes(reply):
+        note(line)

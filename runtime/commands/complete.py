@@ -13,11 +13,12 @@ from runtime.commands.options import (
     add_json,
     add_loading,
     add_model,
+    add_prompt,
     add_sampling,
+    cleaner,
     decoded,
+    given_prompt,
     print_json,
-    printable,
-    read_text,
     stream,
 )
 from runtime.errors import UserError
@@ -32,9 +33,7 @@ DEFAULT_MAX_TOKENS = 256
 def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Options of `complete`."""
     add_model(parser)
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt (default: read from stdin)")
-    source.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file with the prompt")
+    add_prompt(parser, "default: read from stdin")
     add_sampling(parser, f"{DEFAULT_MAX_TOKENS}")
     add_loading(parser)
     add_json(parser)
@@ -50,7 +49,8 @@ def complete(
     as_json: bool = False,
 ) -> None:
     """Print the continuation of a prompt (`prompt`, else `prompt_file`, else stdin), or one JSON object about it."""
-    text = _prompt(prompt, prompt_file)
+    text = given_prompt(prompt, prompt_file)
+    text = _piped() if text is None else text
     sampling = (sampling or Sampling()).seeded()
     with (loading or Loading()).open(model) as loaded:
         with loaded.generate(text, max_tokens or DEFAULT_MAX_TOKENS, sampling) as generation:
@@ -61,11 +61,7 @@ def complete(
             print_footer(generation.stats, generation.stop_reason)
 
 
-def _prompt(prompt: str | None, file: Path | None) -> str:
-    if prompt is not None:
-        return prompt
-    if file is not None:
-        return read_text(file).removesuffix("\n")
+def _piped() -> str:
     if sys.stdin.isatty():
         raise UserError("no prompt", "give one with -p TEXT or --prompt-file FILE, or pipe it in")
     return decoded(sys.stdin.buffer.read(), "stdin").removesuffix("\n")
@@ -76,8 +72,7 @@ def _show(generation: Generation, as_json: bool) -> None:
         for _ in generation:
             pass
         return
-    # Only a terminal could be steered by what a model writes; a file gets the text as it is.
-    clean = printable if sys.stdout.isatty() else str
+    clean = cleaner(sys.stdout)
 
     def write(piece: str) -> None:
         sys.stdout.write(clean(piece))

@@ -7,6 +7,8 @@ that user and model write in turn.
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from runtime import template
 from runtime.commands.options import read_text
 from runtime.errors import UserError
+from runtime.new_file import replacing
 
 _FORMAT = "lazyneuron_conversation"
 _VERSION = 1
@@ -26,7 +29,8 @@ class Conversation:
     """Messages, oldest first, each a `role` and its `content`.
 
     chat_template: the file's Jinja template, or None for running text. bos, eos: the tokens' texts.
-    system: the system prompt; it survives `reset`.
+    system: the system prompt; it survives `reset`. dropped: how many of the oldest messages after the system prompt the
+    prompt leaves out, because the context has no room for them; they stay in `messages`, and in the file of `save`.
     """
 
     chat_template: str | None
@@ -34,6 +38,7 @@ class Conversation:
     eos: str = ""
     system: str = ""
     messages: list[Message] = field(default_factory=list)
+    dropped: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.reset()
@@ -41,6 +46,7 @@ class Conversation:
     def reset(self) -> None:
         """Begin anew, with the system prompt if there is one."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        self.dropped = 0
 
     def add(self, role: str, content: str) -> None:
         """Append a message."""
@@ -50,19 +56,35 @@ class Conversation:
         """Take the last message back."""
         self.messages.pop()
 
+    def undo(self) -> str:
+        """Take back the user's last text, which is returned, and all that followed it. Raises UserError if there is none."""
+        at = max((i for i, message in enumerate(self.messages) if message["role"] == "user"), default=None)
+        if at is None:
+            raise UserError("nothing to take back: the conversation is empty")
+        text = self.messages[at]["content"]
+        del self.messages[at:]
+        self.dropped = 0  # there may be room again
+        return text
+
+    def drop_oldest(self) -> bool:
+        """Leave the oldest turn (a text and its reply) out of the prompt; returns False where only the last one is left."""
+        first = self._n_system() + self.dropped
+        following = (i for i in range(first + 1, len(self.messages)) if self.messages[i]["role"] == "user")
+        at = next(following, None)
+        if at is not None:
+            self.dropped += at - first
+        return at is not None
+
     def prompt(self) -> str:
         """The text that the model continues. Raises UserError when the template refuses the messages."""
+        n = self._n_system()
+        messages = self.messages[:n] + self.messages[n + self.dropped :]
         if self.chat_template is not None:
-            return template.render(self.chat_template, self.messages, self.bos, self.eos)
-        return self._running_text()
+            return template.render(self.chat_template, messages, self.bos, self.eos)
+        return _running_text(messages)
 
-    def _running_text(self) -> str:
-        text = ""
-        for message in self.messages:
-            # A reply continues the user's text where it ends; whatever the user writes begins a line.
-            starts_line = message["role"] != "assistant" and text and not text.endswith("\n")
-            text += ("\n" if starts_line else "") + message["content"]
-        return text
+    def _n_system(self) -> int:
+        return int(bool(self.messages) and self.messages[0]["role"] == "system")
 
     def save(self, path: Path) -> None:
         """Write the messages to `path`, replacing an older saved conversation but no other file."""
@@ -72,13 +94,26 @@ class Conversation:
             except UserError:
                 raise UserError(f"`{path}`: exists and is no saved conversation", "choose another name") from None
         values = {_FORMAT: _VERSION, "messages": self.messages}
-        path.write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        try:
+            with replacing(path) as partial:
+                partial.write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:  # which names the other file, or none
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
 
     def load(self, path: Path) -> None:
         """Replace the messages by those of a saved conversation. Raises UserError when `path` holds none."""
-        self.messages = _read(path)
+        self.messages, self.dropped = _read(path), 0
         first = self.messages[0] if self.messages else {"role": ""}
         self.system = first["content"] if first["role"] == "system" else ""
+
+
+def _running_text(messages: Iterable[Message]) -> str:
+    text = ""
+    for message in messages:
+        # A reply continues the user's text where it ends; whatever the user writes begins a line.
+        starts_line = message["role"] != "assistant" and text and not text.endswith("\n")
+        text += ("\n" if starts_line else "") + message["content"]
+    return text
 
 
 def _read(path: Path) -> list[Message]:

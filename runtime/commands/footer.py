@@ -1,12 +1,21 @@
-"""The dim line below a reply, on stderr: how fast it was and how much of the model it needed."""
+"""Figures of a reply for people, on stderr: the dim line below it, and the chart of its layers.
+
+rich knows what the terminal can show: colours, and other characters than ASCII.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from rich.bar import Bar
 from rich.console import Console
+from rich.table import Table
 
 from runtime.generate import Stats
 
 _REASONS = {None: "stopped", "length": "length limit reached", "context": "context full"}
+_ROWS = 12  # of the chart: the figures above it and the prompt below share a screen of 24 lines with it
+_NARROW, _WIDE = 4, 24  # columns of a bar
 
 
 def footer(stats: Stats, stop_reason: str | None) -> str:
@@ -24,3 +33,24 @@ def print_footer(stats: Stats, stop_reason: str | None) -> None:
     """Print the footer of a reply on stderr."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(f"[{footer(stats, stop_reason)}]", style="dim", markup=False)
+
+
+def print_layers(title: str, shares: Sequence[float]) -> None:
+    """Print each layer's share (0 to 1) as a bar and a figure on stderr, many layers side by side."""
+    console = Console(stderr=True, highlight=False)
+    n_digits, largest = len(str(len(shares) - 1)), max(shares, default=0.0)
+    figure = len("100.0%") + n_digits + 3  # with the spaces between
+    columns = max(1, min(-(-len(shares) // _ROWS), console.width // (figure + _NARROW)))
+    width = max(_NARROW, min(_WIDE, console.width // columns - figure))
+    rows = -(-len(shares) // columns)
+    table = Table.grid(padding=(0, 1, 0, 0))
+    for first in range(rows):
+        cells: list[str | Bar] = []
+        for layer in range(first, len(shares), rows):
+            share, scale = shares[layer], largest or 1.0
+            plain = "#" * round(share / scale * width)  # rich's own bar has no form in ASCII
+            bar = plain.ljust(width) if console.options.ascii_only else Bar(scale, 0, share, width=width, color="cyan")
+            cells += [f"{layer:>{n_digits}}", bar, f"{share:6.1%}"]
+        table.add_row(*cells)
+    console.print(f"{title} (the longest bar: {largest:.1%})")
+    console.print(table)

@@ -6,14 +6,18 @@ Knows argparse and the terminal's two streams; knows nothing of models.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
+import os
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from runtime.arrange import Arrangement
+from runtime.commands.completion import completed
 from runtime.commands.help import HelpParser
 from runtime.devices import AUTO, parse_sizes
 from runtime.engine import FFN_MODES, KV_TYPES
@@ -29,7 +33,25 @@ class Parser(HelpParser):
 
     def error(self, message: str) -> NoReturn:
         """Report a wrong command line."""
-        raise UserError(message, f"{self.prog} --help lists the options")
+        self._refuse(message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse's; a command reports options that it does not know by itself, not through the command line above it."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            option = unknown[0].partition("=")[0]
+            similar = did_you_mean(option, self._option_string_actions) if option.startswith("-") else ""
+            self._refuse(f"unrecognized arguments: {' '.join(unknown)}", similar)
+        return found, unknown
+
+    def _refuse(self, message: str, hint: str = "") -> NoReturn:
+        raise UserError(message, f"{hint}{self.prog} --help lists the options")
+
+
+def check_verb(word: str, verbs: Sequence[str], prog: str) -> None:
+    """Raise UserError when `word`, the first of a command line, is neither an option nor one of the commands."""
+    if not word.startswith("-") and word not in verbs:
+        raise UserError(f"unknown command `{word}`", f"{did_you_mean(word, verbs)}`{prog}` lists the commands")
 
 
 @dataclass(frozen=True)
@@ -69,9 +91,31 @@ def where(arrangement: Arrangement) -> str:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """MODEL, the file that every command takes, or its name on the Hub."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="a GGUF file made by `python -m convert`, or user/repo on the Hub"
+    completed(
+        parser.add_argument(
+            "model", metavar="MODEL", help="a GGUF file made by `python -m convert`, or user/repo on the Hub"
+        ),
+        ".gguf",
     )
+
+
+def add_prompt(parser: argparse.ArgumentParser, default: str) -> None:
+    """-p and --prompt-file; `default` says what happens without them."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("-p", "--prompt", metavar="TEXT", help=f"the prompt ({default})")
+    source.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file with the prompt")
+
+
+def given_prompt(prompt: str | None, file: Path | None) -> str | None:
+    """The text of -p or --prompt-file, without the newline that ends a file; None where neither was given."""
+    if file is not None:
+        return read_text(file).removesuffix("\n")
+    return None if prompt is None else typed(prompt, "--prompt")
+
+
+def typed(text: str, option: str) -> str:
+    """An option's text; raises UserError when it was not UTF-8 on the command line."""
+    return decoded(os.fsencode(text), option)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -189,9 +233,25 @@ def decoded(raw: bytes, where: str) -> str:
         raise UserError(f"{where}: byte {error.start} is {raw[error.start]:#04x}, expected UTF-8 text") from None
 
 
+# Controls (but newline and tab), line and paragraph separators, embeddings, overrides and isolates of bidirectional text, lone
+# surrogates. Joiners, variation selectors and tags stay: emoji and several scripts are spelled with them.
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 def printable(text: str) -> str:
-    """`text` with characters that could steer a terminal made visible; newlines and tabs stay."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    """`text` with characters that could steer a terminal or turn its writing round made visible; newlines and tabs stay."""
+    return _STEERING.sub("\ufffd", text)
+
+
+def cleaner(out: TextIO) -> Callable[[str], str]:
+    """How a model's text is written to `out`: as it is, but for a terminal, which it could steer."""
+    return printable if out.isatty() else str
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The beginning of a hint, "did you mean `chat`? ", or "" where nothing known is similar to `word`."""
+    similar = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean `{similar[0]}`? " if similar else ""
 
 
 def print_json(values: dict[str, Any]) -> None:

@@ -6,54 +6,79 @@ What is typed and how replies are shown belongs to `runtime.commands.terminal` a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from runtime import llama
 from runtime.commands.conversation import Conversation
-from runtime.commands.options import note
+from runtime.commands.footer import print_layers
+from runtime.commands.options import did_you_mean, note, printable
+from runtime.commands.reply import Draft, Dropped, Reply, larger_context
 from runtime.errors import UserError, os_error
-from runtime.generate import Generation, Stats
+from runtime.generate import Stats
 from runtime.model import Model
 from runtime.sampling import Sampling
 
-HELP = """\
-/reset        begin anew
-/save FILE    write the conversation to a file
-/load FILE    continue a saved conversation
-/stats        figures of this session and of the last reply
-/help         this list
-/exit         leave (or Ctrl-D)
-A text that begins with a slash: put a space before it."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A reply as it came, and its figures. stop_reason: None where the user stopped it."""
-
-    text: str
-    stats: Stats
-    stop_reason: str | None
+COMMANDS = {
+    "/retry": "another reply to your last text",
+    "/undo": "take back your last text and its reply",
+    "/reset": "begin anew",
+    "/save FILE": "write the whole conversation to a file",
+    "/load FILE": "continue a saved conversation",
+    "/stats": "figures of this session, and a chart of the last reply's layers",
+    "/help": "this list",
+    "/exit": "leave (or Ctrl-D)",
+}
+HELP = "\n".join(
+    [
+        *(f"{usage:<14}{text}" for usage, text in COMMANDS.items()),
+        "A text that begins with a slash: put a space before it.",
+    ]
+)
 
 
 class Session:
     """A conversation with a model, reply by reply.
 
     max_tokens: the longest reply, None for no limit. Each reply has its own seed, counted up from `sampling.seed`.
+    shift: where the conversation outgrows the context, leave its oldest messages out of the prompt and say so; else stop.
     """
 
-    def __init__(self, model: Model, conversation: Conversation, sampling: Sampling, max_tokens: int | None) -> None:
-        self.model, self.conversation, self.max_tokens = model, conversation, max_tokens
+    def __init__(
+        self,
+        model: Model,
+        conversation: Conversation,
+        sampling: Sampling,
+        max_tokens: int | None,
+        shift: bool = True,
+    ) -> None:
+        self.model, self.conversation, self.max_tokens, self.shift = model, conversation, max_tokens, shift
         self.sampling = sampling.seeded()
         self.replies: list[Reply] = []
         self._commands: dict[str, Callable[[str], None]] = {
+            "/undo": self._undo,
             "/reset": self._reset,
             "/save": self._save,
             "/load": self._load,
             "/stats": self._stats,
             "/help": lambda _: note(HELP),
         }
+
+    def take(self, text: str, answer: Callable[[str], object]) -> bool:
+        """Run a slash command, or let `answer` reply to a text; returns False for the command that leaves.
+
+        Raises UserError for an unknown command, and what `answer` raises.
+        """
+        command = text.strip()
+        if command == "/exit":
+            return False
+        if command == "/retry":
+            self._retry(answer)
+        elif text.startswith("/"):
+            self.command(command)
+        elif command:
+            answer(text)
+        return True
 
     def reply(self, text: str, go_on: Callable[[str], bool]) -> Reply:
         """Answer `text`, handing over each piece of the reply as it comes, until `go_on` says no.
@@ -62,56 +87,67 @@ class Session:
         Raises UserError when the conversation does not fit into the context.
         """
         self.conversation.add("user", text)
-        generation: Generation | None = None
+        draft: Draft | None = None
         try:
-            with self._generation() as generation:
-                for piece in generation:
+            draft = self._draft()
+            with closing(draft.pieces()) as pieces:
+                for piece in pieces:
                     if not go_on(piece):
                         break
         finally:
-            self._keep(generation)
+            self._keep(draft.reply if draft else None)
         return self.replies[-1]
 
-    def _keep(self, generation: Generation | None) -> None:
-        if generation is None or not (generation.text or generation.stop_reason):
+    def _draft(self) -> Draft:
+        assert self.sampling.seed is not None
+        seed = self.sampling.seed + sum(reply.generations for reply in self.replies)
+        draft = Draft(self.model, self.conversation, self.sampling, self.max_tokens, seed, self.shift)
+        if draft.dropped_before.messages:
+            note(self._dropped_note(draft.dropped_before))
+        return draft
+
+    def _keep(self, reply: Reply | None) -> None:
+        if reply is None:
             self.conversation.drop_last()
             return
-        self.conversation.add("assistant", generation.text)
-        self.replies.append(Reply(generation.text, generation.stats, generation.stop_reason))
+        self.conversation.add("assistant", reply.text)
+        self.replies.append(reply)
 
-    def _generation(self) -> Generation:
-        # A template spells the start token itself.
-        plain = self.conversation.chat_template is None
-        ids = self.model.tokenize(self.conversation.prompt(), add_special=plain)
-        if len(ids) >= self.model.n_ctx:
-            raise UserError(
-                f"the conversation has {len(ids)} tokens, expected fewer than the context of {self.model.n_ctx}; "
-                "your last text was not added",
-                f"/reset begins anew{self._larger_context()}",
+    def context_notes(self, reply: Reply) -> list[str]:
+        """The lines to show after `reply`: what was dropped to make room for it, and whether the context ended it."""
+        notes = [self._dropped_note(reply.dropped)] if reply.dropped.messages else []
+        if reply.stop_reason == "context":
+            notes.append(
+                f"the context of {self.model.n_ctx} tokens is full: /reset begins anew{larger_context(self.model)}"
             )
-        assert self.sampling.seed is not None
-        seed = (self.sampling.seed + len(self.replies)) % llama.DEFAULT_SEED
-        return self.model.generate(ids, self.max_tokens, replace(self.sampling, seed=seed), cache_prompt=True)
+        return notes
 
-    def _larger_context(self) -> str:
-        limit = self.model.structure.context_length
-        return f", or start with a larger --n-ctx (at most {limit})" if self.model.n_ctx < limit else ""
+    def _dropped_note(self, dropped: Dropped) -> str:
+        which = "oldest message" if dropped.messages == 1 else f"{dropped.messages} oldest messages"
+        return f"dropped the {which} ({dropped.tokens} tokens) to fit the context of {self.model.n_ctx} tokens"
 
-    def context_note(self, reply: Reply) -> str:
-        """The line to show when `reply` ended because the context was full, else ""."""
-        if reply.stop_reason != "context":
-            return ""
-        return f"the context of {self.model.n_ctx} tokens is full: /reset begins anew{self._larger_context()}"
-
-    def command(self, line: str) -> bool:
-        """Run a slash command; returns False for the one that leaves. Raises UserError for an unknown one."""
+    def command(self, line: str) -> None:
+        """Run a slash command that neither leaves nor answers. Raises UserError for an unknown one."""
         name, _, argument = line.partition(" ")
-        if name == "/exit":
-            return False
         if name not in self._commands:
-            raise UserError(f"unknown command `{name}`", "/help lists them")
+            raise UserError(
+                f"unknown command `{name}`",
+                f"{did_you_mean(name, (usage.split()[0] for usage in COMMANDS))}/help lists them",
+            )
         self._commands[name](argument.strip())
-        return True
+
+    def _retry(self, answer: Callable[[str], object]) -> None:
+        messages, n_replies = self.conversation.messages[:], len(self.replies)
+        text = self.conversation.undo()
+        try:
+            answer(text)
+        finally:
+            if len(self.replies) == n_replies:  # no other reply came: the last one stays
+                self.conversation.messages = messages
+
+    def _undo(self, _: str) -> None:
+        first, *others = printable(self.conversation.undo()).strip().splitlines() or [""]
+        note(f"took back: {first}{' ...' if others else ''}")
 
     def _reset(self, _: str) -> None:
         self.conversation.reset()
@@ -131,29 +167,26 @@ class Session:
         if not self.replies:
             note("no replies yet")
             return
-        total, last = self.totals(), self.replies[-1].stats
+        total, last = self.totals(), self.replies[-1]
+        dropped = f", without the {self.conversation.dropped} oldest messages" if self.conversation.dropped else ""
         note(f"replies             {len(self.replies)}")
         note(f"tokens              {total['tokens']} at {total['tokens_per_s']:.1f} per second")
         note(f"prompt tokens       {total['prompt_tokens']}, {total['cached_tokens']} of them cached")
         note(f"neurons computed    {total['computed_share']:.1%} ({self.model.ffn})")
         note(f"bytes per token     {total['bytes_per_token'] / 1e6:.2f} MB")
-        note(f"last reply, layers  {' '.join(f'{share:.1%}' for share in last.layer_shares)}")
-        note(
-            f"context             {last.prompt_tokens + last.tokens} of {self.model.n_ctx} tokens after the last reply"
-        )
+        note(f"context             {last.positions} of {self.model.n_ctx} tokens after the last reply{dropped}")
+        print_layers("last reply, neurons computed by layer", last.stats.layer_shares)
 
     def totals(self) -> dict[str, Any]:
         """Figures of all replies together, as they are printed with --json."""
-        stats = [reply.stats for reply in self.replies]
-        tokens, seconds = sum(s.tokens for s in stats), sum(s.seconds for s in stats)
-        decoded = sum(max(0, s.tokens - 1) for s in stats)  # the first token of a reply belongs to its prompt
+        total = sum((reply.stats for reply in self.replies), Stats())
         return {
-            "tokens": tokens,
-            "tokens_per_s": decoded / seconds if seconds else 0.0,
-            "computed_share": sum(s.computed_share * s.tokens for s in stats) / max(1, tokens),
-            "bytes_per_token": sum(s.bytes_per_token * s.tokens for s in stats) / max(1, tokens),
-            "prompt_tokens": sum(s.prompt_tokens for s in stats),
-            "cached_tokens": sum(s.cached_tokens for s in stats),
+            "tokens": total.tokens,
+            "tokens_per_s": total.tokens_per_s,
+            "computed_share": total.computed_share,
+            "bytes_per_token": total.bytes_per_token,
+            "prompt_tokens": total.prompt_tokens,
+            "cached_tokens": total.cached_tokens,
         }
 
     def result(self) -> dict[str, Any]:
@@ -161,6 +194,7 @@ class Session:
         return {
             "replies": [reply.text for reply in self.replies],
             "stop_reasons": [reply.stop_reason for reply in self.replies],
+            "dropped_messages": self.conversation.dropped,
             **self.totals(),
             "seed": self.sampling.seed,
             "ffn": self.model.ffn,

@@ -1,0 +1,101 @@
+"""Completions in real shells, set up by the lines of docs/completions.md."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from terminal import ENTER, ROOT, TAB, Terminal
+
+DOC = (ROOT / "docs/completions.md").read_text(encoding="utf-8")
+SHELLS = {
+    "bash": ("bash", "--norc", "--noprofile", "-i"),
+    "zsh": ("zsh", "-f", "-i"),
+    "fish": ("fish", "--no-config", "-i"),
+}
+CTRL_U = "\x15"
+
+
+def scripts() -> str:
+    """Where this Python and argcomplete's scripts are."""
+    files = importlib.metadata.files("argcomplete") or []
+    script = next(file for file in files if file.name == "activate-global-python-argcomplete")
+    return f"{Path(sys.executable).parent}:{Path(str(script.locate())).resolve().parent}"
+
+
+@pytest.fixture(params=SHELLS)
+def shell(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Terminal]:
+    """A shell that has read the lines of the document."""
+    name = str(request.param)
+    if name != "bash" and not shutil.which(name):
+        pytest.skip(f"no {name} here")
+    (lines,) = re.findall(rf"```{name}\n(.*?)```", DOC, re.DOTALL)
+    (tmp_path / "lines").write_text(lines + "echo rea''dy\n", encoding="utf-8")
+    path = f"{scripts()}:{os.environ['PATH']}"
+    with Terminal(*SHELLS[name], PATH=path, HOME=str(tmp_path), ZDOTDIR=str(tmp_path), INPUTRC=os.devnull) as opened:
+        opened.send(f"source {tmp_path / 'lines'}{ENTER}")
+        opened.expect("ready")
+        yield opened
+
+
+def test_tab_completes_what_can_follow(shell: Terminal, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    (tmp_path / "model.txt").touch()
+    for typed, completed in (
+        ("python -m runtime insp", "inspect"),
+        ("python -m runtime chat --ffn d", "--ffn dense"),
+        (f"python -m runtime chat {tmp_path}/mod", f"{tmp_path}/model.gguf"),
+        ("python -m runtime run x --no-s", "--no-shift"),
+        ("python -m convert prosparse-llama-2-1", "prosparse-llama-2-13b"),
+        ("python -m convert push x --rep", "--replace-card"),
+        ("python -m predictors eval", "evaluate"),
+    ):
+        shell.send(typed + TAB)
+        shell.expect(re.escape(completed))
+        shell.send(CTRL_U)
+        shell.expect_gone(completed)
+
+
+def offered(line: str) -> set[str]:
+    """What argcomplete answers to a shell."""
+    asking = {"_ARGCOMPLETE": "3", "_ARGCOMPLETE_IFS": "\n", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    command = f"exec {sys.executable} -m {line.split()[2]} 8>&1 9>/dev/null"
+    env = os.environ | asking
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    return {word.strip() for word in done.stdout.split("\n")}
+
+
+@pytest.mark.parametrize(
+    ("line", "some", "none"),
+    [
+        ("python -m runtime ", {"chat", "run", "complete", "--help"}, {"README.md"}),
+        ("python -m runtime chat x -", {"--system", "--prompt-file", "--kv-type"}, set()),
+        ("python -m runtime chat x --kv-type ", {"f16", "f32"}, {"q8_0"}),
+        ("python -m runtime chat x --prompt-file ", {"README.md", "docs/"}, set()),
+        ("python -m runtime chat x --system ", set(), {"README.md", "docs/"}),
+        ("python -m convert ", {"push", "card", "relullama-7b", "examples/"}, {"README.md"}),
+        ("python -m convert x y --type ", {"q8_0", "f16"}, {"README.md"}),
+        ("python -m convert push x y --", {"--private", "--revision"}, {"--type"}),
+        ("python -m predictors fit x y --", {"--kind", "--energy"}, {"--tokens"}),
+    ],
+)
+def test_what_is_offered(line: str, some: set[str], none: set[str]) -> None:
+    words = offered(line)
+    assert some <= words
+    assert not none & words
+
+
+@pytest.mark.parametrize("module", ["runtime.__main__", "convert.cli", "predictors.cli"])
+def test_what_is_slow_to_import_is_not_imported_for_an_answer(module: str) -> None:
+    code = (
+        f"import sys, {module}; print([m for m in ('huggingface_hub', 'prompt_toolkit', 'torch') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
