@@ -1,4 +1,3 @@
-# PYTHON_ARGCOMPLETE_OK: shells may ask this module what can follow (docs/completions.md).
 """Runs the command line."""
 
 import os

@@ -1,4 +1,3 @@
-# PYTHON_ARGCOMPLETE_OK: shells may ask this module what can follow (docs/completions.md).
 """The command line `python -m runtime`: finds the command and reports its errors; the rest is its module's."""
 
 from __future__ import annotations

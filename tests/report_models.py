@@ -52,7 +52,7 @@ def write_hollow(
 ) -> None:
     """Write the file: matrices of `type`, everything else F32, firing that differs from layer to layer.
 
-    general: more keys. measured: figures of the predictors in the place of good ones.
+    general: more keys. measured: figures of the predictors in the place of good ones; None leaves one out.
     """
     share = np.linspace(0.06, 0.18, s.block_count)
     tensors = [_tensor(name, ne, type, share) for name, ne in required_tensors(s).items()]
@@ -74,7 +74,11 @@ def write_hollow(
 
 
 def _predictor_keys(s: Structure, figures: dict[str, Any]) -> dict[str, Any]:
-    keys = {f"lazyneuron.predictor.{name}": [float(value) for value in values] for name, values in figures.items()}
+    keys = {
+        f"lazyneuron.predictor.{name}": [float(value) for value in values]
+        for name, values in figures.items()
+        if values is not None
+    }
     return keys | {"lazyneuron.predictor.type": ["q4_0"] * s.block_count}
 
 

@@ -1,8 +1,7 @@
-"""Completions in real shells, set up by the lines of docs/completions.md."""
+"""Completions in real shells, set up as docs/completions.md says."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import re
 import shutil
@@ -14,7 +13,6 @@ from pathlib import Path
 import pytest
 from terminal import ENTER, ROOT, TAB, Terminal
 
-DOC = (ROOT / "docs/completions.md").read_text(encoding="utf-8")
 SHELLS = {
     "bash": ("bash", "--norc", "--noprofile", "-i"),
     "zsh": ("zsh", "-f", "-i"),
@@ -23,22 +21,15 @@ SHELLS = {
 CTRL_U = "\x15"
 
 
-def scripts() -> str:
-    """Where this Python and argcomplete's scripts are."""
-    files = importlib.metadata.files("argcomplete") or []
-    script = next(file for file in files if file.name == "activate-global-python-argcomplete")
-    return f"{Path(sys.executable).parent}:{Path(str(script.locate())).resolve().parent}"
-
-
 @pytest.fixture(params=SHELLS)
 def shell(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Terminal]:
     """A shell that has read the lines of the document."""
     name = str(request.param)
     if name != "bash" and not shutil.which(name):
         pytest.skip(f"no {name} here")
-    (lines,) = re.findall(rf"```{name}\n(.*?)```", DOC, re.DOTALL)
-    (tmp_path / "lines").write_text(lines + "echo rea''dy\n", encoding="utf-8")
-    path = f"{scripts()}:{os.environ['PATH']}"
+    first = "autoload -Uz compinit && compinit -u\n" if name == "zsh" else ""
+    (tmp_path / "lines").write_text(f"{first}source {ROOT}/completions/lazyneuron.{name}\necho rea''dy\n")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with Terminal(*SHELLS[name], PATH=path, HOME=str(tmp_path), ZDOTDIR=str(tmp_path), INPUTRC=os.devnull) as opened:
         opened.send(f"source {tmp_path / 'lines'}{ENTER}")
         opened.expect("ready")
@@ -48,14 +39,17 @@ def shell(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Terminal]:
 def test_tab_completes_what_can_follow(shell: Terminal, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     (tmp_path / "model.txt").touch()
+    (tmp_path / "folder").mkdir()
     for typed, completed in (
         ("python -m runtime insp", "inspect"),
-        ("python -m runtime chat --ffn d", "--ffn dense"),
-        (f"python -m runtime chat {tmp_path}/mod", f"{tmp_path}/model.gguf"),
+        ("python3 -m runtime chat --ffn d", "--ffn dense"),
+        (f"{sys.executable} -m runtime chat {tmp_path}/mod", f"{tmp_path}/model.gguf"),
+        (f"python -m runtime chat {tmp_path}/fol", f"{tmp_path}/folder/"),
         ("python -m runtime run x --no-s", "--no-shift"),
         ("python -m convert prosparse-llama-2-1", "prosparse-llama-2-13b"),
         ("python -m convert push x --rep", "--replace-card"),
         ("python -m predictors eval", "evaluate"),
+        (f"python {tmp_path}/model.t", f"{tmp_path}/model.txt"),
     ):
         shell.send(typed + TAB)
         shell.expect(re.escape(completed))

@@ -628,13 +628,12 @@ def test_what_json_cannot_hold_becomes_what_it_can() -> None:
     json.dumps(found, allow_nan=False)
 
 
-def test_figures_that_are_none_are_left_out(browser: Chrome, tmp_path: Path) -> None:
-    """A damaged file: recall that is no share."""
+def test_figures_that_a_file_does_not_have_are_left_out(browser: Chrome, tmp_path: Path) -> None:
     model = tmp_path / "model.gguf"
     s = replace(
         shape("tiny"), neuron_order="hot", predictor="lowrank", predictor_rank=(32,) * 4, predictor_error=(1.0,) * 4
     )
-    write_hollow(model, s, {}, type="Q8_0", measured={"recall": [float("nan"), 7.0, -1.0, 1.0]})
+    write_hollow(model, s, {}, type="Q8_0", measured={"recall": None})
     report(model, tmp_path / "page.html", **MACHINE)
     browser.get_log("browser")
     show(browser, tmp_path / "page.html", 1200)
