@@ -25,9 +25,9 @@ from runtime.report.page import write_page
 from runtime.threads import physical_cores
 
 HELP = "write a page that shows it all: sizes, neurons, predictors, placement"
-# Where there is no device and none is described: a card with 8 GB, with its maker's figure.
+# Where there is no device and none is described: a card with 8 GB, with its published figure.
 ASSUMED = 272e9  # bytes/s
-ASSUMED_AS = "GeForce RTX 4060 with 8 GB (its maker's figure: GDDR6, 128 bits at 17 Gbit/s)"
+ASSUMED_AS = "GeForce RTX 4060 with 8 GB (as published: GDDR6, 128 bits at 17 Gbit/s)"
 _SUFFIXES = (".html", ".htm")
 
 
