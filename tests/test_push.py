@@ -62,8 +62,8 @@ def test_what_was_pushed_comes_back(hub: Hub, run: Client, fitted_gguf: Path, tm
     words = ("-p", "We", "-n", "4", "--temp", "0")
     shown, theirs, ours = other.many(
         ("runtime", "inspect", report["model"], "--json"),
-        ("runtime", "complete", report["model"], *words),
-        ("runtime", "complete", fitted_gguf, *words),
+        ("runtime", "chat", report["model"], *words),
+        ("runtime", "chat", fitted_gguf, *words),
     )
     assert Path(json.loads(shown.out)["path"]).read_bytes() == fitted_gguf.read_bytes()
     assert theirs.out == ours.out != ""
