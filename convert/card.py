@@ -8,14 +8,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from convert.card_text import PLOT, Facts, FileEntry, Perplexity, write_card
-from runtime.commands.options import count
+from runtime.commands.options import add_json, count, note, print_json
 from runtime.commands.perplexity import measure
 from runtime.commands.sparsity import (
     Frequencies,
@@ -29,6 +29,7 @@ from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.hub_client import sha256_of
 from runtime.model import load
+from runtime.new_file import replacing
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
         "--repo", metavar="USER/REPO", help="where it will be, for the commands on the card (default: a file)"
     )
     parser.add_argument("--force", action="store_true", help="replace files that exist")
+    add_json(parser)
     add_card_options(parser)
 
 
@@ -78,7 +80,14 @@ def add_card_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-plot", dest="plot", action="store_false", help="no drawing (it needs matplotlib)")
 
 
-def card(file: Path, out: Path | None = None, repo: str | None = None, force: bool = False, **options: Any) -> None:
+def card(
+    file: Path,
+    out: Path | None = None,
+    repo: str | None = None,
+    force: bool = False,
+    as_json: bool = False,
+    **options: Any,
+) -> None:
     """Write the model card of a converted file, as `push` would."""
     folder_target = out is not None and (out.is_dir() or not out.suffix)
     path = out / "README.md" if out and folder_target else out
@@ -91,14 +100,29 @@ def card(file: Path, out: Path | None = None, repo: str | None = None, force: bo
         entries = [FileEntry(part.path.name, part.size, sha256_of(part.path)) for part in opened.parts]
         found = examine(opened, wanted)
         text = make_card(opened, repo or file.name, entries, found)
-    if path is None or plot is None:
+    drawn = plot if found.plot else None
+    if path:
+        _put(path, text, drawn, found.plot or b"")
+    elif not as_json:
         print(text, end="")
-        return
+    if as_json:
+        print_json(
+            {
+                "card": text,
+                "path": path and str(path),
+                "plot": drawn and str(drawn),
+                "perplexity": found.perplexity and found.perplexity.modes,
+            }
+        )
+
+
+def _put(path: Path, text: str, plot: Path | None, drawing: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    if found.plot:
-        plot.write_bytes(found.plot)
-    print(f"`{path}`: written" + (f", with {PLOT}" if found.plot else ""), file=sys.stderr)
+    with replacing(path) as card_file, replacing(plot) if plot else nullcontext() as plot_file:
+        card_file.write_text(text, encoding="utf-8")
+        if plot_file:
+            plot_file.write_bytes(drawing)
+    note(f"`{path}`: written" + (f", with {plot.name}" if plot else ""))
 
 
 def examine(file: GgufFile, options: Options) -> Findings:

@@ -179,6 +179,7 @@ def test_pages_name_every_key(run: Client, tmp_path: Path) -> None:
         "runtime report": (model, tmp_path / "page.html", "--device-bandwidth", "1008", "--cpu-bandwidth", "60"),
         "predictors evaluate": (model, text, "--tokens", "512"),
         "predictors fit": (model, tmp_path / "other.gguf", "--calibration-tokens", "2048"),
+        "convert card": (model, "--perplexity", text, "--perplexity-tokens", "64"),
         "convert push": (model, "user/model", "--no-plot"),
     }
     lines = [(*name.split(), *arguments, "--json") for name, arguments in commands.items()]

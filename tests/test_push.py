@@ -246,6 +246,13 @@ def test_the_card_alone(hub: Hub, run: Client, fitted_gguf: Path, tmp_path: Path
     assert written.out == ""
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "sparsity.png"]
     assert "exists already" in again.complaint
+    (facts,) = run.many((*command, "-o", out, "--force", "--no-plot", "--json"))
+    assert json.loads(facts.out) == {
+        "card": (out / "README.md").read_text(),
+        "path": str(out / "README.md"),
+        "plot": None,
+        "perplexity": None,
+    }
     assert "python -m runtime chat user/repo\n" in printed.out
     assert "sparsity.png" not in printed.out
     # Validated as huggingface_hub does it, by the Hub's answer.
