@@ -12,11 +12,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from bench.contenders import Spec, make, timed_decode, timed_open, timed_prompt
 from bench.memory import DenseProduct, resident
+from runtime.closing import Closing
 from runtime.devices import find
 from runtime.errors import UserError
 from runtime.logs import silence
@@ -24,7 +24,7 @@ from runtime.logs import silence
 BANDWIDTH = "bandwidth"
 
 
-class Worker:
+class Worker(Closing):
     """The near end of one contender (or of the yardstick BANDWIDTH); use it in a `with` statement.
 
     Every request raises UserError or RuntimeError where the far end failed.
@@ -72,14 +72,6 @@ class Worker:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class _Model:

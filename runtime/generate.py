@@ -12,12 +12,12 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 
+from runtime.closing import Closing
 from runtime.engine import Engine
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
@@ -119,7 +119,7 @@ class Turns:
         return self._locks.setdefault(asyncio.get_running_loop(), asyncio.Lock())
 
 
-class Generation:
+class Generation(Closing):
     """An iterator over pieces of text, for `for` and for `async for`.
 
     `stop_reason` is "eos", "length", "stop", "context" or "callback" at the end, None before.
@@ -180,14 +180,6 @@ class Generation:
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait([step])
             raise
-
-    def __enter__(self) -> Generation:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop generating."""

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from runtime import ggml
+from runtime.closing import Closing
 from runtime.errors import UserError
 from runtime.figures import check_figures
 from runtime.gguf_part import MAGIC, GgufPart, TensorInfo
@@ -24,7 +24,7 @@ __all__ = ["MAGIC", "GgufFile", "TensorInfo"]
 _AGAIN = "the file is damaged: download or convert it again"
 
 
-class GgufFile:
+class GgufFile(Closing):
     """An open model: `metadata` (key -> value; arrays as numpy arrays or lists of str) and `tensors` (name -> TensorInfo).
 
     path: the file, or the first of its shards; `parts` are all of them, and `size` their bytes together.
@@ -82,14 +82,6 @@ class GgufFile:
         """Unmap the files."""
         for part in self.parts:
             part.close()
-
-    def __enter__(self) -> GgufFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _check_tensors(self, structure: Structure) -> None:
         required = required_tensors(structure)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy.typing as npt
 
 from runtime import ggml
 from runtime.blocks import GraphSpec
+from runtime.closing import Closing
 from runtime.engine import on_worker
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
@@ -35,7 +35,7 @@ class BlockResult:
     residual: Floats  # the stream before the FFN's norm (the same as ffn_input where the norm comes after)
 
 
-class BlockRunner:
+class BlockRunner(Closing):
     """Runs single blocks of a model file; use it in a `with` statement.
 
     max_tokens: the longest sequence. The FFN is computed in `dense` mode where the file allows, else `exact`.
@@ -107,14 +107,6 @@ class BlockRunner:
         self._kv.close()
         self._weights.close()
         ggml.ggml_backend_free(self._backend)
-
-    def __enter__(self) -> BlockRunner:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def dequantize(tensor: ggml.TensorP, first: int, end: int) -> Floats:

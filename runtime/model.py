@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
 from runtime.arrange import Wish, arrange
+from runtime.closing import Closing
 from runtime.devices import AUTO, parse_sizes
 from runtime.engine import BATCH, FFN_MODES, KV_TYPES, Engine, Options
 from runtime.errors import UserError
@@ -130,7 +130,7 @@ class ModelStats:
     total: Stats
 
 
-class Model:
+class Model(Closing):
     """A loaded model; made by `load`. Use it in a `with` statement or call `close`.
 
     Methods may be called from any thread: the computing itself is done by one.
@@ -262,14 +262,6 @@ class Model:
             self._engine.close()
             if self._trace_path:
                 self._engine.write_trace(self._trace_path)
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):

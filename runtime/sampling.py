@@ -10,12 +10,12 @@ import math
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime import llama
+from runtime.closing import Closing
 from runtime.errors import UserError
 
 _TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
@@ -59,7 +59,7 @@ def _check(name: str, value: float, low: float, high: float) -> None:
         raise UserError(f"{name} is {value}, expected {low} to {high}")
 
 
-class Sampler:
+class Sampler(Closing):
     """One sequence's sampler chain, with its random state and the tokens it has seen; owns a llama_sampler.
 
     seed: the seed in use, given or drawn.
@@ -104,14 +104,6 @@ class Sampler:
         if self._chain is not None:
             llama.llama_sampler_free(self._chain)
             self._chain = None
-
-    def __enter__(self) -> Sampler:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def _open_chain(self) -> llama.SamplerP:

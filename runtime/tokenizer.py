@@ -10,9 +10,9 @@ import functools
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 
 from runtime import llama
+from runtime.closing import Closing
 from runtime.errors import UserError
 from runtime.logs import captured_log
 
@@ -20,7 +20,7 @@ _INT32_MIN = -(1 << 31)
 _HINT_CONVERT = "the file is damaged or incomplete: download it or convert the checkpoint again"
 
 
-class Tokenizer:
+class Tokenizer(Closing):
     """The vocabulary of a GGUF file; owns one llama_model without weights.
 
     bos, eos: token ids, or None where the vocabulary has none. add_bos: whether texts start with `bos`.
@@ -95,14 +95,6 @@ class Tokenizer:
         if self._model is not None:
             llama.llama_model_free(self._model)
             self._model = None
-
-    def __enter__(self) -> Tokenizer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def _handle(self) -> llama.VocabP:
