@@ -175,7 +175,8 @@ class Generation(Closing):
         try:
             return await asyncio.shield(step)
         except asyncio.CancelledError:
-            self._cancelled = True  # a long prompt stops after the batch that is being computed
+            # The generator stops after the batch or token that is being computed, even where that makes no piece.
+            self._cancelled = True
             while not step.done():
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait([step])
@@ -240,7 +241,7 @@ class Generation(Closing):
             if told is False:
                 self.stop_reason = "callback"
                 return
-            if self._is_complete():
+            if self._is_complete() or self._cancelled:
                 return
             logits = self._engine.logits(self._ids, n_outputs=1)
 

@@ -139,6 +139,35 @@ def test_a_timeout_stops_decoding_and_keeps_what_was_generated(model: Model) -> 
     asyncio.run(main())
 
 
+def test_a_cancelled_task_does_not_wait_for_text_that_is_held_back(model: Model) -> None:
+    (letter,) = model.tokenize("a", add_special=False)[-1:]
+
+    def only(_: Any, logits: Any) -> Any:
+        logits[:] = -np.inf
+        logits[letter] = 0
+        return logits
+
+    async def main() -> int:
+        begun = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        generation = model.generate(
+            PROMPTS[0],
+            400,
+            GREEDY,
+            stop=[model.tokenizer.token_bytes(letter).decode() * 1000],
+            logits_processors=[only],
+            on_token=lambda _: loop.call_soon_threadsafe(begun.set),
+        )
+        task = asyncio.create_task(consume(generation.__aiter__()))
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return len(generation.token_ids)
+
+    assert asyncio.run(main()) < 200
+
+
 def test_an_error_reaches_the_async_loop_and_frees_the_model(model: Model) -> None:
     def broken(_ids: Any, _logits: Any) -> Any:
         raise KeyError("mine")
