@@ -28,7 +28,7 @@ from predictors.fit import DEFAULT_ENERGY
 from predictors.fit import TYPES as PREDICTOR_TYPES
 from predictors.kinds import KINDS
 from runtime.commands.completion import chosen_from, completed, offer_completions
-from runtime.commands.options import Parser, count
+from runtime.commands.options import Parser, add_json, count, print_json
 from runtime.errors import run_command
 from runtime.structure import LAYOUTS
 
@@ -86,7 +86,7 @@ def configure_parser() -> Parser:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--force", action="store_true", help="replace OUT.gguf if it exists")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object, last line of stdout")
+    add_json(parser)
     return parser
 
 
@@ -134,7 +134,7 @@ def _run(arguments: Sequence[str]) -> None:
         return
     parser = configure_parser()
     options = vars(parser.parse_args(arguments))
-    as_json = options.pop("json")
+    as_json = options.pop("as_json")
     if options.pop("list"):
         _print_catalogue(as_json)
         return
@@ -163,7 +163,7 @@ def _convert(as_json: bool, options: dict[str, Any]) -> None:
         _print_plan(report)
     _print_summary(report)
     if as_json:
-        print(json.dumps(report.to_json()))
+        print_json(report.to_json())
 
 
 class _Bar:

@@ -18,7 +18,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from convert.card import Options, add_card_options, examine, make_card
 from convert.card_text import MARK, PLOT, FileEntry
 from runtime import shards
-from runtime.commands.options import note, print_json
+from runtime.commands.options import add_json, note, print_json
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.gguf_split import shard_size, split_model
@@ -42,9 +42,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--replace-card", action="store_true", help="even one that was changed by hand")
     add_card_options(parser)
-    parser.add_argument(
-        "--json", dest="as_json", action="store_true", help="print the results as one JSON object, last line of stdout"
-    )
+    add_json(parser)
 
 
 def push(

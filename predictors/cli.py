@@ -6,7 +6,6 @@ Everything it does is `fit_model` and `evaluate`; knows nothing of how they work
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -25,7 +24,7 @@ from predictors.fit import DEFAULT_ENERGY, TYPES, Figures, ModelFit, fit_model
 from predictors.kinds import KINDS
 from predictors.rewrite import rewrite
 from runtime.commands.completion import completed
-from runtime.commands.options import Parser, add_model, check_verb, count
+from runtime.commands.options import Parser, add_json, add_model, check_verb, count, print_json
 from runtime.errors import UserError, run_command
 from runtime.gguf_file import GgufFile
 from runtime.hub import locate
@@ -57,7 +56,7 @@ def configure_parser() -> argparse.ArgumentParser:
     judge.add_argument("--predictor-bias", type=float, default=0.0, metavar="X", help="as at run time (0)")
     for verb in (refit, judge):
         verb.add_argument("--threads", "-t", type=count, metavar="N", help="default: one per physical core")
-        verb.add_argument("--json", dest="as_json", action="store_true", help="print the results as one JSON object")
+        add_json(verb)
     return parser
 
 
@@ -110,7 +109,7 @@ def fit(model: Path, out: Path, force: bool = False, as_json: bool = False, **op
     if as_json:
         layers = [asdict(b.figures) | {"rank": b.rank, "type": b.type, "error": b.error} for b in made.blocks]
         bytes_read = total_bytes(figures)
-        print(json.dumps({"path": os.fspath(out), "bytes": size, "layers": layers, "bytes_per_token": bytes_read}))
+        print_json({"path": os.fspath(out), "bytes": size, "layers": layers, "bytes_per_token": bytes_read})
 
 
 def _summary(made: ModelFit) -> str:
@@ -131,7 +130,7 @@ def show_evaluation(model: Path, file: Path, as_json: bool = False, **options: A
     console.print()
     console.print(_mode_table(found))
     if as_json:
-        print(json.dumps(asdict(found) | {"reference": found.reference, "bytes_per_token": total_bytes(found.layers)}))
+        print_json(asdict(found) | {"reference": found.reference, "bytes_per_token": total_bytes(found.layers)})
 
 
 def _layer_table(layers: Sequence[Figures], stored: Sequence[str] = ()) -> Table:
