@@ -18,6 +18,10 @@ SHELLS = {
     "zsh": ("zsh", "-f", "-i"),
     "fish": ("fish", "--no-config", "-i"),
 }
+SETTINGS = {  # before ours; fish's own prompt holds the folder's name, and may leave no room for a line
+    "zsh": "autoload -Uz compinit && compinit -u\n",
+    "fish": "function fish_prompt; echo -n '> '; end\n",
+}
 CTRL_U = "\x15"
 
 
@@ -27,7 +31,7 @@ def shell(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Terminal]:
     name = str(request.param)
     if name != "bash" and not shutil.which(name):
         pytest.skip(f"no {name} here")
-    first = "autoload -Uz compinit && compinit -u\n" if name == "zsh" else ""
+    first = SETTINGS.get(name, "")
     (tmp_path / "lines").write_text(f"{first}source {ROOT}/completions/lazyneuron.{name}\necho rea''dy\n")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with Terminal(*SHELLS[name], PATH=path, HOME=str(tmp_path), ZDOTDIR=str(tmp_path), INPUTRC=os.devnull) as opened:
