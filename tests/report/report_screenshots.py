@@ -1,7 +1,7 @@
 """Takes the pictures of docs/report.md, 1,200 pixels wide: sections of the bundled model's page, and the placement of a made-up file of Mistral-7B's shape.
 
 make build/tiny-relu-llama.gguf
-.venv/bin/python tests/report_screenshots.py build/tiny-relu-llama.gguf docs/images
+.venv/bin/python tests/report/report_screenshots.py build/tiny-relu-llama.gguf docs/images
 """
 
 from __future__ import annotations
