@@ -150,7 +150,7 @@ class Generation(Closing):
         self._engine, self._tokenizer, self._file = engine, tokenizer, file
         self._request, self._turns, self._done = request, turns, done
         self._ids = list(prompt)
-        self._sampler = Sampler(request.sampling, engine.structure.vocab_size)
+        self._sampler = Sampler(request.sampling, engine.structure.vocab_size, prompt, engine.options.n_ctx)
         self.seed = self._sampler.seed
         self._cancelled = False
         self._pieces = self._run()
@@ -191,7 +191,7 @@ class Generation(Closing):
         emitted = 0
         try:
             for text, final in self._texts():
-                self.text, end = self._cut(text, final)
+                self.text, end = self._cut(text, emitted, final)
                 if end > emitted:
                     yield self.text[emitted:end]
                     emitted = end
@@ -211,15 +211,19 @@ class Generation(Closing):
             yield text, False
         yield text + decoder.decode(b"", final=True), True
 
-    def _cut(self, text: str, final: bool) -> tuple[str, int]:
-        """Cut at a stop string; returns the text and how much of it cannot become part of one any more."""
-        for stop in self._request.stop:
-            at = text.find(stop)
-            if at >= 0:
-                self.stop_reason = "stop"
-                return text[:at], at
-        held = 0 if final else max((_overlap(text, stop) for stop in self._request.stop), default=0)
-        return text, len(text) - held
+    def _cut(self, text: str, sure: int, final: bool) -> tuple[str, int]:
+        """Cut where the first stop text begins; returns the text and how much of it cannot become part of one any more.
+
+        sure: how much of it could not already. The cut does not depend on how the tokens divide the text: a stop text that begins
+        earlier, and may still come, is waited for.
+        """
+        stops, n = self._request.stop, len(text)
+        found = min((at for stop in stops if (at := text.find(stop, sure)) >= 0), default=n)
+        begun = n if final else min((n - _overlap(text, stop) for stop in stops), default=n)
+        if found < n and found <= begun:
+            self.stop_reason = "stop"
+            return text[:found], found
+        return text, min(found, begun)
 
     def _tokens(self) -> Iterator[int]:
         if not self._request.cache_prompt:

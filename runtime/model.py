@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
+from typing import SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
+from runtime.arguments import function, functions, limit, texts, token_ids
 from runtime.arrange import Wish, arrange
 from runtime.closing import Closing
 from runtime.devices import AUTO, parse_sizes
@@ -168,51 +170,60 @@ class Model(Closing):
 
     def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Ids of a text; add_special: with the start token, where the tokenizer adds one; parse_special: `<s>` in the text is the token."""
+        if not isinstance(text, str):
+            raise UserError(f"text is a {type(text).__name__}, expected a str")
         return self.tokenizer.encode(text, add_special, parse_special)
 
-    def detokenize(self, ids: Sequence[int]) -> str:
+    def detokenize(self, ids: Iterable[SupportsIndex]) -> str:
         """Text of some ids; special tokens are left out."""
-        return self.tokenizer.decode(ids, skip_special=True)
+        return self.tokenizer.decode(token_ids("ids", ids, self.structure.vocab_size), skip_special=True)
 
-    def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    def logits(self, ids: Iterable[SupportsIndex]) -> npt.NDArray[np.float32]:
         """Logits at every position of `ids`, from an empty context, as this mode decodes: float32 [len(ids), n_vocab].
 
         Raises UserError when there are none, too many for the context, or one out of the vocabulary.
         """
-        ids = [int(i) for i in ids]
-        if not 1 <= len(ids) <= self.n_ctx:
+        known = token_ids("ids", ids, self.structure.vocab_size)
+        if not 1 <= len(known) <= self.n_ctx:
             raise UserError(
-                f"{len(ids)} tokens, expected 1 to the context of {self.n_ctx}",
+                f"{len(known)} tokens, expected 1 to the context of {self.n_ctx}",
                 "split the text, or raise n_ctx if the model allows",
             )
-        self._check_ids(ids)
-        return self._engine.logits(ids)
+        return self._engine.logits(known)
 
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Iterable[SupportsIndex],
         max_tokens: int | None = None,
         sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Iterable[str] | None = (),
         cache_prompt: bool = False,
-        logits_processors: Sequence[LogitsProcessor] = (),
+        logits_processors: LogitsProcessor | Iterable[LogitsProcessor] | None = (),
         on_token: Callable[[Token], bool | None] | None = None,
         on_prompt: Callable[[int, int], bool | None] | None = None,
     ) -> Generation:
         """Continue a prompt (text, or ids): an iterator of pieces of text, for `for` and for `async for`.
 
         A long prompt is computed with every neuron where that is faster: no less accurate than the mode itself.
-        max_tokens: None goes on until the model ends or the context is full. stop: texts that end it, and are left out.
+        max_tokens: None (or -1) goes on until the model ends or the context is full. stop: a text that ends it, or several: the text is cut where the first of them begins.
         cache_prompt: reuse what the previous generation had computed of this prompt, as a chat does; the logits may then differ slightly from those of a fresh run.
         logits_processors: called one after the other for each token with the ids so far, int32 [n], and its logits, float32 [n_vocab]; each returns the logits to go on with.
         on_token: called with each `Token`. on_prompt: called with the tokens of the prompt computed so far and their number, after every batch. Either ends the generation by returning False.
-        Asynchronous generations of one model run one after the other. Raises UserError for a prompt that is empty, longer than the context or with ids out of the vocabulary.
+        Asynchronous generations of one model run one after the other. Raises UserError for a prompt that is empty, longer than the context or with ids out of the vocabulary,
+        and for an argument that is not of its kind or out of range.
         """
-        ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-        self._check_ids(ids)
-        processors = tuple(logits_processors)
+        if not isinstance(sampling, Sampling | None):
+            raise UserError(f"sampling is a {type(sampling).__name__}, expected runtime.Sampling")
+        n, either = self.structure.vocab_size, "a text or a list of token ids"
         request = Request(
-            ids, max_tokens, sampling or Sampling(), tuple(stop), cache_prompt, processors, on_token, on_prompt
+            self.tokenize(prompt) if isinstance(prompt, str) else token_ids("prompt", prompt, n, either),
+            limit("max_tokens", max_tokens),
+            sampling or Sampling(),
+            texts("stop", stop),
+            cache_prompt,
+            functions("logits_processors", logits_processors),
+            function("on_token", on_token),
+            function("on_prompt", on_prompt),
         )
         return Generation(self._engine, self.tokenizer, self._file, request, self._turns, self._finished)
 
@@ -248,11 +259,6 @@ class Model(Closing):
     def reset_counts(self) -> None:
         """Count FFN activity anew from here."""
         self._engine.reset_counts()
-
-    def _check_ids(self, ids: Sequence[int]) -> None:
-        wrong = [i for i in ids if not 0 <= i < self.structure.vocab_size]
-        if wrong:
-            raise UserError(f"token id {wrong[0]}, expected 0 to {self.structure.vocab_size - 1}")
 
     def close(self) -> None:
         """Free the model; calling it twice does no harm."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -133,20 +134,61 @@ def test_a_closed_sampler_says_so() -> None:
         sampler.sample(random_logits(0))
 
 
+@pytest.mark.parametrize("temperature", [1e-40, 5e-324, 1e-9])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    for seed in range(20):
+        logits = random_logits(seed) * 40
+        assert draws(changed(temperature=temperature), logits, 3) == [int(logits.argmax())] * 3
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1.0, 100.0])
+def test_no_logit_is_too_large_for_a_temperature(temperature: float) -> None:
+    logits = np.array([1.0, 3e38, 2.0, -3e38, -np.inf], np.float32)
+    for penalty in (1.0, 0.01, 100.0):
+        sampling = changed(temperature=temperature, repeat_penalty=penalty, repeat_last_n=1)
+        assert set(draws(sampling, logits, 30)) == {1}
+
+
+def test_the_penalty_knows_the_end_of_the_prompt() -> None:
+    logits = np.array([10.0, 9.0, 8.0, -1.0], np.float32)
+
+    def first(prompt: list[int], last_n: int, n_ctx: int = 100) -> int:
+        sampling = Sampling(temperature=0, repeat_penalty=2.0, repeat_last_n=last_n)
+        with Sampler(sampling, 4, prompt, n_ctx) as sampler:
+            return sampler.sample(logits)
+
+    assert [first([0, 1, 3], n) for n in (0, 1, 2, 3, 64, -1)] == [0, 0, 0, 2, 2, 2]
+    assert first([], 64) == 0
+    assert first([0, *[3] * 90], -1) == 1
+    assert first([0, *[3] * 90], 1 << 24) == 1
+    with Sampler(Sampling(temperature=0, repeat_penalty=2.0, repeat_last_n=2), 4, [0, 1]) as sampler:
+        assert [sampler.sample(logits) for _ in range(3)] == [2, 0, 1]  # which forgets the prompt bit by bit
+
+
+def test_numbers_of_every_kind_and_the_usual_words_for_none() -> None:
+    given = Sampling(np.float32(0.5), np.int64(3), Fraction(1, 2), 0, 1, np.uint8(4), np.int32(9))  # type: ignore[arg-type]
+    assert given == Sampling(0.5, 3, 0.5, 0.0, 1.0, 4, 9)
+    assert all(type(value) in (int, float) for value in vars(given).values())
+    assert Sampling(top_k=-1).top_k == 0
+    assert Sampling(seed=-1).seed is None
+    logits = random_logits(1)
+    assert draws(changed(top_k=-1), logits, 20) == draws(OFF, logits, 20)
+    assert len(set(draws(changed(top_k=N_VOCAB * 3, temperature=100), logits, 5000))) > 0.98 * N_VOCAB
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"temperature": -0.1},
-        {"temperature": math.nan},
-        {"top_k": -1},
-        {"top_p": 1.1},
-        {"min_p": -0.5},
-        {"repeat_penalty": 0.0},
-        {"repeat_last_n": -1},
-        {"seed": -1},
-        {"seed": 1 << 32},
+        *({"temperature": value} for value in (-0.1, math.nan, math.inf, "0.5", None, True, 1j, [0.5], 10**400)),
+        *({"top_k": value} for value in (-2, 1 << 31, 4.0, None, "40", True, np.float32(4), 10**5000)),
+        *({name: value} for name in ("top_p", "min_p") for value in (-0.5, 1.1, math.nan, -math.inf, None, "1", False)),
+        *({"repeat_penalty": value} for value in (0.0, -1.0, math.nan, 101, None, "1")),
+        *({"repeat_last_n": value} for value in (-2, (1 << 24) + 1, 64.0, None, True)),
+        *({"seed": value} for value in (-2, (1 << 32) - 1, 1 << 32, 1.0, -1.0, True, "7", math.nan)),
     ],
+    ids=lambda wrong: next(iter(wrong)),
 )
-def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=next(iter(wrong))):
+def test_what_is_no_number_or_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"^{next(iter(wrong))} is .*, expected ") as refused:
         Sampling(**wrong)
+    assert len(refused.value.message) < 200

@@ -177,7 +177,7 @@ def add_sampling(parser: argparse.ArgumentParser, max_tokens: str) -> None:
         ("--top-p", "top_p", float, "keep the likeliest tokens with this share of the probability"),
         ("--min-p", "min_p", float, "keep tokens at least this fraction as likely as the likeliest"),
         ("--repeat-penalty", "repeat_penalty", float, "divide the logits of recent tokens, 1 none"),
-        ("--repeat-last-n", "repeat_last_n", int, "how many tokens are recent"),
+        ("--repeat-last-n", "repeat_last_n", int, "how many tokens are recent, those of the prompt too; -1 all"),
         ("--seed", "seed", int, "of the random choice"),
     ):
         value = getattr(default, name)

@@ -101,7 +101,7 @@ class Draft:
         )
 
     def _generate(self) -> Generation:
-        """The first generation, or one that goes on with the reply. Its repeat penalty knows nothing of those before."""
+        """The first generation, or one that goes on with the reply."""
         ids = self._token_ids()
         left = None if self._max_tokens is None else self._max_tokens - len(ids)
         # Its own seed, or a reply could repeat its random choices.
