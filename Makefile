@@ -37,8 +37,9 @@ $(MODEL): $(VENV)/.setup $(wildcard examples/tiny-relu-llama/* convert/*.py conv
 	@mkdir -p $(dir $@)
 	@$(PY) -m convert examples/tiny-relu-llama $@ --force >&2
 
+# A worker per processor, up to four: each takes some 1.5 GB. One file, or with output: see CONTRIBUTING.md.
 test: $(VENV)/.test
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # The tests on a device, without a GPU: see the script. The first call compiles ggml for Vulkan.
 test-vulkan: $(VENV)/.test

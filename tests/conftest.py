@@ -1,12 +1,14 @@
-"""Converted models, made once per test run; the variants of the native kernels."""
+"""Converted models, made once per test run, however many workers it has; the variants of the native kernels."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from checkpoints import CHECKPOINTS
+from filelock import FileLock
 from hub_client import Client
 from hub_server import Hub
 from parrot import WOMEN, make_parrot
@@ -16,35 +18,54 @@ from runtime import native_ffn
 
 BUNDLED = Path(__file__).parent.parent / "examples/tiny-relu-llama"
 
+# The teams of two workers, and of the commands that tests start, share the processors: a thread that waits must leave
+# its processor to others. Before any library with OpenMP is loaded; a team's size is still what each test asks for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 Converted = Callable[..., Path]
+MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a checkpoint: "bundled", one of tests/checkpoints.py, or a case of tests/families.py."""
-    folder = tmp_path_factory.mktemp("checkpoints")
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
+    """make_once(name, make): the file or folder `name` of this test run, by `make(path)` where no worker has made it yet."""
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
 
-    def get(name: str) -> Path:
-        if name == "bundled":
-            return BUNDLED
-        if not (folder / name).exists():
-            make = CHECKPOINTS.get(name) or __import__("families").CASES[name].make  # which takes torch some seconds
-            make(folder / name)
-        return folder / name
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        path = shared / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not (done := Path(f"{path}.done")).exists():  # of a `make` that failed, something may be there
+                make(path)
+                done.touch()
+        return path
 
     return get
 
 
 @pytest.fixture(scope="session")
-def converted(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Converted:
+def checkpoint(make_once: MakeOnce) -> Callable[[str], Path]:
+    """Folder of a checkpoint: "bundled", one of tests/checkpoints.py, or a case of tests/families.py."""
+
+    def make(path: Path) -> None:
+        from_table = CHECKPOINTS.get(path.name) or __import__("families").CASES[path.name].make  # torch takes seconds
+        from_table(path)
+
+    return lambda name: BUNDLED if name == "bundled" else make_once(f"checkpoints/{name}", make)
+
+
+@pytest.fixture(scope="session")
+def converted(make_once: MakeOnce, checkpoint: Callable[[str], Path]) -> Converted:
     """Path of a checkpoint's GGUF file in a type, without calibration, e.g. converted("bundled", "q4_0")."""
-    folder = tmp_path_factory.mktemp("converted")
 
     def get(name: str, type: str = "f32", calibration: str | None = "none") -> Path:  # noqa: A002
-        out = folder / f"{name}-{type}-{calibration}.gguf"
-        if not out.exists():
-            convert(checkpoint(name), out, type=type, calibration=calibration)
-        return out
+        def make(path: Path) -> None:
+            convert(checkpoint(name), path, type=type, calibration=calibration, force=True)
+
+        return make_once(f"converted/{name}-{type}-{calibration}.gguf", make)
 
     return get
 
@@ -62,9 +83,9 @@ def fitted_gguf(converted: Converted) -> Path:
 
 
 @pytest.fixture(scope="session")
-def emoji_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def emoji_gguf(make_once: MakeOnce) -> Path:
     """A model that writes emoji for ever, with a context of 16,384 tokens."""
-    return make_parrot(tmp_path_factory.mktemp("emoji"), WOMEN)
+    return make_once("emoji", lambda folder: make_parrot(folder, WOMEN)) / "parrot.gguf"
 
 
 @pytest.fixture(params=[v for i, v in enumerate(native_ffn.VARIANTS) if native_ffn.library().lzn_has_variant(i)])

@@ -32,21 +32,20 @@ _CONFIG = {
 }
 
 
-def make_parrot(folder: Path, text: str) -> Path:
-    """The GGUF file of a model that writes `text`, in which no byte occurs twice; made in `folder`.
+def make_parrot(folder: Path, text: str) -> None:
+    """Makes `folder` with parrot.gguf, a model that writes `text`, in which no byte occurs twice.
 
     Two layers whose neurons fire and add nothing, 16,384 tokens of context.
     """
     from safetensors.numpy import save_file
 
     checkpoint = folder / "checkpoint"
-    checkpoint.mkdir()
+    checkpoint.mkdir(parents=True)
     (checkpoint / "config.json").write_text(json.dumps(_CONFIG))
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / name, checkpoint / name)
     save_file(_weights([3 + byte for byte in text.encode()]), checkpoint / "model.safetensors")
     convert(checkpoint, folder / "parrot.gguf", type="f16", calibration="none")
-    return folder / "parrot.gguf"
 
 
 def _weights(tokens: list[int]) -> dict[str, np.ndarray]:

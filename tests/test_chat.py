@@ -145,7 +145,7 @@ def templated_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 {{ raise_exception('no system prompts here') }}{% endif %}"
         + CHATML
     )
-    convert(folder / "checkpoint", folder / "model.gguf")
+    convert(folder / "checkpoint", folder / "model.gguf", calibration="none")
     return folder / "model.gguf"
 
 

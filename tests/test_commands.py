@@ -1,17 +1,18 @@
-"""`python -m runtime` as a user meets it: in a process of its own, on the converted bundled checkpoint."""
+"""`python -m runtime` as a user meets it, on the converted bundled checkpoint."""
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from in_process import Done, command, result_of
 
 import runtime
 from runtime.commands.inspect import kind_of
@@ -23,18 +24,16 @@ PROMPT = "My fellow citizens,"
 TEXT = (ROOT / "examples/tiny-relu-llama/README.md").read_text(encoding="utf-8")
 
 
-def run(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "runtime", *map(str, arguments)]
+run = partial(command, "runtime")
+run_json = partial(result_of, "runtime")
+
+
+def run_alone(module: str, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """In a process of its own, through its pipes."""
     return subprocess.run(
-        command, cwd=ROOT, input=stdin, capture_output=True, encoding="utf-8", timeout=120, check=False
-    )
-
-
-def run_json(*arguments: object, stdin: str = "") -> dict[str, Any]:
-    done = run(*arguments, "--json", stdin=stdin)
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=ROOT, input=stdin, capture_output=True, encoding="utf-8", timeout=120, check=False,
+    )  # fmt: skip
 
 
 def test_alone_it_says_what_to_type_first() -> None:
@@ -42,13 +41,26 @@ def test_alone_it_says_what_to_type_first() -> None:
     assert done.returncode == 0
     assert done.stderr == ""
     assert "python -m runtime chat MODEL.gguf" in done.stdout
-    for command in ("chat", "complete", "inspect", "perplexity"):
-        assert f"\n    {command} " in done.stdout
+    for verb in ("chat", "complete", "inspect", "perplexity"):
+        assert f"\n    {verb} " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["chat", "complete", "inspect", "perplexity"])
-def test_every_command_explains_itself(command: str) -> None:
-    done = run(command, "--help")
+def test_a_process_of_its_own_prints_and_fails_alike(tiny_gguf: Path, tmp_path: Path) -> None:
+    """What every other test here takes for granted."""
+    for words, stdin in (
+        (("complete", tiny_gguf, "--temp", 0, "-n", 12), PROMPT),
+        (("inspect", tiny_gguf, "--tensors"), ""),
+        (("inspect", tmp_path / "missing.gguf"), ""),
+        (("plan", "--help"), ""),
+        (("plan",), ""),
+    ):
+        alone, found = run_alone("runtime", *words, stdin=stdin), run(*words, stdin=stdin)
+        assert (alone.returncode, alone.stdout, alone.stderr) == (found.returncode, found.stdout, found.stderr)
+
+
+@pytest.mark.parametrize("verb", ["chat", "complete", "inspect", "perplexity"])
+def test_every_command_explains_itself(verb: str) -> None:
+    done = run(verb, "--help")
     assert done.returncode == 0
     assert "MODEL" in done.stdout
     assert "--json" in done.stdout
@@ -265,16 +277,16 @@ def test_perplexity_states_window_and_stride(tiny_gguf: Path, tmp_path: Path) ->
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["chat", "complete", "inspect", "perplexity"])
+@pytest.mark.parametrize("verb", ["chat", "complete", "inspect", "perplexity"])
 @pytest.mark.parametrize(
     ("model", "message"),
     [("missing.gguf", "No such file"), ("text.gguf", "expected a GGUF file"), ("folder.gguf", "is a folder")],
 )
-def test_files_that_are_no_model(command: str, model: str, message: str, tmp_path: Path) -> None:
+def test_files_that_are_no_model(verb: str, model: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text(TEXT)
     (tmp_path / "folder.gguf").mkdir()
-    file = [tmp_path / "text.gguf"] if command == "perplexity" else []
-    assert_one_line_error(run(command, tmp_path / model, *file, stdin=PROMPT), model, message)
+    file = [tmp_path / "text.gguf"] if verb == "perplexity" else []
+    assert_one_line_error(run(verb, tmp_path / model, *file, stdin=PROMPT), model, message)
 
 
 @pytest.mark.parametrize(
@@ -315,19 +327,19 @@ def test_mistakes_are_one_line(arguments: tuple[str, ...], message: str, tiny_gg
     ],
 )
 def test_what_was_meant_is_guessed(arguments: tuple[str, ...], similar: str) -> None:
-    done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = command(*arguments)
     assert_one_line_error(done)
     assert done.stderr.splitlines()[1].startswith(f"hint: {similar}")
 
 
 @pytest.mark.parametrize("module", ["runtime", "convert", "predictors"])
 def test_each_command_line_alone_says_what_to_type_first(module: str) -> None:
-    done = subprocess.run([sys.executable, "-m", module], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_alone(module)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"\n    python -m {module} " in done.stdout
 
 
-def assert_one_line_error(done: subprocess.CompletedProcess[str], *messages: str) -> None:
+def assert_one_line_error(done: Done, *messages: str) -> None:
     lines = done.stderr.splitlines()
     assert done.returncode == 1, done.stderr
     assert done.stdout == ""
@@ -338,8 +350,8 @@ def assert_one_line_error(done: subprocess.CompletedProcess[str], *messages: str
 
 
 def test_a_reader_that_leaves_is_no_error(tiny_gguf: Path) -> None:
-    command = [sys.executable, "-m", "runtime", "inspect", str(tiny_gguf), "--tensors", "--json"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    words = [sys.executable, "-m", "runtime", "inspect", str(tiny_gguf), "--tensors", "--json"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import copy_checkpoint, load_tensors, save_tensors
+from in_process import command
 from plain import PLAIN, convert
 
 from convert.quantize import TYPES
@@ -199,14 +200,9 @@ def test_sharded_pickles(checkpoint: Folder, tmp_path: Path) -> None:
     assert (tmp_path / "pickled.gguf").read_bytes() == (tmp_path / "safe.gguf").read_bytes()
 
 
-def run_cli(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "convert", *map(str, arguments), *(PLAIN if arguments else ())]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
-
-
 def test_command_line_json(checkpoint: Folder, tmp_path: Path) -> None:
     out = tmp_path / "x.gguf"
-    done = run_cli(checkpoint("llama-mha"), out, "--type", "Q4_K", "--json")
+    done = command("convert", checkpoint("llama-mha"), out, "--type", "Q4_K", "--json", *PLAIN)
     result = json.loads(done.stdout)  # nothing else is on stdout
     assert done.returncode == 0
     assert result["path"] == str(out)
@@ -225,7 +221,7 @@ def current_umask() -> int:
 
 def test_dry_run_prints_the_plan_and_writes_nothing(checkpoint: Folder, tmp_path: Path) -> None:
     out = tmp_path / "x.gguf"
-    done = run_cli(checkpoint("llama-mha"), out, "--dry-run", "--json")
+    done = command("convert", checkpoint("llama-mha"), out, "--dry-run", "--json", *PLAIN)
     *table, last = done.stdout.splitlines()
     assert done.returncode == 0
     assert json.loads(last)["dry_run"] is True
@@ -235,7 +231,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(checkpoint: Folder, tmp_path
 
 
 def test_the_bare_command_says_what_to_type() -> None:
-    done = run_cli()
+    done = command("convert")
     assert (done.returncode, done.stderr) == (0, "")
     assert "python -m convert SparseLLM/ReluLLaMA-7B relullama-7b.gguf" in done.stdout
 

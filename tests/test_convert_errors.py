@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import copy_checkpoint, load_tensors, save_tensors
+from in_process import command
 from plain import PLAIN, convert
 
 from runtime.errors import UserError
@@ -26,10 +27,13 @@ ROOT = Path(__file__).parent.parent
 def fails(source: object, out: Path, *options: str, env: dict[str, str] | None = None) -> list[str]:
     """Run the command line, expect it to fail as promised, and return the lines of its stderr."""
     before = sorted(out.parent.iterdir())
-    command = [sys.executable, "-m", "convert", str(source), str(out), *options, *PLAIN]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, **(env or {})}
-    )
+    words = ("convert", str(source), str(out), *options, *PLAIN)
+    if env is None:
+        done = command(*words)
+    else:  # a new process: what it names is read when huggingface_hub is imported
+        done = subprocess.run(
+            [sys.executable, "-m", *words], capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ | env
+        )
     lines = done.stderr.splitlines()
     assert done.returncode == 1, done.stderr
     assert done.stdout == ""
@@ -211,8 +215,7 @@ def test_targets_that_cannot_be_written(broken: Path, tmp_path: Path) -> None:
     ],
 )
 def test_wrong_options_are_one_line(broken: Path, arguments: list[str], message: str) -> None:
-    command = [sys.executable, "-m", "convert", *(str(broken) if a == "SOURCE" else a for a in arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    done = command("convert", *(broken if a == "SOURCE" else a for a in arguments))
     error, hint = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (1, "")
     assert error.startswith("error: ")

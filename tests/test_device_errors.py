@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from in_process import command
 from oracle import random_ids, relative
 
 import runtime
@@ -116,16 +117,10 @@ def test_a_graph_that_fails_on_the_device(path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_failure_ends_the_command_with_status_1(path: Path) -> None:
-    done = command("complete", path, "-p", "x", "--device", "CPU", "--vram-budget", "x")
+    done = command("runtime", "complete", path, "-p", "x", "--device", "CPU", "--vram-budget", "x")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: ")
     assert "memory budget `x`" in done.stderr
-
-
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "runtime", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
 
 
 # --- devices that are not there ---------------------------------------------------------------------------------------

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from in_process import command
 from oracle import Logits, random_ids, relative
 
 import runtime
@@ -128,23 +127,17 @@ def test_a_damaged_order_is_refused(fitted_gguf: Path, tmp_path: Path) -> None:
     )
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "runtime", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-
-
 def test_sparsity_command(fitted_gguf: Path, tiny_gguf: Path, tmp_path: Path) -> None:
     for name in ("curves.png", "curves.html"):
-        done = command("sparsity", fitted_gguf, "--json", "--plot", tmp_path / name)
+        done = command("runtime", "sparsity", fitted_gguf, "--json", "--plot", tmp_path / name)
         assert done.returncode == 0, done.stderr
     layers = json.loads(done.stdout.splitlines()[-1])["layers"]
     assert len(layers) == 6
     assert all(0.2 < layer["hot"] < 0.8 and 0 < layer["active"] < 0.3 for layer in layers)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "curves.html").read_text()
-    assert "carry 80 %" in command("sparsity", fitted_gguf).stdout
-    refused = command("sparsity", tiny_gguf)
+    assert "carry 80 %" in command("runtime", "sparsity", fitted_gguf).stdout
+    refused = command("runtime", "sparsity", tiny_gguf)
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 2)
     assert "without calibration" in refused.stderr
-    assert command("sparsity", fitted_gguf, "--plot", tmp_path / "curves.bmp").returncode == 1
+    assert command("runtime", "sparsity", fitted_gguf, "--plot", tmp_path / "curves.bmp").returncode == 1

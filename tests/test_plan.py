@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from in_process import command
 
 from convert import convert
 from runtime.costs import (
@@ -37,16 +36,11 @@ OPTIONS = PlanOptions("exact", 512, (1 << 20,), (1e12,), 1e9, sync=1e-6, n_posit
 MACHINE = ("--vram-budget", 0.3, "--device-bandwidth", 1008, "--cpu-bandwidth", 60)
 
 
-def run(*arguments: object, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "runtime", "plan", *map(str, arguments)]
-    environment = {**os.environ, **({"LAZYNEURON_CACHE": str(cache)} if cache else {})}
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120, check=False, env=environment
-    )
+run = partial(command, "runtime", "plan")
 
 
 def run_json(*arguments: object, cache: Path | None = None) -> dict[str, Any]:
-    done = run(*arguments, "--json", cache=cache)
+    done = run(*arguments, "--json", env={"LAZYNEURON_CACHE": str(cache)} if cache else {})
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     result: dict[str, Any] = json.loads(line)

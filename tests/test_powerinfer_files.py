@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -15,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 from checkpoints import CHECKPOINTS, VOCAB_SIZE, make_llama
+from in_process import command
 from oracle import Logits, kl, max_difference, random_ids, same_argmax, transformers_logits
 from plain import convert
 from powerinfer_files import (
@@ -391,17 +390,15 @@ def test_drelu_computes_drelu(original: Folder, tiny_gguf: Path, tmp_path: Path)
 
 def test_the_command_line(source: Source, tmp_path: Path) -> None:
     path, _ = source("wide", "q4_0")
-    command = [sys.executable, "-m", "convert", str(path), str(tmp_path / "x.gguf"), "--layout", "both", "--json"]
-    done = subprocess.run(
-        [*command, "--calibration-tokens", "512"], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    options = ("--layout", "both", "--json")
+    done = command("convert", path, tmp_path / "x.gguf", *options, "--calibration-tokens", 512)
+    assert done.returncode == 0, done.stderr
     assert "note: ffn_down is q8_0, made from ffn_down_t: the file has only that layout" in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["structure"]["layout"] == "both"
     assert [file.name for file in tmp_path.iterdir()] == ["x.gguf"]
     broken = tmp_path / "broken.powerinfer.gguf"
     broken.write_bytes(path.read_bytes()[:-1000])
-    command[3:5] = [str(broken), str(tmp_path / "y.gguf")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    done = command("convert", broken, tmp_path / "y.gguf", *options)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr

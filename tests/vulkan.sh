@@ -73,7 +73,7 @@ is_stale() { [ ! -e "$VENV/.setup" ] || [ -n "$(find pyproject.toml runtime/nati
 # The build folder of the package's own library is not that of the ordinary environment.
 install() {
   local pip=("$VENV/bin/python" -m pip --disable-pip-version-check install --quiet)
-  "${pip[@]}" "$1"/llama_cpp_python-*.whl pytest pytest-timeout "scikit-build-core>=0.11" ninja >&2
+  "${pip[@]}" "$1"/llama_cpp_python-*.whl filelock pytest pytest-timeout "scikit-build-core>=0.11" ninja >&2
   "${pip[@]}" --no-build-isolation --config-settings=build-dir=build/native-vulkan --editable . >&2
   touch "$VENV/.setup"
 }
