@@ -11,7 +11,7 @@ NATIVE := $(wildcard runtime/native/*)
 # As in pyproject.toml. Installed before the package, so that its wheel (about 6 minutes on two cores) is built once and then comes from pip's cache.
 LLAMA_CPP := $(shell sed -n 's/^requires = .*"\(llama-cpp-python==[0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: chat setup test test-vulkan sanitize check docs bench clean
+.PHONY: chat setup test test-vulkan sanitize fuzz fuzz-sanitized check docs bench clean
 
 chat: $(MODEL)
 	@$(PY) -m runtime chat $(MODEL)
@@ -46,12 +46,29 @@ test-vulkan: $(VENV)/.test
 	@PYTHON="$(PYTHON)" MODELS_PYTHON="$(PY)" LLAMA_CPP="$(LLAMA_CPP)" tests/vulkan.sh
 
 # The native tests on a library that stops at the first bad address or undefined operation. With gcc on Linux: its runtimes must be loaded before Python is.
-sanitize: $(VENV)/.test
+SANITIZED  := build/sanitize/liblazyneuron.so
+SANITIZERS  = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=print_stacktrace=1 LAZYNEURON_LIBRARY=$(CURDIR)/$(SANITIZED)
+
+$(SANITIZED): $(VENV)/.test $(NATIVE)
 	cmake -S runtime/native -B build/sanitize -DLZN_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX) -DPython_EXECUTABLE=$(CURDIR)/$(PY) >&2
 	cmake --build build/sanitize --parallel 2 --target lazyneuron row_kernels_test >&2
+	@touch $@
+
+sanitize: $(SANITIZED)
 	build/sanitize/row_kernels_test
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	LAZYNEURON_LIBRARY=$(CURDIR)/build/sanitize/liblazyneuron.so $(PY) -m pytest --capture=sys -m native tests/test_kernels.py tests/test_predictors_kinds.py
+	$(SANITIZERS) $(PY) -m pytest --capture=sys -m native tests/test_kernels.py tests/test_predictors_kinds.py
+
+# Damaged input for every reader, for FUZZ_S seconds; FUZZ_SEED chooses which, FUZZ_TARGETS whose (docs/fuzzing.md). What fails is put into tests/fuzz/corpus.
+FUZZ_S       ?= 60
+FUZZ_SEED    ?= 0
+FUZZ_TARGETS ?=
+FUZZ         := PYTHONPATH=tests $(PY) -m fuzz --seconds $(FUZZ_S) --seed $(FUZZ_SEED) $(FUZZ_TARGETS:%=--target %)
+fuzz: $(VENV)/.test
+	$(FUZZ)
+
+fuzz-sanitized: $(SANITIZED)
+	$(SANITIZERS) $(FUZZ)
 
 check: $(VENV)/.check
 	$(VENV)/bin/ruff check .

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import pickle
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +20,6 @@ from convert.rewrites import Array, Shape, Sliceable
 from runtime.errors import UserError
 
 _DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
-_DAMAGE = (pickle.UnpicklingError, EOFError, ValueError, KeyError)
 
 
 class _Tensor:
@@ -80,25 +79,36 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 def _read(file: Path) -> Any:
-    torch = _torch()
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return _opened(file, mmap=True)
+    except RuntimeError:  # written before torch 1.6
+        state = file.stat()
+        return _load_unmapped(file, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_unmapped(file: Path, _size: int, _changed: int) -> Any:
+    """The whole file in memory; kept, because reading it again for every tensor would take hours."""
+    try:
+        return _opened(file)
+    except RuntimeError as error:
+        raise _unreadable(file, error) from None
+
+
+def _opened(file: Path, **options: Any) -> Any:
+    """What torch finds in a file. Raises RuntimeError as torch does, and UserError for all else: on damage its reader raises whatever comes."""
+    load = _torch().load
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unusual pickles
+            return load(file, map_location="cpu", weights_only=True, **options)
     except RuntimeError:
-        return _load_unmapped(file)  # files written before torch 1.6
+        raise
     except OSError as error:
         if error.filename:
             raise
         raise _unreadable(file, error) from None  # torch read beyond its end
-    except _DAMAGE as error:
-        raise _unreadable(file, error) from None
-
-
-@functools.lru_cache(maxsize=1)
-def _load_unmapped(file: Path) -> Any:
-    """The whole file in memory; kept, because reading it again for every tensor would take hours."""
-    try:
-        return _torch().load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, *_DAMAGE) as error:
+    except Exception as error:
         raise _unreadable(file, error) from None
 
 

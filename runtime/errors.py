@@ -6,8 +6,26 @@ Knows nothing of models or files: whoever raises `UserError` says where, what wa
 from __future__ import annotations
 
 import errno
+import re
 import sys
 from collections.abc import Callable
+
+# Controls (but newline and tab), line and paragraph separators, embeddings, overrides and isolates of bidirectional text, lone
+# surrogates. Joiners, variation selectors and tags stay: emoji and several scripts are spelled with them.
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_LONGEST = 1000  # characters of a message: what it quotes may be a file's, and of any length
+
+
+def printable(text: str) -> str:
+    """`text` with characters that could steer a terminal or turn its writing round made visible; newlines and tabs stay."""
+    return _STEERING.sub("\ufffd", text)
+
+
+def _line(text: str) -> str:
+    """`text` as one line of bounded length that is shown as it is, whatever the file says that it quotes."""
+    line = printable(" ".join(text.split()))
+    half = _LONGEST // 2
+    return line if len(line) <= _LONGEST else f"{line[:half]} ... {line[-half:]}"
 
 
 class UserError(Exception):
@@ -17,9 +35,8 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = _line(message), _line(hint)
+        super().__init__(self.message)
 
 
 def os_error(error: OSError) -> UserError:
@@ -56,7 +73,7 @@ def run_command(command: Callable[[], None]) -> int:
 
 
 def _report(error: UserError) -> int:
-    print(f"error: {' '.join(error.message.split())}", file=sys.stderr)
+    print(f"error: {error.message}", file=sys.stderr)
     if error.hint:
-        print(f"hint: {' '.join(error.hint.split())}", file=sys.stderr)
+        print(f"hint: {error.hint}", file=sys.stderr)
     return 1

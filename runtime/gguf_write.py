@@ -151,6 +151,18 @@ def _add_value(writer: Any, key: str, value: Any) -> None:
     if isinstance(value, Key):
         writer.add_key_value(key, value.value, value.type, value.items)
     elif isinstance(value, list):
-        writer.add_array(key, value)
+        if value:
+            items = _whole_type(value, GGUFValueType.INT32) if type(value[0]) is int else None
+            writer.add_key_value(key, value, GGUFValueType.ARRAY, items)
+    elif type(value) is int:
+        writer.add_key_value(key, value, _whole_type([value], GGUFValueType.UINT32))
     else:
         writer.add_key_value(key, value, _TYPES[type(value)])
+
+
+def _whole_type(values: Sequence[int], usual: GGUFValueType) -> GGUFValueType:
+    """The usual type of whole numbers, or one of 64 bits where it cannot hold them."""
+    low, high = (-(1 << 31), 1 << 31) if usual == GGUFValueType.INT32 else (0, 1 << 32)
+    if all(low <= value < high for value in values):
+        return usual
+    return GGUFValueType.INT64 if min(values) < 0 else GGUFValueType.UINT64

@@ -58,11 +58,43 @@ def fetch(reference: Reference, choose: Choose) -> tuple[Path, list[str]]:
 
 def list_files(reference: Reference) -> Listing:
     """What the repository holds, asked from the Hub. Raises huggingface_hub's errors."""
-    info = HfApi().model_info(
-        reference.repo, revision=reference.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
-    )
-    files = {s.rfilename: RemoteFile(s.size or 0, s.lfs.sha256 if s.lfs else "") for s in info.siblings or ()}
-    return Listing(reference, info.sha or "", files, (info.gguf or {}).get("architecture", ""))
+    with _understood(reference.repo):
+        info = HfApi().model_info(
+            reference.repo, revision=reference.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
+        files = {
+            s.rfilename: RemoteFile(s.size or 0, (s.lfs.sha256 if s.lfs else "") or "") for s in info.siblings or ()
+        }
+        listing = Listing(reference, info.sha or "", files, (info.gguf or {}).get("architecture", ""))
+        _check_listing(listing)
+    return listing
+
+
+def _check_listing(listing: Listing) -> None:
+    """Raise ValueError for what no Hub says: values of other types, and names that lead out of the repository's folder."""
+    texts = [listing.commit, listing.architecture, *(file.sha256 for file in listing.files.values())]
+    if not all(isinstance(text, str) for text in texts) or not re.fullmatch(r"[0-9a-f]*", listing.commit):
+        raise ValueError("a commit, an architecture or a sha256 that is none")
+    for name, file in listing.files.items():
+        parts = re.split(r"[/\\]", name)
+        if not name.isprintable() or name.startswith("/") or {"", ".", ".."} & set(parts):
+            raise ValueError(f"a file called {name!r}")
+        if type(file.size) is not int or file.size < 0:
+            raise ValueError(f"a size of {file.size!r}")
+
+
+@contextmanager
+def _understood(repo: str) -> Iterator[None]:
+    """Raise UserError where huggingface_hub, or we, cannot make sense of what a server answered; its own errors pass."""
+    try:
+        yield
+    except (OSError, RuntimeError, UserError, errors.HFValidationError, *_UNREACHABLE):
+        raise
+    except Exception as error:  # whatever reading it raises
+        raise UserError(
+            f"`{repo}`: the Hub's answer cannot be understood ({type(error).__name__}: {error})",
+            "try again later; if HF_ENDPOINT is set, see whether a Hub is there",
+        ) from None
 
 
 def _why_unreachable(error: Exception) -> str:
@@ -86,8 +118,9 @@ def _download(repo: str, name: str, revision: str | None, waits: Sequence[int] =
     """Fetch one file, unless the cache has it; the cached folder of its commit."""
     # One after the other and not by snapshot_download, whose threads an interrupt waits for.
     try:
-        path = Path(hf_hub_download(repo, name, revision=revision))
-        return path.parents[name.count("/")]
+        with _understood(repo):
+            path = Path(hf_hub_download(repo, name, revision=revision))
+            return path.parents[name.count("/")]
     except errors.HfHubHTTPError:
         raise
     except _TRANSPORT:

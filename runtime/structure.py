@@ -145,7 +145,7 @@ def check_schema(metadata: Mapping[str, Any], where: str) -> None:
             "convert the original Hugging Face checkpoint: python -m convert REPO OUT.gguf",
         )
     version = metadata.get(f"{ARCHITECTURE}.schema_version")
-    if version not in _VERSIONS:
+    if type(version) is not int or version not in _VERSIONS:
         raise UserError(
             f"{where}: schema version {version}, expected 1 to {SCHEMA_VERSION}",
             "convert the checkpoint again with this version of lazyneuron, or use the version that wrote the file",
@@ -189,7 +189,16 @@ _LIMITS = {
 }
 
 
+_LARGEST = 3.4e38  # of a number: what an F32 holds
+
+
 def _check(s: Structure, where: str) -> None:
+    for f in fields(s):
+        value = getattr(s, f.name)
+        if any(
+            isinstance(v, float) and not abs(v) <= _LARGEST for v in (value if isinstance(value, tuple) else (value,))
+        ):
+            raise UserError(f"{where}: `{ARCHITECTURE}.{f.metadata['key']}` is {value}, expected finite numbers")
     for name, limit in _LIMITS.items():
         if not 0 < getattr(s, name) <= limit:
             raise UserError(f"{where}: {name} is {getattr(s, name)}, expected 1 to {limit}")

@@ -1,12 +1,13 @@
 """Chat messages to one prompt string, by the Jinja template that a model file carries.
 
-The template comes from whoever made the file: it runs in Jinja's sandbox, with the names that Hugging Face's own
-rendering offers. Knows nothing of token ids.
+The template comes from whoever made the file: it runs in Jinja's sandbox, within bounds of time and memory, with the names that
+Hugging Face's own rendering offers. Knows nothing of token ids.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -16,8 +17,8 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from runtime.bounded_template import BoundedEnvironment
 from runtime.errors import UserError
 
 _HINT = "the model file's chat template does not accept this conversation"
@@ -29,16 +30,18 @@ def render(
     """The prompt for `messages` (each with `role` and `content`); special tokens are spelled out in it, BOS included.
 
     bos, eos: the tokens' texts. add_generation_prompt: end where the assistant's reply begins.
-    Raises UserError when the template is broken or refuses the messages.
+    Raises UserError when the template is broken, refuses the messages, or computes too much.
     """
+    environment = _environment()
     try:
-        compiled = _environment().from_string(template)
-        return compiled.render(
-            messages=[dict(message) for message in messages],
-            bos_token=bos,
-            eos_token=eos,
-            add_generation_prompt=add_generation_prompt,
-        )
+        with environment.bounded(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of the code that Jinja makes of odd expressions
+            return environment.from_string(template).render(
+                messages=[dict(message) for message in messages],
+                bos_token=bos,
+                eos_token=eos,
+                add_generation_prompt=add_generation_prompt,
+            )
     except jinja2.TemplateSyntaxError as error:
         raise UserError(
             f"chat template, line {error.lineno}: {error.message}", "the file's template is broken"
@@ -58,10 +61,8 @@ class _Generation(Extension):
 
 
 @lru_cache(maxsize=1)
-def _environment() -> jinja2.Environment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
+def _environment() -> BoundedEnvironment:
+    environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now

@@ -112,6 +112,13 @@ def test_truncation_anywhere(tmp_path: Path) -> None:
 
 BAD_METADATA: list[tuple[dict[str, Any], str]] = [
     ({"lazyneuron.schema_version": 3}, "schema version 3, expected 1 to 2"),
+    ({"lazyneuron.schema_version": [1, 2]}, "schema version [1 2], expected 1 to 2"),
+    ({"lazyneuron.rope.freq_base": math.inf}, "`lazyneuron.rope.freq_base` is inf, expected finite numbers"),
+    ({"lazyneuron.embedding_scale": math.nan}, "`lazyneuron.embedding_scale` is nan, expected finite numbers"),
+    (
+        {"lazyneuron.norm": "a\x1b]0;b\x07\n c\u202e"},
+        "`lazyneuron.norm` is `a\ufffd]0;b\ufffd c\ufffd`, expected one of rms, layer",
+    ),
     ({"lazyneuron.norm": "batch"}, "`lazyneuron.norm` is `batch`, expected one of rms, layer"),
     ({"lazyneuron.ffn.activation": "silu"}, "expected one of relu"),
     ({"lazyneuron.block_count": 0}, "block_count is 0"),
@@ -143,6 +150,12 @@ BAD_METADATA: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("metadata", "message"), BAD_METADATA)
 def test_inconsistent_descriptions(tmp_path: Path, metadata: dict[str, Any], message: str) -> None:
     assert message in error_of(write(tmp_path / "m.gguf", metadata)).message
+
+
+def test_a_message_is_short_whatever_it_quotes(tmp_path: Path) -> None:
+    error = error_of(write(tmp_path / "m.gguf", {"lazyneuron.norm": "x" * 100_000}))
+    assert len(error.message) < 1100
+    assert error.message.endswith("expected one of rms, layer")
 
 
 def test_another_architecture(tmp_path: Path) -> None:

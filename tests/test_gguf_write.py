@@ -41,6 +41,15 @@ def test_values_and_bytes(tmp_path: Path) -> None:
             assert file.read(info.name).tobytes() == DATA.tobytes()
 
 
+@pytest.mark.parametrize(
+    "value", [0, (1 << 32) - 1, -1, 1 << 32, (1 << 64) - 1, [-(1 << 31), 1], [1 << 31], [-1, 1 << 40], [1 << 63]]
+)
+def test_whole_numbers_of_any_size(tmp_path: Path, value: int | list[int]) -> None:
+    write_gguf(tmp_path / "x.gguf", {"t.value": value}, [stream()])
+    with GgufFile(tmp_path / "x.gguf") as file:
+        assert np.array_equal(file.metadata["t.value"], value)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), ValueError("no"), OSError(28, "No space")])
 @pytest.mark.parametrize("existing", [None, b"an older file"])
 def test_what_fails_leaves_nothing(tmp_path: Path, error: BaseException, existing: bytes | None) -> None:

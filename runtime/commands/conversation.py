@@ -96,7 +96,10 @@ class Conversation:
         values = {_FORMAT: _VERSION, "messages": self.messages}
         try:
             with replacing(path) as partial:
-                partial.write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+                text = json.dumps(values, ensure_ascii=False, indent=1) + "\n"
+                partial.write_text(
+                    text, encoding="utf-8", errors="replace"
+                )  # lone surrogates, as the tokenizer takes them
         except OSError as error:  # which names the other file, or none
             raise OSError(error.errno, error.strerror, os.fspath(path)) from None
 

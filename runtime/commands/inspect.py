@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from runtime.commands.options import add_json, add_model, print_json, printable
+from runtime.commands.options import add_json, add_model, print_json
+from runtime.errors import printable
 from runtime.gguf_file import GgufFile, TensorInfo
 from runtime.structure import Structure
 from runtime.tokenizer import Tokenizer

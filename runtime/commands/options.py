@@ -9,7 +9,6 @@ import argparse
 import difflib
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -21,7 +20,7 @@ from runtime.commands.completion import completed
 from runtime.commands.help import HelpParser
 from runtime.devices import AUTO, parse_sizes
 from runtime.engine import FFN_MODES, KV_TYPES
-from runtime.errors import UserError
+from runtime.errors import UserError, printable
 from runtime.hub import locate
 from runtime.model import Model, load
 from runtime.sampling import Sampling
@@ -231,16 +230,6 @@ def decoded(raw: bytes, where: str) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: byte {error.start} is {raw[error.start]:#04x}, expected UTF-8 text") from None
-
-
-# Controls (but newline and tab), line and paragraph separators, embeddings, overrides and isolates of bidirectional text, lone
-# surrogates. Joiners, variation selectors and tags stay: emoji and several scripts are spelled with them.
-_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def printable(text: str) -> str:
-    """`text` with characters that could steer a terminal or turn its writing round made visible; newlines and tabs stay."""
-    return _STEERING.sub("\ufffd", text)
 
 
 def cleaner(out: TextIO) -> Callable[[str], str]:

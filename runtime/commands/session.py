@@ -12,9 +12,9 @@ from typing import Any
 
 from runtime.commands.conversation import Conversation
 from runtime.commands.footer import print_layers
-from runtime.commands.options import did_you_mean, note, printable
+from runtime.commands.options import did_you_mean, note
 from runtime.commands.reply import Draft, Dropped, Reply, larger_context
-from runtime.errors import UserError, os_error
+from runtime.errors import UserError, os_error, printable
 from runtime.generate import Stats
 from runtime.model import Model
 from runtime.sampling import Sampling
@@ -224,7 +224,7 @@ def attempt(action: Callable[[], object]) -> bool:
 
 
 def _report(error: UserError) -> bool:
-    note(f"error: {' '.join(error.message.split())}")
+    note(f"error: {error.message}")
     if error.hint:
-        note(f"hint: {' '.join(error.hint.split())}")
+        note(f"hint: {error.hint}")
     return False

@@ -23,8 +23,9 @@ from prompt_toolkit.output.plain_text import PlainTextOutput
 from prompt_toolkit.utils import is_dumb_terminal
 
 from runtime.commands.footer import print_footer
-from runtime.commands.options import note, printable
+from runtime.commands.options import note
 from runtime.commands.session import COMMANDS, Session, attempt
+from runtime.errors import printable
 
 _TAKES_FILE = [usage.split()[0] for usage in COMMANDS if usage.endswith(" FILE")]
 _ECHOED = 8  # lines of a prompt from a file that are shown

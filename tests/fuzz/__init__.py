@@ -1,0 +1,1 @@
+"""Damaged input of every kind, many a second: see docs/fuzzing.md."""

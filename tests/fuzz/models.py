@@ -1,0 +1,83 @@
+"""Targets that open model files: damaged GGUF up to the first token, shards, and what the commands say of a file."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import runtime
+from fuzz import mutate, mutate_gguf
+from fuzz.bases import write_models
+from fuzz.gguf_parts import header, parse
+from fuzz.worker import Failed, Files, Target
+from runtime.commands.inspect import inspect
+from runtime.errors import UserError
+from runtime.sampling import Sampling
+
+_PROMPT = "the in\u00e9 <|user|>\n"
+_MODES = (None, "exact", "dense")
+GREEDY = Sampling(temperature=0)
+
+
+def first_token(path: Path) -> bool:
+    """Load a model, continue a prompt by two tokens and one of ours alone; the mode follows from the file's bytes."""
+    mode = _MODES[zlib.crc32(path.read_bytes()) % len(_MODES)]
+    if mode == "dense" and b"sparse" in path.read_bytes():
+        mode = None
+    with runtime.load(path, ffn=mode, threads=1, device="none") as model:
+        with model.generate(_PROMPT, max_tokens=2, sampling=GREEDY) as generation:
+            "".join(generation)
+        model.detokenize([0, model.structure.vocab_size - 1])
+    return True
+
+
+def runs(path: Path) -> bool:
+    """Whether a file that was just converted computes: it has to, but for numbers that were damaged in its source, as they may be."""
+    try:
+        return first_token(path)
+    except UserError as error:
+        if "logits are not numbers" not in error.message:
+            raise Failed(f"converted, and does not run: {error.message}") from error
+        path.unlink()
+        return False
+
+
+def _shards(folder: Path) -> bool:
+    return first_token(folder / "shards-00001-of-00002.gguf")
+
+
+def _described(folder: Path) -> bool:
+    inspect(folder / "model.gguf", tensors=True, as_json=True)
+    inspect(folder / "model.gguf", tensors=True)
+    return True
+
+
+def model_targets(folder: Path, rng_of: Callable[[str, int], Random]) -> list[Target]:
+    """All of them; the whole files are written to `folder`."""
+    paths = write_models(folder)
+    shards = [path.read_bytes() for path in sorted(folder.glob("shards-*.gguf"))]
+    whole = {name: parse(path.read_bytes()) for name, path in paths.items() if name != "shards"}
+    names, parts = sorted(whole), [parse(data) for data in shards]
+
+    def model(target: str) -> Callable[[int], Files]:
+        def make(index: int) -> Files:
+            rng = rng_of(target, index)
+            return {"model.gguf": mutate_gguf.damaged(rng, whole[rng.choice(names)])}
+
+        return make
+
+    def shard(index: int) -> Files:
+        rng, made = rng_of("shards", index), list(shards)
+        i = rng.randrange(len(made))
+        made[i] = mutate_gguf.damaged(rng, parts[i])
+        if rng.randrange(10) == 0:
+            made[i] = mutate.damaged(rng, shards[i], len(header(parts[i])))
+        return {f"shards-{i + 1:05}-of-{len(made):05}.gguf": data for i, data in enumerate(made)}
+
+    return [
+        Target("first-token", model("first-token"), lambda folder: first_token(folder / "model.gguf"), 6),
+        Target("shards", shard, _shards),
+        Target("inspect", model("inspect"), _described),
+    ]
