@@ -18,10 +18,10 @@ from bench.shapes import SHAPES, shape
 from bench.tables import console, table
 from convert.quantize import NUMBERS
 from runtime.commands.help import HelpParser
-from runtime.engine import on_worker
 from runtime.errors import UserError, run_command
 from runtime.logs import captured_log
 from runtime.threads import physical_cores
+from runtime.worker import on_worker
 
 _COLUMNS = ("plain", "repacked", "exact", "predicted")
 _PASSES = 3

@@ -24,10 +24,10 @@ from bench.tables import console, table
 from convert.quantize import NUMBERS, fitting
 from runtime import ggml
 from runtime.commands.help import HelpParser
-from runtime.engine import on_worker
 from runtime.errors import UserError, run_command
 from runtime.logs import captured_log
 from runtime.threads import physical_cores
+from runtime.worker import on_worker
 
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:

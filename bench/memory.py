@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 from runtime import ggml
-from runtime.engine import on_worker
 from runtime.weights import new_context
+from runtime.worker import on_worker
 
 _WIDTH = 8192  # elements of a row
 _FIELDS = {"VmHWM": "peak_bytes", "RssAnon": "anonymous_bytes", "RssFile": "file_bytes"}

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from runtime import ggml
 from runtime.cache import cache_folder
+from runtime.closing import Handles
 from runtime.devices import DeviceInfo, devices
 from runtime.sides import Memory, Side, device_kinds, host_kinds
 from runtime.stream import Stream, open_stream
@@ -72,15 +73,13 @@ def _remember(path: Path, known: dict[str, list[float]]) -> None:
 
 def measure(device: DeviceInfo, threads: int) -> Speed:
     """Time products with matrices of some hundred MB, and hidden states that go there and back."""
-    stream = open_stream(device, threads, "measurement")
-    memory = Memory(f"device {device.name}", device_kinds(device.handle))
-    main = Memory("main memory", host_kinds(device.handle))
-    side, host = Side(memory, 16), Side(main, 4)
-    try:
+    with Handles() as handles:
+        stream = handles.enter_context(open_stream(device, threads, "measurement"))
+        memory = handles.enter_context(Memory(f"device {device.name}", device_kinds(device.handle)))
+        main = handles.enter_context(Memory("main memory", host_kinds(device.handle)))
+        side, host = handles.enter_context(Side(memory, 16)), handles.enter_context(Side(main, 4))
+        handles.callback(stream.settle)
         return _measured(stream, side, host, _MATRICES["CPU" if device.is_stand_in else "GPU"])
-    finally:
-        for opened in (side, host, memory, main, stream):
-            opened.close()
 
 
 def _measured(stream: Stream, side: Side, host: Side, n: int) -> Speed:

@@ -1,47 +1,42 @@
-"""Runs token ids through a model: owns the weights, the KV cache and the graphs, and makes every ggml call on one thread.
+"""Runs token ids through a model: owns the weights, the KV cache and the graphs, and does all work with them on the worker.
 
-ggml's CPU backend is an OpenMP build: the team of threads belongs to whoever calls it, so all calls come from the one worker thread of this module.
 Knows ids and logits; knows nothing of text.
 """
 
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from runtime import ggml, native_ffn
+from runtime import ggml, native_ffn, worker
 from runtime.arrange import Arrangement
 from runtime.blocks import FFN_MATRICES, GraphSpec
+from runtime.closing import Handles
 from runtime.costs import LOGITS
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.graph import Graph
+from runtime.graph_cache import GraphCache
 from runtime.hybrid import Hybrid
 from runtime.prompts import dense_from, expected
 from runtime.repack import Repacked, gains, repack
 from runtime.split import SplitGraph
-from runtime.stream import Stream, open_stream
+from runtime.stream import open_streams
 from runtime.structure import required_tensors
 from runtime.threads import Threads
 from runtime.trace import Trace
 from runtime.traffic import kv_bytes
 from runtime.weights import KvCache, Weights
-
-T = TypeVar("T")
+from runtime.worker import OfWorker
 
 KV_TYPES = {"f16": ggml.F16, "f32": ggml.F32}
 FFN_MODES = ("predicted", "exact", "dense")
 BATCH = 512  # tokens of a prompt computed at once
 _KV_PAD = 256  # graphs are built for multiples of this many positions
-_KEPT_GRAPHS = 4
 
 # By mode: matrices that every token is multiplied with as a whole, beside the head.
 _BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -51,13 +46,6 @@ _EVERY_TOKEN_MULTIPLIES = {
     "predicted": re.compile(rf"\b({_ALWAYS}|predictor_in)\.weight$"),
     "dense": re.compile(rf"\b({_ALWAYS}|ffn_(gate|up|down))\.weight$"),
 }
-
-_worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ggml")
-
-
-def on_worker(call: Callable[[], T]) -> T:
-    """Run `call` on the thread that owns ggml and wait for it."""
-    return _worker.submit(call).result()
 
 
 @dataclass
@@ -88,11 +76,12 @@ class Options:
     priority: str = "normal"
 
 
-class Engine:
-    """A model ready to compute. Its methods run their work on the ggml worker thread, one after the other, whichever threads call them.
+class Engine(OfWorker):
+    """A model ready to compute. Its methods do their work on the worker, one after the other, whichever threads call them.
 
-    arrangement: what is on devices; None, or nothing: all is computed on the CPU. trace: collects when what was computed.
-    Raises UserError for a mode that the file does not allow, and where memory does not suffice.
+    arrangement: what is on devices; None, or nothing: all is computed on the CPU. trace: collects when what was computed, and is written at the end.
+    The file's mapping belongs to the engine. All is freed behind what the worker does: by `close`, or when nothing refers to the engine any more.
+    Raises UserError for a mode that the file does not allow, where memory does not suffice, and after `close`.
     """
 
     def __init__(
@@ -102,19 +91,20 @@ class Engine:
         arrangement: Arrangement | None = None,
         trace: Trace | None = None,
     ) -> None:
+        super().__init__(f"`{file.path}`: the model")
         self.structure, self.options, self._trace = file.structure, options, trace
         self.asked, self.arrangement = arrangement, arrangement if arrangement and arrangement.used else None
         self.resident_from = self.arrangement.residence.first if self.arrangement else self.structure.block_count
+        self._graphs = GraphCache()
         self._hybrid: Hybrid | None = None
-        self._graphs: OrderedDict[GraphSpec, Graph | SplitGraph] = OrderedDict()
-        self._scratch: Repacked | None = None
+        self._device_bytes: tuple[int, ...] = ()
         self._cached: list[int] = []  # the ids whose keys and values are in the cache
         self.counts = [Counts() for _ in range(self.structure.block_count)]
         self._check_modes(file)
         activity = expected(file, options.ffn, options.predictor_bias)
         repacked = gains(file.tensors["blk.0.ffn_up.weight"].type_id)
         self._dense_from = dense_from(self.structure, file.tensors, activity, repacked)
-        on_worker(lambda: self._open(file))
+        self._open(lambda handles: self._collect(file, handles))
 
     def _check_modes(self, file: GgufFile) -> None:
         if self.options.ffn == "dense" and self.structure.layout == "sparse":
@@ -128,52 +118,41 @@ class Engine:
                 "use --ffn exact, or fit one: python -m predictors fit MODEL.gguf OUT.gguf",
             )
 
-    def _open(self, file: GgufFile) -> None:
-        s = self.structure
+    def _collect(self, file: GgufFile, handles: Handles) -> None:
         if self.options.ffn != "dense":
             native_ffn.library()
-        self._backend = ggml.ggml_backend_cpu_init()
-        ggml.ggml_backend_cpu_set_n_threads(self._backend, self.options.threads)
-        self._closing: list[Callable[[], None]] = []
-        pool = Threads(self.options.threads, self.options.cpus, self.options.priority).pool()
-        if pool:
-            ggml.ggml_backend_cpu_set_threadpool(self._backend, pool)
-            self._closing.append(lambda: ggml.ggml_threadpool_free(pool))
-        self._closing.append(lambda: ggml.ggml_backend_free(self._backend))
-        self.weights = Weights(file, required_tensors(s))
-        self._closing.append(self.weights.close)
-        try:
-            self._allocate()
-        except UserError:
-            self._close()
-            raise
+        self._backend = self._open_backend(handles)
+        self.weights = handles.enter_context(Weights(file, required_tensors(self.structure)))
+        self._allocate(handles)
+        handles.enter_context(self._graphs)
+        if self._hybrid:
+            self._reserve(self._hybrid)
+        if self._trace:
+            handles.enter_context(self._trace)
 
-    def _allocate(self) -> None:
+    def _open_backend(self, handles: Handles) -> ggml.BackendP:
+        o = self.options
+        pool = Threads(o.threads, o.cpus, o.priority).pool()
+        if pool:
+            handles.add(pool, ggml.ggml_threadpool_free)
+        backend = handles.add(ggml.ggml_backend_cpu_init(), ggml.ggml_backend_free)
+        ggml.ggml_backend_cpu_set_n_threads(backend, o.threads)
+        if pool:
+            ggml.ggml_backend_cpu_set_threadpool(backend, pool)
+        return backend
+
+    def _allocate(self, handles: Handles) -> None:
         s = self.structure
         n_cells, kv_type = _padded(self.options.n_ctx), KV_TYPES[self.options.kv_type]
         if self.arrangement:
-            self._hybrid = self._open_hybrid(self.arrangement, n_cells, kv_type)
-            self._closing.append(self._hybrid.close)
+            streams = open_streams(handles, self.arrangement.devices, self.options.threads, self._trace)
+            hybrid = Hybrid(self.weights, self.arrangement.residence, streams, n_cells, kv_type)
+            self._hybrid = handles.enter_context(hybrid)
+        worker.stop_if_unwanted()
         multiplied = [name for name in self.weights.tensors if self._every_token_multiplies(name)]
-        self._closing.append(repack(self.weights, self._backend, multiplied).close)
-        self.kv = KvCache(self._backend, kv_type, s.kv_length, n_cells, self.resident_from)
-        self._closing.append(self.kv.close)
-        if self._hybrid:
-            self._reserve(self._hybrid)
-
-    def _open_hybrid(self, arrangement: Arrangement, n_cells: int, kv_type: int) -> Hybrid:
-        streams: list[Stream] = []
-        try:
-            for i, device in enumerate(arrangement.devices):
-                track = (
-                    f"device {device.name}" if device not in arrangement.devices[:i] else f"device {device.name} {i}"
-                )
-                streams.append(open_stream(device, self.options.threads, track, self._trace))
-        except UserError:
-            for stream in streams:
-                stream.close()
-            raise
-        return Hybrid(self.weights, arrangement.residence, streams, n_cells, kv_type)
+        handles.enter_context(repack(self.weights, self._backend, multiplied))
+        worker.stop_if_unwanted()
+        self.kv = handles.enter_context(KvCache(self._backend, kv_type, s.kv_length, n_cells, self.resident_from))
 
     def _every_token_multiplies(self, name: str) -> bool:
         """Whether the CPU multiplies with all of a matrix for every token."""
@@ -185,30 +164,9 @@ class Engine:
             return False
         return _EVERY_TOKEN_MULTIPLIES[self.options.ffn].search(name) is not None
 
-    def close(self) -> None:
-        """Free everything."""
-        on_worker(self._close)
-
-    def write_trace(self, path: Path) -> None:
-        """Write what was collected; raises OSError."""
-        if self._trace:
-            self._trace.write(path)
-
-    def _close(self) -> None:
-        self._close_graphs(lambda spec: True)
-        while self._closing:
-            self._closing.pop()()
-
-    def _close_graphs(self, which: Callable[[GraphSpec], bool]) -> None:
-        for spec in filter(which, list(self._graphs)):
-            self._graphs.pop(spec).close()
-        if self._scratch and not any(graph.scratch for graph in self._graphs.values()):
-            self._scratch.close()
-            self._scratch = None
-
     def reset(self) -> None:
         """Forget the sequence in the cache."""
-        on_worker(self._cached.clear)
+        self._do(self._cached.clear)
 
     def logits(self, ids: Sequence[int], n_outputs: int | None = None) -> npt.NDArray[np.float32]:
         """Logits after `ids`, continuing from the longest prefix that is in the cache.
@@ -217,7 +175,7 @@ class Engine:
         Returns float32 [n_outputs, n_vocab].
         """
         # What is cached is asked where it is changed: another thread's batch, or one whose caller was interrupted, may still be running.
-        return on_worker(lambda: self._logits(ids, n_outputs))
+        return self._do(lambda: self._logits(ids, n_outputs))
 
     def _logits(self, ids: Sequence[int], n_outputs: int | None) -> npt.NDArray[np.float32]:
         start = 0 if n_outputs is None else self._reusable(ids)
@@ -226,13 +184,14 @@ class Engine:
         # A device has room for the logits of few positions.
         n_batch = min(self.options.n_batch, LOGITS) if self.arrangement and not n_outputs else self.options.n_batch
         for at in range(start, len(ids), n_batch):
+            worker.stop_if_unwanted()
             batch = ids[at : at + n_batch]
             parts.append(self._batch(batch, at, 1 if n_outputs else len(batch)))
         return parts[-1] if n_outputs else np.concatenate(parts)
 
     def reusable(self, ids: Sequence[int]) -> int:
         """How many of `ids` need not be computed again: the cached prefix, without the last id, whose logits are wanted."""
-        return on_worker(lambda: self._reusable(ids))
+        return self._do(lambda: self._reusable(ids))
 
     def _reusable(self, ids: Sequence[int]) -> int:
         known = list(ids[: min(len(self._cached), len(ids) - 1)])
@@ -259,16 +218,7 @@ class Engine:
             # Whoever wants every position's logits wants to know what this mode computes.
             self._dense_from if n_outputs < n_tokens else (),
         )
-        if n_tokens == 1:
-            # Prompts seldom have the same length twice, and what their graphs hold is large.
-            self._close_graphs(lambda spec: spec.n_tokens > 1)
-        if spec in self._graphs:
-            self._graphs.move_to_end(spec)
-        else:
-            if len(self._graphs) >= _KEPT_GRAPHS:
-                self._close_graphs(next(iter(self._graphs)).__eq__)
-            self._graphs[spec] = self._new_graph(spec)
-        return self._graphs[spec]
+        return self._graphs.get(spec, lambda: self._new_graph(spec))
 
     def _new_graph(self, spec: GraphSpec) -> Graph | SplitGraph:
         scratch = self._scratch_for(spec)
@@ -278,16 +228,15 @@ class Engine:
 
     def _split_graph(self, hybrid: Hybrid, spec: GraphSpec, scratch: Repacked | None) -> SplitGraph:
         before = hybrid.growths
-        try:
-            graph = SplitGraph(spec, hybrid, self._backend, self.kv, scratch)
-        finally:
-            if hybrid.growths != before:
-                self._close_graphs(lambda spec: True)  # they have lost their memory
-        try:
+        with Handles() as handles:
+            try:
+                graph = handles.enter_context(SplitGraph(spec, hybrid, self._backend, self.kv, scratch))
+            finally:
+                self._device_bytes = hybrid.sizes
+                if hybrid.growths != before:
+                    self._graphs.clear()  # they have lost their memory
             self._check_budget(spec)
-        except UserError:
-            graph.close()
-            raise
+            handles.pop_all()
         return graph
 
     def _reserve(self, hybrid: Hybrid) -> None:
@@ -300,7 +249,7 @@ class Engine:
 
     def device_bytes(self) -> tuple[int, ...]:
         """Bytes of all buffers on each device: weights, keys and values, hidden states, compute buffers."""
-        return self._hybrid.sizes if self._hybrid else ()
+        return self._device_bytes
 
     def kv_bytes(self, n_positions: float) -> float:
         """Bytes of keys and values at so many positions, all layers."""
@@ -320,11 +269,9 @@ class Engine:
         """Where a block's matrices are repacked for a batch; one for all graphs, and None where nothing is computed that way."""
         if not any(spec.n_tokens >= n for n in spec.dense_from[: self.resident_from]):
             return None
-        if self._scratch is None:
-            like = {name: f"blk.0.{name}.weight" for name in FFN_MATRICES}
-            held = {name: source for name, source in like.items() if source in self.weights.tensors}
-            self._scratch = Repacked(self.weights, self._backend, held)
-        return self._scratch
+        like = {name: f"blk.0.{name}.weight" for name in FFN_MATRICES}
+        held = {name: source for name, source in like.items() if source in self.weights.tensors}
+        return self._graphs.scratch(lambda: Repacked(self.weights, self._backend, held))
 
     def _count(self, graph: Graph | SplitGraph) -> None:
         for i, count in enumerate(self.counts):

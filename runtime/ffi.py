@@ -139,10 +139,7 @@ def stub(library: Library) -> Callable[[F], F]:
     def declare(function: F) -> F:
         @functools.wraps(function)
         def first_call(*args: Any) -> Any:
-            foreign = library.symbol(function.__name__)
-            *arguments, result = (c_type(a) for a in _annotations(function).values())
-            foreign.argtypes = [a.ctype for a in arguments]
-            foreign.restype = result.ctype
+            foreign = resolved(library, function.__name__)
             # From now on the module's own name is the foreign function itself: no Python frame per call.
             function.__globals__[function.__name__] = foreign
             return foreign(*args)
@@ -151,6 +148,15 @@ def stub(library: Library) -> Callable[[F], F]:
         return first_call  # type: ignore[return-value]
 
     return declare
+
+
+def resolved(library: Library, name: str) -> Any:
+    """The foreign function of a stub, with its types."""
+    foreign = library.symbol(name)
+    *arguments, result = (c_type(a) for a in _annotations(library.stubs[name]).values())
+    foreign.argtypes = [a.ctype for a in arguments]
+    foreign.restype = result.ctype
+    return foreign
 
 
 def _annotations(function: Any) -> dict[str, Any]:

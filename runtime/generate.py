@@ -150,8 +150,8 @@ class Generation(Closing):
         self._engine, self._tokenizer, self._file = engine, tokenizer, file
         self._request, self._turns, self._done = request, turns, done
         self._ids = list(prompt)
-        self._sampler = Sampler(request.sampling, engine.structure.vocab_size, prompt, engine.options.n_ctx)
-        self.seed = self._sampler.seed
+        self._sampling = request.sampling.seeded()
+        self.seed = self._sampling.seed
         self._cancelled = False
         self._pieces = self._run()
 
@@ -159,7 +159,11 @@ class Generation(Closing):
         return self
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        try:
+            return next(self._pieces)
+        finally:
+            if self._cancelled:
+                self._pieces.close()
 
     async def __aiter__(self) -> AsyncGenerator[str, None]:
         """The pieces, computed in a thread: the event loop goes on meanwhile. A cancelled task stops generating."""
@@ -183,24 +187,29 @@ class Generation(Closing):
             raise
 
     def close(self) -> None:
-        """Stop generating."""
-        self._pieces.close()
-        self._sampler.close()
+        """Stop generating: at once, or after the present token where a callback asks for it, or another thread."""
+        self._cancelled = True
+        try:
+            self._pieces.close()
+        except ValueError as error:
+            if "already executing" not in str(error):
+                raise
 
     def _run(self) -> Generator[str, None, None]:
         emitted = 0
-        try:
-            for text, final in self._texts():
-                self.text, end = self._cut(text, emitted, final)
-                if end > emitted:
-                    yield self.text[emitted:end]
-                    emitted = end
-                if self.stop_reason:
-                    break
-        finally:
-            self._measure()
-            self._sampler.close()
-            self._done(self.stats)
+        prompt, n_ctx = self._request.prompt, self._engine.options.n_ctx
+        with Sampler(self._sampling, self._engine.structure.vocab_size, prompt, n_ctx) as self._sampler:
+            try:
+                for text, final in self._texts():
+                    self.text, end = self._cut(text, emitted, final)
+                    if end > emitted:
+                        yield self.text[emitted:end]
+                        emitted = end
+                    if self.stop_reason:
+                        break
+            finally:
+                self._measure()
+                self._done(self.stats)
 
     def _texts(self) -> Iterator[tuple[str, bool]]:
         """The whole text so far after each token, and whether it is complete."""

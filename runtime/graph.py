@@ -12,16 +12,17 @@ import numpy.typing as npt
 
 from runtime import ggml, native_ffn
 from runtime.blocks import Blocks, GraphSpec, Inputs
+from runtime.closing import Closing, Handles
 from runtime.errors import UserError
 from runtime.repack import Repacked
 from runtime.structure import Structure
-from runtime.weights import KvCache, Tensors, new_context
+from runtime.weights import KvCache, Tensors, check_status, new_context
 
 NODES_PER_BLOCK = 64
 
 
 @dataclass
-class Graph:
+class Graph(Closing):
     """A built and allocated graph. Call `run` from the thread that owns ggml; `close` frees it."""
 
     spec: GraphSpec
@@ -35,19 +36,21 @@ class Graph:
 
     def __post_init__(self) -> None:
         size = self.structure.block_count * NODES_PER_BLOCK + 64
-        self.ctx = new_context(2 * size, ggml.ggml_graph_overhead_custom(size, False))
-        self.graph = ggml.ggml_new_graph_custom(self.ctx, size, False)
-        self._add_inputs()
-        self.output = self._build()
-        ggml.ggml_set_output(self.output)
-        ggml.ggml_build_forward_expand(self.graph, self.output)
-        check_supported(self.graph, ggml.ggml_backend_get_device(self.backend))
-        self._allocator = ggml.ggml_gallocr_new(ggml.ggml_backend_cpu_buffer_type())
-        if not ggml.ggml_gallocr_alloc_graph(self._allocator, self.graph):
-            self.close()
-            raise UserError(
-                f"not enough memory for the compute buffer of {self.spec.n_tokens} tokens", "use a smaller --n-ctx"
-            )
+        with Handles() as handles:
+            self.ctx = handles.add(new_context(2 * size, ggml.ggml_graph_overhead_custom(size, False)), ggml.ggml_free)
+            self.graph = ggml.ggml_new_graph_custom(self.ctx, size, False)
+            self._add_inputs()
+            self.output = self._build()
+            ggml.ggml_set_output(self.output)
+            ggml.ggml_build_forward_expand(self.graph, self.output)
+            check_supported(self.graph, ggml.ggml_backend_get_device(self.backend))
+            self._allocator = ggml.ggml_gallocr_new(ggml.ggml_backend_cpu_buffer_type())
+            handles.add(self._allocator, ggml.ggml_gallocr_free)
+            if not ggml.ggml_gallocr_alloc_graph(self._allocator, self.graph):
+                raise UserError(
+                    f"not enough memory for the compute buffer of {self.spec.n_tokens} tokens", "use a smaller --n-ctx"
+                )
+            self._handles = handles.pop_all()
 
     def _add_inputs(self) -> None:
         n, spec = self.spec.n_tokens, self.spec
@@ -100,6 +103,8 @@ class Graph:
         for tensor, values in zip(vars(self.inputs).values(), input_values(self.spec, start), strict=True):
             write(tensor, values)
         check_status(ggml.ggml_backend_graph_compute(self.backend, self.graph), "the CPU")
+        if self.scratch:
+            self.scratch.check()
         return read(self.output)
 
     @property
@@ -109,8 +114,7 @@ class Graph:
 
     def close(self) -> None:
         """Free the graph and its compute buffer."""
-        ggml.ggml_gallocr_free(self._allocator)
-        ggml.ggml_free(self.ctx)
+        self._handles.close()
 
 
 def input_values(spec: GraphSpec, start: int) -> tuple[npt.NDArray[np.generic], ...]:
@@ -138,12 +142,6 @@ def check_supported(graph: ggml.GraphP, device: ggml.DeviceP) -> None:
 def source_types(node: ggml.TensorP) -> list[int]:
     """ggml types of what an operation reads."""
     return [int(source.contents.type) for source in node.struct.src if source]
-
-
-def check_status(status: int, where: str) -> None:
-    """Raise UserError unless a graph was computed."""
-    if status != ggml.STATUS_SUCCESS:
-        raise UserError(f"{where}: ggml could not compute the graph (status {status})")
 
 
 def write(tensor: ggml.TensorP, array: npt.NDArray[np.generic]) -> None:

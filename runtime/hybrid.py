@@ -6,13 +6,14 @@ Knows ggml's buffers and a `Residence`; runtime/split.py computes with what is h
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from runtime import ggml
+from runtime import ggml, worker
 from runtime import ggml_devices as gd
+from runtime.closing import Closing, Handles
 from runtime.errors import UserError
 from runtime.residence import Part, Residence
 from runtime.sides import Memory, device_kinds, host_kinds
@@ -31,8 +32,8 @@ class Cold:
     tensors: Tensors
 
 
-class Hybrid:
-    """What lies on devices, and views of the cold rows; `close` frees it. The streams belong to it.
+class Hybrid(Closing):
+    """What lies on devices, and views of the cold rows; `close` frees it, when the streams have ended what they do.
 
     Raises UserError where a device's memory does not suffice.
     """
@@ -41,40 +42,38 @@ class Hybrid:
         self, weights: Weights, residence: Residence, streams: Sequence[Stream], n_cells: int, kv_type: int
     ) -> None:
         self.weights, self.residence, self.streams = weights, residence, streams
-        self._closing: list[Callable[[], None]] = [stream.close for stream in streams]
         self.tensors: list[Tensors] = []
         self._sizes: list[int] = []
         s = residence.structure
-        try:
+        resident = s.block_count - residence.first
+        with Handles() as handles:
             for d in range(len(streams)):
-                self._place(d)
-            resident = s.block_count - residence.first
-            self.kv = KvCache(streams[0].backend, kv_type, s.kv_length, n_cells, resident, residence.first)
-            self._closing.append(self.kv.close)
-        except UserError:
-            self.close()
-            raise
-        handle = streams[0].info.handle
-        self.memories = [Memory(f"device {t.info.name}", device_kinds(t.info.handle)) for t in streams]
-        self.main_memory = Memory("main memory", host_kinds(handle))
-        self._closing += [memory.close for memory in (*self.memories, self.main_memory)]
-        self._views = new_context(16 * s.block_count)
-        self._closing.append(lambda: ggml.ggml_free(self._views))
-        self.cold = {i: self._cold(i) for i in range(residence.first, s.block_count) if residence.cold(i)}
+                self._place(handles, d)
+            self.kv = handles.enter_context(
+                KvCache(streams[0].backend, kv_type, s.kv_length, n_cells, resident, residence.first)
+            )
+            self.memories = [
+                handles.enter_context(Memory(f"device {t.info.name}", device_kinds(t.info.handle))) for t in streams
+            ]
+            self.main_memory = handles.enter_context(Memory("main memory", host_kinds(streams[0].info.handle)))
+            self._views = handles.add(new_context(16 * s.block_count), ggml.ggml_free)
+            self.cold = {i: self._cold(i) for i in range(residence.first, s.block_count) if residence.cold(i)}
+            for stream in streams:
+                handles.callback(stream.settle)
+            self._handles = handles.pop_all()
 
-    def _place(self, d: int) -> None:
+    def _place(self, handles: Handles, d: int) -> None:
         parts, stream = self.residence.parts(d), self.streams[d]
-        context = new_context(len(parts))
+        context = handles.add(new_context(len(parts)), ggml.ggml_free)
         made = {p.name: ggml.ggml_new_tensor_2d(context, self.weights[p.name].type, *self._shape(p)) for p in parts}
-        self._closing.append(lambda: ggml.ggml_free(context))
         if parts:
-            buffer = allocate(context, stream, "weights")
+            buffer = handles.add(allocate(context, stream, "weights"), ggml.ggml_backend_buffer_free)
             gd.ggml_backend_buffer_set_usage(buffer, gd.BUFFER_USAGE_WEIGHTS)
-            self._closing.append(lambda: ggml.ggml_backend_buffer_free(buffer))
             self._sizes.append(ggml.ggml_backend_buffer_get_size(buffer))
         else:
             self._sizes.append(0)
         for part in parts:
+            worker.stop_if_unwanted()
             ggml.ggml_set_name(made[part.name], part.name.encode())
             self._upload(part, made[part.name])
         self.tensors.append(Tensors(made))
@@ -124,8 +123,7 @@ class Hybrid:
 
     def close(self) -> None:
         """Free everything but the mapped weights."""
-        while self._closing:
-            self._closing.pop()()
+        self._handles.close()
 
 
 def allocate(context: ggml.ContextP, stream: Stream, what: str) -> ggml.BufferP:

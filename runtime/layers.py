@@ -14,13 +14,13 @@ import numpy.typing as npt
 
 from runtime import ggml
 from runtime.blocks import GraphSpec
-from runtime.closing import Closing
-from runtime.engine import on_worker
+from runtime.closing import Handles
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.graph import Graph, read
 from runtime.structure import Structure, required_tensors
 from runtime.weights import KvCache, Weights
+from runtime.worker import OfWorker
 
 Floats = npt.NDArray[np.float32]
 _KV_PAD = 256
@@ -35,34 +35,35 @@ class BlockResult:
     residual: Floats  # the stream before the FFN's norm (the same as ffn_input where the norm comes after)
 
 
-class BlockRunner(Closing):
+class BlockRunner(OfWorker):
     """Runs single blocks of a model file; use it in a `with` statement.
 
     max_tokens: the longest sequence. The FFN is computed in `dense` mode where the file allows, else `exact`.
     """
 
     def __init__(self, file: GgufFile, threads: int, max_tokens: int) -> None:
+        super().__init__(f"`{file.path}`: the model")
         self.structure: Structure = file.structure
         if max_tokens > self.structure.context_length:
             raise UserError(
                 f"`{file.path}`: sequences of {max_tokens} tokens, expected at most {self.structure.context_length}"
             )
         self._file, self._threads = file, threads
+        self._graph: Graph | None = None
         self._n_kv = (max_tokens + _KV_PAD - 1) // _KV_PAD * _KV_PAD
         self._ffn = "exact" if self.structure.layout == "sparse" else "dense"
-        on_worker(self._open)
+        self._open(self._collect)
 
-    def _open(self) -> None:
+    def _collect(self, handles: Handles) -> None:
         s = self.structure
-        self._backend = ggml.ggml_backend_cpu_init()
+        self._backend = handles.add(ggml.ggml_backend_cpu_init(), ggml.ggml_backend_free)
         ggml.ggml_backend_cpu_set_n_threads(self._backend, self._threads)
-        self._weights = Weights(self._file, required_tensors(s))
-        self._kv = KvCache(self._backend, ggml.F32, s.kv_length, self._n_kv, 1)
-        self._graph: Graph | None = None
+        self._weights = handles.enter_context(Weights(self._file, required_tensors(s)))
+        self._kv = handles.enter_context(KvCache(self._backend, ggml.F32, s.kv_length, self._n_kv, 1))
 
     def embed(self, ids: npt.NDArray[np.int32]) -> Floats:
         """Hidden states before block 0: float32 [len(ids), n_embd]."""
-        return on_worker(lambda: self._part(len(ids), None, 0).run(ids, 0))
+        return self._do(lambda: self._part(len(ids), None, 0).run(ids, 0))
 
     def block(self, i: int, hidden: Floats) -> BlockResult:
         """Block `i` over one whole sequence of hidden states [n_tokens, n_embd]."""
@@ -72,7 +73,7 @@ class BlockRunner(Closing):
             output = graph.run(np.ascontiguousarray(hidden, np.float32), 0)
             return BlockResult(output, read(graph.taps["ffn_input"]), read(graph.taps["residual"]))
 
-        return on_worker(compute)
+        return self._do(compute)
 
     def _part(self, n_tokens: int, first: int | None, end: int) -> Graph:
         spec = GraphSpec(n_tokens, self._n_kv, n_tokens, self._ffn, self._threads, first=first, end=end, tapped=True)
@@ -90,7 +91,7 @@ class BlockRunner(Closing):
     def rows(self, name: str, first: int, end: int) -> Floats:
         """Rows first .. end - 1 of a matrix, e.g. "blk.3.ffn_gate.weight", as float32 [end - first, ne0]."""
         info = self._file.tensors[name]
-        return on_worker(lambda: dequantize(self._weights[name], first, min(end, info.ne[1])))
+        return self._do(lambda: dequantize(self._weights[name], first, min(end, info.ne[1])))
 
     def vector(self, name: str) -> Floats | None:
         """A bias or norm, float32, or None where the file has none of that name."""
@@ -98,15 +99,9 @@ class BlockRunner(Closing):
             return None
         return self._file.read(name).view(np.float32)
 
-    def close(self) -> None:
-        """Free everything but the file."""
-        on_worker(self._close)
-
-    def _close(self) -> None:
+    def _free(self) -> None:
         self._close_graph()
-        self._kv.close()
-        self._weights.close()
-        ggml.ggml_backend_free(self._backend)
+        super()._free()
 
 
 def dequantize(tensor: ggml.TensorP, first: int, end: int) -> Floats:

@@ -8,20 +8,29 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 
 from runtime import ggml, llama
 
-_lines: list[str] = []
-_keeping = 0
+
+class _Kept(threading.local):
+    """Lines kept for the calls of one thread, the innermost last: ggml and libllama log on the thread that calls them."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+
+
+_kept = _Kept()
 
 
 def _print_or_keep(level: int, text: bytes | None, _user_data: int | None) -> None:
     line = (text or b"").decode("utf-8", "replace").rstrip("\n")
     if os.environ.get("LAZYNEURON_LOG"):
         print(line, file=sys.stderr)
-    if _keeping and line.strip(" ."):
-        _lines.append(line.strip())
+    if line.strip(" ."):
+        for lines in _kept.calls:
+            lines.append(line.strip())
 
 
 _on_log = ggml.LOG_CALLBACK(_print_or_keep)  # kept alive as long as the libraries may call it
@@ -29,19 +38,14 @@ _on_log = ggml.LOG_CALLBACK(_print_or_keep)  # kept alive as long as the librari
 
 @contextlib.contextmanager
 def captured_log() -> Iterator[list[str]]:
-    """Collect the lines logged by ggml and libllama meanwhile; nothing is printed unless `LAZYNEURON_LOG` is set."""
-    global _keeping  # noqa: PLW0603  (the callback is process-wide, as the libraries' own is)
+    """Collect the lines that ggml and libllama log on this thread meanwhile; nothing is printed unless `LAZYNEURON_LOG` is set."""
     silence()
-    _keeping += 1
-    start = len(_lines)
     collected: list[str] = []
+    _kept.calls.append(collected)
     try:
         yield collected
     finally:
-        collected += _lines[start:]
-        _keeping -= 1
-        if not _keeping:
-            _lines.clear()
+        _kept.calls.pop()
 
 
 def silence() -> None:

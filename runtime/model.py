@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import SupportsIndex
 
@@ -18,7 +20,7 @@ import numpy.typing as npt
 
 from runtime.arguments import function, functions, limit, texts, token_ids
 from runtime.arrange import Wish, arrange
-from runtime.closing import Closing
+from runtime.closing import Closing, Handles, closed
 from runtime.devices import AUTO, parse_sizes
 from runtime.engine import BATCH, FFN_MODES, KV_TYPES, Engine, Options
 from runtime.errors import UserError
@@ -63,35 +65,30 @@ def load(
     """
     _check_options(ffn, kv_type, n_batch, predictor_bias)
     team = Threads.of(threads, tuple(cpus), priority)
-    file = GgufFile(locate(path))
-    try:
-        options = Options(
-            ffn=ffn or ("predicted" if any(file.structure.predictor_rank) else "exact"),
-            threads=team.n,
-            n_ctx=_context(file, n_ctx),
-            kv_type=kv_type,
-            flash_attention=flash_attention,
-            n_batch=n_batch,
-            predictor_bias=predictor_bias,
-            cpus=team.cpus,
-            priority=team.priority,
-        )
-        wish = Wish(
-            names=tuple(device.split(",")),
-            budgets=parse_sizes(vram_budget),
-            hot=hot if hot is None or isinstance(hot, int) else tuple(hot),
-        )
-        arrangement = arrange(
-            file, wish, team.n, options.ffn, options.n_ctx, KV_TYPES[kv_type], n_batch, predictor_bias
-        )
-        recorder = Trace() if trace else None
-        model = Model(file, Engine(file, options, arrangement, recorder))
-        if trace:
-            model.trace_to(Path(trace))
+    file = GgufFile(locate(path))  # nothing is mapped before the engine does it
+    options = Options(
+        ffn=ffn or ("predicted" if any(file.structure.predictor_rank) else "exact"),
+        threads=team.n,
+        n_ctx=_context(file, n_ctx),
+        kv_type=kv_type,
+        flash_attention=flash_attention,
+        n_batch=n_batch,
+        predictor_bias=predictor_bias,
+        cpus=team.cpus,
+        priority=team.priority,
+    )
+    wish = Wish(
+        names=tuple(device.split(",")),
+        budgets=parse_sizes(vram_budget),
+        hot=hot if hot is None or isinstance(hot, int) else tuple(hot),
+    )
+    arrangement = arrange(file, wish, team.n, options.ffn, options.n_ctx, KV_TYPES[kv_type], n_batch, predictor_bias)
+    with Handles() as handles:
+        tokenizer = handles.enter_context(Tokenizer(file.path))
+        engine = handles.enter_context(Engine(file, options, arrangement, Trace(Path(trace)) if trace else None))
+        model = Model(file, engine, tokenizer)
+        handles.pop_all()
         return model
-    except BaseException:
-        file.close()
-        raise
 
 
 def _check_options(ffn: str | None, kv_type: str, n_batch: int, predictor_bias: float) -> None:
@@ -135,32 +132,24 @@ class ModelStats:
 class Model(Closing):
     """A loaded model; made by `load`. Use it in a `with` statement or call `close`.
 
-    Methods may be called from any thread: the computing itself is done by one.
+    Methods may be called from any thread: the computing itself is done by one. After `close` they raise UserError.
     """
 
-    def __init__(self, file: GgufFile, engine: Engine) -> None:
-        self._file, self._engine = file, engine
+    def __init__(self, file: GgufFile, engine: Engine, tokenizer: Tokenizer) -> None:
+        self._file, self._engine, self.tokenizer = file, engine, tokenizer
         self.path, self.metadata, self.structure = file.path, file.metadata, engine.structure
         self.tensors = file.tensors
         options = engine.options
         self.ffn, self.threads, self.n_ctx, self.kv_type = options.ffn, options.threads, options.n_ctx, options.kv_type
-        try:
-            self.tokenizer = Tokenizer(file.path)
-        except BaseException:
-            engine.close()
-            raise
         self.arrangement = engine.asked  # None where no device was wanted
         self._turns, self._total, self._generations, self._totals_lock = Turns(), Stats(), 0, Lock()
-        self._trace_path: Path | None = None
+        # A queue, since a generation may end in a finaliser, which must not wait for the lock.
+        self._ended: SimpleQueue[Stats] = SimpleQueue()
         self._closed = False
-
-    def trace_to(self, path: Path) -> None:
-        """Write what the engine's trace has collected to `path` when the model is closed."""
-        self._trace_path = path
 
     def device_bytes(self) -> tuple[int, ...]:
         """Bytes of all buffers on each device; empty where all is computed on the CPU."""
-        return self._engine.device_bytes()
+        return self._open_engine().device_bytes()
 
     @property
     def chat_template(self) -> str | None:
@@ -170,12 +159,14 @@ class Model(Closing):
 
     def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Ids of a text; add_special: with the start token, where the tokenizer adds one; parse_special: `<s>` in the text is the token."""
+        self._open_engine()
         if not isinstance(text, str):
             raise UserError(f"text is a {type(text).__name__}, expected a str")
         return self.tokenizer.encode(text, add_special, parse_special)
 
     def detokenize(self, ids: Iterable[SupportsIndex]) -> str:
         """Text of some ids; special tokens are left out."""
+        self._open_engine()
         return self.tokenizer.decode(token_ids("ids", ids, self.structure.vocab_size), skip_special=True)
 
     def logits(self, ids: Iterable[SupportsIndex]) -> npt.NDArray[np.float32]:
@@ -183,13 +174,13 @@ class Model(Closing):
 
         Raises UserError when there are none, too many for the context, or one out of the vocabulary.
         """
-        known = token_ids("ids", ids, self.structure.vocab_size)
+        engine, known = self._open_engine(), token_ids("ids", ids, self.structure.vocab_size)
         if not 1 <= len(known) <= self.n_ctx:
             raise UserError(
                 f"{len(known)} tokens, expected 1 to the context of {self.n_ctx}",
                 "split the text, or raise n_ctx if the model allows",
             )
-        return self._engine.logits(known)
+        return engine.logits(known)
 
     def generate(
         self,
@@ -212,6 +203,7 @@ class Model(Closing):
         Asynchronous generations of one model run one after the other. Raises UserError for a prompt that is empty, longer than the context or with ids out of the vocabulary,
         and for an argument that is not of its kind or out of range.
         """
+        engine, _ = self._open_engine(), self._totals()
         if not isinstance(sampling, Sampling | None):
             raise UserError(f"sampling is a {type(sampling).__name__}, expected runtime.Sampling")
         n, either = self.structure.vocab_size, "a text or a list of token ids"
@@ -225,51 +217,56 @@ class Model(Closing):
             function("on_token", on_token),
             function("on_prompt", on_prompt),
         )
-        return Generation(self._engine, self.tokenizer, self._file, request, self._turns, self._finished)
+        return Generation(engine, self.tokenizer, self._file, request, self._turns, self._ended.put)
 
-    def _finished(self, stats: Stats) -> None:
+    def _totals(self) -> tuple[Stats, int]:
+        """The figures of all generations that have ended, and their number."""
         with self._totals_lock:
-            self._total += stats
-            self._generations += 1
+            with contextlib.suppress(Empty):
+                while True:
+                    self._total += self._ended.get_nowait()
+                    self._generations += 1
+            return replace(self._total), self._generations
 
     def stats(self) -> ModelStats:
         """How the model runs, what it holds, and the figures of all its generations so far."""
-        with self._totals_lock:
-            total, generations = replace(self._total), self._generations
+        engine, (total, generations) = self._open_engine(), self._totals()
         return ModelStats(
             self.ffn,
             self.threads,
             self.n_ctx,
             self.kv_type,
             self._file.size,
-            int(self._engine.kv_bytes(self.n_ctx)),
-            self.device_bytes(),
+            int(engine.kv_bytes(self.n_ctx)),
+            engine.device_bytes(),
             generations,
             total,
         )
 
     def layer_shares(self) -> list[float]:
         """Share of each layer's neurons computed since `reset_counts`."""
-        return self._engine.layer_shares()
+        return self._open_engine().layer_shares()
 
     def gate_shares(self) -> list[float]:
         """Share of each layer's neurons whose gate rows (ungated: up rows) were read since `reset_counts`."""
-        return self._engine.gate_shares()
+        return self._open_engine().gate_shares()
 
     def reset_counts(self) -> None:
         """Count FFN activity anew from here."""
-        self._engine.reset_counts()
+        self._open_engine().reset_counts()
 
     def close(self) -> None:
-        """Free the model; calling it twice does no harm."""
-        if not self._closed:
-            self._closed = True
-            self.tokenizer.close()
-            self._engine.close()
-            if self._trace_path:
-                self._engine.write_trace(self._trace_path)
+        """Free the model, when what is being computed has ended; generations of other threads then raise UserError. Calling it twice does no harm."""
+        self._closed = True
+        self.tokenizer.close()
+        self._engine.close()
+
+    def _open_engine(self) -> Engine:
+        if self._closed:
+            raise closed(f"`{self.path}`: the model")
+        return self._engine
 
     def __del__(self) -> None:
+        # The engine is freed with what refers to it: behind what the worker does, which a finaliser must not wait for.
         if not getattr(self, "_closed", True):
             warnings.warn(f"unclosed model {self.path}", ResourceWarning, source=self, stacklevel=2)
-            self.close()

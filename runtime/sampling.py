@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from runtime import llama
 from runtime.arguments import number, whole
-from runtime.closing import Closing
+from runtime.closing import Closing, Handles, closed
 from runtime.errors import UserError
 
 _TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
@@ -78,13 +78,16 @@ class Sampler(Closing):
         self._candidates = np.zeros(n_vocab, _TOKEN_DATA)
         self._ids = np.arange(n_vocab, dtype=np.int32)
         self._array = llama.llama_token_data_array()
-        self._chain: llama.SamplerP | None = llama.llama_sampler_chain_init(llama.llama_sampler_chain_params(True))
         recent = min(sampling.repeat_last_n if sampling.repeat_last_n >= 0 else n_ctx, n_ctx)
-        for link in _links(sampling, n_vocab, recent):
-            llama.llama_sampler_chain_add(self._chain, link)
-        if sampling.repeat_penalty != 1:
-            for token in prompt[max(0, len(prompt) - recent) :]:
-                self.accept(token)
+        with Handles() as handles:
+            chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_params(True))
+            self._chain: llama.SamplerP | None = handles.add(chain, llama.llama_sampler_free)
+            for link in _links(sampling, n_vocab, recent):
+                llama.llama_sampler_chain_add(self._chain, link)
+            if sampling.repeat_penalty != 1:
+                for token in prompt[max(0, len(prompt) - recent) :]:
+                    self.accept(token)
+            self._handles = handles.pop_all()
 
     def sample(self, logits: NDArray[np.float32]) -> int:
         """Choose a token by its `logits` [n_vocab] and remember it for the repeat penalty.
@@ -112,14 +115,13 @@ class Sampler(Closing):
 
     def close(self) -> None:
         """Free libllama's chain; the sampler cannot be used afterwards."""
-        if self._chain is not None:
-            llama.llama_sampler_free(self._chain)
-            self._chain = None
+        self._chain = None
+        self._handles.close()
 
     @property
     def _open_chain(self) -> llama.SamplerP:
         if self._chain is None:
-            raise ValueError("this sampler is closed")
+            raise closed("the sampler")
         return self._chain
 
     def _fill(self, logits: NDArray[np.float32]) -> None:

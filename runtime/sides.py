@@ -11,6 +11,7 @@ import numpy as np
 
 from runtime import ggml
 from runtime import ggml_devices as gd
+from runtime.closing import Closing, Handles
 from runtime.errors import UserError
 from runtime.graph import NODES_PER_BLOCK
 from runtime.weights import new_context
@@ -19,12 +20,15 @@ _ALIGNMENT = 64
 
 
 class Part:
-    """A subgraph. Inner results lie in the side's compute buffer; what other subgraphs read lies where `keep` puts it."""
+    """A subgraph. Inner results lie in the side's compute buffer; what other subgraphs read lies where `keep` puts it.
 
-    def __init__(self, name: str, n_blocks: int = 1) -> None:
+    handles: those of the side, to which it belongs.
+    """
+
+    def __init__(self, handles: Handles, name: str, n_blocks: int = 1) -> None:
         size = n_blocks * NODES_PER_BLOCK + 64
         self.name = name
-        self.ctx = new_context(2 * size, ggml.ggml_graph_overhead_custom(size, False))
+        self.ctx = handles.add(new_context(2 * size, ggml.ggml_graph_overhead_custom(size, False)), ggml.ggml_free)
         self.graph = ggml.ggml_new_graph_custom(self.ctx, size, False)
 
     def keep(self, tensor: ggml.TensorP, place: ggml.TensorP) -> None:
@@ -42,7 +46,7 @@ def put(tensor: ggml.TensorP, place: ggml.TensorP) -> None:
     assert status == ggml.STATUS_SUCCESS
 
 
-class Memory:
+class Memory(Closing):
     """One side's memory for subgraphs: a buffer for tensors that cross between them, and a compute buffer that they use in turn.
 
     It grows with what is asked of it and is never given back before `close`: freeing and asking again at every change from prompt to token costs time, and
@@ -52,8 +56,8 @@ class Memory:
 
     def __init__(self, where: str, kinds: Sequence[ggml.BufferTypeP]) -> None:
         self.where, self._kinds, self.growths = where, kinds, 0
-        self._allocator = ggml.ggml_gallocr_new(kinds[-1])
-        self._buffer = ggml.BufferP()
+        self._handles, self._buffer = Handles(), ggml.BufferP()
+        self._allocator = self._handles.add(ggml.ggml_gallocr_new(kinds[-1]), ggml.ggml_gallocr_free)
 
     def place(self, tensors: Sequence[ggml.TensorP]) -> None:
         """Put crossing tensors into the buffer, from its start. Raises UserError where memory does not suffice."""
@@ -75,14 +79,17 @@ class Memory:
         if self._buffer and ggml.ggml_backend_buffer_get_size(self._buffer) >= size:
             return
         self.growths += 1
-        if self._buffer:
-            ggml.ggml_backend_buffer_free(self._buffer)
-            self._buffer = ggml.BufferP()
+        self._free_buffer()
         for kind in self._kinds:
             self._buffer = gd.ggml_backend_buft_alloc_buffer(kind, size)
             if self._buffer:
                 return
         raise self._full("hidden states")
+
+    def _free_buffer(self) -> None:
+        buffer, self._buffer = self._buffer, ggml.BufferP()
+        if buffer:
+            ggml.ggml_backend_buffer_free(buffer)
 
     def fill(self, value: int) -> None:
         """Set every byte of the crossing tensors."""
@@ -112,17 +119,16 @@ class Memory:
 
     def close(self) -> None:
         """Free both buffers."""
-        ggml.ggml_gallocr_free(self._allocator)
-        if self._buffer:
-            ggml.ggml_backend_buffer_free(self._buffer)
+        self._free_buffer()
+        self._handles.close()
 
 
-class Side:
+class Side(Closing):
     """Subgraphs in one side's memory, and the tensors that cross between them. Descriptions only: `close` frees these."""
 
     def __init__(self, memory: Memory, max_tensors: int) -> None:
-        self.memory = memory
-        self._context = new_context(max_tensors)
+        self.memory, self._handles = memory, Handles()
+        self._context = self._handles.add(new_context(max_tensors), ggml.ggml_free)
         self._tensors: list[ggml.TensorP] = []
         self.parts: list[Part] = []
 
@@ -143,7 +149,7 @@ class Side:
 
     def part(self, name: str, n_blocks: int = 1) -> Part:
         """A new subgraph on this side."""
-        self.parts.append(Part(name, n_blocks))
+        self.parts.append(Part(self._handles, name, n_blocks))
         return self.parts[-1]
 
     def allocate_parts(self) -> None:
@@ -152,9 +158,7 @@ class Side:
 
     def close(self) -> None:
         """Free the subgraphs' descriptions."""
-        for part in self.parts:
-            ggml.ggml_free(part.ctx)
-        ggml.ggml_free(self._context)
+        self._handles.close()
 
 
 def device_kinds(device: ggml.DeviceP) -> list[ggml.BufferTypeP]:

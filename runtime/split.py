@@ -9,7 +9,6 @@ Knows streams and graphs; what lies where is runtime/hybrid.py's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,13 +16,13 @@ import numpy.typing as npt
 
 from runtime import ggml, native_ffn
 from runtime.blocks import Blocks, GraphSpec, Inputs
-from runtime.errors import UserError
-from runtime.graph import Graph, check_status, check_supported, input_values, read, write
+from runtime.closing import Closing, Handles
+from runtime.graph import Graph, check_supported, input_values, read, write
 from runtime.hybrid import Hybrid
 from runtime.repack import Repacked
 from runtime.sides import Part, Side
 from runtime.stream import Mark, Stream
-from runtime.weights import KvCache
+from runtime.weights import KvCache, check_status
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class SplitBlock:
     host_y: ggml.TensorP
 
 
-class SplitGraph:
+class SplitGraph(Closing):
     """What `runtime.graph.Graph` is for the CPU alone: call `run` from the thread that owns ggml, and `close`.
 
     backend: the CPU's. kv: keys and values of the blocks that are wholly on the CPU.
@@ -80,34 +79,28 @@ class SplitGraph:
         self.ffns: dict[int, native_ffn.Ffn] = {}  # by block
         self.blocks: list[SplitBlock] = []
         self.last: Part  # all that the first device computes after the last of them
-        self._closing: list[Callable[[], None]] = []
-        try:
-            self._open_cpu(kv)
-            self._open_sides()
+        with Handles() as handles:
+            self._open_cpu(handles, kv)
+            self._open_sides(handles)
             _Build(self).all()
             for side in (*self.devices, self.host):
                 side.allocate_parts()
-        except UserError:
-            self.close()
-            raise
+            self._handles = handles.pop_all()
 
-    def _open_cpu(self, kv: KvCache) -> None:
+    def _open_cpu(self, handles: Handles, kv: KvCache) -> None:
         weights, n = self._hybrid.weights, self.spec.n_outputs
         front = replace(self.spec, end=self._residence.first)
-        self._front = Graph(front, self._s, weights, kv, self._backend, self.scratch, self.ffns)
-        self._closing.append(self._front.close)
+        self._front = handles.enter_context(Graph(front, self._s, weights, kv, self._backend, self.scratch, self.ffns))
         self._head: Graph | None = None
         if not self._residence.placement.head:
             tail = replace(self.spec, n_tokens=n, first=self._s.block_count)
-            self._head = Graph(tail, self._s, weights, kv, self._backend)
-            self._closing.append(self._head.close)
+            self._head = handles.enter_context(Graph(tail, self._s, weights, kv, self._backend))
 
-    def _open_sides(self) -> None:
+    def _open_sides(self, handles: Handles) -> None:
         s, n, d = self._s, self.spec.n_tokens, self._s.embedding_length
         max_tensors = 32 + 20 * s.block_count
-        self.devices = [Side(memory, max_tensors) for memory in self._hybrid.memories]
-        self.host = Side(self._hybrid.main_memory, max_tensors)
-        self._closing += [side.close for side in (*self.devices, self.host)]
+        self.devices = [handles.enter_context(Side(memory, max_tensors)) for memory in self._hybrid.memories]
+        self.host = handles.enter_context(Side(self._hybrid.main_memory, max_tensors))
         device, host = self.devices[0], self.host
         arriving = self.spec.n_outputs if self._residence.first == s.block_count else n
         self.hidden, self.host_hidden = device.tensor(d, arriving), host.tensor(d, arriving)
@@ -130,6 +123,14 @@ class SplitGraph:
 
     def run(self, data: npt.NDArray[np.int32], start: int) -> npt.NDArray[np.float32]:
         """Compute the tokens at positions start.. and return logits, float32 [n_outputs, n_vocab]. data: ids, int32 [n_tokens]."""
+        try:
+            return self._run(data, start)
+        except BaseException:
+            for stream in self._streams:
+                stream.settle()  # it may still write to what is about to be freed
+            raise
+
+    def _run(self, data: npt.NDArray[np.int32], start: int) -> npt.NDArray[np.float32]:
         main = self._streams[0]
         began = self._trace.now() if self._trace else 0.0
         write(self.host_hidden, self._front.run(data, start))
@@ -188,8 +189,7 @@ class SplitGraph:
 
     def close(self) -> None:
         """Free the subgraphs; their memory is the hybrid's."""
-        while self._closing:
-            self._closing.pop()()
+        self._handles.close()
 
 
 def _inputs(side: Side, spec: GraphSpec) -> Inputs:

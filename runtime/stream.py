@@ -9,14 +9,15 @@ from __future__ import annotations
 import queue
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from runtime import ggml
 from runtime import ggml_devices as gd
+from runtime.closing import Closing, Handles
 from runtime.devices import DeviceInfo
 from runtime.errors import UserError
-from runtime.graph import check_status
 from runtime.trace import Trace
+from runtime.weights import check_status
 
 
 class Mark(ABC):
@@ -27,7 +28,7 @@ class Mark(ABC):
         """Block until everything queued before the mark is done. Raises UserError if some of it failed."""
 
 
-class Stream(ABC):
+class Stream(Closing, ABC):
     """One device's queue. Its own backend belongs to it. Not for use by several threads at once.
 
     Host memory that is uploaded from or downloaded to must stay as it is until a later mark has been waited for.
@@ -59,8 +60,23 @@ class Stream(ABC):
         """Block until everything is done. Raises UserError if some of it failed."""
 
     @abstractmethod
+    def settle(self) -> None:
+        """Block until nothing is queued any more, and forget what failed and which marks were set: after an error, before memory is freed."""
+
+    @abstractmethod
     def close(self) -> None:
         """Free the backend."""
+
+
+def open_streams(
+    handles: Handles, devices: Sequence[DeviceInfo], threads: int, trace: Trace | None = None
+) -> list[Stream]:
+    """A stream for each device, to be closed with `handles`; a device may be there more than once."""
+    streams = []
+    for i, device in enumerate(devices):
+        track = f"device {device.name} {i}" if device in devices[:i] else f"device {device.name}"
+        streams.append(handles.enter_context(open_stream(device, threads, track, trace)))
+    return streams
 
 
 def open_stream(info: DeviceInfo, threads: int, track: str, trace: Trace | None = None) -> Stream:
@@ -70,11 +86,11 @@ def open_stream(info: DeviceInfo, threads: int, track: str, trace: Trace | None 
     return _ThreadStream(info, track, trace, threads)
 
 
-def _open_backend(info: DeviceInfo) -> ggml.BackendP:
+def _open_backend(handles: Handles, info: DeviceInfo) -> ggml.BackendP:
     backend = gd.ggml_backend_dev_init(info.handle, None)
     if not backend:
         raise UserError(f"device {info.name}: ggml could not initialise it", "LAZYNEURON_LOG=1 shows what ggml says")
-    return backend
+    return handles.add(backend, ggml.ggml_backend_free)
 
 
 class _QueuedStream(Stream):
@@ -82,7 +98,9 @@ class _QueuedStream(Stream):
 
     def __init__(self, info: DeviceInfo, track: str, trace: Trace | None) -> None:
         super().__init__(info, track, trace)
-        self.backend = _open_backend(info)
+        self._handles = Handles()
+        self.backend = _open_backend(self._handles, info)
+        self._events: list[gd.EventP] = []
         self._free_events: list[gd.EventP] = []
         self._running: list[tuple[str, float]] = []  # traced graphs whose end was not seen yet
 
@@ -100,9 +118,14 @@ class _QueuedStream(Stream):
         check_status(gd.ggml_backend_graph_compute_async(self.backend, graph), f"device {self.info.name}")
 
     def mark(self) -> Mark:
-        event = self._free_events.pop() if self._free_events else gd.ggml_backend_event_new(self.info.handle)
+        event = self._free_events.pop() if self._free_events else self._new_event()
         gd.ggml_backend_event_record(event, self.backend)
         return _Event(self, event, len(self._running))
+
+    def _new_event(self) -> gd.EventP:
+        event = self._handles.add(gd.ggml_backend_event_new(self.info.handle), gd.ggml_backend_event_free)
+        self._events.append(event)
+        return event
 
     def passed(self, event: gd.EventP, n_running: int) -> None:
         """An event was waited for, before which `n_running` of the traced graphs were queued."""
@@ -119,10 +142,13 @@ class _QueuedStream(Stream):
         gd.ggml_backend_synchronize(self.backend)
         self._ended(len(self._running))
 
+    def settle(self) -> None:
+        gd.ggml_backend_synchronize(self.backend)
+        self._running.clear()
+        self._free_events = list(self._events)
+
     def close(self) -> None:
-        for event in self._free_events:
-            gd.ggml_backend_event_free(event)
-        ggml.ggml_backend_free(self.backend)
+        self._handles.close()
 
 
 class _Event(Mark):
@@ -139,13 +165,17 @@ class _ThreadStream(Stream):
 
     def __init__(self, info: DeviceInfo, track: str, trace: Trace | None, threads: int) -> None:
         super().__init__(info, track, trace)
-        self.backend = _open_backend(info)
-        if info.is_stand_in:
-            ggml.ggml_backend_cpu_set_n_threads(self.backend, threads)
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._failed: Exception | None = None
         self._thread = threading.Thread(target=self._work, name=f"ggml {track}", daemon=True)
-        self._thread.start()
+        with Handles() as handles:
+            self.backend = _open_backend(handles, info)
+            if info.is_stand_in:
+                ggml.ggml_backend_cpu_set_n_threads(self.backend, threads)
+            self._thread.start()
+            handles.callback(self._thread.join)
+            handles.callback(self._queue.put, None)
+            self._handles = handles.pop_all()
 
     def _work(self) -> None:
         while (call := self._queue.get()) is not None:
@@ -194,10 +224,14 @@ class _ThreadStream(Stream):
     def finish(self) -> None:
         self.mark().wait()
 
+    def settle(self) -> None:
+        mark = _Reached(self)
+        self._queue.put(mark.reached.set)
+        mark.reached.wait()
+        self._failed = None
+
     def close(self) -> None:
-        self._queue.put(None)
-        self._thread.join()
-        ggml.ggml_backend_free(self.backend)
+        self._handles.close()
 
 
 class _Reached(Mark):

@@ -8,14 +8,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
 from runtime import llama
-from runtime.closing import Closing
+from runtime.closing import Closing, Handles, closed
 from runtime.errors import UserError
 from runtime.logs import captured_log
 
+_PIECE = 64  # bytes that nearly every token fits into
 _INT32_MIN = -(1 << 31)
 _HINT_CONVERT = "the file is damaged or incomplete: download it or convert the checkpoint again"
 
@@ -29,8 +31,7 @@ class Tokenizer(Closing):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._model: llama.ModelP | None = _load(self.path)
-        self._vocab = llama.llama_model_get_vocab(llama.ConstModelP(self._model.value))
+        self._vocab: llama.VocabP | None = _load(self.path)
         self.n_tokens = llama.llama_vocab_n_tokens(self._vocab)
         if not self.n_tokens:
             self.close()
@@ -38,7 +39,6 @@ class Tokenizer(Closing):
         self.bos = _id_or_none(llama.llama_vocab_bos(self._vocab))
         self.eos = _id_or_none(llama.llama_vocab_eos(self._vocab))
         self.add_bos = llama.llama_vocab_get_add_bos(self._vocab)
-        self._buffer = ctypes.create_string_buffer(256)
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of `text`, any Unicode, NUL included (a lone surrogate becomes `?`).
@@ -74,11 +74,13 @@ class Tokenizer(Closing):
         special: spell control tokens (`</s>`) instead of returning nothing for them.
         """
         self._check(token)
-        n = self._piece(token, special)
+        # A buffer for each call: several threads may ask at once.
+        buffer = ctypes.create_string_buffer(_PIECE)
+        n = self._piece(token, special, buffer)
         if n < 0:
-            self._buffer = ctypes.create_string_buffer(-n)
-            n = self._piece(token, special)
-        return self._buffer.raw[:n]
+            buffer = ctypes.create_string_buffer(-n)
+            n = self._piece(token, special, buffer)
+        return buffer.raw[:n]
 
     def token_text(self, token: int) -> str:
         """The token as the vocabulary spells it, e.g. `<s>` or `▁the`."""
@@ -91,16 +93,15 @@ class Tokenizer(Closing):
         return llama.llama_vocab_is_eog(self._handle, token)
 
     def close(self) -> None:
-        """Free libllama's vocabulary; the tokenizer cannot be used afterwards."""
-        if self._model is not None:
-            llama.llama_model_free(self._model)
-            self._model = None
+        """Free libllama's vocabulary, when no other thread uses it any more; the tokenizer cannot be used afterwards."""
+        self._vocab = None
 
     @property
     def _handle(self) -> llama.VocabP:
-        if self._model is None:
-            raise ValueError("this tokenizer is closed")
-        return self._vocab
+        vocab = self._vocab
+        if vocab is None:
+            raise closed(f"`{self.path}`: the tokenizer")
+        return vocab
 
     @functools.cached_property
     def _prefixes_space(self) -> bool:
@@ -113,8 +114,8 @@ class Tokenizer(Closing):
         if not 0 <= token < self.n_tokens:
             raise UserError(f"token id {token}, expected 0 to {self.n_tokens - 1}")
 
-    def _piece(self, token: int, special: bool) -> int:
-        return llama.llama_token_to_piece(self._handle, token, self._buffer, len(self._buffer), 0, special)
+    def _piece(self, token: int, special: bool, buffer: ctypes.Array[ctypes.c_char]) -> int:
+        return llama.llama_token_to_piece(self._handle, token, buffer, len(buffer), 0, special)
 
     def _tokenize(self, raw: bytes, ids: ctypes.Array[ctypes.c_int32], add_special: bool, parse_special: bool) -> int:
         address = ctypes.addressof(ids)
@@ -128,7 +129,8 @@ def _id_or_none(token: int) -> int | None:
     return None if token < 0 else token
 
 
-def _load(path: Path) -> llama.ModelP:
+def _load(path: Path) -> llama.VocabP:
+    """The vocabulary of a file. It is freed with the last reference to it: a call in another thread holds one until it returns."""
     with path.open("rb"):
         pass  # an unreadable file is the operating system's to name, not libllama's
     with captured_log() as log:
@@ -139,7 +141,11 @@ def _load(path: Path) -> llama.ModelP:
         model = llama.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         raise UserError(f"`{path}`: {_reason(log)}", _HINT_CONVERT)
-    return model
+    with Handles() as handles:
+        handles.add(model, llama.llama_model_free)
+        vocab = llama.llama_model_get_vocab(llama.ConstModelP(model.value))
+        weakref.finalize(vocab, handles.pop_all().close).atexit = False  # then the process ends anyway
+    return vocab
 
 
 def _llama_override() -> ctypes.Array[llama.llama_model_kv_override]:

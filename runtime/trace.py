@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.closing import Closing
+
 
 @dataclass(frozen=True)
 class Span:
@@ -23,10 +25,11 @@ class Span:
     step: int
 
 
-class Trace:
-    """Collects spans from any thread."""
+class Trace(Closing):
+    """Collects spans from any thread; `close` writes them to a file."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.spans: list[Span] = []
         self.step = 0
         self._began = time.perf_counter()
@@ -42,7 +45,7 @@ class Trace:
         with self._lock:
             self.spans.append(Span(track, name, start, end, self.step))
 
-    def write(self, path: Path) -> None:
+    def close(self) -> None:
         """Write the file; raises OSError."""
         tracks = sorted({span.track for span in self.spans})
         names = [
@@ -56,4 +59,4 @@ class Trace:
             }
             for s in self.spans
         ]  # fmt: skip
-        path.write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": names + spans}), encoding="utf-8")
+        self.path.write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": names + spans}), encoding="utf-8")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from runtime import ggml
+from runtime.closing import Closing, Handles
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 
@@ -16,6 +17,12 @@ def new_context(n_tensors: int, extra: int = 0) -> ggml.ContextP:
     """A ggml context for `n_tensors` tensor headers (and `extra` bytes), without tensor data."""
     size = ggml.ggml_tensor_overhead() * (n_tensors + 1) + extra
     return ggml.ggml_init(ggml.ggml_init_params(mem_size=size, mem_buffer=None, no_alloc=True))
+
+
+def check_status(status: int, where: str) -> None:
+    """Raise UserError unless a graph was computed."""
+    if status != ggml.STATUS_SUCCESS:
+        raise UserError(f"{where}: ggml could not compute the graph (status {status})")
 
 
 class Tensors:
@@ -37,15 +44,20 @@ class Tensors:
         return self.tensors.get(name)
 
 
-class Weights(Tensors):
+class Weights(Tensors, Closing):
     """Tensors of a file, mapped; `close` unmaps them."""
 
     def __init__(self, file: GgufFile, names: Collection[str]) -> None:
         self._file = file
-        self._context = new_context(len(names))
-        mappings = {file.mapped(name) for name in names}
-        self._buffers = {at: ggml.ggml_backend_cpu_buffer_from_ptr(at, size) for at, size in mappings}
-        super().__init__({name: self._tensor(name) for name in names})
+        with Handles() as handles:
+            handles.callback(file.close)
+            self._context = handles.add(new_context(len(names)), ggml.ggml_free)
+            self._buffers = {
+                at: handles.add(ggml.ggml_backend_cpu_buffer_from_ptr(at, size), ggml.ggml_backend_buffer_free)
+                for at, size in {file.mapped(name) for name in names}
+            }
+            super().__init__({name: self._tensor(name) for name in names})
+            self._handles = handles.pop_all()
 
     def release(self, name: str) -> None:
         """Give the memory of a mapped tensor's pages back; whoever touches them reads them from the file again."""
@@ -63,30 +75,31 @@ class Weights(Tensors):
     def close(self) -> None:
         """Release the tensors and the mapping."""
         self.tensors, self.copies = {}, {}
-        for buffer in self._buffers.values():
-            ggml.ggml_backend_buffer_free(buffer)
-        ggml.ggml_free(self._context)
-        self._file.close()
+        self._handles.close()
 
 
-class KvCache:
+class KvCache(Closing):
     """Keys and values of `n_layers` blocks from block `first` on, [kv_length, n_ctx] each; zeroed, since masked positions are multiplied too."""
 
     def __init__(
         self, backend: ggml.BackendP, type_id: int, kv_length: int, n_ctx: int, n_layers: int, first: int = 0
     ) -> None:
-        self.first = first
-        self._context = new_context(2 * n_layers)
-        self.keys = [ggml.ggml_new_tensor_2d(self._context, type_id, kv_length, n_ctx) for _ in range(n_layers)]
-        self.values = [ggml.ggml_new_tensor_2d(self._context, type_id, kv_length, n_ctx) for _ in range(n_layers)]
-        self._buffer = ggml.ggml_backend_alloc_ctx_tensors(self._context, backend) if n_layers else ggml.BufferP()
-        if not n_layers:
-            return
-        if not self._buffer:
-            size = 2 * n_layers * n_ctx * ggml.ggml_row_size(type_id, kv_length)
-            ggml.ggml_free(self._context)
-            raise UserError(f"not enough memory for {size / 1e9:.1f} GB of keys and values", "use a smaller --n-ctx")
-        ggml.ggml_backend_buffer_clear(self._buffer, 0)
+        self.first, self._buffer = first, ggml.BufferP()
+        with Handles() as handles:
+            context = handles.add(new_context(2 * n_layers), ggml.ggml_free)
+            self.keys, self.values = (
+                [ggml.ggml_new_tensor_2d(context, type_id, kv_length, n_ctx) for _ in range(n_layers)] for _ in range(2)
+            )
+            if n_layers:
+                self._buffer = ggml.ggml_backend_alloc_ctx_tensors(context, backend)
+                handles.add(self._buffer, ggml.ggml_backend_buffer_free)
+                if not self._buffer:
+                    size = 2 * n_layers * n_ctx * ggml.ggml_row_size(type_id, kv_length)
+                    raise UserError(
+                        f"not enough memory for {size / 1e9:.1f} GB of keys and values", "use a smaller --n-ctx"
+                    )
+                ggml.ggml_backend_buffer_clear(self._buffer, 0)
+            self._handles = handles.pop_all()
 
     def of(self, i: int) -> tuple[ggml.TensorP, ggml.TensorP]:
         """Keys and values of block `i`."""
@@ -99,5 +112,4 @@ class KvCache:
 
     def close(self) -> None:
         """Release the memory."""
-        ggml.ggml_backend_buffer_free(self._buffer)
-        ggml.ggml_free(self._context)
+        self._handles.close()

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime import ggml, native_ffn
-from runtime.engine import on_worker
 from runtime.operators import NativeTensors, add_native_ffn
 from runtime.structure import Structure
 from runtime.weights import new_context
+from runtime.worker import on_worker
 
 Array = npt.NDArray[Any]
 FLOATS = {"f32": np.float32, "f16": np.float16}

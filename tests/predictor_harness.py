@@ -12,10 +12,10 @@ from ffn_harness import ExactMemory, structure
 from predictors.calibrate import LayerSamples, Part
 from predictors.quantized import Tensor
 from runtime import ggml, native_ffn
-from runtime.engine import on_worker
 from runtime.operators import NativeTensors, add_native_ffn, add_predictor
 from runtime.structure import Structure
 from runtime.weights import new_context
+from runtime.worker import on_worker
 
 Array = npt.NDArray[Any]
 

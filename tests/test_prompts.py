@@ -54,9 +54,9 @@ def test_decoding_goes_on_from_a_dense_prompt(converted: Converted) -> None:
     with runtime.load(converted("bundled", "q4_0"), ffn="exact") as model:
         ids = random_ids(64, 4000)
         after(model, ids[:-1], 2)
-        assert model._engine._scratch is not None
+        assert model._engine._graphs._scratch is not None
         last = model._engine.logits(ids, 1)
-        assert model._engine._scratch is None  # what only prompts need is freed
+        assert model._engine._graphs._scratch is None  # what only prompts need is freed
         assert relative(after(model, ids, NOWHERE), last) < 0.2
 
 

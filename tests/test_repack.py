@@ -17,9 +17,9 @@ from oracle import Logits, random_ids, relative
 import runtime
 from convert.quantize import NUMBERS, encode
 from runtime import ggml, repack
-from runtime.engine import on_worker
 from runtime.gguf_file import GgufFile
 from runtime.weights import new_context
+from runtime.worker import on_worker
 
 Converted = Callable[..., Path]
 NAMES = {number: name for name, number in NUMBERS.items()}

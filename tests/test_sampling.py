@@ -130,7 +130,7 @@ def test_a_closed_sampler_says_so() -> None:
     sampler = Sampler(OFF, N_VOCAB)
     sampler.close()
     sampler.close()
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises(UserError, match="the sampler is closed"):
         sampler.sample(random_logits(0))
 
 

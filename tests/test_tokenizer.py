@@ -263,7 +263,7 @@ def test_a_closed_tokenizer_says_so(open_tokenizer: Open) -> None:
     tokenizer = open_tokenizer(BUNDLED, 4096)
     tokenizer.close()
     tokenizer.close()
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises(UserError, match="the tokenizer is closed"):
         tokenizer.encode("x")
 
 
