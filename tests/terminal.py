@@ -78,7 +78,7 @@ class Terminal:
     def send(self, keys: str | bytes) -> None:
         self.process.send(keys)
 
-    def expect(self, pattern: str, seconds: float = 30) -> str:
+    def expect(self, pattern: str, seconds: float = 200) -> str:
         """Wait until `pattern` is to be read, on the line that is typed or after what was expected before; returns the text up to its end."""
         until = time.monotonic() + seconds
         while not (found := re.search(pattern, self.screen.text()[self._seen :])):
@@ -87,14 +87,14 @@ class Terminal:
         self._seen = min(self._seen + found.end(), self.screen.start_of_line())
         return found.string[: found.end()]
 
-    def expect_raw(self, pattern: bytes, seconds: float = 30) -> None:
+    def expect_raw(self, pattern: bytes, seconds: float = 200) -> None:
         """Wait until `pattern` is written, whether it can be seen or not, after what was expected so before."""
         until = time.monotonic() + seconds
         while not (found := re.search(pattern, self.raw[self._raw_seen :])):
             assert self._read(until), f"no {pattern!r} in {self.raw[self._raw_seen :]!r}"
         self._raw_seen += found.end()
 
-    def expect_gone(self, text: str, seconds: float = 30) -> None:
+    def expect_gone(self, text: str, seconds: float = 200) -> None:
         """Wait until `text` is not to be read any more."""
         until = time.monotonic() + seconds
         while text in self.screen.text():
@@ -119,7 +119,7 @@ class Terminal:
 
     def ended(self) -> int:
         """The exit status, once the command has ended; of a signal, minus its number."""
-        until = time.monotonic() + 30
+        until = time.monotonic() + 200
         while not self.process.ptyproc.closed and self._read(until):
             pass
         while self.process.isalive():

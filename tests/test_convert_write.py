@@ -103,13 +103,12 @@ def start(large: Path, out: Path) -> subprocess.Popen[str]:
         *PLAIN,
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    for _ in range(2000):
+    while process.poll() is None:
         partial = list(out.parent.glob(".*.partial"))
         if partial and partial[0].stat().st_size > 2 * MB:
             return process
         time.sleep(0.01)
-    process.kill()
-    raise AssertionError("nothing was written in 20 seconds")
+    raise AssertionError(f"ended too soon\n{process.communicate()[1]}")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -122,7 +121,7 @@ def test_an_interrupted_run_leaves_nothing(
         out.write_text(existing)
     process = start(large, out)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=600)
     assert process.returncode == status
     assert "Traceback" not in stderr
     assert [file.read_text() for file in tmp_path.iterdir()] == ([existing] if existing else [])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -168,16 +167,14 @@ import threading, time
 from runtime import ggml
 from runtime.native_ffn import exit_on_abort
 exit_on_abort()
-threading.Thread(target=lambda: time.sleep(60)).start()
+threading.Thread(target=lambda: time.sleep(3600)).start()
 """
 
 
 def ends(code: str) -> subprocess.CompletedProcess[str]:
-    began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", BUSY + code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+    done = subprocess.run(  # its other thread is not waited for
+        [sys.executable, "-c", BUSY + code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=600
     )
-    assert time.perf_counter() - began < 30  # the other thread is not waited for
     assert done.returncode == 1, done.stderr
     error, hint = done.stderr.splitlines()
     assert error.startswith("error: ggml gave up: ")

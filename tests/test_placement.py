@@ -265,9 +265,9 @@ def llama_70b(rows_per_weight: float, predictor: int = 0) -> tuple[list[Block], 
 def test_eighty_layers_are_solved_fast(predictor: int) -> None:
     blocks, head = llama_70b(2.0, predictor)
     machine = Machine((Device(60 << 30, 1008e9, 1 << 29),), 67.2e9, 50e-6)
-    start = time.perf_counter()
+    start = time.process_time()
     found = place(blocks, head, machine)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     check(found, blocks, machine, head)
     assert (found.slack == 0) == (predictor == 0)
     assert found.bytes[0] > 0.99 * (60 << 30)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -189,15 +189,18 @@ def test_targets_that_will_not_do(tiny_gguf: Path, tmp_path: Path, capfd: pytest
 
 
 def test_an_interrupt_leaves_nothing(tiny_gguf: Path, tmp_path: Path) -> None:
+    """It comes as soon as the text has been read, which comes through a pipe."""
+    corpus = tmp_path / "corpus.txt"
+    os.mkfifo(corpus)
     for stop in (signal.SIGINT, signal.SIGTERM):
-        command = [sys.executable, "-m", "predictors", "fit", str(tiny_gguf), str(tmp_path / "o.gguf")]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-            time.sleep(4)
+        words = ("predictors", "fit", str(tiny_gguf), str(tmp_path / "o.gguf"), "--calibration", str(corpus))
+        with subprocess.Popen([sys.executable, "-m", *words], stderr=subprocess.PIPE, text=True) as process:
+            corpus.write_bytes(text.DEFAULT_CORPUS.read_bytes())
             process.send_signal(stop)
-            _, error = process.communicate(timeout=60)
+            _, error = process.communicate(timeout=600)
         assert process.returncode in (130, 143), error
         assert "Traceback" not in error
-        assert list(tmp_path.iterdir()) == []
+        assert list(tmp_path.iterdir()) == [corpus]
 
 
 def test_a_failed_write_leaves_nothing(tiny_gguf: Path, tmp_path: Path) -> None:
