@@ -59,13 +59,14 @@ def checkpoint(make_once: MakeOnce) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def converted(make_once: MakeOnce, checkpoint: Callable[[str], Path]) -> Converted:
-    """Path of a checkpoint's GGUF file in a type, without calibration, e.g. converted("bundled", "q4_0")."""
+    """Path of a checkpoint's GGUF file in a type, e.g. converted("bundled", "q4_0"); tokens: of calibration, None for none."""
 
-    def get(name: str, type: str = "f32", calibration: str | None = "none") -> Path:  # noqa: A002
-        def make(path: Path) -> None:
-            convert(checkpoint(name), path, type=type, calibration=calibration, force=True)
-
-        return make_once(f"converted/{name}-{type}-{calibration}.gguf", make)
+    def get(name: str, type: str = "f32", tokens: int | None = None) -> Path:  # noqa: A002
+        options = {"calibration": "none"} if tokens is None else {"calibration_tokens": tokens}
+        return make_once(
+            f"converted/{name}-{type}-{tokens}.gguf",
+            lambda path: convert(checkpoint(name), path, type=type, force=True, **options),
+        )
 
     return get
 
@@ -77,9 +78,9 @@ def tiny_gguf(converted: Converted) -> Path:
 
 
 @pytest.fixture(scope="session")
-def fitted_gguf(converted: Converted) -> Path:
+def fitted_gguf(make_once: MakeOnce) -> Path:
     """The bundled model in F16 as `python -m convert` makes it: hot neurons first, with predictors."""
-    return converted("bundled", "f16", None)
+    return make_once("fitted.gguf", lambda path: convert(BUNDLED, path, type="f16", force=True))
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,26 @@ def logits(path: Path, ids: list[int], **options: Any) -> Logits:
         return model.logits(ids)
 
 
+@pytest.fixture(scope="module")
+def dense_logits() -> Callable[[Path, int], Logits]:
+    """Of so many random ids, computed once."""
+    return cache(lambda path, n: logits(path, random_ids(n, 4000), ffn="dense", kv_type="f32"))
+
+
 @pytest.mark.parametrize("n_batch", [1, 2, 7, 64, 512])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(("type_name", "tolerance"), [("f32", 1e-4), ("f16", 2e-3), ("bf16", 2e-3)])
-def test_exact_equals_dense(converted: Converted, type_name: str, tolerance: float, threads: int, n_batch: int) -> None:
+def test_exact_equals_dense(
+    converted: Converted,
+    dense_logits: Callable[[Path, int], Logits],
+    type_name: str,
+    tolerance: float,
+    threads: int,
+    n_batch: int,
+) -> None:
     n = 32 if n_batch < 7 else 512
     ids, path = random_ids(n, 4000), converted("bundled", type_name)
-    dense = logits(path, ids, ffn="dense", kv_type="f32")
+    dense = dense_logits(path, n)
     exact = logits(path, ids, ffn="exact", kv_type="f32", threads=threads, n_batch=n_batch)
     assert relative(dense, exact) <= tolerance
 
