@@ -11,6 +11,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -41,10 +42,13 @@ def command(program: str, *arguments: object, stdin: str = "", env: Mapping[str,
         mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()))),
     ):
         with _written_to("stdout", 1, out), _written_to("stderr", 2, err):
+            on_sigterm = signal.getsignal(signal.SIGTERM)
             try:
                 status = main([str(argument) for argument in arguments])
             except SystemExit as end:  # argparse's
                 status = int(end.code or 0)
+            finally:
+                signal.signal(signal.SIGTERM, on_sigterm)
         return Done(status, _text(out), _text(err))
 
 
