@@ -6,7 +6,6 @@ Knows nothing of models.
 from __future__ import annotations
 
 import ctypes
-import re
 from dataclasses import dataclass
 
 from runtime import ggml
@@ -69,21 +68,33 @@ def _info(index: int) -> DeviceInfo:
     )
 
 
+def parse_names(text: str) -> tuple[str, ...]:
+    """Names of devices, with commas (and spaces) between them. Raises UserError where one is empty."""
+    names = tuple(name.strip() for name in text.split(",")) if isinstance(text, str) else ("",)
+    if not all(names):
+        raise UserError(f"device `{text}`, expected a name, or several with commas", _INSTALL)
+    return names
+
+
 def find(names: tuple[str, ...]) -> list[DeviceInfo]:
     """The devices of these names (letter case does not matter), in this order; none for ("none",); the first GPU, if any, for ("auto",).
 
     Raises UserError for a name that no device has, one named twice, and a device that has no memory of its own to hold weights in.
     """
-    if names == (NONE,):
+    if _is(NONE, names):
         return []
     known = {d.name.lower(): d for d in devices()}
-    if names == (AUTO,):
+    if _is(AUTO, names):
         return [d for d in known.values() if d.kind == "GPU"][:1]
     found = [_one(name, known) for name in names]
     for device in found:
         if not device.is_stand_in and found.count(device) > 1:
             raise UserError(f"device `{device.name}` is named twice")
     return found
+
+
+def _is(word: str, names: tuple[str, ...]) -> bool:
+    return [name.lower() for name in names] == [word]
 
 
 def _one(name: str, known: dict[str, DeviceInfo]) -> DeviceInfo:
@@ -94,17 +105,3 @@ def _one(name: str, known: dict[str, DeviceInfo]) -> DeviceInfo:
     if device.name not in usable:
         raise UserError(f"device `{device.name}` is of type {device.kind}, expected a GPU", _INSTALL)
     return device
-
-
-_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmgt])i?b?)?\s*", re.IGNORECASE)
-_UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-
-
-def parse_sizes(text: str | float | None) -> tuple[int, ...]:
-    """Bytes: "6", 6, "6GiB" and "6g" are six GiB, "800MiB" is in MiB; with commas, several; () for None. Raises UserError."""
-    if text is None:
-        return ()
-    found = [_SIZE.fullmatch(part) for part in str(text).split(",")]
-    if not all(found):
-        raise UserError(f"memory budget `{text}`, expected GiB, e.g. 6, or 800MiB; several devices: 6,4")
-    return tuple(int(float(size[1]) * _UNITS[(size[2] or "g").lower()]) for size in found if size)

@@ -6,7 +6,6 @@ Knows sizes and names; writing is `runtime.gguf_write`'s work.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,18 +16,15 @@ from gguf import GGUFValueType
 from runtime import shards
 from runtime.errors import UserError
 from runtime.gguf_write import Key, NewFile, Stream
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+from runtime.sizes import parse_size
 
 
 def shard_size(text: str | None) -> int:
-    """Bytes of "45G" or "500M" (decimal units, as llama.cpp's), 0 for None. Raises UserError for anything else."""
-    if text is None:
-        return 0
-    found = re.fullmatch(r"(\d+)([KMG]?)B?", text.strip().upper())
-    if not found or not int(found[1]):
-        raise UserError(f"--split-max-size {text}, expected a size such as 45G or 500M")
-    return int(found[1]) * _UNITS[found[2]]
+    """Bytes of "45G" or "500M" (see runtime/sizes.py), 0 for None. Raises UserError for anything else."""
+    size = 0 if text is None else parse_size(text, "--split-max-size")
+    if text is not None and not size:
+        raise UserError(f"--split-max-size `{text}`, expected at least a byte")
+    return size
 
 
 def split_model(out: Path, metadata: Mapping[str, Any], tensors: Sequence[Stream], max_bytes: int) -> list[NewFile]:

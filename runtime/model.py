@@ -21,14 +21,15 @@ import numpy.typing as npt
 from runtime.arguments import function, functions, limit, texts, token_ids
 from runtime.arrange import Wish, arrange
 from runtime.closing import Closing, Handles, closed
-from runtime.devices import AUTO, parse_sizes
+from runtime.devices import AUTO, parse_names
 from runtime.engine import BATCH, FFN_MODES, KV_TYPES, Engine, Options
 from runtime.errors import UserError
 from runtime.generate import Generation, LogitsProcessor, Request, Stats, Token, Turns
 from runtime.gguf_file import GgufFile
 from runtime.hub import locate
 from runtime.sampling import Sampling
-from runtime.threads import Threads
+from runtime.sizes import parse_budgets
+from runtime.threads import Threads, chosen_cpus
 from runtime.tokenizer import Tokenizer
 from runtime.trace import Trace
 
@@ -44,7 +45,7 @@ def load(
     flash_attention: bool = True,
     n_batch: int = BATCH,
     predictor_bias: float = 0.0,
-    cpus: Sequence[int] = (),
+    cpus: str | Iterable[int] = (),
     priority: str = "normal",
     device: str = AUTO,
     vram_budget: str | float | None = None,
@@ -57,14 +58,14 @@ def load(
     threads: default, one per physical core. n_ctx: context in tokens; default, the model's own limit, at most 8192.
     kv_type: "f16" or "f32". n_batch: tokens of a prompt computed at once. flash_attention: False builds attention from plain products.
     predictor_bias: more recall (positive) or more speed (negative), in units of the predictors' typical error.
-    cpus: processors to compute on (default: all that the process may use); priority: "low", "normal", "medium", "high" or "realtime".
+    cpus: processors to compute on, also as text such as "0-3,6" (default: all that the process may use); priority: "low", "normal", "medium", "high" or "realtime".
     device: names as `python -m runtime devices` lists them, with commas; "none" for the CPU alone; "auto" for the first GPU, if there is one.
-    vram_budget: memory to use on it, all that is free if None: GiB, or text such as "6GiB", "6,4" (two devices) or "800MiB".
+    vram_budget: memory to use on it, all that is free if None: GiB, or text such as "6GiB", "6,4" (two devices), "800MiB" or "6GB" (see runtime/sizes.py).
     hot: neurons of every block (or of each) on the first device, instead of what the planner chooses. trace: a file for Chrome's trace viewer, written by `close`.
     Raises UserError for a file that is not ours, damaged or incomplete, for options out of range, and where memory does not suffice.
     """
     _check_options(ffn, kv_type, n_batch, predictor_bias)
-    team = Threads.of(threads, tuple(cpus), priority)
+    team = Threads.of(threads, chosen_cpus(cpus), priority)
     file = GgufFile(locate(path))  # nothing is mapped before the engine does it
     options = Options(
         ffn=ffn or ("predicted" if any(file.structure.predictor_rank) else "exact"),
@@ -78,8 +79,8 @@ def load(
         priority=team.priority,
     )
     wish = Wish(
-        names=tuple(device.split(",")),
-        budgets=parse_sizes(vram_budget),
+        names=parse_names(device),
+        budgets=parse_budgets(vram_budget),
         hot=hot if hot is None or isinstance(hot, int) else tuple(hot),
     )
     arrangement = arrange(file, wish, team.n, options.ffn, options.n_ctx, KV_TYPES[kv_type], n_batch, predictor_bias)

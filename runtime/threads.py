@@ -6,16 +6,21 @@ Knows nothing of models.
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import sys
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime import ggml
+from runtime.arguments import whole
 from runtime.errors import UserError
 
 MAX_THREADS = 512
+_RANGE = re.compile(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", re.ASCII)
 PRIORITIES = {"low": -1, "normal": 0, "medium": 1, "high": 2, "realtime": 3}  # enum ggml_sched_priority
 _FIFO = {"medium": 40, "high": 80, "realtime": 90}  # what ggml asks of the system for them
 
@@ -71,14 +76,33 @@ def physical_cores(among: tuple[int, ...] = ()) -> int:
     return max(1, len({_siblings(cpu) for cpu in among or _usable()}))
 
 
+def chosen_cpus(cpus: str | Iterable[int]) -> tuple[int, ...]:
+    """Processors as `runtime.load` takes them: numbers, or a text as `parse_cpus` does. Raises UserError for anything else."""
+    if isinstance(cpus, str):
+        try:
+            return parse_cpus(cpus) if cpus else ()
+        except ValueError:
+            raise UserError(f"cpus is `{cpus[:40]}`, expected processors such as 0-3,6") from None
+    try:
+        found = tuple(itertools.islice(cpus, MAX_THREADS + 1))
+    except TypeError:
+        raise UserError(f"cpus is {cpus!r}, expected a list of processors, or a text such as 0-3,6") from None
+    if len(found) > MAX_THREADS:
+        raise UserError(f"cpus: more than {MAX_THREADS}, expected processors of this machine")
+    return tuple(whole("cpus", cpu, 0, MAX_THREADS - 1) for cpu in found)
+
+
 def parse_cpus(text: str) -> tuple[int, ...]:
     """Processors from a list like `0-3,6`. Raises ValueError for anything else."""
     cpus: set[int] = set()
     for part in text.split(","):
-        first, dash, last = part.partition("-")
-        cpus |= set(range(int(first), int(last if dash else first) + 1))
-    if not cpus or min(cpus) < 0 or max(cpus) >= MAX_THREADS:
-        raise ValueError(text)
+        found = _RANGE.fullmatch(part)
+        if not found:
+            raise ValueError(text)
+        first, last = int(found[1]), int(found[2] or found[1])
+        if not first <= last < MAX_THREADS:
+            raise ValueError(text)
+        cpus |= set(range(first, last + 1))
     return tuple(sorted(cpus))
 
 

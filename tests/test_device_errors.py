@@ -135,6 +135,7 @@ def test_a_failure_ends_the_command_with_status_1(path: Path) -> None:
         ({"device": "CPU", "hot": (32, 32)}, "hot neurons of 2 blocks, expected one number or 6"),
         ({"device": "CPU", "hot": None, "vram_budget": "1,1"}, "2 memory budgets for 1 devices"),
         ({"device": "CPU", "hot": None, "vram_budget": "lots"}, "memory budget `lots`, expected GiB"),
+        ({"device": "CPU,", "hot": None}, "device `CPU,`, expected a name"),
     ],
 )
 def test_wishes_that_make_no_sense(path: Path, options: dict[str, Any], text: str) -> None:
@@ -153,11 +154,16 @@ def test_a_device_may_not_be_named_twice(monkeypatch: pytest.MonkeyPatch) -> Non
         devices.find(("npu0",))
 
 
-@pytest.mark.parametrize(
-    ("text", "sizes"), [("6", (6 << 30,)), (0.5, (1 << 29,)), ("800MiB, 1g", (800 << 20, 1 << 30)), (None, ())]
-)
-def test_sizes(text: Any, sizes: tuple[int, ...]) -> None:
-    assert devices.parse_sizes(text) == sizes
+@pytest.mark.parametrize("text", ["CPU,CPU", " CPU , cpu", "cpu,\tCPU"])
+def test_spaces_and_case_in_names_of_devices_do_not_matter(text: str) -> None:
+    assert [d.name for d in devices.find(devices.parse_names(text))] == ["CPU", "CPU"]
+    assert devices.find(devices.parse_names(" None ")) == []
+
+
+@pytest.mark.parametrize("text", ["", " ", ",", "CPU,", ",CPU", None, ["CPU"]])
+def test_names_of_devices_that_are_none(text: Any) -> None:
+    with pytest.raises(UserError, match="expected a name, or several with commas"):
+        devices.parse_names(text)
 
 
 # --- ggml gives up ----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +12,45 @@ import pytest
 
 import runtime
 from runtime.errors import UserError
-from runtime.threads import Threads, parse_cpus, physical_cores
+from runtime.threads import Threads, chosen_cpus, parse_cpus, physical_cores
 from runtime.worker import on_worker
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks the system for a thread's processors")
 
 
-@pytest.mark.parametrize(("text", "expected"), [("0", (0,)), ("0-3,6", (0, 1, 2, 3, 6)), ("5,1-2", (1, 2, 5))])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("0", (0,)), ("0-3,6", (0, 1, 2, 3, 6)), ("5,1-2", (1, 2, 5)), (" 0 - 1, 3", (0, 1, 3)), ("510-511", (510, 511))],
+)
 def test_lists_of_processors(text: str, expected: tuple[int, ...]) -> None:
     assert parse_cpus(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "3-1", "0-512"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "a", "1-", "-1", "3-1", "0-512", "0,,1", "0,", "1_0", "٣", "1.5", "0-30000000", f"0-{9 * 10**4000}", "0-1-2"],
+)
 def test_what_is_no_list(text: str) -> None:
     with pytest.raises(ValueError):
         parse_cpus(text)
+
+
+def test_a_long_range_is_refused_before_it_is_made() -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError):
+            parse_cpus("0-30000000,5-40000000")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_processors_from_python() -> None:
+    assert chosen_cpus("0-1") == chosen_cpus([0, 1]) == chosen_cpus(range(2)) == chosen_cpus(np.arange(2)) == (0, 1)
+    assert chosen_cpus(()) == chosen_cpus("") == ()
+    for cpus in ("x", 3, None, [0.5], [-1], [512], ["0"], [True], range(10**12)):
+        with pytest.raises(UserError, match=r"^cpus"):
+            chosen_cpus(cpus)  # type: ignore[arg-type]
 
 
 def test_what_the_machine_does_not_have() -> None:

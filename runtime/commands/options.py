@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TextIO
 from runtime.arrange import Arrangement
 from runtime.commands.completion import completed
 from runtime.commands.help import HelpParser
-from runtime.devices import AUTO, parse_sizes
+from runtime.devices import AUTO
 from runtime.engine import FFN_MODES, KV_TYPES
 from runtime.errors import UserError, printable
 from runtime.hub import locate
@@ -201,14 +201,6 @@ def cpus(text: str) -> tuple[int, ...]:
         return parse_cpus(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}, expected processors such as 0-3,6") from None
-
-
-def sizes(text: str) -> tuple[int, ...]:
-    """Amounts of memory in bytes, as an argparse type."""
-    try:
-        return parse_sizes(text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(error.message) from None
 
 
 def count(text: str) -> int:

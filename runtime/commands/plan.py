@@ -15,14 +15,15 @@ from rich.table import Table
 
 from runtime import ggml
 from runtime.arrange import machine_options, usable
-from runtime.commands.options import add_json, add_model, count, print_json, sizes
+from runtime.commands.options import add_json, add_model, count, print_json
 from runtime.costs import Floats, PlanOptions, frequencies, machine_of, model_costs
-from runtime.devices import find
+from runtime.devices import find, parse_names
 from runtime.engine import BATCH, FFN_MODES, KV_TYPES
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.model import DEFAULT_N_CTX
 from runtime.placement import Device, Machine, Placement, place
+from runtime.sizes import parse_budgets
 from runtime.threads import physical_cores
 
 HELP = "show what a device would hold, and the speed to expect"
@@ -45,7 +46,7 @@ def add_machine(parser: argparse.ArgumentParser, budget: str, device_bandwidth: 
     group.add_argument(
         "--device", metavar="NAME[,NAME]", help="a device of this machine (see `devices`): its speed is measured once"
     )
-    group.add_argument("--vram-budget", type=sizes, default=(), metavar="GIB", help=budget)
+    group.add_argument("--vram-budget", type=parse_budgets, default=(), metavar="GIB", help=budget)
     group.add_argument("--device-bandwidth", type=_numbers, metavar="GB/S", help=device_bandwidth)
     group.add_argument("--cpu-bandwidth", type=_number, metavar="GB/S", help=f"of main memory{cpu_bandwidth}")
     group.add_argument(
@@ -126,7 +127,7 @@ def measured(
     device: str, budgets: tuple[int, ...], threads: int | None, ffn: str, n_ctx: int, kv_type: int
 ) -> PlanOptions:
     """The planner's options for devices of this machine. Raises UserError for a device that is not there."""
-    found = tuple(find(tuple(device.split(","))))
+    found = tuple(find(parse_names(device)))
     if not found:
         raise UserError(f"no device `{device}`", "`python -m runtime devices` lists them")
     allowed = usable(budgets, found)

@@ -14,7 +14,7 @@ from runtime.commands.inspect import size_text
 from runtime.commands.options import add_json, add_model, note, print_json
 from runtime.commands.plan import add_machine, context_of, known, kv_size, measured, usual_mode
 from runtime.costs import PlanOptions
-from runtime.devices import AUTO, DeviceInfo, find
+from runtime.devices import AUTO, DeviceInfo, find, parse_names
 from runtime.engine import KV_TYPES
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
@@ -65,7 +65,7 @@ def report(
     if out.suffix.lower() not in _SUFFIXES:
         raise UserError(f"`{out}`: expected a name that ends in {' or '.join(_SUFFIXES)}")
     check_target(out, 0, force, "report.html")
-    if max(len(vram_budget), len(device_bandwidth or ()), len((device or "").split(","))) > 1:
+    if max(len(vram_budget), len(device_bandwidth or ()), len(parse_names(device) if device else ())) > 1:
         raise UserError("several devices, expected one", "`python -m runtime plan` places models on several")
     described = known(device_bandwidth, cpu_bandwidth, sync_us, positions)
     with GgufFile(model) as file:
@@ -95,7 +95,7 @@ def _machine(
     A device that is named, or else the first GPU unless another one is described, is measured. Where there is none, one is assumed.
     """
     names = device or ("" if "device_bandwidths" in described else AUTO)
-    found = find((names,)) if names else []
+    found = find(parse_names(names)) if names else []
     if device or found:
         options = measured(found[0].name if found else names, (), threads, run.ffn, run.n_ctx, KV_TYPES[kv_type])
         free, name, otherwise = usable((), found)[0], found[0].description or found[0].name, "measured"
