@@ -20,7 +20,7 @@ from convert.quantize import NUMBERS
 from runtime.commands.help import HelpParser
 from runtime.errors import UserError, run_command
 from runtime.logs import captured_log
-from runtime.threads import physical_cores
+from runtime.threads import default_threads
 from runtime.worker import on_worker
 
 _COLUMNS = ("plain", "repacked", "exact", "predicted")
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="mistral-7b")
     parser.add_argument("--tokens", nargs="+", type=int, default=[32, 128])
     parser.add_argument("--active", nargs="+", type=float, default=[0.1, 1.0], help="shares of neurons that fire")
-    parser.add_argument("--threads", type=int, default=physical_cores())
+    parser.add_argument("--threads", type=int, default=default_threads())
     args = parser.parse_args()
     if min(args.tokens) < 2 or not all(0 <= share <= 1 for share in args.active):
         raise UserError("--tokens: expected at least 2; --active: expected 0 to 1")

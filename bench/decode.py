@@ -24,7 +24,7 @@ from bench.race import planned, race
 from bench.tables import console, table
 from runtime.commands.help import HelpParser
 from runtime.errors import UserError, run_command
-from runtime.threads import physical_cores
+from runtime.threads import default_threads
 
 _KINDS = (LLAMA_CPP, "dense", "exact", "predicted")
 
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?", help="a converted GGUF file (else: --shape)")
     add_recipe(parser, required=False)
     parser.add_argument(
-        "--threads", type=int, default=physical_cores(), help="threads for every contender (default: physical cores)"
+        "--threads", type=int, default=default_threads(), help="threads for every contender (default: physical cores)"
     )
     parser.add_argument("--tokens", type=int, default=64, help="tokens decoded per turn")
     parser.add_argument("--rounds", type=int, default=5, help="turns that count")

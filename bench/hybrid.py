@@ -36,7 +36,7 @@ from runtime.errors import UserError, run_command
 from runtime.gguf_file import GgufFile
 from runtime.logs import silence
 from runtime.placement import evaluate
-from runtime.threads import physical_cores
+from runtime.threads import default_threads
 
 NO_GPU = 2  # exit status
 OURS = "lazyneuron"
@@ -222,7 +222,7 @@ def main() -> None:
                         help="of the device memory that everything takes (default: 25,50,75,100)")  # fmt: skip
     parser.add_argument("--ffn", choices=FFN_MODES, help="our mode (default: predicted where the file has a predictor)")
     parser.add_argument(
-        "--threads", type=int, default=physical_cores(), help="of the CPU, for both (default: physical cores)"
+        "--threads", type=int, default=default_threads(), help="of the CPU, for both (default: physical cores)"
     )
     parser.add_argument("--tokens", type=int, default=64, help="tokens decoded per turn")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender within each budget")

@@ -26,7 +26,7 @@ from runtime import ggml
 from runtime.commands.help import HelpParser
 from runtime.errors import UserError, run_command
 from runtime.logs import captured_log
-from runtime.threads import physical_cores
+from runtime.threads import default_threads
 from runtime.worker import on_worker
 
 
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", default=["mistral-7b"], choices=SHAPES, help="default: mistral-7b")
     parser.add_argument("--type", nargs="+", default=["q4_0"], help="ggml types, default: q4_0")
     parser.add_argument("--active", nargs="+", type=float, default=[0.1], help="shares of neurons, default: 0.1")
-    parser.add_argument("--threads", type=int, default=physical_cores(), help="default: physical cores")
+    parser.add_argument("--threads", type=int, default=default_threads(), help="default: physical cores")
     parser.add_argument("--copies", type=int, default=6, help="FFNs in rotation (default: 6)")
     parser.add_argument("--rounds", type=int, default=15, help="turns that count (default: 15)")
     args = parser.parse_args()

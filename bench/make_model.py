@@ -33,7 +33,7 @@ from runtime.cache import cache_folder
 from runtime.commands.help import HelpParser
 from runtime.errors import UserError, run_command
 from runtime.gguf_write import write_gguf
-from runtime.threads import physical_cores
+from runtime.threads import default_threads
 
 REVISION = 1  # of what is planted; part of the cached files' names
 ACTIVE_KEY = "lazyneuron.synthetic.active"  # the wanted share; a file that has it is synthetic
@@ -156,7 +156,7 @@ def main() -> None:
     add_recipe(parser, required=True)
     parser.add_argument("--out", type=Path, help="where to (default: $LAZYNEURON_CACHE/bench)")
     parser.add_argument("--stock", type=Path, help="where the twin for llama.cpp goes (default: none with --out)")
-    parser.add_argument("--threads", type=int, default=physical_cores(), help="threads of the measurement")
+    parser.add_argument("--threads", type=int, default=default_threads(), help="threads of the measurement")
     args = parser.parse_args()
     recipe, start = recipe_of(args), time.perf_counter()
     if args.out is None and args.stock is not None:

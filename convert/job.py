@@ -30,6 +30,7 @@ from runtime.gguf_split import check_no_shards, check_sizes, shard_size, split_m
 from runtime.gguf_write import Stream, write_files
 from runtime.new_file import check_target
 from runtime.structure import ARCHITECTURE, required_tensors
+from runtime.threads import default_threads
 
 Progress = Callable[[str, int, int], None]
 
@@ -87,7 +88,7 @@ def convert(
 
     type, output_type: format of the matrices (default f16) and of the output head (see `convert.quantize.TYPES`); files keep their own.
     layout: "both" stores the down projection twice (default); "sparse" only as the sparse kernels read it (default for a PowerInfer file).
-    ffn_type: the activation, where neither the source nor the catalogue tell the truth. threads: None for one per CPU.
+    ffn_type: the activation, where neither the source nor the catalogue tell the truth. threads: None for one per processor, or what the CPU quota allows.
     import_predictor: a folder or Hub id with PowerInfer's predictors, to be taken in place of fitted ones.
     activations: a folder or Hub id with PowerInfer's activation counts, to order neurons by in place of how often they fire on the calibration text.
     calibration: the text on which neurons are ordered and predictors fitted or measured: a UTF-8 file, None for the one in the package, "none" to leave both out.
@@ -111,7 +112,7 @@ def convert(
         _check_other(target, Path(source))
         calibrated = str(calibration) != "none"
         check_target(target, size * (2 if calibrated else 1), force)
-        workers = threads or available_threads()
+        workers = threads or default_threads(per_processor=True)
         text = Path(calibration) if calibrated and calibration is not None else None
         fitting = Fitting(
             predictor or "lowrank",
@@ -209,11 +210,6 @@ def _unordered(job: Job, target: Path, threads: int, progress: Progress | None) 
         yield file
     finally:
         file.unlink(missing_ok=True)
-
-
-def available_threads() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _target(out: str | Path | None, force: bool, max_bytes: int) -> Path:

@@ -23,7 +23,7 @@ from predictors.stored import stored_predictor
 from runtime.gguf_file import GgufFile
 from runtime.layers import BlockRunner
 from runtime.structure import Structure
-from runtime.threads import physical_cores
+from runtime.threads import default_threads
 
 METHOD = "predictors made elsewhere, measured"
 
@@ -47,7 +47,7 @@ def adopt_model(
     with GgufFile(path) as file:
         s = file.structure
         windows = calibration_windows(corpus, path, s, tokens, seed)
-        with BlockRunner(file, threads or physical_cores(), windows.shape[1]) as runner:
+        with BlockRunner(file, threads or default_threads(), windows.shape[1]) as runner:
             layers = calibrate(runner, windows, all_test(windows), s.predictor_tap == "residual", progress)
             blocks = tuple(_adopted(file, s, layer, counts, reorder) for layer in layers)
     calibrated = {"corpus": corpus.name, "sha256": corpus.sha256, "tokens": int(windows.size), "seed": seed}

@@ -26,7 +26,7 @@ from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.layers import BlockRunner
 from runtime.model import Model, load
-from runtime.threads import physical_cores
+from runtime.threads import default_threads
 from runtime.tokenizer import Tokenizer
 from runtime.traffic import Activity, ffn_bytes_of_block
 
@@ -74,7 +74,7 @@ def evaluate(
     tokens: use only the first so many (16,384, or fewer where the text is shorter). The reference is `dense`, or `exact` where the file has no `dense` layout.
     Raises UserError for a text that is empty, too short or not UTF-8.
     """
-    cores = threads or physical_cores()
+    cores = threads or default_threads()
     windows = _windows(model, file, tokens)
     layers = tuple(_layers(model, windows, cores, predictor_bias, progress))
     modes = tuple(_modes(model, windows, cores, predictor_bias))

@@ -55,7 +55,7 @@ def load(
     """Open a converted model: a file (the first shard of a split one), or a name on the Hub such as "user/repo:q4_0", which is fetched.
 
     ffn: "predicted" computes the neurons that the file's predictor expects to fire, "exact" those that fire, "dense" all; default: "predicted" where the file has a predictor that pays, else "exact".
-    threads: default, one per physical core. n_ctx: context in tokens; default, the model's own limit, at most 8192.
+    threads: default, one per physical core, and no more than the CPU quota allows. n_ctx: context in tokens; default, the model's own limit, at most 8192.
     kv_type: "f16" or "f32". n_batch: tokens of a prompt computed at once. flash_attention: False builds attention from plain products.
     predictor_bias: more recall (positive) or more speed (negative), in units of the predictors' typical error.
     cpus: processors to compute on, also as text such as "0-3,6" (default: all that the process may use); priority: "low", "normal", "medium", "high" or "realtime".

@@ -11,12 +11,13 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime import ggml
 from runtime.arguments import whole
+from runtime.cpu_quota import cpu_quota
 from runtime.errors import UserError
 
 MAX_THREADS = 512
@@ -38,7 +39,7 @@ class Threads:
 
     @classmethod
     def of(cls, n: int | None, cpus: tuple[int, ...], priority: str) -> Threads:
-        """Checked; n: None for one thread per physical core, of `cpus` where some are named. Raises UserError for what this machine does not have or allow."""
+        """Checked; n: None for `default_threads`, of `cpus` where some are named. Raises UserError for what this machine does not have or allow."""
         if n is not None and not 1 <= n <= MAX_THREADS:
             raise UserError(f"{n} threads, expected 1 to {MAX_THREADS}")
         if priority not in PRIORITIES:
@@ -47,7 +48,7 @@ class Threads:
         if missing:
             raise UserError(f"processor {min(missing)}: this process may use {_listed(_usable())}")
         _check_allowed(priority)
-        return cls(n or physical_cores(cpus), tuple(sorted(set(cpus))), priority)
+        return cls(n or default_threads(cpus), tuple(sorted(set(cpus))), priority)
 
     def pool(self) -> ggml.ThreadpoolP | None:
         """A pool to be set on a CPU backend and freed by the caller; None where nothing was asked for. Call it on the thread that computes."""
@@ -69,6 +70,15 @@ class Threads:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         elif self.priority in _FIFO and hasattr(os, "SCHED_FIFO"):
             os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(_FIFO[self.priority]))
+
+
+def default_threads(among: Sequence[int] = (), per_processor: bool = False) -> int:
+    """Threads to compute with where nobody says how many: one per physical core (or processor) that this process may use, of `among` if any are named.
+
+    No more than the processors' worth of time that its CPU quota allows, rounded down; at least 1.
+    """
+    n = len(among or _usable()) if per_processor else physical_cores(tuple(among))
+    return max(1, int(min(n, cpu_quota())))
 
 
 def physical_cores(among: tuple[int, ...] = ()) -> int:

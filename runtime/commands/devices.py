@@ -12,7 +12,7 @@ from rich.table import Table
 from runtime.bandwidth import speed_of
 from runtime.commands.options import add_json, count, print_json
 from runtime.devices import DeviceInfo, devices
-from runtime.threads import physical_cores
+from runtime.threads import default_threads
 
 HELP = "list the devices that a model can be put on"
 
@@ -42,7 +42,7 @@ def show_devices(measure: bool = False, threads: int | None = None, as_json: boo
 
 
 def _speed(device: DeviceInfo, threads: int | None) -> dict[str, float]:
-    speed = speed_of(device, threads or physical_cores(()), anew=True)
+    speed = speed_of(device, threads or default_threads(), anew=True)
     return {"bandwidth": speed.bandwidth, "sync": speed.sync}
 
 

@@ -24,7 +24,7 @@ from runtime.gguf_file import GgufFile
 from runtime.model import DEFAULT_N_CTX
 from runtime.placement import Device, Machine, Placement, place
 from runtime.sizes import parse_budgets
-from runtime.threads import physical_cores
+from runtime.threads import default_threads
 
 HELP = "show what a device would hold, and the speed to expect"
 
@@ -131,7 +131,7 @@ def measured(
     if not found:
         raise UserError(f"no device `{device}`", "`python -m runtime devices` lists them")
     allowed = usable(budgets, found)
-    return machine_options(found, allowed, threads or physical_cores(()), ffn, n_ctx, kv_type, BATCH)
+    return machine_options(found, allowed, threads or default_threads(), ffn, n_ctx, kv_type, BATCH)
 
 
 def _check_described(budgets: tuple[int, ...], known: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from runtime.new_file import check_target, replacing
 from runtime.report.budgets import placements
 from runtime.report.facts import bounds, facts_of, plain
 from runtime.report.page import write_page
-from runtime.threads import physical_cores
+from runtime.threads import default_threads
 
 HELP = "write a page that shows it all: sizes, neurons, predictors, placement"
 # Where there is no device and none is described: a card with 8 GB, with its published figure.
@@ -121,7 +121,7 @@ def _source(name: str, described: dict[str, Any], otherwise: str) -> str:
 
 def _cpu_bandwidth(threads: int | None) -> float:
     """Measured once, in bytes/s: as many digits as the page's command repeats."""
-    return round(speed_of(cpu(), threads or physical_cores(())).bandwidth / 1e9, 1) * 1e9
+    return round(speed_of(cpu(), threads or default_threads()).bandwidth / 1e9, 1) * 1e9
 
 
 def _arguments(
