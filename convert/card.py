@@ -6,7 +6,6 @@ Collects and measures; the text is `convert.card_text`'s.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -30,6 +29,7 @@ from runtime.gguf_file import GgufFile
 from runtime.hub_client import sha256_of
 from runtime.model import load
 from runtime.new_file import replacing
+from runtime.text_file import read_text
 
 
 @dataclass(frozen=True)
@@ -143,13 +143,13 @@ def make_card(file: GgufFile, name: str, files: Sequence[FileEntry], found: Find
 
 def _perplexity(file: GgufFile, options: Options) -> Perplexity:
     assert options.perplexity
-    s, modes = file.structure, {}
+    s, modes, text = file.structure, {}, read_text(options.perplexity)
     names = [*([] if s.layout == "sparse" else ["dense"]), "exact", *(["predicted"] if any(s.predictor_rank) else [])]
     for mode in names:
         with load(file.path, mode, options.threads) as model:
-            found = measure(model, options.perplexity, tokens=options.perplexity_tokens)
+            found = measure(model, text, tokens=options.perplexity_tokens)
         modes[mode] = found | {"limit": options.perplexity_tokens}
-    return Perplexity(options.perplexity.name, hashlib.sha256(options.perplexity.read_bytes()).hexdigest(), modes)
+    return Perplexity(text.name, text.sha256, modes)
 
 
 def _plot(file: GgufFile, frequencies: list[Frequencies]) -> bytes:

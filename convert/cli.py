@@ -115,9 +115,6 @@ def _add_predictor_options(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    if not arguments:
-        print(_START)
-        return 0
     _stop_cleanly()
     return run_command(lambda: _run(arguments))
 
@@ -128,6 +125,9 @@ def complete_for_shell() -> None:
 
 
 def _run(arguments: Sequence[str]) -> None:
+    if not arguments:
+        print(_START)
+        return
     if arguments[0] in VERBS:
         parser, command = _verb(arguments[0])
         command(**vars(parser.parse_args(arguments[1:])))

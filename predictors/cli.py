@@ -74,15 +74,15 @@ def _add_fit_options(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    if not arguments:
-        print(_START)
-        return 0
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, _terminate)
     return run_command(lambda: _run(arguments))
 
 
 def _run(arguments: list[str]) -> None:
+    if not arguments:
+        print(_START)
+        return
     check_verb(arguments[0], ("fit", "evaluate"), "python -m predictors")
     options = vars(configure_parser().parse_args(arguments))
     command = options.pop("command")

@@ -27,7 +27,8 @@ from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.layers import BlockRunner
 from runtime.structure import ARCHITECTURE, Structure
-from runtime.threads import physical_cores
+from runtime.text_file import TextFile
+from runtime.threads import default_threads
 from runtime.tokenizer import Tokenizer
 from runtime.traffic import Activity, ffn_bytes_of_block
 
@@ -167,7 +168,7 @@ def fit_candidates(
     with GgufFile(path) as file:
         s = file.structure
         windows = calibration_windows(corpus, path, s, tokens, seed)
-        cores = threads or physical_cores()
+        cores = threads or default_threads()
         options = FitOptions(_types(predictor_type, s), seed, cores)
         with BlockRunner(file, cores, windows.shape[1]) as runner:
             layers = [
@@ -178,7 +179,7 @@ def fit_candidates(
     return Candidates(s, kind, tuple(layers), calibrated | {"method": METHODS[kind]})
 
 
-def calibration_windows(corpus: text.Corpus, path: Path, s: Structure, tokens: int | None, seed: int) -> text.Ids:
+def calibration_windows(corpus: TextFile, path: Path, s: Structure, tokens: int | None, seed: int) -> text.Ids:
     """What a model is calibrated on, int32 [n_windows, length]; tokens: None for the usual number."""
     with Tokenizer(path) as tokenizer:
         n = default_tokens(s) if tokens is None else tokens

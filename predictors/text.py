@@ -5,14 +5,13 @@ Knows text and tokens; knows nothing of neurons.
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from runtime.errors import UserError
+from runtime.text_file import TextFile, read_text
 from runtime.tokenizer import Tokenizer
 
 DEFAULT_CORPUS = Path(__file__).parent / "calibration.txt"
@@ -23,30 +22,14 @@ _FEWEST_WINDOWS = 20  # enough to be shared out to fit, validation and test
 Ids = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """A text and where it is from. name: the file's name; sha256: of its bytes."""
-
-    name: str
-    sha256: str
-    text: str
-
-
-def read_corpus(path: Path | None) -> Corpus:
+def read_corpus(path: Path | None) -> TextFile:
     """Read a calibration text, None for the one that comes with the package. Raises UserError when it is empty or not UTF-8."""
-    path = path or DEFAULT_CORPUS
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"`{path}`: byte {error.start} is {raw[error.start]:#04x}, expected a calibration text in UTF-8"
-        ) from None
-    if not text.strip():
+    corpus = read_text(path or DEFAULT_CORPUS)
+    if not corpus.text.strip():
         raise UserError(
             f"`{path}`: empty, expected a calibration text", "give some 100 kB of the language you will use"
         )
-    return Corpus(path.name, hashlib.sha256(raw).hexdigest(), text)
+    return corpus
 
 
 def window_length(tokens: int, context: int) -> int:
@@ -54,7 +37,7 @@ def window_length(tokens: int, context: int) -> int:
     return min(context, LONGEST_WINDOW, max(16, tokens // _FEWEST_WINDOWS))
 
 
-def encode(corpus: Corpus, tokenizer: Tokenizer) -> tuple[Ids, list[int]]:
+def encode(corpus: TextFile, tokenizer: Tokenizer) -> tuple[Ids, list[int]]:
     """The text's ids, without BOS; and what goes before each window: BOS, where the tokenizer adds one."""
     bos = [tokenizer.bos] if tokenizer.add_bos and tokenizer.bos is not None else []
     return np.array(tokenizer.encode(corpus.text, add_special=False, parse_special=False), np.int32), bos
@@ -68,7 +51,7 @@ def cut(ids: Ids, bos: list[int], length: int) -> Ids:
     return np.ascontiguousarray(np.concatenate([starts, pieces], axis=1))
 
 
-def windows(corpus: Corpus, tokenizer: Tokenizer, tokens: int, context: int, seed: int) -> Ids:
+def windows(corpus: TextFile, tokenizer: Tokenizer, tokens: int, context: int, seed: int) -> Ids:
     """Windows to calibrate on, int32 [n_windows, length], about `tokens` in all.
 
     The text is cut from end to end; which pieces are taken, and in what order, is drawn with `seed`.

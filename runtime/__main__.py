@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -37,14 +35,13 @@ All commands (each explains itself with --help):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    _use_utf8()
-    if not arguments:
-        print(_overview())
-        return 0
     return run_command(lambda: _run(arguments))
 
 
 def _run(arguments: list[str]) -> None:
+    if not arguments:
+        print(_overview())
+        return
     check_verb(arguments[0], [name for module, _ in COMMANDS for name in _verbs(module)], "python -m runtime")
     options = vars(_parser().parse_args(arguments))
     exit_on_abort()
@@ -75,14 +72,6 @@ def _overview() -> str:
         also = f" (also: {', '.join(aliases)})" if aliases else ""
         lines.append(f"    {name:<12}{module.HELP}{also}")
     return _START + "\n".join(lines)
-
-
-def _use_utf8() -> None:
-    # Models write any Unicode, whatever the locale of the terminal; who names an encoding for Python means it.
-    encoding = None if os.environ.get("PYTHONIOENCODING") else "utf-8"
-    for out in (sys.stdout, sys.stderr):
-        if isinstance(out, io.TextIOWrapper):
-            out.reconfigure(encoding=encoding, errors="replace")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,13 @@ Knows nothing of models or files: whoever raises `UserError` says where, what wa
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
 import sys
 from collections.abc import Callable
+
+from runtime import streams
 
 # Controls (but newline and tab), line and paragraph separators, embeddings, overrides and isolates of bidirectional text, lone
 # surrogates. Joiners, variation selectors and tags stay: emoji and several scripts are spelled with them.
@@ -54,19 +57,30 @@ def os_error(error: OSError) -> UserError:
 def run_command(command: Callable[[], None]) -> int:
     """Run a command line's body; print a `UserError` as `error:` and `hint:` lines on stderr.
 
-    Returns the exit status: 0, 1 for a user's mistake, 130 after an interrupt. Bugs keep their traceback.
+    Returns the exit status: 0, 1 for a user's mistake, 130 after an interrupt, and what a SystemExit says. Bugs keep their traceback.
     """
+    streams.prepare()
+    status = _run(command)
+    if status:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        return status
+    return _run(streams.finish)  # before Python does: it would print its own complaint
+
+
+def _run(step: Callable[[], None]) -> int:
     try:
-        command()
+        step()
     except UserError as error:
         return _report(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # Whoever read our output has gone (`| head`): not an error, and nothing more can be written.
-        sys.stderr.close()
-        return 0
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except streams.StdoutError as error:
+        # Whoever read our output has gone (`| head`): not an error.
+        return 0 if error.errno == errno.EPIPE else _report(os_error(error))
     except OSError as error:
         return _report(os_error(error))
     return 0

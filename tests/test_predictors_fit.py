@@ -47,7 +47,7 @@ def refit(model: Path, out: Path, *options: object) -> Path:
     [
         (b"", "empty, expected a calibration text"),
         (b"  \n ", "empty, expected a calibration text"),
-        (b"caf\xe9", "byte 3 is 0xe9, expected a calibration text in UTF-8"),
+        (b"caf\xe9", "byte 3 is 0xe9, expected UTF-8 text"),
         (b"Too short a text. " * 20, "tokens of calibration text, expected at least"),
     ],
 )

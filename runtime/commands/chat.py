@@ -16,7 +16,6 @@ from runtime.commands.options import (
     add_prompt,
     add_sampling,
     cleaner,
-    decoded,
     given_prompt,
     note,
     print_json,
@@ -26,6 +25,7 @@ from runtime.commands.session import Session, attempt
 from runtime.errors import UserError
 from runtime.model import Model
 from runtime.sampling import Sampling
+from runtime.text_file import check_mark, decoded, without_line_end
 
 HELP = "talk to a model"
 ALIASES = ("run",)
@@ -96,15 +96,18 @@ def _converse(session: Session, first: str | None) -> bool:
 def answer_lines(session: Session, lines: Iterable[bytes], first: str | None = None) -> bool:
     """Answer `first` and each line that is not blank on stdout; returns whether all of them could be answered."""
     worked = first is None or attempt(lambda: _answer(session, first))
-    running = True
+    running, begins = True, True
 
     def take(raw: bytes) -> None:
         nonlocal running
-        line = decoded(raw, "stdin").rstrip("\r\n")
+        line = without_line_end(decoded(raw, "stdin", begins))
         running = session.take(line, lambda text: _answer(session, text))
 
     for raw in lines:
+        if begins:
+            check_mark(raw, "stdin")  # cut at bytes that are no ends of lines, the rest is no text either
         worked &= attempt(lambda raw=raw: take(raw))  # type: ignore[misc]
+        begins = False
         if not running:
             break
     return worked

@@ -16,7 +16,6 @@ from runtime.commands.options import (
     add_prompt,
     add_sampling,
     cleaner,
-    decoded,
     given_prompt,
     print_json,
     stream,
@@ -25,6 +24,7 @@ from runtime.errors import UserError
 from runtime.generate import Generation
 from runtime.model import Model
 from runtime.sampling import Sampling
+from runtime.text_file import decoded, without_line_end
 
 HELP = "continue a prompt"
 DEFAULT_MAX_TOKENS = 256
@@ -64,7 +64,7 @@ def complete(
 def _piped() -> str:
     if sys.stdin.isatty():
         raise UserError("no prompt", "give one with -p TEXT or --prompt-file FILE, or pipe it in")
-    return decoded(sys.stdin.buffer.read(), "stdin").removesuffix("\n")
+    return without_line_end(decoded(sys.stdin.buffer.read(), "stdin"))
 
 
 def _show(generation: Generation, as_json: bool) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from runtime import template
-from runtime.commands.options import read_text
 from runtime.errors import UserError
 from runtime.new_file import replacing
+from runtime.text_file import read_text
 
 _FORMAT = "lazyneuron_conversation"
 _VERSION = 1
@@ -121,7 +121,7 @@ def _running_text(messages: Iterable[Message]) -> str:
 
 def _read(path: Path) -> list[Message]:
     try:
-        values = json.loads(read_text(path))
+        values = json.loads(read_text(path).text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"`{path}`: no saved conversation ({error})", "expected a file written by /save") from None
     if not isinstance(values, dict) or values.get(_FORMAT) != _VERSION:

@@ -18,12 +18,14 @@ from typing import Any, NoReturn, TextIO
 from runtime.arrange import Arrangement
 from runtime.commands.completion import completed
 from runtime.commands.help import HelpParser
+from runtime.cpu_quota import cpu_quota
 from runtime.devices import AUTO
 from runtime.engine import FFN_MODES, KV_TYPES
 from runtime.errors import UserError, printable
 from runtime.hub import locate
 from runtime.model import Model, load
 from runtime.sampling import Sampling
+from runtime.text_file import decoded, read_text, without_line_end
 from runtime.threads import PRIORITIES, parse_cpus
 
 
@@ -70,6 +72,9 @@ class Loading:
 
     def open(self, path: Path) -> Model:
         """The model `path`, run so. Raises UserError as `runtime.load` does."""
+        quota = cpu_quota()
+        if self.threads and self.threads > max(1, quota):
+            note(f"note: {self.threads} threads, on a CPU quota of {quota:g} processors: fewer are faster")
         model = load(path, **vars(self))
         if model.arrangement:
             note(where(model.arrangement))
@@ -106,15 +111,15 @@ def add_prompt(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def given_prompt(prompt: str | None, file: Path | None) -> str | None:
-    """The text of -p or --prompt-file, without the newline that ends a file; None where neither was given."""
+    """The text of -p or --prompt-file, without the line end that ends a file; None where neither was given."""
     if file is not None:
-        return read_text(file).removesuffix("\n")
+        return without_line_end(read_text(file).text)
     return None if prompt is None else typed(prompt, "--prompt")
 
 
-def typed(text: str, option: str) -> str:
+def typed(value: str, option: str) -> str:
     """An option's text; raises UserError when it was not UTF-8 on the command line."""
-    return decoded(os.fsencode(text), option)
+    return decoded(os.fsencode(value), option)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -211,19 +216,6 @@ def count(text: str) -> int:
     return number
 
 
-def read_text(path: Path) -> str:
-    """A text file's content; raises UserError when it is not UTF-8."""
-    return decoded(path.read_bytes(), f"`{path}`")
-
-
-def decoded(raw: bytes, where: str) -> str:
-    """UTF-8 bytes as text; raises UserError, naming `where`, when they are not."""
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: byte {error.start} is {raw[error.start]:#04x}, expected UTF-8 text") from None
-
-
 def cleaner(out: TextIO) -> Callable[[str], str]:
     """How a model's text is written to `out`: as it is, but for a terminal, which it could steer."""
     return printable if out.isatty() else str
@@ -236,8 +228,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def print_json(values: dict[str, Any]) -> None:
-    """One JSON object as one line of stdout."""
-    print(json.dumps(values, ensure_ascii=False), flush=True)
+    """One JSON object as one line of stdout; what its encoding lacks is escaped."""
+    text = json.dumps(values, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # also halves of surrogate pairs, which stand for bytes in names of files
+        text = json.dumps(values)
+    print(text, flush=True)
 
 
 def note(text: str) -> None:

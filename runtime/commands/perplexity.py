@@ -19,9 +19,10 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from runtime.commands.options import Loading, add_json, add_loading, add_model, count, print_json, read_text
+from runtime.commands.options import Loading, add_json, add_loading, add_model, count, print_json
 from runtime.errors import UserError
 from runtime.model import Model
+from runtime.text_file import TextFile, read_text
 
 HELP = "measure how well a model predicts a text"
 DEFAULT_WINDOW = 1024
@@ -51,9 +52,9 @@ def perplexity(
     as_json: bool = False,
 ) -> None:
     """Print the perplexity of a text, with the window and stride it was measured with."""
-    read_text(file)  # a text that cannot be read is noticed before the model is loaded
+    text = read_text(file)  # one that cannot be read is noticed before the model is loaded
     with (loading or Loading()).open(model) as loaded:
-        result = measure(loaded, file, window, stride, tokens)
+        result = measure(loaded, text, window, stride, tokens)
     if as_json:
         print_json(result)
     else:
@@ -61,13 +62,13 @@ def perplexity(
 
 
 def measure(
-    model: Model, file: Path, window: int | None = None, stride: int | None = None, tokens: int | None = None
+    model: Model, text: TextFile, window: int | None = None, stride: int | None = None, tokens: int | None = None
 ) -> dict[str, Any]:
-    """The perplexity of the text `file` under a loaded model, with how it was measured: what --json prints."""
-    plan = _plan(model, file, model.tokenize(read_text(file), add_special=False)[:tokens], window, stride)
+    """The perplexity of a text under a loaded model, with how it was measured: what --json prints."""
+    plan = _plan(model, text.path, model.tokenize(text.text, add_special=False)[:tokens], window, stride)
     started = time.perf_counter()
     losses = np.concatenate(list(_measured(model, plan)))
-    return _result(model, file, plan, losses) | {"seconds": time.perf_counter() - started}
+    return _result(model, text.path, plan, losses) | {"seconds": time.perf_counter() - started}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from runtime.errors import UserError, os_error, printable
 from runtime.generate import Stats
 from runtime.model import Model
 from runtime.sampling import Sampling
+from runtime.streams import StdoutError
 
 COMMANDS = {
     "/retry": "another reply to your last text",
@@ -214,8 +215,8 @@ def attempt(action: Callable[[], object]) -> bool:
     """Run one step of a session; a user's mistake is reported and the session goes on. Returns whether it worked."""
     try:
         action()
-    except BrokenPipeError:
-        raise  # nobody reads any more
+    except StdoutError:
+        raise  # nobody reads any more, or can
     except OSError as error:
         return _report(os_error(error))
     except UserError as error:
