@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from convert import archs
-from convert.config import REQUIRED, Config
+from convert.config import REQUIRED, Config, shown
+from convert.quantised import refuse_quantised
 from runtime.errors import UserError
 from runtime.structure import ACTIVATIONS, ARCHITECTURE, Structure
 
@@ -73,7 +74,10 @@ class Arch:
     renamed: Mapping[str, str] = field(default_factory=dict)  # config keys of older checkpoints -> today's
     base_prefix: str = ""  # of checkpoints with a head; those saved without one lack it in every name
     skip: tuple[str, ...] = ()  # checkpoint tensors that carry no weights
-    expect: Mapping[str, Any] = field(default_factory=dict)  # config values that must be so, where present
+    # Config values that must be so, where present: one that is a list, each of its elements.
+    expect: Mapping[str, Any] = field(default_factory=dict)
+    # Methods of quantisation (`quant_method` of `quantization_config`) that its weights do not have when they are stored as floats.
+    quantization: tuple[str, ...] = ()
 
 
 def families() -> dict[str, Arch]:
@@ -83,14 +87,16 @@ def families() -> dict[str, Arch]:
 
 
 def find_arch(config: Config) -> Arch:
-    """The family of a checkpoint. Raises UserError when none has the architecture that config.json names."""
-    wanted = config.get("architectures", list)
+    """The family of a checkpoint. Raises UserError when none has the architecture that config.json names, or its weights are quantised."""
     known = {name: arch for arch in families().values() for name in arch.architectures}
-    for name in wanted:
-        if name in known:
-            return known[name]
+    named = config.get("architectures", list, [])
+    arch = next((known[name] for name in named if isinstance(name, str) and name in known), None)
+    refuse_quantised(config, arch.quantization if arch else ())
+    if arch:
+        return arch
+    wanted = ", ".join(config.list_of("architectures", str)) or "unnamed"
     raise UserError(
-        f"{config.where}: architecture {', '.join(map(str, wanted)) or 'unnamed'}, expected {', '.join(sorted(known))}",
+        f"{config.where}: architecture {wanted}, expected {', '.join(sorted(known))}",
         "a new architecture is one file: see CONTRIBUTING.md",
     )
 
@@ -105,9 +111,7 @@ def describe(
     Raises UserError for a missing, ill-typed or unsupported value.
     """
     config = adapted(arch, config)
-    for key, value in arch.expect.items():
-        if config.values.get(key, value) != value:
-            raise UserError(f"{config.where}: `{key}` is {config.values[key]!r}, expected {value!r}")
+    _check_expected(arch, config)
     kinds = {
         f.name: {"int": int, "float": float, "bool": bool, "str": str}.get(str(f.type), tuple)
         for f in fields(Structure)
@@ -125,14 +129,30 @@ def describe(
     return Structure.from_metadata({"general.architecture": ARCHITECTURE, **structure.to_metadata()}, config.where)
 
 
+def _check_expected(arch: Arch, config: Config) -> None:
+    for key, value in {**arch.expect, "per_layer_config": {}}.items():
+        found = config.values.get(key)
+        if found is None or found == value or (isinstance(found, list) and all(one == value for one in found)):
+            continue
+        raise UserError(f"{config.where}: `{key}` is {shown(found)}, expected {shown(value)}")
+
+
 def adapted(arch: Arch, config: Config) -> Config:
-    """The config with today's names of its keys."""
-    older = {new: config.values[old] for old, new in arch.renamed.items() if old in config.values}
-    return Config(config.where, {**older, **config.values})
+    """The config with today's names of its keys. Raises UserError where both names are there with different values."""
+    values = dict(config.values)
+    for old, new in arch.renamed.items():
+        found, known = values.get(old), values.get(new)
+        if found is not None and known is not None and found != known:
+            raise UserError(
+                f"{config.where}: `{old}` is {shown(found)}, but `{new}`, which means the same, {shown(known)}"
+            )
+        if found is not None:
+            values[new] = found
+    return Config(config.where, values)
 
 
 def _source_architecture(arch: Arch, config: Config) -> str:
-    return next(str(name) for name in config.get("architectures", list) if name in arch.architectures)
+    return next(name for name in config.list_of("architectures", str) if name in arch.architectures)
 
 
 def _resolve(value: Any, config: Config, kind: type) -> Any:

@@ -5,7 +5,7 @@ Safetensors, or `pytorch_model.bin` where there are none. Knows what a file hold
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,13 @@ from safetensors import SafetensorError, safe_open
 
 from convert import pytorch
 from convert.config import Config, read_json
+from convert.leftovers import listed
 from convert.rewrites import Shape, Sliceable
 from runtime.errors import UserError
+from runtime.pointers import refuse_pointer
 
 _REFETCH = "fetch the file again from where the checkpoint came from"
+_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types that can be converted
 
 
@@ -61,38 +64,77 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises UserError when it is incomplete, damaged, or holds tensors of an unsupported type.
     """
     config = read_json(folder / "config.json")
+    present = [path.name for path in folder.iterdir()]
+    weights, names = weight_files(f"`{folder}`", folder, present, lambda name: (folder / name).is_file())
+    return Checkpoint(folder, config, weights, _inspect([folder / name for name in names], weights))
+
+
+def refuse_adapter(where: str, present: Collection[str]) -> None:
+    """Raise UserError where these are the files of an adapter, such as LoRA's, without the model that it changes."""
+    whole = {name for weights in FORMATS for name in (weights.file_name, f"{weights.file_name}.index.json")}
+    if "adapter_config.json" in present and not whole.intersection(present):
+        raise UserError(
+            f"{where}: an adapter (adapter_config.json), expected a whole model",
+            "merge it into its base model first: load both with PEFT, then merge_and_unload() and save_pretrained(FOLDER)",
+        )
+
+
+def weight_files(
+    where: str, folder: Path, present: Collection[str], has: Callable[[str], bool]
+) -> tuple[Format, list[str]]:
+    """Which files have the weights, and in which format: safetensors where there are any. An index tells the names of its shards.
+
+    folder: where an index can be read; present: names of files there; has: whether a name, perhaps in a sub-folder, is there.
+    Raises UserError where there are none, or an index names some that are not there.
+    """
     for weights in FORMATS:
-        files = _files(folder, weights.file_name)
-        if files:
-            tensors = _inspect(files, weights)
-            return Checkpoint(folder, config, weights, tensors)
+        index = f"{weights.file_name}.index.json"
+        if weights.file_name in present:
+            return weights, [weights.file_name]
+        if index in present:
+            return weights, _shards(where, read_json(folder / index), has)
+    alike = sorted(name for name in present if name.endswith(_ENDINGS))
     expected = " or ".join(weights.file_name for weights in FORMATS)
     raise UserError(
-        f"`{folder}`: no weights in it", f"expected {expected}, or one of their index files with its shards"
+        f"{where}: no weights in it" + (f", but {listed(alike)}" if alike else ""),
+        f"expected {expected}, or one of their index files with its shards",
     )
 
 
-def _files(folder: Path, file_name: str) -> list[Path]:
-    index = folder / f"{file_name}.index.json"
-    if (folder / file_name).exists() or not index.exists():
-        return [folder / file_name] if (folder / file_name).exists() else []
-    weight_map = read_json(index).get("weight_map", dict)
-    names = sorted({str(name) for name in weight_map.values()})
-    missing = [name for name in names if not (folder / name).is_file() or Path(name).name != name]
+def _shards(where: str, index: Config, has: Callable[[str], bool]) -> list[str]:
+    weight_map = index.inside("weight_map")
+    names = sorted({weight_map.get(name, str) for name in weight_map.values})
+    if not names:
+        raise UserError(f"{index.where}: no `weight_map` that names files", _REFETCH)
+    outside = [name for name in names if not _inside(name)]
+    if outside:
+        raise UserError(f"{index.where}: names {listed(outside)}, expected files in the same folder", _REFETCH)
+    missing = [name for name in names if not has(name)]
     if missing:
-        listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise UserError(
-            f"`{folder}`: {len(missing)} of {len(names)} shards missing: {listed}", "fetch the missing files"
+            f"{where}: {len(missing)} of {len(names)} shards missing: {listed(missing)}", "fetch the missing files"
         )
-    return [folder / name for name in names]
+    return names
+
+
+def _inside(name: str) -> bool:
+    """Whether a name stays in its folder, or in one within, on every system."""
+    parts = name.split("/")
+    return not any(
+        part in ("", ".", "..") or len(part.encode("utf-8", "surrogatepass")) > 255 for part in parts
+    ) and not set(name) & set("\\:\0")
 
 
 def _inspect(files: list[Path], weights: Format) -> dict[str, Stored]:
     tensors: dict[str, Stored] = {}
     for file in files:
+        refuse_pointer(file)
         for name, (shape, dtype) in weights.inspect(file).items():
             if name in tensors:
-                raise UserError(f"`{file}`: tensor {name} is also in `{tensors[name].file.name}`", _REFETCH)
+                raise UserError(
+                    f"`{file}`: tensor {name} is also in `{tensors[name].file.name}`",
+                    "which of the two counts is not said: files of two checkpoints are mixed, so fetch all of one again",
+                )
             tensors[name] = Stored(file, shape, dtype)
     return tensors
 

@@ -5,16 +5,17 @@ Knows file names, not what is in the files; fetching is `runtime.hub_client`'s w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from convert.checkpoint import FORMATS, refuse_adapter, weight_files
 from runtime.errors import UserError
 from runtime.hub import Listing, parse
 
 if TYPE_CHECKING:
-    from runtime.hub_client import Choose
+    from runtime.hub_client import Choose, More
 
 _SMALL = (
     "config.json",
@@ -28,16 +29,25 @@ _SMALL = (
     "chat_template.jinja",
     "README.md",
 )
-_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin")
+_INDEXES = tuple(f"{weights.file_name}.index.json" for weights in FORMATS)
 
 
-def fetch(source: str) -> tuple[Path, str]:
+def fetch(source: str, check: Callable[[Path, str], object] = lambda *_: None) -> tuple[Path, str]:
     """The folder with the checkpoint `source`, and its Hub id ("" for a local folder).
 
+    check: called with these two before weights are fetched: what it raises saves their transfer.
     Raises UserError when there is neither such a folder nor such a repository, or it cannot be fetched.
     """
-    return _fetch(source, _checkpoint_files, "a checkpoint folder")
+
+    def weights(listing: Listing, folder: Path) -> list[str]:
+        check(folder, listing.reference.repo)
+        top = [name for name in listing.files if "/" not in name]
+        return weight_files(str(listing), folder, top, listing.files.__contains__)[1]
+
+    folder, repo = _fetch(source, _small_files, "a checkpoint folder", weights)
+    if not repo:
+        check(folder, repo)
+    return folder, repo
 
 
 def fetch_files(source: str, patterns: Sequence[str], expected: str) -> tuple[Path, str]:
@@ -52,32 +62,32 @@ def fetch_files(source: str, patterns: Sequence[str], expected: str) -> tuple[Pa
     return _fetch(source, choose, expected)
 
 
-def _fetch(source: str, choose: Choose, expected: str) -> tuple[Path, str]:
+def _fetch(source: str, choose: Choose, expected: str, more: More | None = None) -> tuple[Path, str]:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder, ""
     reference = None if folder.exists() else parse(source)
     if reference is None or reference.file:
         found = "a file" if folder.exists() else "no such folder"
-        raise UserError(
-            f"`{source}`: {found}, expected {expected} or a Hub id",
-            "such as path/to/folder, user/repo or hf://user/repo@revision",
+        example = (
+            f"{reference} for the repository" if reference else "path/to/folder, user/repo or hf://user/repo@revision"
         )
+        raise UserError(f"`{source}`: {found}, expected {expected} or a Hub id", f"such as {example}")
     from runtime import hub_client  # noqa: PLC0415  (slow to import, and needless for local folders)
 
-    return hub_client.fetch(reference, choose)[0], reference.repo
+    return hub_client.fetch(reference, choose, more)[0], reference.repo
 
 
-def _checkpoint_files(listing: Listing) -> list[str]:
-    """Config, tokenizer, and the weights in one format: safetensors where there are some."""
+def _small_files(listing: Listing) -> list[str]:
+    """Config, tokenizer, and the indexes that say which files have the weights."""
+    refuse_adapter(str(listing), listing.files)
     if "config.json" not in listing.files:
         ours = any(name.endswith(".gguf") for name in listing.files)
         hint = (
             f"it may be converted already: python -m runtime inspect {listing.reference}" if ours else "check the name"
         )
         raise UserError(f"{listing}: no config.json in it, expected a checkpoint", hint)
-    weights = _matching(listing, _SAFETENSORS) or _matching(listing, _PICKLES)
-    return _matching(listing, _SMALL) + weights
+    return _matching(listing, (*_SMALL, *_INDEXES))
 
 
 def _matching(listing: Listing, patterns: Sequence[str]) -> list[str]:

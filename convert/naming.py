@@ -5,36 +5,41 @@ Values for an architecture's file to compose. Knows no family.
 
 from __future__ import annotations
 
-from convert import rope
-from convert.arch import Field, Generated, Source
+from collections.abc import Callable
+
+from convert.arch import Field, Source
 from convert.config import Config
 
 Table = dict[str, Source]
 
 SIZES = {
     "vocab_size": Field("vocab_size"),
-    "context_length": Field("max_position_embeddings", 2048),
     "embedding_length": Field("hidden_size"),
     "block_count": Field("num_hidden_layers"),
     "feed_forward_length": Field("intermediate_size"),
     "head_count": Field("num_attention_heads"),
     "head_count_kv": Field("num_key_value_heads", Field("num_attention_heads")),
-    "head_length": rope.head_length,
     "tied_output": Field("tie_word_embeddings", False),
 }
 ATTENTION_BIASES = {
     "attention_bias": Field("attention_bias", False),
     "attention_output_bias": Field("attention_bias", False),
 }
-ROPE_FREQS = {"rope_freqs.weight": Generated(rope.freq_factors)}
 
 
-def unlimited_context(config: Config) -> int:
-    """Positions for which attention over a sliding window is attention over everything: the model's own where there is no window."""
-    context = config.get("max_position_embeddings", int, 2048)
-    missing = (
-        context if "sliding_window" in config.values else 4096
-    )  # null is no window, but transformers' default is one
+def heads_kv(usual: int) -> Callable[[Config], int]:
+    """Key-value heads where a config without the key means `usual` of them; a null means as many as there are heads."""
+
+    def count(config: Config) -> int:
+        absent = "num_key_value_heads" not in config.values
+        return config.get("num_key_value_heads", int, usual if absent else config.get("num_attention_heads", int))
+
+    return count
+
+
+def within_window(context: int, config: Config) -> int:
+    """Of `context` positions those for which attention over a sliding window is attention over everything: all where there is no window."""
+    missing = context if "sliding_window" in config.values else 4096  # null is no window, but the default is one
     return min(context, config.get("sliding_window", int, missing))
 
 

@@ -16,7 +16,11 @@ import numpy.typing as npt
 
 from convert.arch import Arch, Generated, Source, adapted, describe, find_arch
 from convert.checkpoint import FLOATS, Checkpoint
+from convert.config import Config
+from convert.head import settle_head
 from convert.kept import Kept, Readable
+from convert.leftovers import explanation, is_buffer, listed, without_head
+from convert.quantised import refuse_quantised_tensors
 from convert.quantize import fitting, output_type, row_bytes
 from convert.rewrites import IDENTITY, Heads, Rewrite, Shape, named
 from predictors.quantized import Tensor
@@ -24,7 +28,6 @@ from runtime.errors import UserError
 from runtime.structure import Structure, required_tensors
 
 _ALWAYS_F32 = ("position_embd.weight",)  # besides everything with one dimension: norms, biases, frequencies
-_LISTED = 5  # names per complaint
 
 
 @dataclass(frozen=True)
@@ -132,14 +135,22 @@ def make_plan(
 
     Raises UserError when config, tensors and architecture do not agree.
     """
-    arch = find_arch(checkpoint.config)
-    structure = describe(arch, checkpoint.config, layout, ffn_type, known)
-    required = required_tensors(structure)
+    arch, structure = outline(checkpoint.config, layout, ffn_type, known)
     sources = _sources(arch, structure, checkpoint)
+    structure, sources, notes = settle_head(checkpoint, structure, sources)
+    required = required_tensors(structure)
     _check_names(checkpoint, required, sources, _skipped(arch, structure, checkpoint))
     tensors = [_planned(name, shape, sources[name], structure, types) for name, shape in required.items()]
     _check_shapes(checkpoint, tensors)
-    return Plan(arch, structure, types, tuple(tensors))
+    return Plan(arch, structure, types, tuple(tensors), notes)
+
+
+def outline(
+    config: Config, layout: str = "both", ffn_type: str | None = None, known: str | None = None
+) -> tuple[Arch, Structure]:
+    """What config.json alone tells of a conversion: raises UserError for a checkpoint that its weights would not make convertible."""
+    arch = find_arch(config)
+    return arch, describe(arch, config, layout, ffn_type, known)
 
 
 _NEURON_TENSORS = (
@@ -216,8 +227,8 @@ def _skipped(arch: Arch, structure: Structure, checkpoint: Checkpoint) -> set[st
     skipped = {name.format(i=i).removeprefix(prefix) for name in arch.skip for i in range(structure.block_count)}
     head = arch.tensors.get("output.weight")
     if structure.tied_output and isinstance(head, Source):
-        skipped.add(head.name)  # a second copy of the token embeddings
-    return skipped & set(checkpoint.tensors)
+        skipped.add(head.name)  # where it is stored as well, it is the same as the embeddings
+    return skipped | {name for name, stored in checkpoint.tensors.items() if is_buffer(name, stored.shape)}
 
 
 def _check_names(
@@ -232,16 +243,17 @@ def _check_names(
     missing += [f"a source of {name}" for name in required if name not in sources]
     unknown = sorted(set(checkpoint.tensors) - used - skipped)
     both = {"missing": missing, "unknown": unknown}
-    complaints = [f"{len(names)} tensors {what} ({_listed(names)})" for what, names in both.items() if names]
-    if complaints:
-        raise UserError(
-            f"`{checkpoint.folder}`: {' and '.join(complaints)}",
-            "config.json and the weights belong to different models, or the model has an option not supported yet",
-        )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+    complaints = [f"{len(names)} tensors {what} ({listed(names)})" for what, names in both.items() if names]
+    if not complaints:
+        return
+    refuse_quantised_tensors(f"`{checkpoint.folder}`", unknown)
+    head = sources.get("output.weight")
+    raise UserError(
+        f"`{checkpoint.folder}`: {' and '.join(complaints)}",
+        explanation(unknown)
+        or (isinstance(head, Source) and "output.weight" in required and without_head(missing, head.name))
+        or "config.json and the weights belong to different models, or the model has an option not supported yet",
+    )
 
 
 def _check_shapes(checkpoint: Checkpoint, tensors: list[PlannedTensor]) -> None:
@@ -264,6 +276,6 @@ def _check_shapes(checkpoint: Checkpoint, tensors: list[PlannedTensor]) -> None:
                 wrong.append(f"{name} is {list(stored.shape)} instead of {list(shape)}")
     if wrong:
         raise UserError(
-            f"`{checkpoint.folder}`: {len(wrong)} shapes disagree with config.json: {_listed(sorted(set(wrong)))}",
+            f"`{checkpoint.folder}`: {len(wrong)} shapes disagree with config.json: {listed(sorted(set(wrong)))}",
             "config.json belongs to another checkpoint",
         )

@@ -20,6 +20,7 @@ from convert.rewrites import Array, Shape, Sliceable
 from runtime.errors import UserError
 
 _DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights", "params")  # where trainers put the tensors
 
 
 class _Tensor:
@@ -29,7 +30,7 @@ class _Tensor:
         self.tensor = tensor
 
     def __getitem__(self, key: Any) -> Array:
-        part = self.tensor[key].contiguous()
+        part = self.tensor[key].detach().contiguous()
         if str(part.dtype) == "torch.bfloat16":  # numpy has none of its own
             return np.asarray(part.view(_torch().int16).numpy().view(ml_dtypes.bfloat16))
         return np.asarray(part.numpy())
@@ -75,7 +76,17 @@ def _load(file: Path) -> dict[str, Any]:
     values = _read(file)
     if not isinstance(values, dict):
         raise _unreadable(file, ValueError(f"a {type(values).__name__}, expected a dict of tensors"))
-    return {name: value for name, value in values.items() if isinstance(value, _torch().Tensor)}
+    tensors = {name: value for name, value in values.items() if isinstance(value, _torch().Tensor)}
+    inside = [name for name in _WRAPPERS if isinstance(values.get(name), dict)]
+    if inside and not tensors:
+        raise UserError(
+            f"`{file}`: the tensors are inside `{inside[0]}`, expected a dict of tensors alone",
+            f"save that part alone: torch.save(torch.load(FILE, weights_only=True)['{inside[0]}'], FILE)",
+        )
+    odd = [name for name, value in tensors.items() if not isinstance(name, str) or value.layout != _torch().strided]
+    if odd:
+        raise _unreadable(file, ValueError(f"{odd[0]!r} is no name of a dense tensor"))
+    return tensors
 
 
 def _read(file: Path) -> Any:

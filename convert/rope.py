@@ -1,131 +1,259 @@
-"""Rotary position embeddings as config.json describes them, old style (`rope_theta`, `rope_scaling`) and new
-(`rope_parameters`).
+"""Rotary position embeddings as config.json describes them: `rope_parameters`, or before that `rope_theta` and `rope_scaling`.
 
-Functions of the config for use in an architecture's `keys` and `tensors`. Knows no architecture.
+What counts where these disagree, and what each kind computes, is as in transformers. Knows no architecture.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from convert.config import Config
+from convert.arch import Generated
+from convert.config import REQUIRED, Config, shown
 from runtime.errors import UserError
 
-# config.json's type -> GGUF's scaling. Llama 3.1's and YaRN become divisors of single frequencies at conversion.
-_SCALINGS = {"default": "none", "linear": "linear", "llama3": "none", "yarn": "none"}
-DEFAULT_THETA = 10000.0
+Floats = npt.NDArray[np.float64]
+_LOST = ("rope_theta", "partial_rotary_factor")  # what `rope_scaling` beside `rope_parameters` puts out of force
+_NULLS = ("rope_type", "type", "factor")  # of which a null says something else than nothing
 
 
-def _parameters(config: Config) -> Config:
-    """The object that holds the variant, wherever this config keeps it."""
-    style = "rope_parameters" if config.values.get("rope_parameters") else "rope_scaling"
-    parameters = config.inside(style)
-    kind = _kind(parameters)
-    if kind not in _SCALINGS:
-        raise UserError(f"{parameters.where}: rope type `{kind}`, expected {', '.join(_SCALINGS)}")
-    return parameters
+def head_length(config: Config) -> int:
+    """Elements per attention head: `head_dim`, else what the heads share `hidden_size` in."""
+    heads = config.positive("num_attention_heads", int)
+    return config.positive("head_dim", int, max(config.get("hidden_size", int) // heads, 1))
+
+
+def equal_parts(config: Config) -> int:
+    """Elements per attention head where all heads together are as wide as the model, and no `head_dim` changes that."""
+    width, heads = config.get("hidden_size", int), config.positive("num_attention_heads", int)
+    if width % heads:
+        raise UserError(f"{config.where}: hidden_size {width} is not a multiple of num_attention_heads {heads}")
+    return width // heads
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How heads of one model are rotated.
+
+    dimensions: elements of a head that are; base: theta; factor: what positions are divided by. divisors: of each frequency,
+    float64 [dimensions / 2], or None; attention_factor: of rotated queries and keys.
+    """
+
+    dimensions: int
+    base: float
+    factor: float = 1.0
+    divisors: Floats | None = None
+    attention_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotation of an architecture, and the defaults of its configs: theta, the context, elements of a head.
+
+    rotated: the share of a head that is rotated where a config does not say; None where it is all of it, whatever a config says.
+    backwards: heads are rotated the other way round.
+    """
+
+    theta: float = 10000.0
+    context: int = 2048
+    rotated: float | None = None
+    backwards: bool = False
+    head_length: Callable[[Config], int] = head_length
+
+    def keys(self) -> dict[str, object]:
+        """The fields of a structure that describe it."""
+        return {
+            "position": "rope_neox",  # Hugging Face rotates halves of a head, so q and k need no permutation
+            "head_length": self.head_length,
+            "context_length": self.context_length,
+            "rope_dimension_count": lambda config: self.of(config).dimensions,
+            "rope_freq_base": lambda config: self.of(config).base,
+            "rope_scaling": lambda config: "none" if self.of(config).factor == 1 else "linear",
+            "rope_scaling_factor": lambda config: self.of(config).factor,
+            "rope_freq_factors": lambda config: self.backwards or self.of(config).divisors is not None,
+            "rope_attention_factor": lambda config: self.of(config).attention_factor,
+        }
+
+    def tensors(self) -> dict[str, Generated]:
+        """What the frequencies are divided by, where the structure asks for it: float32 [dimensions / 2]."""
+        return {"rope_freqs.weight": Generated(self._divisors)}
+
+    def of(self, config: Config) -> Rotation:
+        """The rotation of a checkpoint. Raises UserError for a kind that is not known, and for values out of their range."""
+        parameters = _in_force(config, self)
+        kind = _kind(parameters)
+        theta = _number(parameters, "rope_theta")
+        if theta <= 1:
+            raise UserError(f"{parameters.where}: rope_theta is {theta}, expected more than 1")
+        dimensions = self._dimensions(parameters, kind, self.head_length(config))
+        return _KINDS[kind](parameters, _Plain(dimensions, theta, self.context_length(config)))
+
+    def context_length(self, config: Config) -> int:
+        """Positions that the model was made for."""
+        return config.positive("max_position_embeddings", int, self.context)
+
+    def _divisors(self, config: Config) -> npt.NDArray[np.float32]:
+        rotation = self.of(config)
+        found = np.ones(rotation.dimensions // 2) if rotation.divisors is None else rotation.divisors
+        return (-found if self.backwards else found).astype(np.float32)
+
+    def _dimensions(self, parameters: Config, kind: str, head: int) -> int:
+        share = _number(parameters, "partial_rotary_factor", 1.0 if self.rotated is None else self.rotated)
+        if share > 1:
+            raise UserError(f"{parameters.where}: partial_rotary_factor is {share}, expected at most 1")
+        if self.rotated is not None:
+            return int(head * share)
+        if kind != "default" and int(head * share) != head:
+            raise UserError(
+                f"{parameters.where}: partial_rotary_factor {share} with rope type `{kind}`, expected 1: "
+                "this architecture rotates whole heads"
+            )
+        return head
+
+
+# --- where a config says it -------------------------------------------------------------------------------------------
+
+
+def _in_force(config: Config, rope: Rope) -> Config:
+    """The object that counts, completed with the values from beside it. `rope_scaling` counts alone where it is there."""
+    older, newer = config.inside("rope_scaling"), config.inside("rope_parameters")
+    chosen = older if older.values else newer
+    beside = {"rope_theta": config.get("rope_theta", float, rope.theta)}
+    for name in ("partial_rotary_factor", "original_max_position_embeddings"):
+        beside |= {name: config.values[name]} if config.values.get(name) is not None else {}
+    given = {key: value for key, value in chosen.values.items() if value is not None or key in _NULLS}
+    values = {**beside, **given}
+    if "original_max_position_embeddings" in beside:  # this one wins beside the object, not within
+        values["original_max_position_embeddings"] = beside["original_max_position_embeddings"]
+    for name in _LOST if older.values else ():
+        lost = newer.values.get(name)
+        if lost is not None and lost != values.get(name):
+            raise UserError(
+                f"{config.where}: `rope_parameters` says {name} {shown(lost)}, but `rope_scaling` beside it counts, "
+                f"with {shown(values.get(name))}",
+                "put what rope_scaling says into rope_parameters, and take rope_scaling out",
+            )
+    return Config(chosen.where if chosen.values else config.where, values)
 
 
 def _kind(parameters: Config) -> str:
     if any(isinstance(value, dict) for value in parameters.values.values()):
-        return "one per layer type"
-    return parameters.get("rope_type", str, parameters.get("type", str, "default"))
+        found = "one per layer type"
+    else:
+        found = parameters.values.get("rope_type", parameters.values.get("type", "default"))
+    if not isinstance(found, str) or found not in _KINDS:
+        said = found if isinstance(found, str) else shown(found)
+        raise UserError(
+            f"{parameters.where}: rope type `{said}`, expected {', '.join(_KINDS)}",
+            "computing another rotation would give other text without a word",
+        )
+    return found
 
 
-def freq_base(config: Config, default: float = DEFAULT_THETA) -> float:
-    """theta."""
-    return _parameters(config).get("rope_theta", float, config.get("rope_theta", float, default))
+def _number(parameters: Config, name: str, default: Any = REQUIRED) -> float:
+    """A positive number of a size that arithmetic stands."""
+    found = parameters.positive(name, float, default)
+    if not 1e-9 < found < 1e15:
+        raise UserError(f"{parameters.where}: `{name}` is {found:g}, expected 1e-9 to 1e15")
+    return found
 
 
-def head_length(config: Config) -> int:
-    """Elements per attention head."""
-    width, heads = config.get("hidden_size", int), config.get("num_attention_heads", int)
-    if heads <= 0 or width % heads:
-        raise UserError(f"{config.where}: hidden_size {width} is not a multiple of num_attention_heads {heads}")
-    return config.get("head_dim", int, width // heads)
+# --- what each kind computes ------------------------------------------------------------------------------------------
 
 
-def dimension_count(config: Config, default: float = 1.0) -> int:
-    """How many elements of a head are rotated; default: their share where the config names none."""
-    everywhere = config.get("partial_rotary_factor", float, default)
-    return int(head_length(config) * _parameters(config).get("partial_rotary_factor", float, everywhere))
+@dataclass(frozen=True)
+class _Plain:
+    """A rotation before it is scaled. context: positions that the model was made for."""
+
+    dimensions: int
+    base: float
+    context: int
+
+    def rotation(self, **changes: Any) -> Rotation:
+        return Rotation(self.dimensions, self.base, **changes)
+
+    @property
+    def frequencies(self) -> Floats:
+        """float64 [dimensions / 2], in radians per position."""
+        return np.asarray(self.base ** (-np.arange(0, self.dimensions, 2) / self.dimensions))
+
+    def original(self, parameters: Config) -> int:
+        """The context before it was extended."""
+        return parameters.positive("original_max_position_embeddings", int, self.context)
 
 
-def scaling(config: Config) -> str:
-    """GGUF's name of the scaling."""
-    return _SCALINGS[_kind(_parameters(config))]
+def _default(_parameters: Config, plain: _Plain) -> Rotation:
+    return plain.rotation()
 
 
-def scaling_factor(config: Config) -> float:
-    """By how much positions are divided; 1 unless the scaling is linear."""
-    parameters = _parameters(config)
-    return parameters.get("factor", float) if _kind(parameters) == "linear" else 1.0
+def _linear(parameters: Config, plain: _Plain) -> Rotation:
+    return plain.rotation(factor=_number(parameters, "factor"))
 
 
-def has_freq_factors(config: Config) -> bool:
-    """Whether each frequency has its own divisor."""
-    return _kind(_parameters(config)) in _DIVISORS
+def _dynamic(parameters: Config, plain: _Plain) -> Rotation:
+    """Up to the model's own context nothing is scaled; beyond it frequencies would change with the length of the text."""
+    _number(parameters, "factor")
+    return plain.rotation()
 
 
-def freq_factors(config: Config) -> npt.NDArray[np.float32]:
-    """What each frequency is divided by, float32 [dimension_count / 2]."""
-    parameters = _parameters(config)
-    context = parameters.get("original_max_position_embeddings", int, config.get("max_position_embeddings", int, 0))
-    if context <= 0:
-        raise UserError(f"{parameters.where}: expected a context length, `original_max_position_embeddings`")
-    kept = _DIVISORS[_kind(parameters)](parameters, context, dimension_count(config), freq_base(config))
-    return (1 / (kept + (1 - kept) / parameters.get("factor", float))).astype(np.float32)
+def _llama3(parameters: Config, plain: _Plain) -> Rotation:
+    """Llama 3.1: long waves are divided by `factor`, short ones are left alone, those between are interpolated."""
+    low, high = _number(parameters, "low_freq_factor"), _number(parameters, "high_freq_factor")
+    if low >= high:
+        raise UserError(f"{parameters.where}: expected low_freq_factor below high_freq_factor")
+    turns = plain.original(parameters) * plain.frequencies / (2 * math.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return plain.rotation(divisors=_interpolated(kept, _number(parameters, "factor")))
 
 
-def _kept_llama3(parameters: Config, context: int, n: int, base: float) -> npt.NDArray[np.float64]:
-    """Share of each frequency that stays unscaled (Llama 3.1): long waves are divided by `factor`, short ones are left alone, those between are interpolated."""
-    low, high = parameters.get("low_freq_factor", float), parameters.get("high_freq_factor", float)
-    if not 0 < low < high:
-        raise UserError(f"{parameters.where}: expected 0 < low_freq_factor < high_freq_factor")
-    wavelength = 2 * math.pi * base ** (np.arange(0, n, 2) / n)
-    return np.asarray(np.clip((context / wavelength - low) / (high - low), 0, 1))
+def _yarn(parameters: Config, plain: _Plain) -> Rotation:
+    """YaRN (arXiv:2309.00071): a ramp between the frequencies that turn `beta_fast` and `beta_slow` times in the original context."""
+    original = plain.original(parameters)
+    implied = "factor" in parameters.values and parameters.values["factor"] is None
+    factor = plain.context / original if implied else _number(parameters, "factor")
 
+    def dimension(name: str, usual: float) -> float:
+        turns = _unless_zero(parameters, name, usual)
+        return plain.dimensions * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(plain.base))
 
-def _kept_yarn(parameters: Config, context: int, n: int, base: float) -> npt.NDArray[np.float64]:
-    """Share of each frequency that stays unscaled (YaRN, arXiv:2309.00071): a ramp between those that turn `beta_fast` and `beta_slow` times in the original context."""
-
-    def dimension(turns: float) -> float:
-        return n * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))
-
-    first, last = (
-        dimension(parameters.get(f"beta_{name}", float, turns)) for name, turns in (("fast", 32.0), ("slow", 1.0))
-    )
+    first, last = dimension("beta_fast", 32.0), dimension("beta_slow", 1.0)
     if parameters.get("truncate", bool, True):
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, n - 1)
-    return np.asarray(1 - np.clip((np.arange(n // 2) - first) / max(last - first, 1e-3), 0, 1))
+    first, last = max(first, 0), min(last, plain.dimensions - 1)
+    ramp = (np.arange(plain.dimensions // 2) - first) / ((last - first) or 1e-3)
+    divisors = _interpolated(1 - np.clip(ramp, 0, 1), factor)
+    return plain.rotation(divisors=divisors, attention_factor=_yarn_attention(parameters, factor))
 
 
-_DIVISORS = {"llama3": _kept_llama3, "yarn": _kept_yarn}
+def _yarn_attention(parameters: Config, factor: float) -> float:
+    over, under = (_unless_zero(parameters, name, 0.0) for name in ("mscale", "mscale_all_dim"))
+
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(max(factor, 1.0)) + 1
+
+    inferred = scale(over) / scale(under) if over and under else scale(1.0)
+    return _number(parameters, "attention_factor", inferred)
 
 
-def attention_factor(config: Config) -> float:
-    """What rotated queries and keys are multiplied with: 1, but for YaRN."""
-    parameters = _parameters(config)
-    if _kind(parameters) != "yarn":
-        return 1.0
-    scale = math.log(max(parameters.get("factor", float), 1.0))
-    over, under = (parameters.get(name, float, 0.0) for name in ("mscale", "mscale_all_dim"))
-    inferred = (0.1 * over * scale + 1) / (0.1 * under * scale + 1) if over and under else 0.1 * scale + 1
-    return parameters.get("attention_factor", float, inferred)
+def _unless_zero(parameters: Config, name: str, usual: float) -> float:
+    """A positive number, or the usual one for a zero, a null or none."""
+    return _number(parameters, name) if parameters.values.get(name) else usual
 
 
-def keys(theta: float = DEFAULT_THETA, rotated: float = 1.0) -> dict[str, object]:
-    """The fields of a structure that describe its rotation; theta, rotated: the defaults of this architecture's configs."""
-    return {
-        "position": "rope_neox",  # Hugging Face rotates halves of a head, so q and k need no permutation
-        "rope_dimension_count": lambda config: dimension_count(config, rotated),
-        "rope_freq_base": lambda config: freq_base(config, theta),
-        "rope_scaling": scaling,
-        "rope_scaling_factor": scaling_factor,
-        "rope_freq_factors": has_freq_factors,
-        "rope_attention_factor": attention_factor,
-    }
+def _interpolated(kept: Floats, factor: float) -> Floats:
+    """Divisors of frequencies of which a share is kept, and the rest divided by `factor`."""
+    return np.asarray(1 / (kept + (1 - kept) / factor))
+
+
+_KINDS: dict[str, Callable[[Config, _Plain], Rotation]] = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}

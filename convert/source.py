@@ -11,11 +11,12 @@ from typing import Any
 
 from convert.arch import adapted, config_activation
 from convert.catalogue import named, recognise
-from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.checkpoint import Checkpoint, open_checkpoint, refuse_adapter
+from convert.config import read_json
 from convert.converted import in_stored_order, kept_keys, plan_again
 from convert.hub import fetch
-from convert.metadata import general_metadata
-from convert.plan import NewBlocks, Plan, Types, make_plan, with_neurons
+from convert.metadata import general_metadata, read_card
+from convert.plan import NewBlocks, Plan, Types, make_plan, outline, with_neurons
 from convert.powerinfer import PowerInferFile, import_metadata, plan_import, provenance
 from convert.powerinfer_predictor import open_predictors, with_predictors
 from convert.quantize import check_type
@@ -105,11 +106,22 @@ def _magic(path: Path) -> bytes:
 def _checkpoint_job(source: str, given: Given) -> Job:
     output = check_type(given.output_type, "--output-type") if given.output_type else ""
     types = Types(check_type(given.type or "f16", "--type"), output)
-    folder, repo = fetch(named(source))
+    layout = given.layout or "both"
+
+    def described(folder: Path, repo: str) -> tuple[str, str | None, str | None]:
+        known = recognise(repo, folder)
+        return layout, given.ffn_type, known.ffn_type if known else None
+
+    def check(folder: Path, repo: str) -> None:
+        """What config.json alone tells, before weights are fetched, or looked for."""
+        refuse_adapter(f"`{folder}`", [path.name for path in folder.iterdir()])
+        outline(read_json(folder / "config.json"), *described(folder, repo))
+
+    folder, repo = fetch(named(source), check)
     checkpoint = open_checkpoint(folder)
-    known = recognise(repo, folder)
-    plan = make_plan(checkpoint, types, given.layout or "both", given.ffn_type, known.ffn_type if known else None)
+    plan = make_plan(checkpoint, types, *described(folder, repo))
     told = "--ffn-type" if given.ffn_type else _ffn_source(plan, checkpoint)
+    plan = replace(plan, notes=plan.notes + read_card(folder / "README.md")[1])
     return Job(checkpoint, plan, _metadata(folder, repo, plan), told)
 
 

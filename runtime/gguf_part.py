@@ -19,6 +19,7 @@ import numpy as np
 from runtime import ggml
 from runtime.errors import UserError
 from runtime.logs import captured_log
+from runtime.pointers import refuse_pointer
 
 MAGIC = b"GGUF"
 _SCALARS: dict[int, tuple[Any, Callable[[Any], Any]]] = {
@@ -95,8 +96,14 @@ class GgufPart:
             self._map = None
 
     def _check_magic(self, magic: bytes) -> None:
+        refuse_pointer(self.path)
         with self.path.open("rb") as file:
-            found = file.read(len(MAGIC))
+            found, version = file.read(len(MAGIC)), file.read(4)
+        if found == magic and 0 < int.from_bytes(version, "big") < 1 << 16 <= int.from_bytes(version, "little"):
+            raise UserError(
+                f"`{self.path}`: a big-endian GGUF file, expected little-endian",
+                "convert the checkpoint again, on a machine whose byte order is the usual one",
+            )
         if found == magic:
             return
         if found == b"PWRI":

@@ -20,8 +20,15 @@ _REPO = r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)"
 _REVISION = r"(?:@(?P<revision>refs/pr/\d+|[^/:@]+))?"
 _NAME = re.compile(_REPO + _REVISION + r"(?::(?P<file>.+))?")
 _URL = re.compile(_REPO + _REVISION + r"(?:[:/](?P<file>.+))?")
+_SITE = r"(?:https?:/{1,2})?(?:www\.)?(?:huggingface\.co|hf\.co)/"
+_PAGE = re.compile(  # as a browser shows it
+    _SITE + r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)"
+    r"(?:/(?:tree|blob|resolve|raw)/(?P<revision>refs/pr/\d+|[^/?#]+)(?:/(?P<file>[^?#]+?))?)?/?(?:[?#].*)?"
+)
+_OTHER_PAGE = re.compile(_SITE + r"(?:datasets|spaces|collections|docs|papers|blog|buckets)/.*")
 _TYPE = re.compile(r"(?<![a-z0-9])(i?q\d\w*|b?f16|f32)(?![a-z0-9])", re.IGNORECASE)
 _LISTED = 20  # files per complaint
+HUB_PAGE = "https://huggingface.co/"
 FORMS = "user/repo, user/repo:q4_0, user/repo:file.gguf or hf://user/repo@revision/file.gguf"
 
 
@@ -81,8 +88,15 @@ def locate(source: str | Path) -> Path:
 def parse(source: str) -> Reference | None:
     """What `source` names on the Hub: None where it cannot be a name there, as `folder/model.gguf` cannot.
 
-    Raises UserError for a malformed hf:// address.
+    Raises UserError for a malformed hf:// address, and for that of a page which shows no model.
     """
+    if _OTHER_PAGE.fullmatch(source):
+        raise UserError(
+            f"`{source}`: no address of a model, expected {HUB_PAGE}USER/REPO", f"names on the Hub: {FORMS}"
+        )
+    if page := _PAGE.fullmatch(source):
+        revision = unquote(page["revision"]) if page["revision"] else None
+        return Reference(page["repo"], None if revision == "main" else revision, unquote(page["file"] or ""))
     scheme = _SCHEME.match(source)
     if scheme is None and source.endswith(".gguf") and ":" not in source:
         return None  # a mistyped path; a repository of such a name needs hf://

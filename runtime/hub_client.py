@@ -29,10 +29,13 @@ _LONG = 1 << 30  # bytes whose hashing takes so long that people are told
 _PIECE = 1 << 24  # bytes hashed at a time
 
 Choose = Callable[[Listing], list[str]]
+More = Callable[[Listing, Path], list[str]]
 
 
-def fetch(reference: Reference, choose: Choose) -> tuple[Path, list[str]]:
+def fetch(reference: Reference, choose: Choose, more: More | None = None) -> tuple[Path, list[str]]:
     """The files that `choose` takes from the repository's list: the folder that holds them in the cache, and their names there.
+
+    more: what else to fetch, once these are there to be read: called with the list and that folder.
 
     Only what is not in the cache yet is transferred, and resumed where the connection drops. Where the Hub cannot be reached,
     or HF_HUB_OFFLINE is set, the cache serves. Raises UserError when that is not enough, and for a file whose sha256 differs
@@ -44,16 +47,22 @@ def fetch(reference: Reference, choose: Choose) -> tuple[Path, list[str]]:
             try:
                 listing = list_files(reference)
             except _UNREACHABLE as error:
-                return _fetch_cached(reference, choose, _why_unreachable(error))
+                return _fetch_cached(reference, choose, more, _why_unreachable(error))
             names = choose(listing)
             # The first one by the branch's name, for the cache to learn which commit that is now.
             folder = _download(reference.repo, names[0], reference.revision)
             if folder.name == listing.commit:
-                for name in names:
-                    _download(reference.repo, name, listing.commit)
-                    _check_sha256(folder, name, listing.files[name].sha256)
-                return folder, names
+                _fetch_listed(listing, folder, names)
+                others = more(listing, folder) if more else []
+                _fetch_listed(listing, folder, others)
+                return folder, names + others
     raise UserError(f"`{reference}`: changes while it is fetched", f"name a commit: hf://{reference.repo}@COMMIT")
+
+
+def _fetch_listed(listing: Listing, folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        _download(listing.reference.repo, name, listing.commit)
+        _check_sha256(folder, name, listing.files[name].sha256)
 
 
 def list_files(reference: Reference) -> Listing:
@@ -130,7 +139,7 @@ def _download(repo: str, name: str, revision: str | None, waits: Sequence[int] =
     return _download(repo, name, revision, waits[1:])
 
 
-def _fetch_cached(reference: Reference, choose: Choose, why: str) -> tuple[Path, list[str]]:
+def _fetch_cached(reference: Reference, choose: Choose, more: More | None, why: str) -> tuple[Path, list[str]]:
     folder = _snapshot(reference)
     if folder is None:
         raise UserError(
@@ -139,7 +148,9 @@ def _fetch_cached(reference: Reference, choose: Choose, why: str) -> tuple[Path,
         )
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     files = {name: RemoteFile((folder / name).stat().st_size) for name in names}
-    chosen = choose(Listing(reference, folder.name, files, cached=why))
+    listing = Listing(reference, folder.name, files, cached=why)
+    chosen = choose(listing)
+    chosen += more(listing, folder) if more else []
     if not constants.HF_HUB_OFFLINE:
         print(f"note: {why}: using the copy of `{reference}` in the cache", file=sys.stderr)
     for name in chosen:

@@ -7,6 +7,7 @@ A new family adds rows to CASES.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -43,7 +44,8 @@ class Case:
             "max_position_embeddings": 512,
             "tie_word_embeddings": False,
         }
-        return getattr(transformers, f"{self.body}Config")(**{**common, **self.config})
+        # Copied: transformers completes the objects in it.
+        return getattr(transformers, f"{self.body}Config")(**{**common, **copy.deepcopy(self.config)})
 
     def make(self, folder: Path) -> None:
         """Save the checkpoint to `folder`."""
@@ -174,7 +176,7 @@ CASES = {
     ),
     "qwen2-drelu": Case("qwen2", "Qwen2", GQA | _YARN, {}, drelu, ffn_type="drelu"),
     "qwen2-relu-tied": Case("qwen2", "Qwen2", {**GQA, "num_key_value_heads": 3} | _TIED),
-    "minicpm": Case("minicpm", "Llama", {**GQA, "rms_norm_eps": 1e-5}, _MINICPM, minicpm(12, 1.4, 48, 0.03)),
+    "minicpm": Case("minicpm", "Llama", {**GQA, **_YARN, "rms_norm_eps": 1e-5}, _MINICPM, minicpm(12, 1.4, 48, 0.03)),
     "minicpm-tied": Case(
         "minicpm",
         "Llama",
@@ -189,10 +191,10 @@ CASES = {
     "falcon-40b-old": Case(
         "falcon", "Falcon", _FALCON_40B | _TIED, {**_OLD_FALCON, "n_head_kv": 2, "model_type": "RefinedWeb"}
     ),
-    "falcon-7b": Case("falcon", "Falcon", {**_FALCON, "bias": True}),
+    "falcon-7b": Case("falcon", "Falcon", {**_FALCON, **_YARN, "bias": True}),
     "falcon-7b-old": Case("falcon", "Falcon", _FALCON | _TIED, {**_OLD_FALCON, "model_type": "RefinedWebModel"}),
     "falcon-sequential": Case("falcon", "Falcon", {**_FALCON, "parallel_attn": False, "multi_query": False} | _TIED),
-    "nemotron": Case("nemotron", "Nemotron", {**_UNGATED, "num_key_value_heads": 2, "hidden_act": "relu2"}),
+    "nemotron": Case("nemotron", "Nemotron", {**_UNGATED, **_YARN, "num_key_value_heads": 2, "hidden_act": "relu2"}),
     "nemotron-biases-tied": Case(
         "nemotron",
         "Nemotron",
@@ -202,17 +204,19 @@ CASES = {
     "arcee-biases-tied": Case(
         "arcee", "Arcee", {**_UNGATED, "num_key_value_heads": 3, "attention_bias": True, "mlp_bias": True} | _TIED
     ),
-    "jais2": Case("jais2", "Jais2", {**_UNGATED, "num_key_value_heads": 2}),
+    "jais2": Case("jais2", "Jais2", {**_UNGATED, **_YARN, "num_key_value_heads": 2}),
     "jais2-tied": Case("jais2", "Jais2", {**_UNGATED, "intermediate_size": 224, "layer_norm_eps": 1e-4} | _TIED),
-    "persimmon": Case("persimmon", "Persimmon", _UNGATED),
+    "persimmon": Case("persimmon", "Persimmon", {**_UNGATED, **_YARN}),
     "persimmon-plain-tied": Case(
         "persimmon", "Persimmon", {**_UNGATED, "qk_layernorm": False, "intermediate_size": 224} | _TIED
     ),
-    "nanochat": Case("nanochat", "NanoChat", {**_UNGATED, "num_key_value_heads": 2, "final_logit_softcapping": 5.0}),
+    "nanochat": Case(
+        "nanochat", "NanoChat", {**_UNGATED, **_LLAMA3, "num_key_value_heads": 2, "final_logit_softcapping": 5.0}
+    ),
     "nanochat-biases-tied": Case(
         "nanochat", "NanoChat", {**_UNGATED, "num_key_value_heads": 3, "attention_bias": True} | _TIED
     ),
-    "bitnet": Case("bitnet", "BitNet", {**GQA, "hidden_act": "relu2"}, _ONLINE, ternary),
+    "bitnet": Case("bitnet", "BitNet", {**GQA, **_YARN, "hidden_act": "relu2"}, _ONLINE, ternary),
     "bitnet-unrounded-tied": Case(
         "bitnet",
         "BitNet",

@@ -113,7 +113,7 @@ def test_missing_shards_are_listed(broken: Path) -> None:
 def test_an_index_cannot_point_outside_the_folder(broken: Path) -> None:
     (broken / "model.safetensors").rename(broken.parent / "elsewhere.safetensors")
     (broken / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../elsewhere.safetensors"}}')
-    refused(broken, "1 of 1 shards missing: ../elsewhere.safetensors")
+    refused(broken, "names ../elsewhere.safetensors, expected files in the same folder")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 200, 0.5, 0.999])

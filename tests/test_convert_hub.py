@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from hub_client import Client
 from hub_server import Hub
 from plain import PLAIN, convert
 from powerinfer_files import predictor_arrays, save_predictors
+from safetensors.torch import save
 
 from runtime.gguf_file import GgufFile
 
@@ -56,6 +59,52 @@ def test_only_the_needed_files_are_fetched(hub: Hub, run: Client, folder: Path, 
     assert run("convert", "hf://user/model@main", again, *PLAIN, HF_HUB_OFFLINE="1").out == ""
     assert again.read_bytes() == data
     assert not hub.requests
+
+
+@pytest.mark.parametrize("pattern", ["model.safetensors-0000{}-of-00002.safetensors", "weights/part {}.st"])
+def test_the_shards_that_the_index_names_are_fetched(
+    pattern: str, hub: Hub, run: Client, folder: Path, tmp_path: Path
+) -> None:
+    tensors = load_tensors(folder)
+    names = [pattern.format(i) for i in (1, 2)]
+    place = {name: names[i % 2] for i, name in enumerate(tensors)}
+    shards = {file: save({name: t for name, t in tensors.items() if place[name] == file}) for file in names}
+    (folder / "model.safetensors").unlink()
+    upload(hub, folder, "user/split")
+    index = {"model.safetensors.index.json": json.dumps({"weight_map": place}).encode()}
+    hub.add("user/split", {**shards, **index, "model-00001-of-00009.safetensors": b"no index names it"})
+    assert run("convert", "user/split", tmp_path / "x.gguf", *PLAIN).out == ""
+    fetched = {unquote(name) for name in resolved(hub)}
+    assert {name.rpartition("/")[2] for name in names} <= fetched
+    assert not fetched & {"model-00001-of-00009.safetensors", "pytorch_model.bin"}
+
+    hub.add("user/split", {"model.safetensors.index.json": json.dumps({"weight_map": {"x": "gone.st"}}).encode()})
+    found = run("convert", "https://huggingface.co/user/split/tree/main", tmp_path / "y.gguf", *PLAIN).complaint
+    assert found.startswith("error: `user/split`: 1 of 1 shards missing: gone.st")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"quantization_config": {"quant_method": "awq"}}, "the weights are quantised already (awq)"),
+        ({"hidden_act": "silu"}, "`hidden_act` is `silu`"),
+        ({"rope_scaling": {"type": "su"}}, "rope type `su`"),
+    ],
+)
+def test_no_weights_are_fetched_of_what_cannot_be_converted(
+    change: dict[str, object], complaint: str, hub: Hub, run: Client, folder: Path, tmp_path: Path
+) -> None:
+    config = json.loads((folder / "config.json").read_text()) | change
+    hub.add("user/model", {"config.json": json.dumps(config).encode()})
+    assert complaint in run("convert", "user/model", tmp_path / "x.gguf", *PLAIN).complaint
+    assert "model.safetensors" not in resolved(hub)
+
+
+def test_an_adapter_is_refused_by_its_name(hub: Hub, run: Client, tmp_path: Path) -> None:
+    hub.add("user/lora", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"", "README.md": b""})
+    found = run("convert", "user/lora", tmp_path / "x.gguf", *PLAIN).complaint
+    assert found.startswith("error: `user/lora`: an adapter (adapter_config.json), expected a whole model")
+    assert not resolved(hub)
 
 
 def test_pickles_where_there_are_no_safetensors(hub: Hub, run: Client, folder: Path, tmp_path: Path) -> None:

@@ -146,8 +146,9 @@ def test_the_stream_before_a_parallel_ffns_norm_is_the_blocks_input(case: Any, n
 
 
 IMAGINARY = """
-from convert import naming, rope
+from convert import naming
 from convert.arch import Arch, Field
+from convert.rope import Rope
 
 ARCH = Arch(
     family="imaginary",
@@ -155,7 +156,7 @@ ARCH = Arch(
     activation=Field("act"),
     activations={"relu": "drelu"},
     keys={
-        **naming.SIZES, **rope.keys(), "tied_output": True, "norm": "rms", "norm_epsilon": Field("epsilon"), "ffn_gate": "gated",
+        **naming.SIZES, **Rope().keys(), "tied_output": True, "norm": "rms", "norm_epsilon": Field("epsilon"), "ffn_gate": "gated",
     },
     renamed={"width": "hidden_size"},
     tensors={

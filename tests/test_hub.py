@@ -56,12 +56,26 @@ def test_names() -> None:
         "hf://user/repo@refs/pr/3/m.gguf": Reference("user/repo", "refs/pr/3", "m.gguf"),
         "hf://user/repo@feature%2Fx": Reference("user/repo", "feature/x"),
         str(Path("hf://user/repo")): Reference("user/repo"),
+        "https://huggingface.co/user/repo": Reference("user/repo"),
+        "https://huggingface.co/user/repo/tree/main": Reference("user/repo"),
+        "https://huggingface.co/user/repo/tree/main/sub": Reference("user/repo", None, "sub"),
+        "http://www.huggingface.co/user/repo/": Reference("user/repo"),
+        "huggingface.co/user/repo?library=transformers#how-to": Reference("user/repo"),
+        "https://hf.co/user/repo/tree/refs%2Fpr%2F3": Reference("user/repo", "refs/pr/3"),
+        "https://huggingface.co/user/repo/blob/v1/sub/m.gguf": Reference("user/repo", "v1", "sub/m.gguf"),
+        "https://huggingface.co/user/repo/resolve/main/m%20q4.gguf?download=true": Reference(
+            "user/repo", None, "m q4.gguf"
+        ),
+        str(Path("https://huggingface.co/user/repo")): Reference("user/repo"),
     }.items():
         assert parse(text) == expected, text
     for text in ("model.gguf", "folder/model.gguf", "./user/repo", "/user/repo", "../user/repo", "a/b/c", "model", ""):
         assert parse(text) is None, text
     for text in ("hf://user", "hf://", "hf://user/repo@"):
         with pytest.raises(UserError, match="expected hf://user/repo@revision/file"):
+            parse(text)
+    for text in ("https://huggingface.co/datasets/user/repo", "https://hf.co/spaces/user/repo/tree/main"):
+        with pytest.raises(UserError, match=r"no address of a model, expected https://huggingface\.co/USER/REPO"):
             parse(text)
 
 

@@ -1,7 +1,10 @@
 """Arcee AFM: Llama's body with an ungated FFN of squared ReLU."""
 
-from convert import naming, rope
+from convert import naming
 from convert.arch import Arch, Field
+from convert.rope import Rope
+
+_ROPE = Rope(context=4096)
 
 ARCH = Arch(
     family="arcee",
@@ -12,7 +15,7 @@ ARCH = Arch(
     keys={
         **naming.SIZES,
         **naming.ATTENTION_BIASES,
-        **rope.keys(),
+        **_ROPE.keys(),
         "norm": "rms",
         "norm_epsilon": Field("rms_norm_eps", 1e-5),
         "ffn_gate": "none",
@@ -20,7 +23,7 @@ ARCH = Arch(
     },
     tensors={
         **naming.ends(),
-        **naming.ROPE_FREQS,
+        **_ROPE.tensors(),
         **naming.block_norms(),
         **naming.attention(),
         **naming.up("model.layers.{i}.mlp.up_proj"),

@@ -6,9 +6,10 @@ The bf16 weights are those of training: the model rounds them to three values wh
 
 from collections.abc import Callable
 
-from convert import naming, rope
+from convert import naming
 from convert.arch import Arch, Field, Source
 from convert.config import Config
+from convert.rope import Rope
 
 
 def _rounded(config: Config) -> bool:
@@ -23,16 +24,20 @@ def _matrix(name: str, rewrite: str = "identity", columns: str = "") -> Callable
 
 _SUB_NORM = "model.layers.{i}.mlp.ffn_sub_norm.weight"
 
+_ROPE = Rope(theta=500000.0)
+
 ARCH = Arch(
     family="bitnet",
     architectures=("BitNetForCausalLM",),
     activation=Field("hidden_act", "relu2"),
     activations={"relu2": "relu2", "relu": "relu"},
     base_prefix="model.",
+    quantization=("bitnet",),
     keys={
         **naming.SIZES,
+        "head_count_kv": naming.heads_kv(5),
         **naming.ATTENTION_BIASES,
-        **rope.keys(theta=500000.0),
+        **_ROPE.keys(),
         "attention_sub_norm": True,
         "ffn_sub_norm": True,
         "norm": "rms",
@@ -41,6 +46,7 @@ ARCH = Arch(
     },
     tensors={
         **naming.ends(),
+        **_ROPE.tensors(),
         **naming.block_norms(),
         **naming.attention(),
         **{f"blk.{{i}}.attn_{letter}.weight": _matrix(f"self_attn.{letter}_proj.weight") for letter in "qkv"},

@@ -6,9 +6,10 @@ checkpoints from before transformers knew Falcon, under other names.
 
 from collections.abc import Callable
 
-from convert import naming, rope
+from convert import naming
 from convert.arch import Arch, Field, Source
 from convert.config import Config
+from convert.rope import Rope, equal_parts
 
 
 def _is_new(config: Config) -> bool:
@@ -38,6 +39,8 @@ def _norm(side: str, part: str) -> Callable[[Config], Source]:
     return source
 
 
+_ROPE = Rope(head_length=equal_parts)
+
 ARCH = Arch(
     family="falcon",
     architectures=("FalconForCausalLM", "RWForCausalLM"),
@@ -53,7 +56,7 @@ ARCH = Arch(
     },
     keys={
         **naming.SIZES,
-        **rope.keys(),
+        **_ROPE.keys(),
         "feed_forward_length": lambda config: config.get("ffn_hidden_size", int, 4 * config.get("hidden_size", int)),
         "head_count_kv": _heads_kv,
         "residual": lambda config: "parallel" if _is_parallel(config) else "sequential",
@@ -67,6 +70,7 @@ ARCH = Arch(
     },
     tensors={
         "token_embd.weight": Source("transformer.word_embeddings.weight"),
+        **_ROPE.tensors(),
         **{f"blk.{{i}}.attn_norm.{part}": _norm("attn", part) for part in ("weight", "bias")},
         **{f"blk.{{i}}.ffn_norm.{part}": _norm("mlp", part) for part in ("weight", "bias")},
         **naming.fused_attention(
@@ -77,8 +81,4 @@ ARCH = Arch(
         **naming.pair("output_norm", "transformer.ln_f"),
         "output.weight": Source("lm_head.weight"),
     },
-    skip=(
-        "transformer.h.{i}.self_attention.maskless_rotary.inv_freq",
-        "transformer.h.{i}.self_attention.rotary.inv_freq",
-    ),
 )

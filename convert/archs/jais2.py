@@ -1,7 +1,10 @@
 """Jais 2: layer norms, biases everywhere, an ungated FFN of squared ReLU."""
 
-from convert import naming, rope
+from convert import naming
 from convert.arch import Arch, Field
+from convert.rope import Rope
+
+_ROPE = Rope(context=8192)
 
 ARCH = Arch(
     family="jais2",
@@ -11,7 +14,7 @@ ARCH = Arch(
     base_prefix="model.",
     keys={
         **naming.SIZES,
-        **rope.keys(),
+        **_ROPE.keys(),
         "attention_bias": Field("attention_bias", True),
         "attention_output_bias": Field("attention_bias", True),
         "norm": "layer",
@@ -21,6 +24,7 @@ ARCH = Arch(
     },
     tensors={
         **naming.ends(bias=True),
+        **_ROPE.tensors(),
         **naming.block_norms(bias=True),
         **naming.attention(),
         **naming.up("model.layers.{i}.mlp.up_proj"),

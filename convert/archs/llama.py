@@ -1,7 +1,10 @@
 """Llama with a ReLU-family gate, such as ReluLLaMA (ReLU) and ProSparse (FATReLU): RMSNorm, rotary positions, a gated FFN, perhaps GQA and biases."""
 
-from convert import naming, rope
+from convert import naming
 from convert.arch import Arch, Field
+from convert.rope import Rope
+
+_ROPE = Rope()
 
 ARCH = Arch(
     family="llama",
@@ -12,7 +15,7 @@ ARCH = Arch(
     keys={
         **naming.SIZES,
         **naming.ATTENTION_BIASES,
-        **rope.keys(),
+        **_ROPE.keys(),
         "norm": "rms",
         "norm_epsilon": Field("rms_norm_eps", 1e-6),
         "ffn_gate": "gated",
@@ -20,10 +23,9 @@ ARCH = Arch(
     },
     tensors={
         **naming.ends(),
-        **naming.ROPE_FREQS,
+        **_ROPE.tensors(),
         **naming.block_norms(),
         **naming.attention(),
         **naming.gated_ffn(),
     },
-    skip=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
 )

@@ -2,18 +2,21 @@
 
 import math
 
-from convert import naming, rope
+from convert import naming
 from convert.arch import Arch, Field
 from convert.config import Config
+from convert.rope import Rope
 
 
 def _residual_scale(config: Config) -> float:
-    return config.get("scale_depth", float, 1.0) / math.sqrt(config.get("num_hidden_layers", int))
+    return config.get("scale_depth", float, 1.0) / math.sqrt(config.positive("num_hidden_layers", int))
 
 
 def _logit_scale(config: Config) -> float:
-    return config.get("dim_model_base", int, 1) / config.get("hidden_size", int)
+    return config.get("dim_model_base", int, 1) / config.positive("hidden_size", int)
 
+
+_ROPE = Rope()
 
 ARCH = Arch(
     family="minicpm",
@@ -24,7 +27,7 @@ ARCH = Arch(
     keys={
         **naming.SIZES,
         **naming.ATTENTION_BIASES,
-        **rope.keys(),
+        **_ROPE.keys(),
         "tied_output": Field("tie_word_embeddings", True),
         "norm": "rms",
         "norm_epsilon": Field("rms_norm_eps", 1e-6),
@@ -35,9 +38,9 @@ ARCH = Arch(
     },
     tensors={
         **naming.ends(),
+        **_ROPE.tensors(),
         **naming.block_norms(),
         **naming.attention(),
         **naming.gated_ffn(bias=False),
     },
-    skip=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
 )

@@ -1,7 +1,10 @@
 """Mistral with a ReLU-family gate: Llama without biases; attention that looks back a limited number of tokens."""
 
-from convert import naming, rope
+from convert import naming
 from convert.arch import Arch, Field
+from convert.rope import Rope
+
+_ROPE = Rope(context=131072)
 
 ARCH = Arch(
     family="mistral",
@@ -11,15 +14,16 @@ ARCH = Arch(
     base_prefix="model.",
     keys={
         **naming.SIZES,
-        **rope.keys(),
-        "context_length": naming.unlimited_context,
+        "head_count_kv": naming.heads_kv(8),
+        **_ROPE.keys(),
+        "context_length": lambda config: naming.within_window(_ROPE.context_length(config), config),
         "norm": "rms",
         "norm_epsilon": Field("rms_norm_eps", 1e-6),
         "ffn_gate": "gated",
     },
     tensors={
         **naming.ends(),
-        **naming.ROPE_FREQS,
+        **_ROPE.tensors(),
         **naming.block_norms(),
         **naming.attention(bias=False, output_bias=False),
         **naming.gated_ffn(bias=False),

@@ -3,19 +3,15 @@
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
-from convert import naming, rope
+from convert import naming
 from convert.arch import Arch, Field, Generated
 from convert.config import Config
+from convert.rope import Rope, head_length
 
 
 def _ones(length: Callable[[Config], int]) -> Generated:
     return Generated(lambda config: np.ones(length(config), np.float32))
-
-
-def _backwards(config: Config) -> npt.NDArray[np.float32]:
-    return -np.ones(rope.dimension_count(config) // 2, np.float32)
 
 
 def _softcap(config: Config) -> float:
@@ -23,7 +19,9 @@ def _softcap(config: Config) -> float:
 
 
 _WIDE = _ones(lambda config: config.get("hidden_size", int))
-_HEAD = _ones(rope.head_length)
+_HEAD = _ones(head_length)
+
+_ROPE = Rope(backwards=True)
 
 ARCH = Arch(
     family="nanochat",
@@ -34,8 +32,7 @@ ARCH = Arch(
     keys={
         **naming.SIZES,
         **naming.ATTENTION_BIASES,
-        **rope.keys(),
-        "rope_freq_factors": True,  # of -1: heads are rotated the other way round
+        **_ROPE.keys(),
         "qk_norm": "after_rope",
         "embedding_norm": True,
         "logit_softcap": _softcap,
@@ -45,9 +42,9 @@ ARCH = Arch(
     },
     tensors={
         **naming.ends(),
+        **_ROPE.tensors(),
         "token_embd_norm.weight": _WIDE,
         "output_norm.weight": _WIDE,
-        "rope_freqs.weight": Generated(_backwards),
         "blk.{i}.attn_norm.weight": _WIDE,
         "blk.{i}.ffn_norm.weight": _WIDE,
         "blk.{i}.attn_q_norm.weight": _HEAD,

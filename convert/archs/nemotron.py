@@ -1,7 +1,10 @@
 """Nemotron-3 and -4, Minitron: layer norms whose weights are stored less one, rotation of half a head, an ungated FFN of squared ReLU."""
 
-from convert import naming, rope
+from convert import naming
 from convert.arch import Arch, Field
+from convert.rope import Rope
+
+_ROPE = Rope(context=4096, rotated=0.5)
 
 ARCH = Arch(
     family="nemotron",
@@ -12,8 +15,7 @@ ARCH = Arch(
     keys={
         **naming.SIZES,
         **naming.ATTENTION_BIASES,
-        **rope.keys(rotated=0.5),
-        "context_length": Field("max_position_embeddings", 4096),
+        **_ROPE.keys(),
         "norm": "layer",
         "norm_epsilon": Field("norm_eps", 1e-5),
         "ffn_gate": "none",
@@ -21,6 +23,7 @@ ARCH = Arch(
     },
     tensors={
         **naming.ends(bias=True, rewrite="add_one"),
+        **_ROPE.tensors(),
         **naming.block_norms(bias=True, rewrite="add_one"),
         **naming.attention(),
         **naming.up("model.layers.{i}.mlp.up_proj"),

@@ -3,9 +3,9 @@
 opt-350m alone has its norms after the residual and embeddings narrower than its blocks.
 """
 
-from convert import rope
 from convert.arch import Arch, Field, Source
 from convert.config import Config
+from convert.rope import equal_parts
 
 
 def _norm_placement(config: Config) -> str:
@@ -33,7 +33,7 @@ ARCH = Arch(
         "feed_forward_length": Field("ffn_dim"),
         "head_count": Field("num_attention_heads"),
         "head_count_kv": Field("num_attention_heads"),
-        "head_length": rope.head_length,
+        "head_length": equal_parts,
         "norm": "layer",
         "norm_epsilon": 1e-5,
         "norm_placement": _norm_placement,

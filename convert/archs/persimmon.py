@@ -1,13 +1,16 @@
 """Persimmon: layer norms (of queries and keys too), fused projections, rotation of half a head, an ungated FFN of squared ReLU."""
 
-from convert import naming, rope
+from convert import naming
 from convert.arch import Arch, Field
 from convert.config import Config
+from convert.rope import Rope, equal_parts
 
 
 def _qk_norm(config: Config) -> str:
     return "before_rope" if config.get("qk_layernorm", bool, True) else "none"
 
+
+_ROPE = Rope(context=16384, rotated=0.5, head_length=equal_parts)
 
 ARCH = Arch(
     family="persimmon",
@@ -17,8 +20,8 @@ ARCH = Arch(
     base_prefix="model.",
     keys={
         **naming.SIZES,
-        **rope.keys(rotated=0.5),
-        "context_length": Field("max_position_embeddings", 16384),
+        **_ROPE.keys(),
+        "head_count_kv": Field("num_attention_heads"),
         "attention_bias": True,
         "attention_output_bias": True,
         "qk_norm": _qk_norm,
@@ -29,6 +32,7 @@ ARCH = Arch(
     },
     tensors={
         **naming.ends("model.final_layernorm", bias=True),
+        **_ROPE.tensors(),
         **naming.block_norms(bias=True),
         **naming.fused_attention("model.layers.{i}.self_attn.query_key_value", "model.layers.{i}.self_attn.dense"),
         **naming.pair("blk.{i}.attn_q_norm", "model.layers.{i}.self_attn.q_layernorm"),
@@ -36,5 +40,4 @@ ARCH = Arch(
         **naming.up("model.layers.{i}.mlp.dense_h_to_4h"),
         **naming.down("model.layers.{i}.mlp.dense_4h_to_h"),
     },
-    skip=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
 )

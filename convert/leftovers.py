@@ -1,0 +1,82 @@
+"""Tensors that an architecture has no place for: buffers, which carry no weights, and traces of how a checkpoint was made.
+
+Knows names and shapes only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from convert.rewrites import Shape
+
+# Buffers that models were once saved with, and that are computed anew from config.json.
+_ROTATION = re.compile(r"(^|\.)\w*rotary\w*\.(original_)?inv_freq$|(^|\.)\w*rotary\w*\.(cos|sin)_cached$")
+_COUNTERS = re.compile(r"(^|\.)(position_ids|num_batches_tracked)$")
+_MASK = re.compile(r"(^|\.)\w*attn\w*\.bias$|(^|\.)\w*attention\w*\.bias$|(^|\.)(causal|attention)_mask$")
+_MASKED = re.compile(r"(^|\.)masked_bias$")
+
+# In a name, as parts of their own -> who puts them there.
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DistributedDataParallel or DeepSpeed",
+    "base_model.model.": "PEFT",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+    "_forward_module.": "Lightning Fabric",
+}
+# In a name -> what it means.
+_TRACES = {
+    r"lora_[AB]|lora_embedding|lora_magnitude|\.base_layer\.|\.modules_to_save\.": (
+        "a LoRA adapter is among the weights: merge it first (merge_and_unload of PEFT), and convert the result"
+    ),
+    r"(^|\.)v_head\.|(^|\.)value_head\.|(^|\.)reward_head\.": (
+        "the value head of a trainer is among the weights: save the language model alone"
+    ),
+    r"^(step|epoch|iteration|global_step|lr|loss)$|(^|\.)(exp_avg|exp_avg_sq|momentum_buffer)$": (
+        "the state of a training run is among the weights: save the model alone"
+    ),
+    r"^(model\.)?layers\.\d+\.attention\.w[qkvo]\.": (
+        "weights as Meta or Mistral store them: use the repository's version for transformers"
+    ),
+    r"\.experts\.|block_sparse_moe": "mixtures of experts are not supported",
+    r"^(score|classifier)\.": "a classifier, expected a language model",
+    r"vision_|visual\.|multi_modal_projector": "a model that sees images, expected a language model alone",
+}
+
+
+def is_buffer(name: str, shape: Shape) -> bool:
+    """Whether a tensor without a place is a buffer: the same for every architecture."""
+    if _ROTATION.search(name) or _COUNTERS.search(name):
+        return True
+    if _MASKED.search(name):
+        return shape in ((), (1,))
+    # A mask is a square, perhaps of several dimensions; a bias of that name is a vector, and carries weights.
+    square = len(shape) >= 2 and shape[-1] == shape[-2] and all(n == 1 for n in shape[:-2])
+    return bool(_MASK.search(name)) and square
+
+
+def explanation(names: Collection[str]) -> str:
+    """What the names of all a checkpoint's tensors say of how it was made, "" where they say nothing."""
+    for pattern, meaning in _TRACES.items():
+        if any(re.search(pattern, name) for name in names):
+            return meaning
+    for part, who in _WRAPPERS.items():
+        if any(f".{part}" in f".{name}" for name in names):
+            return f"names have `{part}` in them, which {who} puts there: save the model itself, without the wrapper"
+    return ""
+
+
+def without_head(missing: Collection[str], head: str) -> str:
+    """What to say where nothing but the output head that config.json promises is missing, else ""."""
+    if set(missing) != {head}:
+        return ""
+    return (
+        "config.json does not tie the output head to the embeddings, and there is none: fetch what is missing; "
+        "if it is tied, set `tie_word_embeddings` to true"
+    )
+
+
+def listed(names: Collection[str], most: int = 5) -> str:
+    """The first of some names."""
+    return ", ".join(list(names)[:most]) + (", ..." if len(names) > most else "")
