@@ -237,7 +237,10 @@ class Blocks:
         staged = {name: tensor for name in FFN_MATRICES if (tensor := self.staged(name, i))}
         if staged and self.scratch:
             # No other mode reads `ffn_down`: its pages are released again.
-            fills = [Fill(name, f"blk.{i}.{name}.weight", release=name == "ffn_down") for name in staged]
+            fills = [
+                Fill(staged_as(name, tensor.type), f"blk.{i}.{name}.weight", release=name == "ffn_down")
+                for name, tensor in staged.items()
+            ]
             x = self.scratch.add_fill(self.ctx, x, i, fills)
 
         def product(x: ggml.TensorP, name: str) -> ggml.TensorP:
@@ -255,9 +258,9 @@ class Blocks:
         return y
 
     def staged(self, name: str, i: int) -> ggml.TensorP | None:
-        """The scratch tensor that can hold this matrix of block `i`: blocks need not have the same formats."""
-        tensor = self.scratch.tensors.get(name) if self.scratch else None
-        return tensor if tensor and tensor.type == self.w[f"blk.{i}.{name}.weight"].type else None
+        """The scratch tensor that can hold this matrix of block `i`, where there is one."""
+        matrix = self.w.get(f"blk.{i}.{name}.weight")
+        return self.scratch.tensors.get(staged_as(name, matrix.type)) if self.scratch and matrix else None
 
     def activate(self, gate: ggml.TensorP) -> ggml.TensorP:
         """What a neuron's gate (ungated: its only) product is turned into."""
@@ -305,6 +308,11 @@ class Blocks:
         """What is added to the scores of block `i`'s predictor."""
         bias = self.spec.predictor_bias
         return bias * self.s.predictor_error[i] if math.isfinite(bias) else bias
+
+
+def staged_as(name: str, type_id: int) -> str:
+    """What the scratch memory calls a matrix: blocks need not have the same formats."""
+    return f"{name}, type {type_id}"
 
 
 def native_tensors(weights: Tensors, s: Structure, i: int) -> NativeTensors:

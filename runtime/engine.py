@@ -5,6 +5,7 @@ Knows ids and logits; knows nothing of text.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from runtime import ggml, native_ffn, worker
 from runtime.arrange import Arrangement
-from runtime.blocks import FFN_MATRICES, GraphSpec
+from runtime.blocks import FFN_MATRICES, GraphSpec, staged_as
 from runtime.closing import Handles
 from runtime.costs import LOGITS
 from runtime.errors import UserError
@@ -102,8 +103,7 @@ class Engine(OfWorker):
         self.counts = [Counts() for _ in range(self.structure.block_count)]
         self._check_modes(file)
         activity = expected(file, options.ffn, options.predictor_bias)
-        repacked = gains(file.tensors["blk.0.ffn_up.weight"].type_id)
-        self._dense_from = dense_from(self.structure, file.tensors, activity, repacked)
+        self._dense_from = dense_from(self.structure, file.tensors, activity, gains)
         self._open(lambda handles: self._collect(file, handles))
 
     def _check_modes(self, file: GgufFile) -> None:
@@ -234,7 +234,7 @@ class Engine(OfWorker):
             finally:
                 self._device_bytes = hybrid.sizes
                 if hybrid.growths != before:
-                    self._graphs.clear()  # they have lost their memory
+                    self._graphs.lost()
             self._check_budget(spec)
             handles.pop_all()
         return graph
@@ -269,8 +269,9 @@ class Engine(OfWorker):
         """Where a block's matrices are repacked for a batch; one for all graphs, and None where nothing is computed that way."""
         if not any(spec.n_tokens >= n for n in spec.dense_from[: self.resident_from]):
             return None
-        like = {name: f"blk.0.{name}.weight" for name in FFN_MATRICES}
-        held = {name: source for name, source in like.items() if source in self.weights.tensors}
+        dense = [i for i, n in enumerate(spec.dense_from[: self.resident_from]) if n < math.inf]
+        names = [f"blk.{i}.{name}.weight" for i in dense for name in FFN_MATRICES]
+        held = {staged_as(n.split(".")[2], t.type): n for n in names if (t := self.weights.get(n))}
         return self._graphs.scratch(lambda: Repacked(self.weights, self._backend, held))
 
     def _count(self, graph: Graph | SplitGraph) -> None:

@@ -43,15 +43,20 @@ class GraphCache(Closing):
             self._scratch = make()
         return self._scratch
 
-    def clear(self) -> None:
+    def lost(self) -> None:
+        """Free all graphs, since they have lost their memory. The scratch memory stays: the graph that is being made may use it."""
+        self._free(lambda _: True)
+
+    def close(self) -> None:
         """Free all graphs, and the scratch memory."""
         self._drop(lambda _: True)
 
-    close = clear
-
-    def _drop(self, which: Callable[[GraphSpec], bool]) -> None:
+    def _free(self, which: Callable[[GraphSpec], bool]) -> None:
         for spec in filter(which, list(self._graphs)):
             self._graphs.pop(spec).close()
+
+    def _drop(self, which: Callable[[GraphSpec], bool]) -> None:
+        self._free(which)
         if self._scratch and not any(graph.scratch for graph in self._graphs.values()):
             self._scratch.close()
             self._scratch = None

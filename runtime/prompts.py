@@ -7,10 +7,11 @@ a prompt always gives the same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from runtime.blocks import FFN_MATRICES
 from runtime.gguf_file import GgufFile, TensorInfo
 from runtime.structure import Structure
 from runtime.traffic import Activity
@@ -25,18 +26,24 @@ _OVERSHOOT = 1.5  # candidates per neuron that fires, where the file does not sa
 
 
 def dense_from(
-    s: Structure, tensors: Mapping[str, TensorInfo], activity: Activity, repacked: bool
+    s: Structure, tensors: Mapping[str, TensorInfo], activity: Activity, repacked: Callable[[int], bool]
 ) -> tuple[float, ...]:
     """For each block, the number of tokens at once from which whole matrices are faster; infinity where they never are.
 
-    repacked: whether the matrices have to be repacked for every batch.
+    repacked: whether matrices of a ggml type have to be repacked for every batch. Blocks need not have the same types.
     """
     if s.layout == "sparse" or activity.ffn == "dense":
         return (math.inf,) * s.block_count
-    return tuple(_dense_from(s, tensors, activity, i, _FILL if repacked else 0) for i in range(s.block_count))
+    return tuple(_dense_from(s, tensors, activity, i, _fill(tensors, i, repacked)) for i in range(s.block_count))
 
 
-def _dense_from(s: Structure, tensors: Mapping[str, TensorInfo], activity: Activity, i: int, fill: int) -> float:
+def _fill(tensors: Mapping[str, TensorInfo], i: int, repacked: Callable[[int], bool]) -> float:
+    """Tokens whose products take as long as repacking those matrices of block `i` that have to be."""
+    found = [tensor for name in FFN_MATRICES if (tensor := tensors.get(f"blk.{i}.{name}.weight"))]
+    return _FILL * sum(repacked(tensor.type_id) for tensor in found) / len(found)
+
+
+def _dense_from(s: Structure, tensors: Mapping[str, TensorInfo], activity: Activity, i: int, fill: float) -> float:
     names = ("ffn_gate", "ffn_up", "ffn_down_t") if s.gated else ("ffn_up", "ffn_down_t")
     limit = min(_LIMITS.get(tensors[f"blk.{i}.{name}.weight"].type, _OTHER_LIMIT) for name in names)
     share = (activity.gates[i] + (len(names) - 1) * activity.fired[i]) / len(names)

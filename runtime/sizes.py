@@ -23,6 +23,7 @@ _UNITS = "G and M are 10^9 and 10^6 bytes, GiB and MiB are 2^30 and 2^20"
 
 def parse_size(text: str, what: str) -> int:
     """Bytes of "45G", "500 MB", "1.5GiB" or "1000B"; what: the option, in errors. Raises UserError for anything else."""
+    text = str(text)  # from Python it may be a number, which has no unit
     number, unit = _parsed(text, f"{what} `{_shown(text)}`, expected a size such as 45G or 500M")
     if not unit:
         plain = text.strip()

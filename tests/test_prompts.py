@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,10 @@ from oracle import Logits, random_ids, relative
 
 import runtime
 from convert import convert
+from runtime import arrange
+from runtime.engine import Engine
 from runtime.gguf_file import GgufFile
+from runtime.gguf_write import copied, copied_keys, write_gguf
 from runtime.prompts import dense_from, expected
 from runtime.traffic import Activity
 
@@ -104,9 +110,52 @@ def test_when_whole_matrices_pay(converted: Converted) -> None:
         s, tensors = file.structure, file.tensors
 
     def tokens(fired: float, gates: float, repacked: bool = True) -> float:
-        return dense_from(s, tensors, Activity.uniform("exact", 6, fired, gates), repacked)[0]
+        return dense_from(s, tensors, Activity.uniform("exact", 6, fired, gates), lambda _: repacked)[0]
 
     assert tokens(0.1, 0.12) == math.inf
     assert tokens(0.1, 1.0) == math.inf
     assert tokens(1.0, 1.0) <= tokens(0.8, 1.0) < tokens(0.6, 1.0) < 512
     assert tokens(0.6, 1.0, repacked=False) < tokens(0.6, 1.0)
+
+
+@pytest.fixture(scope="module")
+def mixed_gguf(converted: Converted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model with blocks of other formats in turn: none of the first one's matrices gains by repacking."""
+    out = tmp_path_factory.mktemp("mixed") / "mixed.gguf"
+    with GgufFile(converted("bundled", "q8_0")) as even, GgufFile(converted("bundled", "q4_0")) as odd:
+        streams = [copied(odd if re.match(r"blk\.[135]\.", name) else even, name) for name in even.tensors]
+        write_gguf(out, copied_keys(converted("bundled", "q8_0")), streams)
+    return out
+
+
+def test_each_block_is_repacked_by_its_own_formats(mixed_gguf: Path) -> None:
+    ids = random_ids(70, 4000)
+    with runtime.load(mixed_gguf, ffn="dense", kv_type="f32") as model:
+        wanted = after(model, ids, NOWHERE)
+    with runtime.load(mixed_gguf, ffn="exact", kv_type="f32") as model:
+        few, many = model._engine._dense_from[:2]
+        assert model._engine._dense_from == (few, many) * 3
+        assert 16 == few < many  # only what is repacked takes longer than its products
+        assert np.array_equal(after(model, ids, EVERYWHERE), wanted)
+        scratch = model._engine._graphs._scratch
+        assert scratch is not None
+        assert sorted(name.split(",")[0] for name in scratch.tensors) == ["ffn_down", "ffn_gate", "ffn_up"]
+
+
+def test_a_prompt_for_which_a_devices_memory_grows_keeps_what_it_repacks(
+    converted: Converted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its graph is not kept yet when those before lose their memory."""
+    path, ids = converted("bundled", "q4_0"), random_ids(70, 4000)
+    with runtime.load(path, ffn="exact", kv_type="f32") as model:
+        wanted = after(model, ids, EVERYWHERE)
+    planned = arrange.place
+
+    def last_blocks(blocks: Any, head: int, machine: Any) -> Any:
+        return replace(planned(blocks, head, machine), resident_from=3, head=True, hot=((0,),) * 3 + ((1024,),) * 3)
+
+    monkeypatch.setattr(arrange, "place", last_blocks)
+    monkeypatch.setattr(Engine, "_reserve", lambda *_: None)
+    with runtime.load(path, ffn="exact", kv_type="f32", device="CPU", vram_budget="1") as model:
+        assert relative(wanted, after(model, ids, EVERYWHERE)) < 0.02
+        assert model._engine._graphs._scratch is not None

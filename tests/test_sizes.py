@@ -90,6 +90,8 @@ def test_what_is_no_budget(value: Any) -> None:
 def test_a_number_without_a_unit_is_refused_where_it_could_be_anything() -> None:
     with pytest.raises(UserError, match="--split-max-size `45` has no unit, expected 45G or 45M"):
         shard_size("45")
+    with pytest.raises(UserError, match="has no unit"):
+        shard_size(45)  # type: ignore[arg-type]
     for value in ("6144", 6144, "6000000000", 1 << 33, 6144.0):
         with pytest.raises(UserError, match="is in GiB, expected less than 1024") as caught:
             parse_budgets(value)
