@@ -119,12 +119,15 @@ def reference(f: Ffn, x: Array) -> tuple[Array, Array]:
     return np.concatenate([y, (h**2).sum(1, keepdims=True)], 1) if s.ffn_sub_norm else y, fires
 
 
-def run_native(f: Ffn, x: Array, threads: int) -> tuple[Array, native_ffn.Ffn]:
-    """Our operators: the product, float32 [n_tokens, product_length], and the description with its counts."""
-    return on_worker(lambda: _run_native(f, np.ascontiguousarray(x, np.float32), threads))
+def run_native(f: Ffn, x: Array, threads: int, room: int | None = None) -> tuple[Array, native_ffn.Ffn]:
+    """Our operators: the product, float32 [n_tokens, product_length], and the description with its counts.
+
+    room: threads that the description has room for, if not just as many.
+    """
+    return on_worker(lambda: _run_native(f, np.ascontiguousarray(x, np.float32), threads, room or threads))
 
 
-def _run_native(f: Ffn, x: Array, threads: int) -> tuple[Array, native_ffn.Ffn]:
+def _run_native(f: Ffn, x: Array, threads: int, room: int) -> tuple[Array, native_ffn.Ffn]:
     s, type_id = f.s, ggml.TYPES[f.type_name]
     backend = ggml.ggml_backend_cpu_init()
     ggml.ggml_backend_cpu_set_n_threads(backend, threads)
@@ -148,7 +151,7 @@ def _run_native(f: Ffn, x: Array, threads: int) -> tuple[Array, native_ffn.Ffn]:
         {"up": tensors.up, "up_bias": tensors.up_bias} if s.gated else {}
     )
     source = ggml.ggml_new_tensor_2d(ctx, ggml.F32, s.embedding_length, len(x))
-    ffn = native_ffn.describe(s, tensors.types, threads)
+    ffn = native_ffn.describe(s, tensors.types, room)
     y = add_native_ffn(ctx, source, ffn, tensors)
     graph = ggml.ggml_new_graph_custom(ctx, 64, False)
     ggml.ggml_build_forward_expand(graph, y)

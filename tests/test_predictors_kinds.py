@@ -103,8 +103,9 @@ def numpy_scores(candidate: Candidate, x: Array) -> Array:
 
 @pytest.mark.native
 @pytest.mark.usefixtures("variant")
-@pytest.mark.parametrize("n_tokens", [1, 5])
-@pytest.mark.parametrize("type_name", ["q4_0", "q8_0", "f16", "f32"])
+@pytest.mark.parametrize(
+    ("type_name", "n_tokens"), [(t, n) for t in ("q4_0", "q8_0", "f16", "f32") for n in (1, 5)] + [("f32", 70)]
+)
 @pytest.mark.parametrize("kind", ["lowrank", "mlp"])
 def test_native_candidates_are_numpys(kind: str, type_name: str, n_tokens: int) -> None:
     """But for ties: ggml rounds what it multiplies with quantised rows to 8 bits."""
@@ -126,7 +127,7 @@ def test_native_candidates_are_numpys(kind: str, type_name: str, n_tokens: int) 
 @pytest.mark.native
 @pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("n_tokens", [1, 7])
+@pytest.mark.parametrize("n_tokens", [1, 7, 66])
 def test_signbit_is_the_plain_reference_bit_for_bit(n_tokens: int, threads: int) -> None:
     rng = np.random.default_rng(3)
     layer, x = small_layer(rng), rng.normal(size=(n_tokens, 256)).astype(np.float32)

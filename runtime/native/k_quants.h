@@ -70,14 +70,14 @@ template <typename Rows, int R> void dots_k(int64_t n, const char * const * rows
     }
 }
 
-// Rows::stored says where the accumulation keeps four columns.
+// Rows::finish puts eight vectors of sums in order.
 template <typename Rows> void k_finish(int64_t n, float * y) {
-    for (int64_t i = 0; i < n; i += K_COLUMNS) {
-        float stored[K_COLUMNS];
-        std::memcpy(stored, y + i, sizeof(stored));
-        for (int c = 0; c < K_COLUMNS; c += 4) {
-            std::memcpy(y + i + c, stored + Rows::stored(c), 4 * sizeof(float));
+    for (int64_t i = 0; i < n; i += 8 * WIDTH) {
+        vec sums[8];
+        for (int j = 0; j < 8; j++) {
+            sums[j] = load(y + i + WIDTH * j);
         }
+        Rows::finish(sums, y + i);
     }
 }
 

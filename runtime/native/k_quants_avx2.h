@@ -2,6 +2,7 @@
 #pragma once
 
 #include "k_quants.h"
+#include "packed_avx2.h"
 
 namespace {
 
@@ -20,6 +21,7 @@ constexpr word_places NEIGHBOURS[4] = {{0, 1}, {2, 3}, {4, 5}, {6, 7}};
 
 __m256i words(__m256i eight_twice, const word_places & places) { return _mm256_shuffle_epi8(eight_twice, _mm256_load_si256(reinterpret_cast<const __m256i *>(places.at))); }
 
+// Pairs of products stay below 2 * 63 * 128 in 16 bits; scaled by at most 128, a block of 256 adds up to less than 2^28.
 __m256i scaled_products(__m256i w, const int8_t * x, __m256i scale) { return _mm256_madd_epi16(_mm256_maddubs_epi16(w, _mm256_load_si256(reinterpret_cast<const __m256i *>(x))), scale); }
 
 struct q4_K_rows {
@@ -27,7 +29,6 @@ struct q4_K_rows {
     static constexpr int RUN = 32;  // weights of one scale
 
     static int place(int column) { return column; }
-    static int stored(int column) { return column / 32 * 32 + column % 16 / 4 * 8 + column % 32 / 16 * 4 + column % 4; }
 
     static __m256i bytes(const block & b, int j) {
         const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(b.qs + j / 2 * 32));
@@ -54,30 +55,29 @@ struct q4_K_rows {
         return _mm256_fnmadd_ps(_mm256_cvtepi32_ps(_mm256_zextsi128_si256(minus)), all(f16(b.dmin) * x.d), acc);
     }
 
-    // For each run of 16: the coefficient, and what it adds to every weight. Products are c (w + 128).
-    static void coefficients(const block & b, float a, float * c, float * off) {
+    // For each run: the coefficient, and what it adds to every weight.
+    static void coefficients(const block & b, float a, float * c, vec * off) {
         const __m128i both = scales(b);
-        const vec scale = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(both)), all(a * f16(b.d)));
-        const vec least = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(both, 8))), all(a * f16(b.dmin)));
-        const vec minus = fma(scale, all(128.0f), least);
-        const twice cs(scale), minuses(minus);
-        store(c, cs.low);
-        store(c + 8, cs.high);
-        store(off, _mm256_sub_ps(load(off), minuses.low));
-        store(off + 8, _mm256_sub_ps(load(off + 8), minuses.high));
+        store(c, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(both)), all(a * f16(b.d))));
+        off[0] = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(both, 8))), all(a * f16(b.dmin)), off[0]);
     }
 
-  private:
-    // Every number of a vector twice in a row.
-    struct twice {
-        vec low, high;
-
-        explicit twice(vec v) {
-            const vec even = _mm256_unpacklo_ps(v, v), odd = _mm256_unpackhi_ps(v, v);
-            low = _mm256_permute2f128_ps(even, odd, 0x20);
-            high = _mm256_permute2f128_ps(even, odd, 0x31);
+    // Quarter g: a run in the low nibbles, one in the high ones.
+    static constexpr int BITS = 4;
+    static void add(const block & b, int g, const float * c, vec * sums) {
+        const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(b.qs + 32 * g));
+        const vec low = _mm256_broadcast_ss(c + 2 * g), high = _mm256_broadcast_ss(c + 2 * g + 1);
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) {
+            sums[j] = fma(packed<4>::weights(q, j), j % 2 ? high : low, sums[j]);
         }
-    };
+    }
+    static int unit(int j) { return j; }
+    static vec offset(const float * off, int g, int j) { return _mm256_broadcast_ss(off + 2 * g + j % 2); }
+    static void finish(const vec * sums, float * y) {
+        store_words<4>(sums, 0, y, y + 16);
+        store_words<4>(sums, 1, y + 32, y + 48);
+    }
 };
 
 struct q6_K_rows {
@@ -85,7 +85,6 @@ struct q6_K_rows {
     static constexpr int RUN = 16;
 
     static int place(int column) { return column; }
-    static int stored(int column) { return column / 32 * 32 + column % 16 / 4 * 8 + column % 32 / 16 * 4 + column % 4; }
 
     static __m256i bytes(const block & b, int j) {
         const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(b.ql + j / 4 * 64 + j % 2 * 32));
@@ -107,41 +106,53 @@ struct q6_K_rows {
         return fma(_mm256_cvtepi32_ps(_mm256_sub_epi32(p, offset)), all(f16(b.d) * x.d), acc);
     }
 
-    static void coefficients(const block & b, float a, float * c, float * off) {
+    static void coefficients(const block & b, float a, float * c, vec * off) {
         for (int half = 0; half < 2; half++) {
             const vec scale = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(b.scales + 8 * half)))), all(a * f16(b.d)));
             store(c + 8 * half, scale);
-            store(off + 8 * half, _mm256_fnmadd_ps(scale, all(160.0f), load(off + 8 * half)));
+            off[half] = _mm256_fnmadd_ps(scale, all(32.0f), off[half]);
         }
+    }
+
+    // Quarter g: twice 32 columns, a run in each half.
+    static constexpr int BITS = 8;
+    static void add(const block & b, int g, const float * c, vec * sums) {
+        for (int e = 0; e < 2; e++) {
+            const __m256i w = bytes(b, 2 * g + e);
+            const vec factor = two_runs(c + 4 * g + 2 * e);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                sums[4 * e + j] = fma(packed<8>::weights(w, j), factor, sums[4 * e + j]);
+            }
+        }
+    }
+    static int unit(int j) { return j % 4; }
+    static vec offset(const float * off, int g, int j) { return two_runs(off + 4 * g + j / 4 * 2); }
+    static void finish(const vec * sums, float * y) {
+        store_words<8>(sums, 0, y, y + 16);
+        store_words<8>(sums + 4, 0, y + 32, y + 48);
+    }
+
+  private:
+    static vec two_runs(const float * c) {
+        double both;
+        std::memcpy(&both, c, sizeof(both));
+        return _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_set1_pd(both)), _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0));
     }
 };
 
-// Sixteen columns of one run in each half.
-vec two_runs(const float * c) { return _mm256_set_m128(_mm_broadcast_ss(c + 1), _mm_broadcast_ss(c)); }
-
-// 32 columns: the upper half of a float w + 128 is the byte w under the byte 0x43. Within 32 columns sums are kept by fours: 0 to 3 and 16 to 19, and so on.
-template <typename Rows> void add_eighth(const typename Rows::block & b, int j, const float * c, vec * sums) {
-    const __m256i w = Rows::bytes(b, j), above = _mm256_set1_epi8(0x43), none = _mm256_setzero_si256();
-    const __m256i low = _mm256_unpacklo_epi8(w, above), high = _mm256_unpackhi_epi8(w, above);
-    const vec factor = two_runs(c + 2 * j);
-    sums[0] = fma(_mm256_castsi256_ps(_mm256_unpacklo_epi16(none, low)), factor, sums[0]);
-    sums[1] = fma(_mm256_castsi256_ps(_mm256_unpackhi_epi16(none, low)), factor, sums[1]);
-    sums[2] = fma(_mm256_castsi256_ps(_mm256_unpacklo_epi16(none, high)), factor, sums[2]);
-    sums[3] = fma(_mm256_castsi256_ps(_mm256_unpackhi_epi16(none, high)), factor, sums[3]);
-}
-
-template <typename Rows, int j> void add_quarter(int n_rows, const typename Rows::block * const * w, const float (*c)[16], const float * off, float * y) {
+template <typename Rows, int g> void add_quarter(int n_rows, const typename Rows::block * const * w, const float (*c)[16], const float * off, float * y) {
     vec sums[8];
-    for (int s = 0; s < 8; s++) {
-        sums[s] = _mm256_add_ps(load(y + 32 * j + s * WIDTH), two_runs(off + 2 * (j + s / 4)));
+    for (vec & s : sums) {
+        s = zero();
     }
     for (int k = 0; k < n_rows; k++) {
-        add_eighth<Rows>(*w[k], j, c[k], sums);
-        add_eighth<Rows>(*w[k], j + 1, c[k], sums + 4);
+        Rows::add(*w[k], g, c[k], sums);
     }
-    for (int s = 0; s < 8; s++) {
-        store(y + 32 * j + s * WIDTH, sums[s]);
+    for (int j = 0; j < 8; j++) {
+        sums[j] = add_offset<Rows::BITS>(sums[j], Rows::offset(off, g, j), Rows::unit(j));
     }
+    add_pass(sums, 8, y + 64 * g);
 }
 
 template <typename Rows> void axpys_k(int64_t n, int n_rows, const char * const * rows, const char * const * next, const float * a, float * y) {
@@ -149,16 +160,19 @@ template <typename Rows> void axpys_k(int64_t n, int n_rows, const char * const 
     for (int64_t i = 0; i < n / K_COLUMNS; i++) {
         fetch<sizeof(block)>(next, n_rows, i * sizeof(block));
         const block * w[AXPY_ROWS];
-        float c[AXPY_ROWS][16], off[16] = {};
+        float c[AXPY_ROWS][16], off[16];
+        vec sums[2] = {zero(), zero()};
         for (int k = 0; k < n_rows; k++) {
             w[k] = reinterpret_cast<const block *>(rows[k]) + i;
-            Rows::coefficients(*w[k], a[k], c[k], off);
+            Rows::coefficients(*w[k], a[k], c[k], sums);
         }
+        store(off, sums[0]);
+        store(off + 8, sums[1]);
         float * out = y + i * K_COLUMNS;
         add_quarter<Rows, 0>(n_rows, w, c, off, out);
+        add_quarter<Rows, 1>(n_rows, w, c, off, out);
         add_quarter<Rows, 2>(n_rows, w, c, off, out);
-        add_quarter<Rows, 4>(n_rows, w, c, off, out);
-        add_quarter<Rows, 6>(n_rows, w, c, off, out);
+        add_quarter<Rows, 3>(n_rows, w, c, off, out);
     }
 }
 

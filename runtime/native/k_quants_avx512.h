@@ -5,7 +5,7 @@
 
 namespace {
 
-// Products with x, times their scales. Four weights' products fit into 16 bits: two quarters of a half, g and g + 1, share each lane of 16 bytes of one vector.
+// Products with x, times their scales. Four weights' products fit into 16 bits, 4 * 63 * 128 < 2^15, and those of a block times their scales, at most 128, into 32: two quarters of a half, g and g + 1, share each lane of 16 bytes of one vector.
 // of: which of the scales' words belong to the first half; those of the second follow 4 or 8 later.
 template <typename Rows> __m512i k_products(const typename Rows::block & b, const k_x & x, __m512i scales, __m512i of) {
     const __m512i none = _mm512_setzero_si512();
@@ -18,15 +18,37 @@ template <typename Rows> __m512i k_products(const typename Rows::block & b, cons
     return _mm512_dpwssd_epi32(p, half(2), _mm512_permutexvar_epi16(after, scales));
 }
 
+// bfloat16 of (the low four bits of each word) - 8. The fifth bit of an index belongs to the next nibble: the table says everything twice.
+__m512bh bf16_nibbles(__m512i words) {
+    const __m512i weights = _mm512_set_epi16(0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, -0x4080, -0x4000, -0x3fc0, -0x3f80, -0x3f60, -0x3f40, -0x3f20, -0x3f00, 0x40e0,
+                                             0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, -0x4080, -0x4000, -0x3fc0, -0x3f80, -0x3f60, -0x3f40, -0x3f20, -0x3f00);
+    return (__m512bh)_mm512_permutexvar_epi16(words, weights);
+}
+
+// bfloat16 of (the low six bits of each word) - 32.
+struct alignas(64) less_32 {
+    uint16_t of[64];
+
+    constexpr less_32() : of{} {
+        for (int w = 0; w < 64; w++) {
+            const int size = w < 32 ? 32 - w : w - 32;
+            int exponent = 0;
+            while (size >> (exponent + 1)) {
+                exponent++;
+            }
+            of[w] = static_cast<uint16_t>(size ? (w < 32) << 15 | (127 + exponent) << 7 | (size << 7 >> exponent & 127) : 0);
+        }
+    }
+};
+constexpr less_32 LESS_32;
+
+__m512bh bf16_bytes(__m512i words) { return (__m512bh)_mm512_permutex2var_epi16(_mm512_load_si512(LESS_32.of), words, _mm512_load_si512(LESS_32.of + 32)); }
+
 struct q4_K_rows {
     using block = block_q4_K;
     static constexpr int RUN = 32;  // weights of one scale
 
     static int place(int column) { return column / 128 * 128 + column % 64 / 32 * 64 + column % 128 / 64 * 32 + column % 32; }
-    static int stored(int column) {
-        const int at = place(column);
-        return at / 64 * 64 + at % 16 / 4 * 16 + at % 64 / 16 * 4 + at % 4;
-    }
 
     static __m512i bytes(const block & b, int g) {
         const __m512i q = _mm512_loadu_si512(b.qs + g / 2 * 64);
@@ -53,16 +75,15 @@ struct q4_K_rows {
         return _mm512_fnmadd_ps(_mm512_zextps128_ps512(_mm_cvtepi32_ps(least)), _mm512_broadcastss_ps(_mm_movehdup_ps(d)), acc);
     }
 
-    // What is added to every weight of a run: with coefficients c in float and r as rounded, c w - m = r (w - 8) + 8 c - m, and the products are r (w + 128).
+    // What is added to every weight of a run: with coefficients c in float and r as rounded, c w - m = r (w - 8) + 8 c - m, and the products are r (w - 8).
     struct offsets {
-        vec rounded[4] = {zero(), zero(), zero(), zero()};
         vec exact = zero();  // of the first rows of each pair in the lower half
 
         vec of(int g) const {
             const __m256 both = _mm256_add_ps(_mm512_castps512_ps256(exact), _mm512_extractf32x8_ps(exact, 1));
             const __m512i first = _mm512_set1_epi32(g / 2 * 4 + g % 2);
             const __m512i run = _mm512_mask_add_epi32(first, 0xff00, first, _mm512_set1_epi32(2));
-            return _mm512_add_ps(rounded[g], _mm512_permutexvar_ps(run, _mm512_castps256_ps512(both)));
+            return _mm512_permutexvar_ps(run, _mm512_castps256_ps512(both));
         }
     };
 
@@ -82,7 +103,39 @@ struct q4_K_rows {
             const __m512i run = _mm512_set1_epi32((g / 2 * 4 + g % 2) | (g / 2 * 4 + g % 2 + 8) << 16);
             const __m512i pair = _mm512_mask_add_epi32(run, 0xff00, run, _mm512_set1_epi32(2 | 2 << 16));
             out[g] = (__m512bh)_mm512_permutexvar_epi16(pair, words);
-            off.rounded[g] = _mm512_dpbf16_ps(off.rounded[g], out[g], (__m512bh)_mm512_set1_epi16(static_cast<short>(0xc308)));  // -136
+        }
+    }
+
+    // Half h of two rows: a word's nibbles are of two runs in turn. 2 s + i of the sums holds nibble s of words 4 i to 4 i + 3 of each lane.
+    static void add(const block & u, const block & v, int h, const __m512bh * c, vec * sums) {
+        const __m512i qu = _mm512_loadu_si512(u.qs + 64 * h), qv = _mm512_loadu_si512(v.qs + 64 * h);
+        const __m512i low = _mm512_unpacklo_epi16(qu, qv), high = _mm512_unpackhi_epi16(qu, qv);
+#pragma GCC unroll 4
+        for (int s = 0; s < 4; s++) {
+            sums[2 * s] = _mm512_dpbf16_ps(sums[2 * s], bf16_nibbles(_mm512_srli_epi16(low, 4 * s)), c[2 * h + s % 2]);
+            sums[2 * s + 1] = _mm512_dpbf16_ps(sums[2 * s + 1], bf16_nibbles(_mm512_srli_epi16(high, 4 * s)), c[2 * h + s % 2]);
+        }
+    }
+    static void add_offsets(const offsets & off, int h, vec * sums) {
+        const vec of[2] = {off.of(2 * h), off.of(2 * h + 1)};
+        for (int j = 0; j < 8; j++) {
+            sums[j] = _mm512_add_ps(sums[j], of[j / 2 % 2]);
+        }
+    }
+
+    // Bytes in turn from the nibbles s and s + 2.
+    static void finish(const vec * sums, float * y) {
+        for (int s = 0; s < 2; s++) {
+            for (int i = 0; i < 2; i++) {
+                alignas(64) float by_four[2][16];
+                store(by_four[0], _mm512_unpacklo_ps(sums[2 * s + i], sums[2 * s + 4 + i]));
+                store(by_four[1], _mm512_unpackhi_ps(sums[2 * s + i], sums[2 * s + 4 + i]));
+                for (int lane = 0; lane < 4; lane++) {
+                    float * to = y + lane / 2 * 64 + s * 32 + lane % 2 * 16 + 8 * i;
+                    std::memcpy(to, by_four[0] + 4 * lane, 16);
+                    std::memcpy(to + 4, by_four[1] + 4 * lane, 16);
+                }
+            }
         }
     }
 };
@@ -92,18 +145,18 @@ struct q6_K_rows {
     static constexpr int RUN = 16;
 
     static int place(int column) { return column; }
-    static int stored(int column) { return column / 64 * 64 + column % 16 / 4 * 16 + column % 64 / 16 * 4 + column % 4; }
 
-    static __m512i bytes(const block & b, int g) {
+    // A weight in the low six bits of each byte, and others' bits above.
+    static __m512i six_bits(const block & b, int g) {
         const __m512i low = _mm512_loadu_si512(b.ql + g / 2 * 64);
         const __m512i pairs = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(b.qh + g / 2 * 32)));
         // Bits 4 and 5 of a byte from its bits 0 and 1 (2 and 3 in the upper half), or from 4 and 5 (6 and 7).
         const __m512i bytewise = _mm512_set1_epi64(0x3830282018100800);
         const __m512i from = _mm512_mask_add_epi8(bytewise, 0xffffffff00000000, bytewise, _mm512_set1_epi8(2));
-        const __m512i shifts = g % 2 ? from : _mm512_sub_epi8(from, _mm512_set1_epi8(4));
-        const __m512i high = _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, pairs), _mm512_set1_epi8(0x30));
-        return _mm512_ternarylogic_epi64(g % 2 ? _mm512_srli_epi16(low, 4) : low, _mm512_set1_epi8(15), high, 0xea);  // a & b | c
+        const __m512i high = _mm512_multishift_epi64_epi8(g % 2 ? from : _mm512_sub_epi8(from, _mm512_set1_epi8(4)), pairs);
+        return _mm512_ternarylogic_epi64(_mm512_set1_epi8(15), g % 2 ? _mm512_srli_epi16(low, 4) : low, high, 0xca);  // a ? b : c
     }
+    static __m512i bytes(const block & b, int g) { return _mm512_and_si512(six_bits(b, g), _mm512_set1_epi8(63)); }
     static __m128i scales(const block & b) { return _mm_loadu_si128(reinterpret_cast<const __m128i *>(b.scales)); }
 
     static vec dot(const block & b, const k_x & x, vec acc) {
@@ -115,13 +168,9 @@ struct q6_K_rows {
         return fma(_mm512_cvtepi32_ps(p), all(f16(b.d) * x.d), acc);
     }
 
-    struct offsets {
-        vec rounded[4] = {zero(), zero(), zero(), zero()};
+    struct offsets {};  // bfloat16 holds the weights less 32
 
-        vec of(int g) const { return rounded[g]; }
-    };
-
-    static void coefficients(const block & u, const block & v, const float * a, __m512bh * out, offsets & off) {
+    static void coefficients(const block & u, const block & v, const float * a, __m512bh * out, offsets &) {
         const vec cu = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(scales(u))), all(a[0] * f16(u.d)));
         const vec cv = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(scales(v))), all(a[1] * f16(v.d)));
         const __m512i words = (__m512i)_mm512_cvtne2ps_pbh(cv, cu);
@@ -129,32 +178,49 @@ struct q6_K_rows {
 #pragma GCC unroll 4
         for (int g = 0; g < 4; g++) {
             out[g] = (__m512bh)_mm512_permutexvar_epi16(_mm512_add_epi32(first, _mm512_set1_epi32(4 * g * 0x00010001)), words);
-            off.rounded[g] = _mm512_dpbf16_ps(off.rounded[g], out[g], (__m512bh)_mm512_set1_epi16(static_cast<short>(0xc320)));  // -160
+        }
+    }
+
+    // Half h of two rows, 64 columns at a time. 4 g + 2 o + i of the sums holds byte o of words 4 i to 4 i + 3 of each lane.
+    static void add(const block & u, const block & v, int h, const __m512bh * c, vec * sums) {
+#pragma GCC unroll 2
+        for (int g = 0; g < 2; g++) {
+            const __m512i bu = six_bits(u, 2 * h + g), bv = six_bits(v, 2 * h + g);
+            const __m512i words[2] = {_mm512_unpacklo_epi16(bu, bv), _mm512_unpackhi_epi16(bu, bv)};
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                sums[4 * g + j] = _mm512_dpbf16_ps(sums[4 * g + j], bf16_bytes(j / 2 ? _mm512_srli_epi16(words[j % 2], 8) : words[j % 2]), c[2 * h + g]);
+            }
+        }
+    }
+    static void add_offsets(const offsets &, int, vec *) {}
+
+    static void finish(const vec * sums, float * y) {
+        for (int g = 0; g < 2; g++) {
+            for (int i = 0; i < 2; i++) {
+                alignas(64) float by_four[2][16];
+                store(by_four[0], _mm512_unpacklo_ps(sums[4 * g + i], sums[4 * g + 2 + i]));
+                store(by_four[1], _mm512_unpackhi_ps(sums[4 * g + i], sums[4 * g + 2 + i]));
+                for (int lane = 0; lane < 4; lane++) {
+                    float * to = y + g * 64 + lane * 16 + 8 * i;
+                    std::memcpy(to, by_four[0] + 4 * lane, 16);
+                    std::memcpy(to + 4, by_four[1] + 4 * lane, 16);
+                }
+            }
         }
     }
 };
 
-// Half a block of columns, two rows at a time: bfloat16 of a weight w below 128 is the byte w under the byte 0x43, plus 128.
-template <typename Rows, int first> void add_half(int n_pairs, const typename Rows::block * const * w, const __m512bh (*c)[4], float * y, const vec * offsets) {
-    const __m512i above = _mm512_set1_epi8(0x43);
+template <typename Rows, int h> void add_half(int n_pairs, const typename Rows::block * const * w, const __m512bh (*c)[4], const typename Rows::offsets & off, float * y) {
     vec sums[8];
-    for (int j = 0; j < 8; j++) {
-        sums[j] = _mm512_add_ps(load(y + j * WIDTH), offsets[j / 4]);
+    for (vec & s : sums) {
+        s = zero();
     }
     for (int k = 0; k < n_pairs; k++) {
-        for (int g = 0; g < 2; g++) {
-            const __m512i u = Rows::bytes(*w[2 * k], first + g), v = Rows::bytes(*w[2 * k + 1], first + g);
-            const __m512i low = _mm512_unpacklo_epi8(u, v), high = _mm512_unpackhi_epi8(u, v);
-            vec * s = sums + 4 * g;
-            s[0] = _mm512_dpbf16_ps(s[0], (__m512bh)_mm512_unpacklo_epi8(low, above), c[k][first + g]);
-            s[1] = _mm512_dpbf16_ps(s[1], (__m512bh)_mm512_unpackhi_epi8(low, above), c[k][first + g]);
-            s[2] = _mm512_dpbf16_ps(s[2], (__m512bh)_mm512_unpacklo_epi8(high, above), c[k][first + g]);
-            s[3] = _mm512_dpbf16_ps(s[3], (__m512bh)_mm512_unpackhi_epi8(high, above), c[k][first + g]);
-        }
+        Rows::add(*w[2 * k], *w[2 * k + 1], h, c[k], sums);
     }
-    for (int j = 0; j < 8; j++) {
-        store(y + j * WIDTH, sums[j]);
-    }
+    Rows::add_offsets(off, h, sums);
+    add_pass(sums, 8, y);
 }
 
 template <typename Rows> void axpys_k(int64_t n, int n_rows, const char * const * rows, const char * const * next, const float * a, float * y) {
@@ -173,9 +239,8 @@ template <typename Rows> void axpys_k(int64_t n, int n_rows, const char * const 
         for (int k = 0; k < n_pairs; k++) {
             Rows::coefficients(*w[2 * k], *w[2 * k + 1], even + 2 * k, c[k], off);
         }
-        const vec offsets[4] = {off.of(0), off.of(1), off.of(2), off.of(3)};
-        add_half<Rows, 0>(n_pairs, w, c, y + i * K_COLUMNS, offsets);
-        add_half<Rows, 2>(n_pairs, w, c, y + i * K_COLUMNS + K_COLUMNS / 2, offsets + 2);
+        add_half<Rows, 0>(n_pairs, w, c, off, y + i * K_COLUMNS);
+        add_half<Rows, 1>(n_pairs, w, c, off, y + i * K_COLUMNS + K_COLUMNS / 2);
     }
 }
 

@@ -40,6 +40,19 @@ template <size_t size> void fetch(const char * const * next, int n_rows, size_t 
     }
 }
 
+void clear(float32x4_t * sums, int n) {
+    for (int j = 0; j < n; j++) {
+        sums[j] = vdupq_n_f32(0.0f);
+    }
+}
+
+// Adds the sums of one pass to y. They began at 0 and not at y: numbers lose less when they are added to small ones first.
+void add_pass(const float32x4_t * sums, int n, float * y) {
+    for (int j = 0; j < n; j++) {
+        vst1q_f32(y + j * WIDTH, vaddq_f32(vld1q_f32(y + j * WIDTH), sums[j]));
+    }
+}
+
 // --- plain numbers ---------------------------------------------------------------------------------------------------
 
 struct f32_rows {
@@ -83,18 +96,14 @@ template <typename Rows> void axpys_float(int64_t n, int n_rows, const char * co
     for (int64_t i = 0; i < n; i += VECTORS * WIDTH) {
         float32x4_t sums[VECTORS];
         fetch<VECTORS * WIDTH * sizeof(element)>(next, n_rows, i * sizeof(element));
-        for (int j = 0; j < VECTORS; j++) {
-            sums[j] = vld1q_f32(y + i + j * WIDTH);
-        }
+        clear(sums, VECTORS);
         for (int k = 0; k < n_rows; k++) {
             const element * w = reinterpret_cast<const element *>(rows[k]) + i;
             for (int j = 0; j < VECTORS; j++) {
                 sums[j] = vfmaq_n_f32(sums[j], Rows::get(w + j * WIDTH), a[k]);
             }
         }
-        for (int j = 0; j < VECTORS; j++) {
-            vst1q_f32(y + i + j * WIDTH, sums[j]);
-        }
+        add_pass(sums, VECTORS, y + i);
     }
 }
 
@@ -150,9 +159,7 @@ template <typename Rows> void axpys_block(int64_t n, int n_rows, const char * co
     for (int64_t i = 0; i < n / BLOCK; i++) {
         float32x4_t sums[BLOCK / WIDTH];
         fetch<sizeof(block)>(next, n_rows, i * sizeof(block));
-        for (int j = 0; j < BLOCK / WIDTH; j++) {
-            sums[j] = vld1q_f32(y + i * BLOCK + j * WIDTH);
-        }
+        clear(sums, BLOCK / WIDTH);
         for (int k = 0; k < n_rows; k++) {
             const block & b = reinterpret_cast<const block *>(rows[k])[i];
             const int8x16x2_t w = Rows::weights(b);
@@ -160,9 +167,7 @@ template <typename Rows> void axpys_block(int64_t n, int n_rows, const char * co
             add_bytes(sums, w.val[0], c);
             add_bytes(sums + 4, w.val[1], c);
         }
-        for (int j = 0; j < BLOCK / WIDTH; j++) {
-            vst1q_f32(y + i * BLOCK + j * WIDTH, sums[j]);
-        }
+        add_pass(sums, BLOCK / WIDTH, y + i * BLOCK);
     }
 }
 
@@ -275,17 +280,15 @@ template <typename Rows> void axpys_k(int64_t n, int n_rows, const char * const 
             Rows::coefficients(*w[k], a[k], scale[k], minus);
         }
         for (int r = 0; r < 16; r++) {
-            float * out = y + i * K_COLUMNS + 16 * r;
             float32x4_t sums[4];
-            for (int j = 0; j < 4; j++) {
-                sums[j] = vsubq_f32(vld1q_f32(out + 4 * j), vdupq_n_f32(minus[r]));
-            }
+            clear(sums, 4);
             for (int k = 0; k < n_rows; k++) {
                 add_bytes(sums, Rows::values(*w[k], r), scale[k][r]);
             }
-            for (int j = 0; j < 4; j++) {
-                vst1q_f32(out + 4 * j, sums[j]);
+            for (float32x4_t & s : sums) {
+                s = vsubq_f32(s, vdupq_n_f32(minus[r]));
             }
+            add_pass(sums, 4, y + i * K_COLUMNS + 16 * r);
         }
     }
 }

@@ -70,16 +70,15 @@ template <typename Rows> void axpys_float(int64_t n, int n_rows, const char * co
     using element = typename Rows::element;
     constexpr int STEP = 2 * WIDTH;
     for (int64_t i = 0; i < n; i += STEP) {
-        vec y0 = load(y + i), y1 = load(y + i + WIDTH);
+        vec sums[2] = {zero(), zero()};
         fetch<STEP * sizeof(element)>(next, n_rows, i * sizeof(element));
         for (int k = 0; k < n_rows; k++) {
             const element * w = reinterpret_cast<const element *>(rows[k]) + i;
             const vec c = all(a[k]);
-            y0 = fma(Rows::get(w), c, y0);
-            y1 = fma(Rows::get(w + WIDTH), c, y1);
+            sums[0] = fma(Rows::get(w), c, sums[0]);
+            sums[1] = fma(Rows::get(w + WIDTH), c, sums[1]);
         }
-        store(y + i, y0);
-        store(y + i + WIDTH, y1);
+        add_pass(sums, 2, y + i);
     }
 }
 
@@ -89,8 +88,8 @@ void axpys_q8_0(int64_t n, int n_rows, const char * const * rows, const char * c
     for (int64_t i = 0; i < n / BLOCK; i++) {
         vec sums[BLOCK / WIDTH];
         fetch<sizeof(block_q8_0)>(next, n_rows, i * sizeof(block_q8_0));
-        for (int j = 0; j < BLOCK / WIDTH; j++) {
-            sums[j] = load(y + i * BLOCK + j * WIDTH);
+        for (vec & s : sums) {
+            s = zero();
         }
         for (int k = 0; k < n_rows; k++) {
             const block_q8_0 & b = reinterpret_cast<const block_q8_0 *>(rows[k])[i];
@@ -99,9 +98,7 @@ void axpys_q8_0(int64_t n, int n_rows, const char * const * rows, const char * c
                 sums[j] = fma(from_i8(b.qs + j * WIDTH), c, sums[j]);
             }
         }
-        for (int j = 0; j < BLOCK / WIDTH; j++) {
-            store(y + i * BLOCK + j * WIDTH, sums[j]);
-        }
+        add_pass(sums, BLOCK / WIDTH, y + i * BLOCK);
     }
 }
 

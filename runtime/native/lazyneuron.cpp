@@ -13,6 +13,7 @@ namespace {
 
 constexpr size_t CACHE_LINE = 64;
 constexpr int64_t TOKEN_TILE = 16;  // partial sums of this many tokens stay in L2 while weight rows pass
+constexpr int64_t SCORE_TILE = 64;  // each thread has a copy of a predictor's input for this many tokens
 constexpr int64_t ROW_BLOCK = 64;   // rows are dealt to threads in blocks of this many: hot rows lie side by side
 
 using lzn::AXPY_ROWS;
@@ -49,7 +50,7 @@ size_t aligned(size_t size) { return (size + CACHE_LINE - 1) / CACHE_LINE * CACH
 // ggml aligns its tensors to less than our loops like: operators' results are longer by a cache line.
 char * aligned_data(const ggml_tensor * t) { return reinterpret_cast<char *>(aligned(reinterpret_cast<uintptr_t>(t->data))); }
 
-// The result of a predictor: what each thread found, room for its own copy of the input, then
+// The result of a predictor: what each thread found, room for its own copy of the input of a tile, then
 //   for one token    I32 [n_ff], the candidates, one thread's after `start`
 //   for several      I8 [n_tokens, n_ff], 1 for a candidate
 struct candidates {
@@ -68,7 +69,7 @@ struct candidates {
 size_t predictor_x_size(const lzn_ffn & f) { return f.predictor.vec_dot ? aligned(f.predictor.arranged_size + f.predictor.x_size) : f.n_embd / 8; }
 
 candidates candidates_of(const lzn_ffn & f, const ggml_tensor * result, int64_t n_tokens) {
-    return {aligned_data(result), f.n_threads, aligned(n_tokens * predictor_x_size(f))};
+    return {aligned_data(result), f.n_threads, aligned(std::min(n_tokens, SCORE_TILE) * predictor_x_size(f))};
 }
 
 const row_kernels * kernels_of(const lzn_rows & rows) { return static_cast<const row_kernels *>(rows.kernels); }
@@ -105,23 +106,26 @@ void dots(const lzn_rows & rows, int64_t n, int n_rows, const char * const * row
     }
 }
 
-// y += sum of a[k] * row[k]; scratch: n floats
-void axpys(const lzn_rows & rows, int64_t n, int n_rows, const char * const * row, const char * const * next, const float * a, float * y, float * scratch) {
-    if (rows.kernels) {
-        return kernels_of(rows)->axpys(n, n_rows, row, next, a, y);
-    }
-    for (int k = 0; k < n_rows; k++) {
-        rows.to_float(row[k], scratch, n);
-        for (int64_t i = 0; i < n; i++) {
-            y[i] += a[k] * scratch[i];
-        }
-    }
-}
-
 void add(int64_t n, const float * x, float * y) {
     for (int64_t i = 0; i < n; i++) {
         y[i] += x[i];
     }
+}
+
+// y += sum of a[k] * row[k]; scratch: 2 n floats, for a row and for the sum of this pass: numbers lose less when they are added to small ones first
+void axpys(const lzn_rows & rows, int64_t n, int n_rows, const char * const * row, const char * const * next, const float * a, float * y, float * scratch) {
+    if (rows.kernels) {
+        return kernels_of(rows)->axpys(n, n_rows, row, next, a, y);
+    }
+    float *numbers = scratch, *sums = scratch + n;
+    std::fill(sums, sums + n, 0.0f);
+    for (int k = 0; k < n_rows; k++) {
+        rows.to_float(row[k], numbers, n);
+        for (int64_t i = 0; i < n; i++) {
+            sums[i] += a[k] * numbers[i];
+        }
+    }
+    add(n, sums, y);
 }
 
 const char * row_of(const ggml_tensor * weights, const lzn_rows & rows, int64_t r) {
@@ -130,23 +134,28 @@ const char * row_of(const ggml_tensor * weights, const lzn_rows & rows, int64_t 
 
 float bias_of(const ggml_tensor * bias, int64_t r) { return bias ? static_cast<const float *>(bias->data)[r] : 0.0f; }
 
-// Score the rows of one thread's part, a few at a time; Scores is (first row, how many, token, out).
-template <typename Scores> void choose(const lzn_ffn & f, const candidates & out, int64_t n_tokens, int ith, int nth, const float * bias, Scores scores) {
+// Score the rows of one thread's part, a few at a time. Prepare is (first token, last token) of a tile, Scores is (first row, how many, token, token within the tile, out).
+template <typename Prepare, typename Scores>
+void choose(const lzn_ffn & f, const candidates & out, int64_t n_tokens, int ith, int nth, const float * bias, Prepare prepare_tile, Scores scores) {
     const int64_t first = split(f.n_ff, ith, nth), last = split(f.n_ff, ith + 1, nth);
     int64_t n = 0;
-    for (int64_t r = first; r < last; r += DOT_ROWS) {
-        const int n_rows = static_cast<int>(std::min<int64_t>(DOT_ROWS, last - r));
-        for (int64_t t = 0; t < n_tokens; t++) {
-            float score[DOT_ROWS];
-            scores(r, n_rows, t, score);
-            for (int k = 0; k < n_rows; k++) {
-                const bool chosen = score[k] + bias[r + k] + f.shift > 0.0f;
-                if (n_tokens > 1) {
-                    out.matrix()[(r + k) * n_tokens + t] = chosen;
-                } else {
-                    out.list()[first + n] = static_cast<int32_t>(r + k);  // overwritten by the next one if not chosen
+    for (int64_t t0 = 0; t0 < n_tokens; t0 += SCORE_TILE) {
+        const int64_t t1 = std::min(t0 + SCORE_TILE, n_tokens);
+        prepare_tile(t0, t1);
+        for (int64_t r = first; r < last; r += DOT_ROWS) {
+            const int n_rows = static_cast<int>(std::min<int64_t>(DOT_ROWS, last - r));
+            for (int64_t t = t0; t < t1; t++) {
+                float score[DOT_ROWS];
+                scores(r, n_rows, t, t - t0, score);
+                for (int k = 0; k < n_rows; k++) {
+                    const bool chosen = score[k] + bias[r + k] + f.shift > 0.0f;
+                    if (n_tokens > 1) {
+                        out.matrix()[(r + k) * n_tokens + t] = chosen;
+                    } else {
+                        out.list()[first + n] = static_cast<int32_t>(r + k);  // overwritten by the next one if not chosen
+                    }
+                    n += chosen;
                 }
-                n += chosen;
             }
         }
     }
@@ -332,6 +341,34 @@ int64_t y_size(int64_t n_embd) { return (n_embd + lzn::GROUP - 1) / lzn::GROUP *
 // Floats from one token's sums to the next one's.
 int64_t y_stride(const lzn_ffn & f) { return y_size(f.n_embd) + (f.squares ? lzn::GROUP : 0); }
 
+// How a batch is dealt to threads. A crew has a range of tokens of its own, and its threads divide the rows; each of them has partial sums for those tokens only.
+// There are as many crews as tiles of tokens, or as threads: then each thread has its own tokens. Either way the partial sums are bounded, whatever the number of threads and tokens.
+struct crews {
+    int64_t n_tokens;
+    int nth;
+    int n;
+
+    crews(int64_t n_tokens, int nth) : n_tokens(n_tokens), nth(nth), n(static_cast<int>(std::min<int64_t>(nth, (n_tokens + TOKEN_TILE - 1) / TOKEN_TILE))) {}
+
+    int first_thread(int crew) const { return static_cast<int>(split(nth, crew, n)); }
+    int64_t first_token(int crew) const { return split(n_tokens, first_thread(crew), nth); }  // as many as its threads
+    int of_thread(int ith) const {
+        int crew = 0;
+        while (first_thread(crew + 1) <= ith) {
+            crew++;
+        }
+        return crew;
+    }
+    // Tokens of the largest one.
+    int64_t room() const {
+        int64_t most = 0;
+        for (int c = 0; c < n; c++) {
+            most = std::max(most, first_token(c + 1) - first_token(c));
+        }
+        return most;
+    }
+};
+
 // The up and down rows of one FFN, and where one thread's sums go.
 struct accumulator {
     const lzn_ffn & f;
@@ -339,8 +376,9 @@ struct accumulator {
     const ggml_tensor * up;
     const ggml_tensor * bias;
     const char * x;
-    float * sums;     // [y_stride, n_tokens]
-    float * scratch;  // [n_embd]
+    float * sums;     // [y_stride, last - first]
+    int64_t first, last;  // tokens
+    float * scratch;  // [2 n_embd]
 
     // Add up to AXPY_ROWS neurons to token t: first their up rows, while their down rows are fetched; then the down rows, while the up rows of `ahead` are.
     void add(const fired_neuron * neurons, int n, const fired_neuron * ahead, int n_ahead, int64_t t) const {
@@ -363,15 +401,15 @@ struct accumulator {
     }
 
     // Put the sums in order.
-    void finish(int64_t n_tokens) const {
+    void finish() const {
         const row_kernels * kernels = kernels_of(f.down);
-        for (int64_t t = 0; kernels && kernels->finish && t < n_tokens; t++) {
+        for (int64_t t = first; kernels && kernels->finish && t < last; t++) {
             kernels->finish(f.n_embd, of(t));
         }
     }
 
   private:
-    float * of(int64_t t) const { return sums + t * y_stride(f); }
+    float * of(int64_t t) const { return sums + (t - first) * y_stride(f); }
 
     void up_strengths(const fired_neuron * neurons, int n, const char * const * down_rows, int64_t t, float * out) const {
         float ups[DOT_ROWS] = {1.0f, 1.0f, 1.0f, 1.0f};
@@ -403,9 +441,11 @@ void down_one_token(const accumulator & a, const gate_result & gates, int ith, i
 }
 
 // Token by token within a tile and a block of rows: the rows stay in the cache, and so do the sums.
+// ith, nth: of the crew
 void down_tokens(const accumulator & a, const gate_result & gates, int64_t n_tokens, int ith, int nth) {
-    for (int64_t t0 = 0; t0 < n_tokens; t0 += TOKEN_TILE) {
-        const int64_t t1 = std::min(t0 + TOKEN_TILE, n_tokens);
+    const int64_t mine = a.last - a.first, n_tiles = (mine + TOKEN_TILE - 1) / TOKEN_TILE;
+    for (int64_t tile = 0; tile < n_tiles; tile++) {
+        const int64_t t0 = a.first + mine * tile / n_tiles, t1 = a.first + mine * (tile + 1) / n_tiles;
         for (int64_t block = ith * ROW_BLOCK; block < a.f.n_ff; block += nth * ROW_BLOCK) {
             const int64_t end = std::min<int64_t>(block + ROW_BLOCK, a.f.n_ff);
             for (int64_t t = t0; t < t1; t++) {
@@ -424,7 +464,8 @@ void down_tokens(const accumulator & a, const gate_result & gates, int64_t n_tok
     }
 }
 
-size_t partial_size(const lzn_ffn & f, int64_t n_tokens) { return (n_tokens + 1) * y_stride(f) * sizeof(float); }
+// Bytes of one thread's partial sums and of its scratch.
+size_t partial_size(const lzn_ffn & f, const crews & dealt) { return (dealt.room() + 2) * y_stride(f) * sizeof(float); }
 
 }  // namespace
 
@@ -434,14 +475,21 @@ size_t lzn_sizeof_ffn(void) { return sizeof(lzn_ffn); }
 
 size_t lzn_predict_size(const lzn_ffn * ffn, int64_t n_tokens) {
     const size_t body = ffn->n_ff * (n_tokens == 1 ? sizeof(int32_t) : n_tokens);
-    return CACHE_LINE + ffn->n_threads * (CACHE_LINE + aligned(n_tokens * predictor_x_size(*ffn))) + body;
+    return CACHE_LINE + ffn->n_threads * (CACHE_LINE + aligned(std::min(n_tokens, SCORE_TILE) * predictor_x_size(*ffn))) + body;
 }
 
 size_t lzn_gate_size(const lzn_ffn * ffn, int64_t n_tokens) {
     return ffn->n_threads * CACHE_LINE + ffn->n_ff * (n_tokens == 1 ? sizeof(fired_neuron) : n_tokens * sizeof(float));
 }
 
-size_t lzn_down_size(const lzn_ffn * ffn, int64_t n_tokens) { return CACHE_LINE + ffn->n_threads * partial_size(*ffn, n_tokens); }
+// Fewer threads than there is room for have more tokens each.
+size_t lzn_down_size(const lzn_ffn * ffn, int64_t n_tokens) {
+    size_t most = 0;
+    for (int nth = 1; nth <= ffn->n_threads; nth++) {
+        most = std::max(most, nth * partial_size(*ffn, crews(n_tokens, nth)));
+    }
+    return CACHE_LINE + most;
+}
 
 size_t lzn_arranged_size(const void * kernels, int64_t n) {
     const row_kernels * k = static_cast<const row_kernels *>(kernels);
@@ -455,15 +503,17 @@ void lzn_ffn_predict(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const int64_t n_tokens = z->ne[1];
     const candidates out = candidates_of(f, dst, n_tokens);
     const size_t x_size = predictor_x_size(f);
-    for (int64_t t = 0; t < n_tokens; t++) {
-        prepare(f.predictor, f.rank, static_cast<const float *>(z->data) + t * f.rank, out.input(ith) + t * x_size);
-    }
-    choose(f, out, n_tokens, ith, nth, static_cast<const float *>(dst->src[2]->data), [&](int64_t r, int n, int64_t t, float * scores) {
+    const auto prepare_tile = [&](int64_t t0, int64_t t1) {
+        for (int64_t t = t0; t < t1; t++) {
+            prepare(f.predictor, f.rank, static_cast<const float *>(z->data) + t * f.rank, out.input(ith) + (t - t0) * x_size);
+        }
+    };
+    choose(f, out, n_tokens, ith, nth, static_cast<const float *>(dst->src[2]->data), prepare_tile, [&](int64_t r, int n, int64_t, int64_t at, float * scores) {
         const char * row[DOT_ROWS];
         for (int k = 0; k < n; k++) {
             row[k] = row_of(rows, f.predictor, r + k);
         }
-        dots(f.predictor, f.rank, n, row, nullptr, out.input(ith) + t * x_size, scores);
+        dots(f.predictor, f.rank, n, row, nullptr, out.input(ith) + at * x_size, scores);
     });
 }
 
@@ -473,21 +523,23 @@ void lzn_ffn_predict_sign(ggml_tensor * dst, int ith, int nth, void * userdata) 
     const int64_t n_tokens = x->ne[1], n_bytes = f.n_embd / 8;
     const candidates out = candidates_of(f, dst, n_tokens);
     uint8_t * signs = reinterpret_cast<uint8_t *>(out.input(ith));
-    for (int64_t t = 0; t < n_tokens; t++) {
-        pack_signs(f.n_embd, static_cast<const float *>(x->data) + t * f.n_embd, signs + t * n_bytes);
-    }
+    const auto prepare_tile = [&](int64_t t0, int64_t t1) {
+        for (int64_t t = t0; t < t1; t++) {
+            pack_signs(f.n_embd, static_cast<const float *>(x->data) + t * f.n_embd, signs + (t - t0) * n_bytes);
+        }
+    };
     const uint8_t * rows = static_cast<const uint8_t *>(dst->src[1]->data);
     const auto * kernels = static_cast<const lzn::row_kernels *>(f.predictor.kernels);
-    choose(f, out, n_tokens, ith, nth, static_cast<const float *>(dst->src[2]->data), [&](int64_t r, int n, int64_t t, float * scores) {
+    choose(f, out, n_tokens, ith, nth, static_cast<const float *>(dst->src[2]->data), prepare_tile, [&](int64_t r, int n, int64_t, int64_t at, float * scores) {
         if (kernels) {
             const char * row[DOT_ROWS];
             for (int k = 0; k < n; k++) {
                 row[k] = reinterpret_cast<const char *>(rows + (r + k) * n_bytes);
             }
-            return kernels->dots(f.n_embd, n, row, nullptr, signs + t * n_bytes, scores);
+            return kernels->dots(f.n_embd, n, row, nullptr, signs + at * n_bytes, scores);
         }
         for (int k = 0; k < n; k++) {
-            scores[k] = -static_cast<float>(count_differing(n_bytes, rows + (r + k) * n_bytes, signs + t * n_bytes));
+            scores[k] = -static_cast<float>(count_differing(n_bytes, rows + (r + k) * n_bytes, signs + at * n_bytes));
         }
     });
 }
@@ -496,7 +548,8 @@ void lzn_ffn_choose(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const lzn_ffn & f = *static_cast<const lzn_ffn *>(userdata);
     const ggml_tensor * given = dst->src[0];
     const candidates out = candidates_of(f, dst, given->ne[1]);
-    choose(f, out, given->ne[1], ith, nth, static_cast<const float *>(dst->src[1]->data), [&](int64_t r, int n, int64_t t, float * scores) {
+    const auto nothing = [](int64_t, int64_t) {};
+    choose(f, out, given->ne[1], ith, nth, static_cast<const float *>(dst->src[1]->data), nothing, [&](int64_t r, int n, int64_t t, int64_t, float * scores) {
         const float * from = reinterpret_cast<const float *>(static_cast<const char *>(given->data) + t * given->nb[1]) + r;
         std::copy(from, from + n, scores);
     });
@@ -537,39 +590,43 @@ void lzn_ffn_gate(ggml_tensor * dst, int ith, int nth, void * userdata) {
 void lzn_ffn_down(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const lzn_ffn & f = *static_cast<const lzn_ffn *>(userdata);
     const int64_t n_tokens = dst->src[0]->ne[1];
-    float * sums = reinterpret_cast<float *>(aligned_data(dst) + ith * partial_size(f, n_tokens));
-    float * scratch = sums + n_tokens * y_stride(f);
+    const crews dealt(n_tokens, nth);
+    const int crew = dealt.of_thread(ith), first_thread = dealt.first_thread(crew);
+    const int64_t first = dealt.first_token(crew), last = dealt.first_token(crew + 1);
+    float * sums = reinterpret_cast<float *>(aligned_data(dst) + ith * partial_size(f, dealt));
+    float * scratch = sums + (last - first) * y_stride(f);
     const gate_result gates{static_cast<char *>(dst->src[1]->data), f.n_threads};
-    const accumulator a{f, dst->src[2], f.gated ? dst->src[3] : nullptr, f.gated && f.up_bias ? dst->src[4] : nullptr, aligned_data(dst->src[0]), sums, scratch};
+    const accumulator a{f, dst->src[2], f.gated ? dst->src[3] : nullptr, f.gated && f.up_bias ? dst->src[4] : nullptr, aligned_data(dst->src[0]), sums, first, last, scratch};
     std::memset(sums, 0, (scratch - sums) * sizeof(float));
     if (n_tokens == 1) {
         down_one_token(a, gates, ith, nth);
     } else {
-        down_tokens(a, gates, n_tokens, ith, nth);
+        down_tokens(a, gates, n_tokens, ith - first_thread, dealt.first_thread(crew + 1) - first_thread);
     }
-    a.finish(n_tokens);
+    a.finish();
 }
 
 void lzn_ffn_reduce(ggml_tensor * dst, int ith, int nth, void * userdata) {
     lzn_ffn & f = *static_cast<lzn_ffn *>(userdata);
-    const int64_t n_tokens = dst->ne[1], width = y_stride(f);
+    const int64_t n_tokens = dst->ne[1], first = split(f.n_embd, ith, nth), last = split(f.n_embd, ith + 1, nth);
+    const crews dealt(n_tokens, nth);
     const char * partial = aligned_data(dst->src[0]);
-    for (int64_t t = 0; t < n_tokens; t++) {
-        const int64_t first = split(f.n_embd, ith, nth), last = split(f.n_embd, ith + 1, nth);
-        float * y = static_cast<float *>(dst->data) + t * dst->ne[0] + first;
-        std::memset(y, 0, (last - first) * sizeof(float));
-        for (int i = 0; i < nth; i++) {
-            add(last - first, reinterpret_cast<const float *>(partial + i * partial_size(f, n_tokens)) + t * width + first, y);
+    for (int crew = 0; crew < dealt.n; crew++) {
+        for (int64_t t = dealt.first_token(crew); t < dealt.first_token(crew + 1); t++) {
+            float * y = static_cast<float *>(dst->data) + t * dst->ne[0];
+            std::memset(y + first, 0, (last - first) * sizeof(float));
+            float squares = 0.0f;
+            for (int i = dealt.first_thread(crew); i < dealt.first_thread(crew + 1); i++) {
+                const float * sums = reinterpret_cast<const float *>(partial + i * partial_size(f, dealt)) + (t - dealt.first_token(crew)) * y_stride(f);
+                add(last - first, sums + first, y + first);
+                squares += f.squares ? sums[y_size(f.n_embd)] : 0.0f;
+            }
+            if (f.squares && ith == 0) {
+                y[f.n_embd] = squares;
+            }
         }
     }
     if (ith == 0) {
-        for (int64_t t = 0; f.squares && t < n_tokens; t++) {
-            float * sum = static_cast<float *>(dst->data) + t * dst->ne[0] + f.n_embd;
-            *sum = 0.0f;
-            for (int i = 0; i < nth; i++) {
-                *sum += reinterpret_cast<const float *>(partial + i * partial_size(f, n_tokens))[t * width + y_size(f.n_embd)];
-            }
-        }
         const gate_result gates{static_cast<char *>(dst->src[1]->data), f.n_threads};
         for (int i = 0; i < nth; i++) {
             f.fired += gates.of(i).n;

@@ -1,20 +1,20 @@
-// Q8_0 and Q4_0 with AVX2: one block of 32 columns at a time.
+// Q8_0 and Q4_0 with AVX2: a block of 32 columns at a time, or two.
 //
 // Integer products follow ggml: 4-bit weights are unsigned with an offset of 8, so w . x = q . x - 8 sum(x), and the offset is folded into the sums' start.
 #pragma once
 
-#include "x86.h"
+#include "packed_avx2.h"
 
 namespace {
 
 __m256i load_bytes(const void * p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
 
-// four-by-four sums of unsigned times signed bytes
+// four-by-four sums of unsigned times signed bytes; two products are added in 16 bits: for weights of 4 bits at most 2 * 15 * 128
 __m256i dot_bytes(__m256i u, __m256i s) { return _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)); }
 
 // --- Q8_0 ------------------------------------------------------------------------------------------------------------
 
-// The sign of x goes to the weights: sums of two products of full bytes would overflow 16 bits.
+// The signs of the weights go to x: bytes are multiplied unsigned by signed, and two products are added in 16 bits. x is at least -127, so that they stay below 2 * 128 * 127, and -128 has a size.
 template <int R> void dots_q8_0(int64_t n, const char * const * rows, const char * const * next, const void * x, float * out) {
     const block_q8_0 * xs = static_cast<const block_q8_0 *>(x);
     vec acc[R];
@@ -22,12 +22,12 @@ template <int R> void dots_q8_0(int64_t n, const char * const * rows, const char
         acc[k] = zero();
     }
     for (int64_t i = 0; i < n / BLOCK; i++) {
-        const __m256i xv = load_bytes(xs[i].qs), size = _mm256_abs_epi8(xv);
+        const __m256i xv = load_bytes(xs[i].qs);
         const float xd = f16(xs[i].d);
         fetch<sizeof(block_q8_0)>(next, R, i * sizeof(block_q8_0));
         for (int k = 0; k < R; k++) {
             const block_q8_0 & b = reinterpret_cast<const block_q8_0 *>(rows[k])[i];
-            const __m256i p = dot_bytes(size, _mm256_sign_epi8(load_bytes(b.qs), xv));
+            const __m256i w = load_bytes(b.qs), p = dot_bytes(_mm256_abs_epi8(w), _mm256_sign_epi8(xv, w));
             acc[k] = fma(_mm256_cvtepi32_ps(p), all(f16(b.d) * xd), acc[k]);
         }
     }
@@ -78,84 +78,64 @@ template <int R> void dots_q4_0(int64_t n, const char * const * rows, const char
     }
 }
 
-// The coefficients a[k] * scale of one block, rounded to 16 bits of the largest among them.
-struct q4_0_coefficients {
-    alignas(32) int16_t of[AXPY_ROWS];
-    float unit;
-    int32_t start;  // folds in the offset of 8
+// Two blocks of rows side by side, a block's four words in each half; or one, in the lower half, and zeros.
+template <bool two> struct q4_0_blocks {
+    using nibbles = packed<4>;
 
-    q4_0_coefficients(const block_q4_0 * const * w, int64_t i, const float * a) {
-        const vec c[2] = {_mm256_mul_ps(scales(w, i), load(a)), _mm256_mul_ps(scales(w + 8, i), load(a + 8))};
-        const vec sign = all(-0.0f);
-        vec most = _mm256_max_ps(_mm256_andnot_ps(sign, c[0]), _mm256_andnot_ps(sign, c[1]));
-        most = _mm256_max_ps(most, _mm256_permute2f128_ps(most, most, 1));
-        most = _mm256_max_ps(most, _mm256_permute_ps(most, 0x4e));
-        most = _mm256_max_ps(most, _mm256_permute_ps(most, 0xb1));
-        const float largest = _mm256_cvtss_f32(most);
-        unit = largest / 32767.0f;
-        const vec per_unit = all(largest > 0.0f ? 32767.0f / largest : 0.0f);
-        const __m256i rounded = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(c[0], per_unit)), _mm256_cvtps_epi32(_mm256_mul_ps(c[1], per_unit)));
-        // packs works within halves of 128 bits: put the quarters in order.
-        _mm256_store_si256(reinterpret_cast<__m256i *>(of), _mm256_permute4x64_epi64(rounded, 0xd8));
-        __m256i total = _mm256_madd_epi16(rounded, _mm256_set1_epi16(-8));
-        total = _mm256_hadd_epi32(total, total);
-        total = _mm256_hadd_epi32(total, total);
-        start = _mm256_extract_epi32(total, 0) + _mm256_extract_epi32(total, 4);
+    static __m256i quants(const block_q4_0 * b) {
+        const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i *>(b[0].qs));
+        return two ? _mm256_set_m128i(_mm_loadu_si128(reinterpret_cast<const __m128i *>(b[two].qs)), first) : _mm256_zextsi128_si256(first);
+    }
+    static vec scales(const block_q4_0 * b) {
+        const __m128i first = _mm_set1_epi16(static_cast<short>(b[0].d));
+        return _mm256_cvtph_ps(two ? _mm_unpacklo_epi64(first, _mm_set1_epi16(static_cast<short>(b[two].d))) : _mm_move_epi64(first));
     }
 
-    __m256i pair(int k) const {
-        int32_t two;
-        std::memcpy(&two, of + k, sizeof(two));
-        return _mm256_set1_epi32(two);
-    }
-
-  private:
-    static vec scales(const block_q4_0 * const * w, int64_t i) {
-        return _mm256_cvtph_ps(_mm_set_epi16(w[7][i].d, w[6][i].d, w[5][i].d, w[4][i].d, w[3][i].d, w[2][i].d, w[1][i].d, w[0][i].d));
+    // 8 j + w of y holds nibble j of word w; the offset of 8 is taken off once for all rows.
+    static void add(int n_rows, const char * const * rows, int64_t at, const float * a, float * y) {
+        vec sums[nibbles::PER_WORD], total = zero();
+        for (vec & s : sums) {
+            s = zero();
+        }
+        for (int k = 0; k < n_rows; k++) {
+            const block_q4_0 * b = reinterpret_cast<const block_q4_0 *>(rows[k] + at);
+            const vec c = _mm256_mul_ps(scales(b), all(a[k]));
+            const __m256i q = quants(b);
+            total = _mm256_add_ps(total, c);
+#pragma GCC unroll 8
+            for (int j = 0; j < nibbles::PER_WORD; j++) {
+                sums[j] = fma(nibbles::weights(q, j), c, sums[j]);
+            }
+        }
+        const vec offset = _mm256_mul_ps(total, all(-8.0f));
+        for (int j = 0; j < nibbles::PER_WORD; j++) {
+            sums[j] = add_offset<4>(sums[j], offset, j);
+        }
+        add_pass(sums, nibbles::PER_WORD, y);
     }
 };
 
-// Two rows at a time: their words alternate, and one instruction multiplies a nibble of each with the two coefficients.
-// y is kept by nibbles: 8 s + w holds nibble s of word w of a block, that is column 2 w + s / 2, + 16 where s is odd.
+constexpr int64_t Q4_0_COLUMNS = 2 * BLOCK, Q4_0_BYTES = 2 * sizeof(block_q4_0);
+
 void axpys_q4_0(int64_t n, int n_rows, const char * const * rows, const char * const * next, const float * a, float * y) {
-    alignas(32) float padded[AXPY_ROWS] = {};
-    const block_q4_0 * w[AXPY_ROWS];
-    for (int k = 0; k < AXPY_ROWS; k++) {
-        w[k] = reinterpret_cast<const block_q4_0 *>(rows[k < n_rows ? k : 0]);
-        padded[k] = k < n_rows ? a[k] : 0.0f;
+    const int64_t whole = n / Q4_0_COLUMNS;
+    for (int64_t g = 0; g < whole; g++) {
+        fetch<Q4_0_BYTES>(next, n_rows, g * Q4_0_BYTES);
+        q4_0_blocks<true>::add(n_rows, rows, g * Q4_0_BYTES, a, y + g * Q4_0_COLUMNS);
     }
-    const __m256i nibble = _mm256_set1_epi16(15);
-    for (int64_t i = 0; i < n / BLOCK; i++) {
-        fetch<sizeof(block_q4_0)>(next, n_rows, i * sizeof(block_q4_0));
-        const q4_0_coefficients c(w, i, padded);
-        __m256i sums[4];
-        for (int s = 0; s < 4; s++) {
-            sums[s] = _mm256_set1_epi32(c.start);
-        }
-        for (int k = 0; k < n_rows; k += 2) {
-            const __m128i u = _mm_loadu_si128(reinterpret_cast<const __m128i *>(w[k][i].qs)), v = _mm_loadu_si128(reinterpret_cast<const __m128i *>(w[k + 1][i].qs));
-            const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi16(u, v)), _mm_unpackhi_epi16(u, v), 1), two = c.pair(k);
-            sums[0] = _mm256_add_epi32(sums[0], _mm256_madd_epi16(_mm256_and_si256(both, nibble), two));
-            sums[1] = _mm256_add_epi32(sums[1], _mm256_madd_epi16(_mm256_and_si256(_mm256_srli_epi16(both, 4), nibble), two));
-            sums[2] = _mm256_add_epi32(sums[2], _mm256_madd_epi16(_mm256_and_si256(_mm256_srli_epi16(both, 8), nibble), two));
-            sums[3] = _mm256_add_epi32(sums[3], _mm256_madd_epi16(_mm256_srli_epi16(both, 12), two));
-        }
-        for (int s = 0; s < 4; s++) {
-            float * out = y + i * BLOCK + 8 * s;
-            store(out, fma(_mm256_cvtepi32_ps(sums[s]), all(c.unit), load(out)));
-        }
+    if (n % Q4_0_COLUMNS) {
+        q4_0_blocks<false>::add(n_rows, rows, whole * Q4_0_BYTES, a, y + whole * Q4_0_COLUMNS);
     }
 }
 
 void q4_0_finish(int64_t n, float * y) {
-    for (int64_t i = 0; i < n / BLOCK; i++) {
-        float sums[BLOCK], * out = y + i * BLOCK;
-        std::memcpy(sums, out, sizeof(sums));
-        for (int s = 0; s < 4; s++) {
-            for (int w = 0; w < 8; w++) {
-                out[s % 2 * 16 + s / 2 + 2 * w] = sums[8 * s + w];
-            }
+    for (int64_t i = 0; i < n; i += Q4_0_COLUMNS) {
+        vec sums[8];
+        for (int j = 0; j < 8; j++) {
+            sums[j] = load(y + i + WIDTH * j);
         }
+        store_words<4>(sums, 0, y + i, y + i + BLOCK);
+        store_words<4>(sums, 1, y + i + BLOCK / 2, y + i + BLOCK + BLOCK / 2);
     }
 }
 

@@ -97,7 +97,9 @@ struct q4_0_pair {
     q4_0_pair(const q4_0_group & u, const q4_0_group & v, const float * a) {
         const __m512i scale_words = _mm512_set_epi16(59, 27, 59, 27, 59, 27, 59, 27, 50, 18, 50, 18, 50, 18, 50, 18, 41, 9, 41, 9, 41, 9, 41, 9, 32, 0, 32, 0, 32, 0, 32, 0);
         const __m512i d = _mm512_permutex2var_epi16(u.first, scale_words, v.first);
-        const vec both = _mm512_castpd_ps(_mm512_set1_pd(*reinterpret_cast<const double *>(a)));
+        int64_t two;
+        std::memcpy(&two, a, sizeof(two));
+        const vec both = _mm512_castsi512_ps(_mm512_set1_epi64(two));
         const vec first = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(d)), both);
         c = _mm512_cvtne2ps_pbh(_mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(d, 1)), both), first);
         low = _mm512_unpacklo_epi16(u.quants, v.quants);
@@ -130,8 +132,8 @@ struct q4_0_sums {
 // One group of columns; get is (row) -> q4_0_group. The next pair is made ready while one is added: they do not wait for each other.
 template <typename Get> void axpys_q4_0_group(int n_rows, const float * a, float * y, Get get) {
     q4_0_sums sums;
-    for (int j = 0; j < 8; j++) {
-        sums.of[j] = load(y + j * WIDTH);
+    for (vec & s : sums.of) {
+        s = zero();
     }
     q4_0_pair now(get(0), get(1), a);
     for (int k = 2; k < n_rows; k += 2) {
@@ -140,13 +142,11 @@ template <typename Get> void axpys_q4_0_group(int n_rows, const float * a, float
         now = ahead;
     }
     sums.add(now);
-    for (int j = 0; j < 8; j++) {
-        store(y + j * WIDTH, sums.of[j]);
-    }
+    add_pass(sums.of, 8, y);
 }
 
 void axpys_q4_0(int64_t n, int n_rows, const char * const * rows, const char * const * next, const float * a, float * y) {
-    alignas(8) float even[AXPY_ROWS] = {};
+    float even[AXPY_ROWS] = {};
     const char * w[AXPY_ROWS];
     std::memcpy(even, a, n_rows * sizeof(float));
     for (int k = 0; k < n_rows; k++) {

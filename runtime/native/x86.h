@@ -39,6 +39,7 @@ vec load_f16(const uint16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256(rei
 vec load_bf16(const uint16_t * p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))), 16));
 }
+vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
 vec from_i8(const int8_t * p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)))); }
 #else
 using vec = __m256;
@@ -57,10 +58,18 @@ vec load_f16(const uint16_t * p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinte
 vec load_bf16(const uint16_t * p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))), 16));
 }
+vec add(vec a, vec b) { return _mm256_add_ps(a, b); }
 vec from_i8(const int8_t * p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)))); }
 #endif
 
 float f16(uint16_t h) { return _cvtsh_ss(h); }
+
+// Adds the sums of one pass to y. They began at 0 and not at y: numbers lose less when they are added to small ones first.
+void add_pass(const vec * sums, int n, float * y) {
+    for (int j = 0; j < n; j++) {
+        store(y + j * WIDTH, add(load(y + j * WIDTH), sums[j]));
+    }
+}
 
 // Fetch what follows the first `at` bytes of some rows, `size` bytes, a line at a time: no line twice.
 template <size_t size> void fetch(const char * const * next, int n_rows, size_t at) {
