@@ -95,7 +95,10 @@ def tokenizer(vocab_size: int) -> dict[str, Any]:
 
 def cached(recipe: Recipe) -> tuple[Path, Path]:
     """The model and its twin for llama.cpp in $LAZYNEURON_CACHE (default ~/.cache/lazyneuron), made where they are not there yet."""
-    folder = cache_folder() / "bench"
+    cache = cache_folder()
+    if cache is None:
+        raise UserError("no home folder to keep models in", "set LAZYNEURON_CACHE to a folder")
+    folder = cache / "bench"
     out, twin = folder / f"{recipe.name}.gguf", folder / f"{recipe.name}.stock.gguf"
     if not out.exists():
         print(f"making {out}", file=sys.stderr)

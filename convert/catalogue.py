@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
+from runtime.home import expanded
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -79,7 +80,7 @@ def named(source: str) -> str:
 
     Raises UserError for a name that is no folder, no Hub id and not in the catalogue, with those most like it.
     """
-    if "/" in source or Path(source).expanduser().exists():
+    if "/" in source or expanded(source).exists():
         return source
     for known in catalogue():
         if source.lower() in (known.name, *map(_name, known.aliases)):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from convert.checkpoint import FORMATS, refuse_adapter, weight_files
 from runtime.errors import UserError
+from runtime.home import expanded
 from runtime.hub import Listing, parse
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def fetch_files(source: str, patterns: Sequence[str], expected: str) -> tuple[Pa
 
 
 def _fetch(source: str, choose: Choose, expected: str, more: More | None = None) -> tuple[Path, str]:
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if folder.is_dir():
         return folder, ""
     reference = None if folder.exists() else parse(source)

@@ -24,7 +24,7 @@ from runtime.gguf_file import GgufFile
 from runtime.gguf_split import shard_size, split_model
 from runtime.gguf_write import copied, copied_keys, write_files
 from runtime.hub import Listing, Reference, parse
-from runtime.hub_client import fetch, hub_errors, list_files, quiet_unless_terminal
+from runtime.hub_client import fetch, hub_errors, list_files, prepare
 from runtime.new_file import check_space
 
 DEFAULT_SHARD = "45G"  # the Hub takes files up to 50 GB
@@ -59,7 +59,7 @@ def push(
     if parse(repo) != Reference(repo):
         raise UserError(f"`{repo}`: expected a name on the Hub such as user/repo", "--revision names a branch")
     max_bytes, wanted = shard_size(split_max_size), Options(**options)
-    quiet_unless_terminal()
+    prepare()
     with GgufFile(file) as opened, _fitting(opened, max_bytes) as paths:
         found = examine(opened, wanted)  # before anything is made on the Hub
         sent = [CommitOperationAdd(path.name, path) for path in paths]

@@ -25,6 +25,7 @@ from predictors.evaluate import total_bytes
 from predictors.fit import ModelFit
 from runtime.errors import UserError
 from runtime.gguf_file import MAGIC, GgufFile
+from runtime.home import expanded
 
 _OF_MATRICES = ("type", "output_type")
 _OF_FITS = ("predictor", "energy")
@@ -83,7 +84,7 @@ def open_job(source: str, given: Given) -> Job:
     """Plan the conversion of `source`: a folder, a Hub id or a file. Raises UserError for whatever is wrong with it or the options."""
     if given.import_predictor:
         given.refuse("imported predictors", *_OF_FITS)
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.is_file():
         job = _checkpoint_job(source, given)
     elif given.import_predictor and _magic(path) == MAGIC:

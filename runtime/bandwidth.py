@@ -38,13 +38,15 @@ class Speed:
 
 def speed_of(device: DeviceInfo, threads: int, anew: bool = False) -> Speed:
     """A device's speed; the CPU's is that of a backend with so many threads. Measures where nothing is remembered, or `anew` (a second or two)."""
-    path = cache_folder() / "bandwidths.json"
+    folder = cache_folder()
+    path = folder and folder / "bandwidths.json"
     key = f"{device.backend} {device.name} {device.description}, {f'{threads} threads, ' if device.is_stand_in else ''}ggml {ggml.ggml_version().decode()}"
-    known = _remembered(path)
+    known = _remembered(path) if path else {}
     if anew or key not in known:
         speed = measure(device, threads)
         known[key] = [speed.bandwidth, speed.sync]
-        _remember(path, known)
+        if path:
+            _remember(path, known)
     return Speed(*known[key])
 
 

@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 from runtime import shards
 from runtime.errors import UserError
+from runtime.home import expanded
 from runtime.structure import ARCHITECTURE
 
 _SCHEME = re.compile(r"hf:/+")  # pathlib makes one slash of two
@@ -75,7 +76,7 @@ def locate(source: str | Path) -> Path:
     A path that exists is never looked up. What is neither a path nor like a name on the Hub comes back as it is.
     Raises UserError when there is no such model, when the name fits several, and when it cannot be fetched whole.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     reference = None if path.exists() else parse(str(source))
     if reference is None:
         return path

@@ -41,7 +41,7 @@ def fetch(reference: Reference, choose: Choose, more: More | None = None) -> tup
     or HF_HUB_OFFLINE is set, the cache serves. Raises UserError when that is not enough, and for a file whose sha256 differs
     from the Hub's, which is removed.
     """
-    quiet_unless_terminal()
+    prepare()
     with hub_errors(str(reference)):
         for _ in range(_MOVES):
             try:
@@ -117,8 +117,13 @@ def _why_unreachable(error: Exception) -> str:
     return f"the Hub answered {error.response.status_code}"
 
 
-def quiet_unless_terminal() -> None:
-    """Progress bars are for people: stderr shows them only where it is a terminal."""
+def prepare() -> None:
+    """Before anything is transferred: progress bars are for people, where stderr is a terminal.
+
+    Raises UserError where huggingface_hub has no home folder to keep files in: it would make one called `~`.
+    """
+    if constants.HF_HOME.startswith("~") or constants.HF_HUB_CACHE.startswith("~"):
+        raise UserError("no home folder for files of the Hub", "set HF_HOME to a folder that can be written")
     if not sys.stderr.isatty():
         disable_progress_bars()
 

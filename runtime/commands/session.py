@@ -16,6 +16,7 @@ from runtime.commands.options import did_you_mean, note
 from runtime.commands.reply import Draft, Dropped, Reply, larger_context
 from runtime.errors import UserError, os_error, printable
 from runtime.generate import Stats
+from runtime.home import expanded
 from runtime.model import Model
 from runtime.sampling import Sampling
 from runtime.streams import StdoutError
@@ -208,7 +209,7 @@ class Session:
 def _file(argument: str, usage: str) -> Path:
     if not argument:
         raise UserError("no file name", f"type {usage}")
-    return Path(argument).expanduser()
+    return expanded(argument)
 
 
 def attempt(action: Callable[[], object]) -> bool:

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -26,6 +25,7 @@ from runtime.commands.footer import print_footer
 from runtime.commands.options import note
 from runtime.commands.session import COMMANDS, Session, attempt
 from runtime.errors import printable
+from runtime.home import expanded, home
 
 _TAKES_FILE = [usage.split()[0] for usage in COMMANDS if usage.endswith(" FILE")]
 _ECHOED = 8  # lines of a prompt from a file that are shown
@@ -159,8 +159,12 @@ class _History(FileHistory):
 
 def _history() -> History:
     """The history kept for this user alone; only in memory where the file cannot be written."""
-    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    path = Path(state).expanduser() / "lazyneuron" / "history"
+    named, at_home = os.environ.get("XDG_STATE_HOME"), home()
+    state = expanded(named) if named else at_home and at_home / ".local/state"
+    if state is None:
+        note("the history is not kept: there is no home folder")
+        return InMemoryHistory()
+    path = state / "lazyneuron" / "history"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
