@@ -18,6 +18,7 @@ from runtime.pointers import refuse_pointer
 
 T = TypeVar("T")
 REQUIRED: Any = object()  # as a default: a missing value is an error
+_CORRECT = "correct the file, or fetch it again from where it came from"
 _LARGEST = 1 << 63  # of integers: none in a checkpoint comes near, and arithmetic with larger ones ends nowhere
 
 
@@ -45,14 +46,16 @@ class Config:
         if kind is float and type(value) is int and fits:
             value = float(value)
         if type(value) is not kind or not fits:
-            raise UserError(f"{self.where}: `{name}` is {shown(value)}, expected {_NAMES.get(kind, kind.__name__)}")
+            raise UserError(
+                f"{self.where}: `{name}` is {shown(value)}, expected {_NAMES.get(kind, kind.__name__)}", _CORRECT
+            )
         return value
 
     def positive(self, name: str, kind: type[T], default: Any = REQUIRED) -> T:
         """Like `get`, for a number that must be above zero."""
         value: Any = self.get(name, kind, default)
         if value <= 0:
-            raise UserError(f"{self.where}: `{name}` is {value}, expected more than 0")
+            raise UserError(f"{self.where}: `{name}` is {value}, expected more than 0", _CORRECT)
         return value  # type: ignore[no-any-return]
 
     def list_of(self, name: str, kind: type[T], default: Any = REQUIRED) -> list[T]:

@@ -41,7 +41,7 @@ _TRACES = {
     ),
     r"\.experts\.|block_sparse_moe": "mixtures of experts are not supported",
     r"^(score|classifier)\.": "a classifier, expected a language model",
-    r"vision_|visual\.|multi_modal_projector": "a model that sees images, expected a language model alone",
+    r"vision_|visual\.|multi_modal_projector|(^|\.)language_model\.": "a model that sees images, expected a language model alone",
 }
 
 

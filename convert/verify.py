@@ -108,10 +108,19 @@ def _fits_transformers(checkpoint: Checkpoint, plan: Plan) -> bool:
     rounded = any(isinstance(tensor.source, Source) and tensor.source.ternary for tensor in plan.tensors)
     if not told or rounded or not _memory_for(plan) or not _installed("transformers", "torch"):
         return False
-    library = importlib.import_module("transformers")
+    model = getattr(importlib.import_module("transformers"), plan.structure.source_architecture, None)
     activations = importlib.import_module("transformers.activations").ACT2FN
     named = config.values.get(plan.arch.activation.name)
-    return hasattr(library, plan.structure.source_architecture) and (named is None or named in activations)
+    return model is not None and (named is None or named in activations) and _reads(model, checkpoint.folder)
+
+
+def _reads(model: Any, folder: Path) -> bool:
+    """Whether transformers takes the config: it refuses some that mean one thing only, and files with a byte order mark."""
+    try:
+        model.config_class.from_pretrained(folder)
+    except Exception:
+        return False
+    return True
 
 
 def _installed(*modules: str) -> bool:

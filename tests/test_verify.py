@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -67,6 +68,14 @@ def test_what_transformers_does_not_compute_is_compared_with_numpy(
     name: str, checkpoint: Folder, tmp_path: Path
 ) -> None:
     report = convert(checkpoint(name), tmp_path / "x.gguf", type="f32", ffn_type=CASES[name].ffn_type, verify=True)
+    assert report.verified is not None
+    assert report.verified["reference"] == "the checkpoint (float32 numpy)"
+
+
+def test_a_config_that_transformers_refuses_is_compared_with_numpy(checkpoint: Folder, tmp_path: Path) -> None:
+    folder = copy_checkpoint(checkpoint("llama-mha"), tmp_path / "marked")
+    (folder / "config.json").write_bytes(codecs.BOM_UTF8 + (folder / "config.json").read_bytes())
+    report = convert(folder, tmp_path / "x.gguf", type="f32", verify=True)
     assert report.verified is not None
     assert report.verified["reference"] == "the checkpoint (float32 numpy)"
 
