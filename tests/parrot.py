@@ -32,8 +32,8 @@ _CONFIG = {
 }
 
 
-def make_parrot(folder: Path, text: str) -> None:
-    """Makes `folder` with parrot.gguf, a model that writes `text`, in which no byte occurs twice.
+def make_parrot(folder: Path, text: str) -> Path:
+    """The GGUF file of a model that writes `text`, in which no byte occurs twice: parrot.gguf in `folder`.
 
     Two layers whose neurons fire and add nothing, 16,384 tokens of context.
     """
@@ -46,6 +46,7 @@ def make_parrot(folder: Path, text: str) -> None:
         shutil.copy(TOKENIZER / name, checkpoint / name)
     save_file(_weights([3 + byte for byte in text.encode()]), checkpoint / "model.safetensors")
     convert(checkpoint, folder / "parrot.gguf", type="f16", calibration="none")
+    return folder / "parrot.gguf"
 
 
 def _weights(tokens: list[int]) -> dict[str, np.ndarray]:
