@@ -22,12 +22,15 @@ GREEDY = Sampling(temperature=0)
 
 
 def first_token(path: Path) -> bool:
-    """Load a model, continue a prompt by two tokens and one of ours alone; the mode follows from the file's bytes."""
-    mode = _MODES[zlib.crc32(path.read_bytes()) % len(_MODES)]
-    if mode == "dense" and b"sparse" in path.read_bytes():
+    """Load a model and generate a token. The mode, and whether the prompt has one token or several, follow from the file's bytes."""
+    data = path.read_bytes()
+    choice = zlib.crc32(data)
+    mode = _MODES[choice % len(_MODES)]
+    if mode == "dense" and b"sparse" in data:
         mode = None
     with runtime.load(path, ffn=mode, threads=1, device="none") as model:
-        with model.generate(_PROMPT, max_tokens=2, sampling=GREEDY) as generation:
+        prompt = _PROMPT if choice & 8 else [model.structure.vocab_size - 1]
+        with model.generate(prompt, max_tokens=1, sampling=GREEDY) as generation:
             "".join(generation)
         model.detokenize([0, model.structure.vocab_size - 1])
     return True

@@ -136,7 +136,7 @@ def length(rng: Random, p: Parts) -> None:
     elif kind == 1:
         e.items = e.items + [item(rng, e.kind) for _ in range(rng.choice((1, 1, 2, 50)))]
     elif kind == 2:
-        e.count = mutate.whole(rng)
+        e.count = mutate.whole(rng) if rng.randrange(4) == 0 else None
     elif kind == 3:
         e.items = []
     else:
@@ -281,16 +281,16 @@ def damaged(rng: Random, p: Parts) -> bytes:
     """The file with one to three faults."""
     p = p.copy()
     for _ in range(rng.choice((1, 1, 2, 3))):
-        kind = rng.randrange(12)
-        if kind < 6:
+        kind = rng.randrange(20)
+        if kind < 9:
             numbers(rng, p) if p.tensors else None
-        elif kind < 10:
+        elif kind < 17:
             rng.choice(KEY_CHANGES)(rng, p) if p.entries else None
-        elif kind < 11:
+        elif kind < 19:
             rng.choice(TENSOR_CHANGES)(rng, p) if p.tensors else None
         else:
             counts(rng, p)
     data = build(p)
-    if rng.randrange(6) == 0:
+    if rng.randrange(12) == 0:
         data = mutate.damaged(rng, data, len(header(p)))
     return data
