@@ -32,6 +32,7 @@ THRESHOLD = "powerinfer.sparse_threshold"
 DOWN_TYPE = "q8_0"  # of the down projection's second layout
 _LISTED = 5  # names per complaint
 _DAMAGED = "download it again, or convert the original checkpoint: python -m convert REPO OUT.gguf"
+_LARGEST = 3.4e38  # of a number: what an F32 holds
 _UNSAID = -1000.0  # score of a token that no merge may produce
 
 
@@ -45,18 +46,18 @@ class PowerInferFile:
         self.path = path
         self.container = GgufFile(path, MAGIC)
         found = self.container.metadata.get("general.architecture")
-        if found not in BODIES:
+        if not isinstance(found, str) or found not in BODIES:
             raise UserError(
                 f"`{path}`: general.architecture is `{found}`, expected one of {', '.join(BODIES)}",
                 "a `*.generated.gpuidx` file is no model: give the file that it was generated for",
             )
         version = self.container.metadata.get("general.quantization_version", GGML_QUANT_VERSION)
-        if version != GGML_QUANT_VERSION:
+        if type(version) is not int or version != GGML_QUANT_VERSION:
             raise UserError(
                 f"`{path}`: quantization version {version}, expected {GGML_QUANT_VERSION}",
                 "its blocks have another layout: quantise the F16 file again",
             )
-        self.name, self.arch = str(found), BODIES[found]
+        self.name, self.arch = found, BODIES[found]
         self.config = Config(f"`{path}`", self._values(self.arch))
 
     @property
@@ -67,7 +68,10 @@ class PowerInferFile:
     @property
     def threshold(self) -> float:
         """From which score on the predictor means a neuron to fire."""
-        return float(self.container.metadata.get(THRESHOLD, 0.0))
+        value = Config(f"`{self.path}`", self.container.metadata).get(THRESHOLD, float, 0.0)
+        if not abs(value) < _LARGEST:
+            raise UserError(f"`{self.path}`: `{THRESHOLD}` is {value}, expected a finite number", _DAMAGED)
+        return value
 
     def _values(self, arch: Arch) -> dict[str, Any]:
         values = {k.removeprefix(f"{self.name}."): v for k, v in self.container.metadata.items()}
@@ -191,13 +195,14 @@ def _notes(file: PowerInferFile, layout: str, ffn_type: str | None) -> list[str]
 
 def import_metadata(file: PowerInferFile, s: Structure) -> dict[str, Any]:
     """All keys of the new file: what it is, its structure, its tokenizer, and where its predictors are from."""
-    kept = ("general.license", "general.author", "general.url", "general.source.url", "general.file_type")
+    texts = ("general.license", "general.author", "general.url", "general.source.url")
+    kinds = dict.fromkeys(texts, str) | {"general.file_type": int}
     found = file.container.metadata
     return {
         "general.architecture": ARCHITECTURE,
         "general.name": file.path.name.removesuffix(".gguf").removesuffix(".powerinfer"),
         "general.type": "model",
-        **{key: found[key] for key in kept if key in found},
+        **{key: found[key] for key, kind in kinds.items() if type(found.get(key)) is kind},
         "general.quantization_version": GGML_QUANT_VERSION,
         **s.to_metadata(),
         **_tokenizer(file, s.vocab_size),

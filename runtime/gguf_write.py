@@ -5,6 +5,7 @@ The layout of the file is the `gguf` package's work. Knows neither models nor wh
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,7 +25,8 @@ from runtime.structure import ARCHITECTURE
 ALIGNMENT = 64  # of every tensor in the file: a cache line, and AVX-512's load
 _PIECE = 1 << 24  # bytes copied at a time
 _WRITER_ADDS = ("general.architecture", "general.alignment")
-_TYPES = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
+_TYPES = {bool: GGUFValueType.BOOL, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
+_LARGEST_F32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -152,17 +154,19 @@ def _add_value(writer: Any, key: str, value: Any) -> None:
         writer.add_key_value(key, value.value, value.type, value.items)
     elif isinstance(value, list):
         if value:
-            items = _whole_type(value, GGUFValueType.INT32) if type(value[0]) is int else None
-            writer.add_key_value(key, value, GGUFValueType.ARRAY, items)
-    elif type(value) is int:
-        writer.add_key_value(key, value, _whole_type([value], GGUFValueType.UINT32))
+            writer.add_key_value(key, value, GGUFValueType.ARRAY, _type_of(value, GGUFValueType.INT32))
     else:
-        writer.add_key_value(key, value, _TYPES[type(value)])
+        writer.add_key_value(key, value, _type_of([value], GGUFValueType.UINT32))
 
 
-def _whole_type(values: Sequence[int], usual: GGUFValueType) -> GGUFValueType:
-    """The usual type of whole numbers, or one of 64 bits where it cannot hold them."""
-    low, high = (-(1 << 31), 1 << 31) if usual == GGUFValueType.INT32 else (0, 1 << 32)
-    if all(low <= value < high for value in values):
-        return usual
-    return GGUFValueType.INT64 if min(values) < 0 else GGUFValueType.UINT64
+def _type_of(values: Sequence[Any], whole: GGUFValueType) -> GGUFValueType:
+    """The type in which values are stored. whole: of whole numbers, and floats are FLOAT32, but 64 bits where some need them."""
+    kind = type(values[0])
+    if kind is int:
+        low, high = (-(1 << 31), 1 << 31) if whole == GGUFValueType.INT32 else (0, 1 << 32)
+        if not all(low <= value < high for value in values):
+            return GGUFValueType.INT64 if min(values) < 0 else GGUFValueType.UINT64
+        return whole
+    if kind is float and any(_LARGEST_F32 < abs(value) < math.inf for value in values):
+        return GGUFValueType.FLOAT64
+    return _TYPES[kind]

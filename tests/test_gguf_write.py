@@ -42,9 +42,22 @@ def test_values_and_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [0, (1 << 32) - 1, -1, 1 << 32, (1 << 64) - 1, [-(1 << 31), 1], [1 << 31], [-1, 1 << 40], [1 << 63]]
+    "value",
+    [
+        0,
+        (1 << 32) - 1,
+        -1,
+        1 << 32,
+        (1 << 64) - 1,
+        [-(1 << 31), 1],
+        [1 << 31],
+        [-1, 1 << 40],
+        [1 << 63],
+        1e300,
+        [0.5, -1e39],
+    ],
 )
-def test_whole_numbers_of_any_size(tmp_path: Path, value: int | list[int]) -> None:
+def test_numbers_of_any_size(tmp_path: Path, value: float | list[float]) -> None:
     write_gguf(tmp_path / "x.gguf", {"t.value": value}, [stream()])
     with GgufFile(tmp_path / "x.gguf") as file:
         assert np.array_equal(file.metadata["t.value"], value)

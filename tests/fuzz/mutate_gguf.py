@@ -227,6 +227,13 @@ def add_tensor(rng: Random, p: Parts) -> None:
 _FLOATS = {0: ("<f", 4), 1: ("<e", 2), 30: ("<f", 2)}
 
 
+def _sane(rng: Random, t: Tensor) -> bytes:
+    """Numbers with which a model can still compute: random bytes are NaN or very large somewhere."""
+    form, width = _FLOATS[t.kind]
+    few = b"".join(struct.pack(form, rng.choice((-1, 1)) * 2.0 ** rng.randrange(-14, 3))[-width:] for _ in range(16))
+    return (few * (len(t.data) // len(few) + 1))[: len(t.data)]
+
+
 def numbers(rng: Random, p: Parts) -> None:
     """A tensor's bytes: random, one NaN or infinity, all the same, or an index or figure at a border."""
     small = [t for t in p.tensors if b"neuron" in t.name or b"predictor" in t.name]
@@ -235,7 +242,7 @@ def numbers(rng: Random, p: Parts) -> None:
     if not t.data:
         return
     if kind == 0:
-        t.data = rng.randbytes(len(t.data))
+        t.data = rng.randbytes(len(t.data)) if t.kind not in _FLOATS or rng.randrange(4) == 0 else _sane(rng, t)
     elif kind == 1:
         t.data = bytes([rng.choice((0, 255, 127, 128))]) * len(t.data)
     elif kind == 2 and t.kind in _FLOATS:
