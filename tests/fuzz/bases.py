@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 
 from convert.quantize import NUMBERS, encode, fitting
+from runtime import structure
 from runtime.gguf_split import split_model
 from runtime.gguf_write import Stream, write_files
 from runtime.structure import Structure, required_tensors
@@ -135,21 +137,86 @@ MODELS: dict[str, tuple[Structure, str, str]] = {
         "q4_k",
         "spm",
     ),
+    "odd": (
+        replace(
+            LLAMA,
+            embedding_length=36,
+            feed_forward_length=50,
+            head_count=6,
+            head_count_kv=3,
+            head_length=6,
+            rope_dimension_count=4,
+            layout="both",
+        ),
+        "f16",
+        "bpe",
+    ),
 }
 SHARDED = "two-blocks"  # written as shards, too
+
+
+def any_structure(rng: Random) -> tuple[Structure, str, str]:
+    """A consistent model of odd sizes and any combination of properties, with its format and vocabulary."""
+    pick = rng.choice
+    d, n_blocks, heads_kv, head_length = (
+        pick((2, 8, 18, 32, 33, 64, 96, 256)),
+        pick((1, 1, 2, 3)),
+        pick((1, 1, 2, 3)),
+        pick((2, 3, 4, 16, 18, 33, 64, 80, 256)),
+    )
+    rope, predictor = pick(structure.POSITIONS), pick(structure.PREDICTOR_KINDS)
+    gate, residual = pick(structure.GATES), pick(structure.RESIDUALS)
+    values: dict[str, Any] = {
+        "vocab_size": pick((280, 288, 300)), "context_length": pick((40, 300)), "embedding_length": d, "block_count": n_blocks,
+        "feed_forward_length": pick((2, 7, 32, 33, 64, 65, 256)), "head_count": heads_kv * pick((1, 1, 2, 5)), "head_count_kv": heads_kv, "head_length": head_length,
+        "norm": pick(structure.NORMS), "norm_epsilon": pick((1e-5, 1e-30, 0.5)), "position": rope, "ffn_gate": gate,
+        "ffn_activation": pick([a for a in structure.ACTIVATIONS if gate == "gated" or a != "drelu"]), "residual": residual,
+        "norm_placement": "pre" if residual == "parallel" else pick(structure.NORM_PLACEMENTS), "activation_threshold": pick((0.0, 0.1, 1e9)),
+        "token_embedding_length": pick((0, 0, 0, 2, 32, d)), "embedding_scale": pick((1.0, 12.0)), "residual_scale": pick((1.0, 0.5)), "logit_scale": pick((1.0, 1e-3)),
+        "logit_softcap": pick((0.0, 0.0, 30.0)), "qk_norm": pick(structure.QK_NORMS), "rope_scaling": pick(structure.ROPE_SCALINGS), "layout": pick(structure.LAYOUTS),
+        "rope_dimension_count": 0 if rope == "learned" else 2 * rng.randrange(1, max(2, head_length // 2 + 1)), "rope_scaling_factor": pick((1.0, 4.0)),
+        "neuron_order": pick(structure.NEURON_ORDERS), "predictor_tap": pick(structure.PREDICTOR_TAPS), "rope_freq_base": pick((10000.0, 1.0)),
+    }  # fmt: skip
+    flags = (
+        "output_norm",
+        "ffn_bias",
+        "attention_bias",
+        "attention_output_bias",
+        "tied_output",
+        "embedding_norm",
+        "attention_sub_norm",
+        "ffn_sub_norm",
+        "rope_freq_factors",
+    )
+    values |= {name: pick((False, True)) for name in flags}
+    if rope == "learned":
+        values["rope_freq_factors"] = False
+    if predictor != "none":
+        ranks = (0, d) if predictor == "signbit" else (0, 2, 7, 32, 64)
+        values |= {
+            "predictor": predictor,
+            "predictor_rank": tuple(pick(ranks) for _ in range(n_blocks)),
+            "predictor_error": (0.5,) * n_blocks,
+        }
+    return replace(LLAMA, **values), pick(("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k", "q6_k")), pick(("spm", "bpe"))
+
+
+def model_bytes(folder: Path, s: Structure, kind: str, vocabulary: str) -> bytes:
+    """The file of a structure."""
+    path = folder / "any.gguf"
+    write_files(split_model(path, metadata_of(s, kind, vocabulary), _streams(s, kind), 0))
+    return path.read_bytes()
 
 
 def write_models(folder: Path) -> dict[str, Path]:
     """Write every model of MODELS to `folder`, and one as shards; name -> its file, or the first shard."""
     paths = {}
-    for name, (structure, kind, vocabulary) in MODELS.items():
-        keys, streams = metadata_of(structure, kind, vocabulary), _streams(structure, kind)
+    for name, (s, kind, vocabulary) in MODELS.items():
+        keys, streams = metadata_of(s, kind, vocabulary), _streams(s, kind)
         write_files(split_model(folder / f"{name}.gguf", keys, streams, 0))
         paths[name] = folder / f"{name}.gguf"
-    structure, kind, vocabulary = MODELS[SHARDED]
-    files = split_model(
-        folder / "shards.gguf", metadata_of(structure, kind, vocabulary), _streams(structure, kind), 30_000
-    )
+    s, kind, vocabulary = MODELS[SHARDED]
+    files = split_model(folder / "shards.gguf", metadata_of(s, kind, vocabulary), _streams(s, kind), 30_000)
     write_files(files)
     return paths | {"shards": files[0].path}
 

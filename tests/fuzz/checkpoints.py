@@ -287,7 +287,7 @@ def checkpoint_targets(rng_of: Callable[[str, int], Random]) -> list[Target]:
         target("safetensors", lambda rng: plain | {"model.safetensors": header_of(rng)}, _planned),
         target("index", index_files, _planned, 0.5),
         target("tokenizer", tokenizer_files, _tokenizer, 2),
-        target("card", lambda rng: {"README.md": _damaged_file(rng, "README.md", CARD)}, _card, 0.5),
+        target("card", lambda rng: {"README.md": _damaged_file(rng, "README.md", CARD)}, _card, 0.3),
         target("convert", all_files, _converted),
     ]
 

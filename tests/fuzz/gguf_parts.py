@@ -9,10 +9,11 @@ import copy
 import struct
 from dataclasses import dataclass, field
 
+from gguf import GGML_QUANT_SIZES
+
 STRING, ARRAY = 8, 9
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d"}
-# Of the formats in use here: elements and bytes of a block.
-BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 6: (32, 22), 8: (32, 34), 12: (256, 144), 14: (256, 210), 24: (1, 1), 26: (1, 4), 30: (1, 2)}  # fmt: skip
+BLOCKS = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}  # by format: elements and bytes of a block
 
 
 @dataclass

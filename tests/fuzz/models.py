@@ -9,7 +9,7 @@ from random import Random
 
 import runtime
 from fuzz import mutate, mutate_gguf
-from fuzz.bases import write_models
+from fuzz.bases import any_structure, model_bytes, write_models
 from fuzz.gguf_parts import header, parse
 from fuzz.worker import Failed, Files, Target
 from runtime.commands.inspect import inspect
@@ -79,8 +79,15 @@ def model_targets(folder: Path, rng_of: Callable[[str, int], Random]) -> list[Ta
             made[i] = mutate.damaged(rng, shards[i], len(header(parts[i])))
         return {f"shards-{i + 1:05}-of-{len(made):05}.gguf": data for i, data in enumerate(made)}
 
+    def consistent(index: int) -> Files:
+        return {"model.gguf": model_bytes(folder, *any_structure(rng_of("structure", index)))}
+
+    def use(folder: Path) -> bool:
+        return first_token(folder / "model.gguf")
+
     return [
-        Target("first-token", model("first-token"), lambda folder: first_token(folder / "model.gguf"), 6),
+        Target("first-token", model("first-token"), use, 8),
+        Target("structure", consistent, use),
         Target("shards", shard, _shards),
-        Target("inspect", model("inspect"), _described),
+        Target("inspect", model("inspect"), _described, 0.3),
     ]

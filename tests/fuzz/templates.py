@@ -144,4 +144,4 @@ def template_targets(rng_of: Callable[[str, int], Random]) -> list[Target]:
     def make(index: int) -> Files:
         return {"chat_template.jinja": _made(rng_of("template", index)).encode("utf-8", "replace")}
 
-    return [Target("template", make, _rendered, 1, allowance=400 << 20)]
+    return [Target("template", make, _rendered, 0.5, allowance=400 << 20)]
