@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from runtime import ggml
 from runtime.cache import cache_folder
 from runtime.closing import Handles
 from runtime.devices import DeviceInfo, devices
+from runtime.new_file import replacing
 from runtime.sides import Memory, Side, device_kinds, host_kinds
 from runtime.stream import Stream, open_stream
 
@@ -26,6 +27,7 @@ _MATRICES = {"CPU": 4, "GPU": 8}  # together beyond any cache
 _REPEATS = 5
 _STEPS = 200  # crossings that are timed
 _VERSION = 1  # of the file
+_measuring = threading.Lock()  # two threads that measure at once would measure each other
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class Speed:
 
 def speed_of(device: DeviceInfo, threads: int, anew: bool = False) -> Speed:
     """A device's speed; the CPU's is that of a backend with so many threads. Measures where nothing is remembered, or `anew` (a second or two)."""
+    with _measuring:
+        return _speed_of(device, threads, anew)
+
+
+def _speed_of(device: DeviceInfo, threads: int, anew: bool) -> Speed:
     folder = cache_folder()
     path = folder and folder / "bandwidths.json"
     key = f"{device.backend} {device.name} {device.description}, {f'{threads} threads, ' if device.is_stand_in else ''}ggml {ggml.ggml_version().decode()}"
@@ -68,9 +75,8 @@ def _remember(path: Path, known: dict[str, list[float]]) -> None:
     # Where the folder cannot be written, it is measured each time.
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        made = path.with_suffix(f".{os.getpid()}.tmp")
-        made.write_text(json.dumps({"version": _VERSION, "speeds": known}, indent=1), encoding="utf-8")
-        made.replace(path)
+        with replacing(path) as made:
+            made.write_text(json.dumps({"version": _VERSION, "speeds": known}, indent=1), encoding="utf-8")
 
 
 def measure(device: DeviceInfo, threads: int) -> Speed:

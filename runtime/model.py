@@ -66,6 +66,7 @@ def load(
     """
     _check_options(ffn, kv_type, n_batch, predictor_bias)
     team = Threads.of(threads, chosen_cpus(cpus), priority)
+    recorder = Trace(Path(trace)) if trace else None
     file = GgufFile(locate(path))  # nothing is mapped before the engine does it
     options = Options(
         ffn=ffn or ("predicted" if any(file.structure.predictor_rank) else "exact"),
@@ -86,7 +87,7 @@ def load(
     arrangement = arrange(file, wish, team.n, options.ffn, options.n_ctx, KV_TYPES[kv_type], n_batch, predictor_bias)
     with Handles() as handles:
         tokenizer = handles.enter_context(Tokenizer(file.path))
-        engine = handles.enter_context(Engine(file, options, arrangement, Trace(Path(trace)) if trace else None))
+        engine = handles.enter_context(Engine(file, options, arrangement, recorder))
         model = Model(file, engine, tokenizer)
         handles.pop_all()
         return model

@@ -7,6 +7,7 @@ Hugging Face's own rendering offers. Knows nothing of token ids.
 from __future__ import annotations
 
 import json
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -21,6 +22,7 @@ from jinja2.parser import Parser
 from runtime.bounded_template import BoundedEnvironment
 from runtime.errors import UserError
 
+_compiling = threading.Lock()  # filters of warnings belong to the whole process: two threads would restore each other's
 _HINT = "the model file's chat template does not accept this conversation"
 
 
@@ -34,9 +36,8 @@ def render(
     """
     environment = _environment()
     try:
-        with environment.bounded(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # of the code that Jinja makes of odd expressions
-            return environment.from_string(template).render(
+        with environment.bounded():
+            return _compiled(template).render(
                 messages=[dict(message) for message in messages],
                 bos_token=bos,
                 eos_token=eos,
@@ -48,6 +49,12 @@ def render(
         ) from None
     except Exception as error:  # whatever it raises, the template is at fault
         raise UserError(f"chat template: {error}", _HINT) from None
+
+
+def _compiled(template: str) -> jinja2.Template:
+    with _compiling, warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of the code that Jinja makes of odd expressions
+        return _environment().from_string(template)
 
 
 class _Generation(Extension):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.closing import Closing
+from runtime.new_file import check_target, replacing
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,10 @@ class Span:
 
 
 class Trace(Closing):
-    """Collects spans from any thread; `close` writes them to a file."""
+    """Collects spans from any thread; `close` writes them to a file, in the place of an old one. Raises UserError where none can be written."""
 
     def __init__(self, path: Path) -> None:
+        check_target(path, 0, force=True, example="trace.json")
         self.path = path
         self.spans: list[Span] = []
         self.step = 0
@@ -59,4 +61,5 @@ class Trace(Closing):
             }
             for s in self.spans
         ]  # fmt: skip
-        self.path.write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": names + spans}), encoding="utf-8")
+        with replacing(self.path) as made:
+            made.write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": names + spans}), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from checkpoints import CHECKPOINTS
 from filelock import FileLock
+from handles import Handles, idle
 from hub_client import Client
 from hub_server import Hub
 from parrot import WOMEN, make_parrot
@@ -108,3 +110,11 @@ def hub() -> Iterator[Hub]:
 def run(hub: Hub, tmp_path: Path) -> Client:
     """Runs commands against `hub`, with a cache of their own."""
     return Client(hub, tmp_path / "home")
+
+
+@pytest.fixture
+def handles(monkeypatch: pytest.MonkeyPatch) -> Handles:
+    """Counts what native code has handed out since, and makes its calls fail. To be asked for behind fixtures that open models."""
+    gc.collect()
+    idle()
+    return Handles(monkeypatch)

@@ -11,6 +11,7 @@ import pytest
 
 from runtime import ffi, ggml, llama
 from runtime import ggml_devices as gd
+from runtime.worker import on_worker
 
 # What makes a handle, and what takes it back.
 PAIRS = {
@@ -80,3 +81,8 @@ class Handles:
 def is_mapped(path: Path) -> bool:
     """Whether this process has the file in its address space."""
     return any(line.rstrip().endswith(str(path.resolve())) for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def idle() -> None:
+    """Wait until the worker has done what it was asked to do."""
+    on_worker(lambda: None)

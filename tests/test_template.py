@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+import warnings
 from datetime import datetime
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from runtime import template
 from runtime.errors import UserError
 from runtime.template import render
 
@@ -136,3 +139,27 @@ def test_messages_are_not_changed_by_a_template() -> None:
     with pytest.raises(UserError):
         render("{% set _ = messages[0].update({'content': 'x'}) %}", messages, "", "")
     assert messages == [USER]
+
+
+def test_two_threads_leave_the_filters_of_warnings_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that began first ends first."""
+    made, entered, left = template.BoundedEnvironment.from_string, threading.Semaphore(0), threading.Event()
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        entered.release()
+        if threading.current_thread() is first:
+            second.start()
+            for _ in range(2):
+                entered.acquire(timeout=0.3)
+        else:
+            left.wait(0.3)
+        return made(*arguments, **options)
+
+    monkeypatch.setattr(template.BoundedEnvironment, "from_string", slow)
+    first = threading.Thread(target=lambda: (render("{{ bos_token }}", [], "", ""), left.set()))
+    second = threading.Thread(target=render, args=("{{ bos_token }}", [], "", ""))
+    before = list(warnings.filters)
+    first.start()
+    first.join()
+    second.join()
+    assert warnings.filters == before

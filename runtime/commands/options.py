@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from runtime.arrange import Arrangement
+from runtime.closing import Handles
 from runtime.commands.completion import completed
 from runtime.commands.help import HelpParser
 from runtime.cpu_quota import cpu_quota
@@ -75,9 +76,11 @@ class Loading:
         quota = cpu_quota()
         if self.threads and self.threads > max(1, quota):
             note(f"note: {self.threads} threads, on a CPU quota of {quota:g} processors: fewer are faster")
-        model = load(path, **vars(self))
-        if model.arrangement:
-            note(where(model.arrangement))
+        with Handles() as handles:
+            model = handles.enter_context(load(path, **vars(self)))
+            if model.arrangement:
+                note(where(model.arrangement))
+            handles.pop_all()
         return model
 
 
