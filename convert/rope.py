@@ -6,7 +6,7 @@ What counts where these disagree, and what each kind computes, is as in transfor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from convert.config import REQUIRED, Config, shown
 from runtime.errors import UserError
 
 Floats = npt.NDArray[np.float64]
-_LOST = ("rope_theta", "partial_rotary_factor")  # what `rope_scaling` beside `rope_parameters` puts out of force
 _NULLS = ("rope_type", "type", "factor")  # of which a null says something else than nothing
 
 
@@ -130,15 +129,20 @@ def _in_force(config: Config, rope: Rope) -> Config:
     values = {**beside, **given}
     if "original_max_position_embeddings" in beside:  # this one wins beside the object, not within
         values["original_max_position_embeddings"] = beside["original_max_position_embeddings"]
-    for name in _LOST if older.values else ():
-        lost = newer.values.get(name)
-        if lost is not None and lost != values.get(name):
+    if older.values:
+        _check_lost(config.where, newer.values, {"partial_rotary_factor": rope.rotated, **values})
+    return Config(chosen.where if chosen.values else config.where, values)
+
+
+def _check_lost(where: str, lost: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
+    """Refuse a config in which `rope_scaling` puts another value out of force than its own; counts: the values left, None for those of no use."""
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if lost.get(name) is not None and counts[name] is not None and lost[name] != counts[name]:
             raise UserError(
-                f"{config.where}: `rope_parameters` says {name} {shown(lost)}, but `rope_scaling` beside it counts, "
-                f"with {shown(values.get(name))}",
+                f"{where}: `rope_parameters` says {name} {shown(lost[name])}, but `rope_scaling` beside it counts, "
+                f"with {shown(counts[name])}",
                 "put what rope_scaling says into rope_parameters, and take rope_scaling out",
             )
-    return Config(chosen.where if chosen.values else config.where, values)
 
 
 def _kind(parameters: Config) -> str:

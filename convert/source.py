@@ -17,6 +17,7 @@ from convert.converted import in_stored_order, kept_keys, plan_again
 from convert.hub import fetch
 from convert.metadata import general_metadata, read_card
 from convert.plan import NewBlocks, Plan, Types, make_plan, outline, with_neurons
+from convert.powerinfer import MAGIC as POWERINFER_MAGIC
 from convert.powerinfer import PowerInferFile, import_metadata, plan_import, provenance
 from convert.powerinfer_predictor import open_predictors, with_predictors
 from convert.quantize import check_type
@@ -93,6 +94,10 @@ def open_job(source: str, given: Given) -> Job:
         raise UserError(
             f"`{path}`: a GGUF file, expected a checkpoint folder, a Hub id or a PowerInfer file",
             "a converted file can only get other predictors: --import-predictor REPO_OR_DIR, or python -m predictors fit",
+        )
+    elif _magic(path) != POWERINFER_MAGIC and (path.parent / "config.json").is_file():
+        raise UserError(
+            f"`{path}`: a file of a checkpoint, expected its folder", f"python -m convert {path.parent} OUT.gguf"
         )
     else:
         job = _powerinfer_job(path, given)

@@ -339,6 +339,12 @@ def test_weights_under_another_name_are_named(name: str, folder: Path) -> None:
     assert f"no weights in it, but {name} | expected model.safetensors or" in refusal(lambda: open_checkpoint(folder))
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_of_a_checkpoint_as_source(name: str, folder: Path) -> None:
+    found = refusal(lambda: open_job(str(folder / name), Given()))
+    assert f"{name}`: a file of a checkpoint, expected its folder | python -m convert {folder} OUT.gguf" in found
+
+
 # --- files that are something else ------------------------------------------------------------------------------------
 
 

@@ -70,6 +70,7 @@ ROTATIONS: dict[str, dict[str, Any]] = {
     "linear, new": {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4}},
     "type and rope_type": {"rope_scaling": {**LINEAR, "rope_type": "default"}},
     "rope_scaling beside rope_parameters": {"rope_parameters": {"rope_type": "default"}, "rope_scaling": LINEAR},
+    "the usual share beside": {"rope_parameters": {"partial_rotary_factor": 0.5}, "rope_scaling": LINEAR},
     "another kind beside": {"rope_parameters": YARN, "rope_scaling": LINEAR, "rope_theta": 5e5},
     "empty rope_scaling": {"rope_parameters": {**YARN, "rope_theta": 5e5}, "rope_scaling": {}},
     "null rope_scaling": {"rope_parameters": {**YARN, "rope_theta": 5e5}, "rope_scaling": None},
