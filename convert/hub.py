@@ -14,10 +14,12 @@ from convert.checkpoint import FORMATS, refuse_adapter, weight_files
 from runtime.errors import UserError
 from runtime.home import expanded
 from runtime.hub import Listing, parse
+from runtime.pointers import refuse_pointer
 
 if TYPE_CHECKING:
     from runtime.hub_client import Choose, More
 
+_CARD = "README.md"
 _SMALL = (
     "config.json",
     "tokenizer.model",
@@ -28,7 +30,7 @@ _SMALL = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
-    "README.md",
+    _CARD,
 )
 _INDEXES = tuple(f"{weights.file_name}.index.json" for weights in FORMATS)
 
@@ -47,6 +49,9 @@ def fetch(source: str, check: Callable[[Path, str], object] = lambda *_: None) -
 
     folder, repo = _fetch(source, _small_files, "a checkpoint folder", weights)
     if not repo:
+        for path in (folder / name for name in _SMALL if name != _CARD):
+            if path.is_file():
+                refuse_pointer(path)
         check(folder, repo)
     return folder, repo
 

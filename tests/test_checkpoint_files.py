@@ -360,6 +360,13 @@ def test_pointers_of_git_lfs_are_named(name: str, folder: Path) -> None:
     )
 
 
+def test_a_tokenizer_that_is_a_pointer_is_named_and_a_card_is_no_obstacle(folder: Path) -> None:
+    (folder / "README.md").write_text(POINTER)
+    assert open_job(str(folder), Given()).plan.tensors
+    (folder / "tokenizer.model").write_text(POINTER)
+    assert "tokenizer.model`: a pointer of git-lfs" in refusal(lambda: open_job(str(folder), Given()))
+
+
 def test_a_gguf_file_that_is_a_pointer_or_of_the_other_byte_order(tmp_path: Path) -> None:
     (tmp_path / "pointer.gguf").write_text(POINTER)
     (tmp_path / "big.gguf").write_bytes(b"GGUF" + (3).to_bytes(4, "big") + bytes(16))

@@ -173,6 +173,34 @@ def test_heads(body: str, changes: dict[str, Any], expected: tuple[int, int]) ->
     assert (s.head_length, s.head_count_kv) == expected
 
 
+DEFAULTS = {  # field of a structure -> config.json's keys
+    "norm_epsilon": ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
+    "tied_output": ("tie_word_embeddings",),
+    "attention_output_bias": ("attention_bias", "enable_bias"),
+    "ffn_bias": ("mlp_bias", "bias", "enable_bias"),
+    "logit_softcap": ("final_logit_softcapping",),
+    "context_length": ("max_position_embeddings",),
+}
+
+
+@pytest.mark.parametrize("body", [*BODIES, "OPT"])
+def test_values_that_a_config_leaves_out(body: str) -> None:
+    heads = {"BitNet": 20}.get(body, 32)
+    sizes = {"vocab_size": 100, "hidden_size": 16 * heads, "num_hidden_layers": 2, "num_attention_heads": heads}
+    acts = {"Falcon": {"activation": "relu"}, "OPT": {}, "Persimmon": {"hidden_act": "relu2"}}
+    given = {**sizes, "intermediate_size": 96, "ffn_dim": 96, **acts.get(body, {"hidden_act": "relu"})}
+    config = Config("config.json", {"architectures": [f"{body}ForCausalLM"], **given})
+    s, expected = describe(find_arch(config), config), getattr(transformers, f"{body}Config")(**given)
+    window = {"context_length"} if body == "Mistral" else set()
+    checked = 0
+    for field, keys in DEFAULTS.items():
+        for key in keys:
+            if hasattr(expected, key) and field not in window:
+                assert getattr(s, field) == getattr(expected, key), key
+                checked += 1
+    assert checked >= 2
+
+
 @pytest.mark.parametrize(("body", "usual"), [("Mistral", 8), ("Qwen2", 32), ("BitNet", 5), ("Llama", 40)])
 def test_key_value_heads_that_a_config_leaves_out(body: str, usual: int) -> None:
     heads = 2 * usual if body != "Llama" else usual

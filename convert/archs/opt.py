@@ -20,13 +20,13 @@ def _output_norm(config: Config) -> bool:
 ARCH = Arch(
     family="opt",
     architectures=("OPTForCausalLM",),
-    activation=Field("activation_function"),
+    activation=Field("activation_function", "relu"),
     activations={"relu": "relu"},
     base_prefix="model.",
     expect={"layer_norm_elementwise_affine": True},
     keys={
         "vocab_size": Field("vocab_size"),
-        "context_length": Field("max_position_embeddings"),
+        "context_length": Field("max_position_embeddings", 2048),
         "embedding_length": Field("hidden_size"),
         "token_embedding_length": Field("word_embed_proj_dim", Field("hidden_size")),
         "block_count": Field("num_hidden_layers"),
