@@ -10,6 +10,7 @@ import operator
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Set
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, TypeVar
 
 from runtime.errors import UserError
@@ -17,11 +18,17 @@ from runtime.errors import UserError
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def integer(name: str, value: Any, expected: str = "a whole number") -> int:
+    """A whole number."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise _wrong(name, value, expected)
+    return int(value)
+
+
 def whole(name: str, value: Any, low: int, high: int) -> int:
     """A whole number from `low` to `high`."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise _wrong(name, value, f"a whole number from {low} to {high}")
-    if not low <= (found := int(value)) <= high:
+    found = integer(name, value, f"a whole number from {low} to {high}")
+    if not low <= found <= high:
         raise _wrong(name, value, f"{low} to {high}")
     return found
 
@@ -78,6 +85,23 @@ def texts(name: str, values: Any) -> tuple[str, ...]:
         if not isinstance(value, str) or not value:
             raise UserError(f"{name}: {_shown(value)} is among its texts, expected texts of one character or more")
     return tuple(map(str, found))
+
+
+def integers(name: str, values: Any) -> int | tuple[int, ...] | None:
+    """Whole numbers: one, several, or None for none."""
+    if values is None or isinstance(values, Integral):
+        return None if values is None else integer(name, values)
+    found = None if isinstance(values, str) else _listed(values)
+    if found is None:
+        raise _wrong(name, values, "a whole number or a list of them")
+    return tuple(integer(name, value) for value in found)
+
+
+def path(name: str, value: Any, expected: str = "a path") -> Path:
+    """A path, or a text that is one."""
+    if not isinstance(value, str | Path):
+        raise _wrong(name, value, expected)
+    return Path(value)
 
 
 def function(name: str, value: Function | None) -> Function | None:

@@ -18,7 +18,8 @@ from typing import SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from runtime.arguments import function, functions, limit, texts, token_ids
+from runtime.arguments import function, functions, integer, integers, limit, number, texts, token_ids, whole
+from runtime.arguments import path as as_path
 from runtime.arrange import Wish, arrange
 from runtime.closing import Closing, Handles, closed
 from runtime.devices import AUTO, parse_names
@@ -33,6 +34,7 @@ from runtime.threads import Threads, chosen_cpus
 from runtime.tokenizer import Tokenizer
 from runtime.trace import Trace
 
+_MOST = 1 << 24  # tokens at once
 DEFAULT_N_CTX = 8192  # at most, where the user names none: keys and values are allocated when the model is loaded
 
 
@@ -64,10 +66,14 @@ def load(
     hot: neurons of every block (or of each) on the first device, instead of what the planner chooses. trace: a file for Chrome's trace viewer, written by `close`.
     Raises UserError for a file that is not ours, damaged or incomplete, for options out of range, and where memory does not suffice.
     """
-    _check_options(ffn, kv_type, n_batch, predictor_bias)
+    _check_modes(ffn, kv_type)
+    n_batch, bias = whole("n_batch", n_batch, 1, _MOST), number("predictor_bias", predictor_bias, -math.inf, math.inf)
+    placed = integers("hot", hot)
     team = Threads.of(threads, chosen_cpus(cpus), priority)
-    recorder = Trace(Path(trace)) if trace else None
-    file = GgufFile(locate(path))  # nothing is mapped before the engine does it
+    recorder = Trace(as_path("trace", trace)) if trace else None
+    file = GgufFile(
+        locate(as_path("path", path, "a file, or a name on the Hub"))
+    )  # nothing is mapped before the engine does it
     options = Options(
         ffn=ffn or ("predicted" if any(file.structure.predictor_rank) else "exact"),
         threads=team.n,
@@ -75,16 +81,16 @@ def load(
         kv_type=kv_type,
         flash_attention=flash_attention,
         n_batch=n_batch,
-        predictor_bias=predictor_bias,
+        predictor_bias=bias,
         cpus=team.cpus,
         priority=team.priority,
     )
     wish = Wish(
         names=parse_names(device),
         budgets=parse_budgets(vram_budget),
-        hot=hot if hot is None or isinstance(hot, int) else tuple(hot),
+        hot=placed,
     )
-    arrangement = arrange(file, wish, team.n, options.ffn, options.n_ctx, KV_TYPES[kv_type], n_batch, predictor_bias)
+    arrangement = arrange(file, wish, team.n, options.ffn, options.n_ctx, KV_TYPES[kv_type], n_batch, bias)
     with Handles() as handles:
         tokenizer = handles.enter_context(Tokenizer(file.path))
         engine = handles.enter_context(Engine(file, options, arrangement, recorder))
@@ -93,22 +99,18 @@ def load(
         return model
 
 
-def _check_options(ffn: str | None, kv_type: str, n_batch: int, predictor_bias: float) -> None:
+def _check_modes(ffn: str | None, kv_type: str) -> None:
     if ffn is not None and ffn not in FFN_MODES:
         raise UserError(f"ffn mode `{ffn}`, expected one of {', '.join(FFN_MODES)}")
-    if kv_type not in KV_TYPES:
+    if kv_type not in list(KV_TYPES):  # of any type
         raise UserError(f"kv_type `{kv_type}`, expected one of {', '.join(KV_TYPES)}")
-    if n_batch < 1:
-        raise UserError(f"n_batch {n_batch}, expected at least 1")
-    if math.isnan(predictor_bias):
-        raise UserError("predictor_bias is not a number")
 
 
 def _context(file: GgufFile, n_ctx: int | None) -> int:
     limit = file.structure.context_length
     if n_ctx is None:
         return min(limit, DEFAULT_N_CTX)
-    if not 1 <= n_ctx <= limit:
+    if not 1 <= (n_ctx := integer("n_ctx", n_ctx)) <= limit:
         raise UserError(f"`{file.path}`: n_ctx {n_ctx}, expected 1 to {limit}, the model's own limit")
     return n_ctx
 

@@ -40,15 +40,14 @@ class Threads:
     @classmethod
     def of(cls, n: int | None, cpus: tuple[int, ...], priority: str) -> Threads:
         """Checked; n: None for `default_threads`, of `cpus` where some are named. Raises UserError for what this machine does not have or allow."""
-        if n is not None and not 1 <= n <= MAX_THREADS:
-            raise UserError(f"{n} threads, expected 1 to {MAX_THREADS}")
-        if priority not in PRIORITIES:
+        n = default_threads(cpus) if n is None else whole("threads", n, 1, MAX_THREADS)
+        if priority not in list(PRIORITIES):  # of any type
             raise UserError(f"priority `{priority}`, expected one of {', '.join(PRIORITIES)}")
         missing = set(cpus) - _usable()
         if missing:
             raise UserError(f"processor {min(missing)}: this process may use {_listed(_usable())}")
         _check_allowed(priority)
-        return cls(n or default_threads(cpus), tuple(sorted(set(cpus))), priority)
+        return cls(n, tuple(sorted(set(cpus))), priority)
 
     def pool(self) -> ggml.ThreadpoolP | None:
         """A pool to be set on a CPU backend and freed by the caller; None where nothing was asked for. Call it on the thread that computes."""

@@ -154,3 +154,42 @@ def test_the_repeat_penalty_counts_the_prompts_last_tokens(
     generation = model.generate([1, 300, 330, 340], 3, sampling, cache_prompt=cache_prompt, logits_processors=fixed)
     list(generation)
     assert generation.token_ids == expected
+
+
+# --- load -------------------------------------------------------------------------------------------------------------
+
+
+def test_load_takes_numbers_of_every_kind(tiny_gguf: Path) -> None:
+    options: dict[str, Any] = {
+        "threads": np.int64(1),
+        "n_ctx": np.uint16(64),
+        "n_batch": np.int8(8),
+        "cpus": iter([np.int32(0)]),
+    }
+    with runtime.load(str(tiny_gguf), device="none", predictor_bias=np.float32(np.inf), **options) as model:
+        assert (model.threads, model.n_ctx) == (1, 64)
+        assert model.logits([1, 5, 6]).shape == (3, 4096)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("path", [None, 5, b"x", ["a"]]),
+        ("ffn", [5, ["exact"], "lazy", b"exact"]),
+        ("threads", [1.0, "1", True, 0, -1, 513, float("nan"), [1]]),
+        ("n_ctx", [64.0, "64", True, 0, -1, 10**9]),
+        ("kv_type", [["f16"], None, 5, "f64"]),
+        ("n_batch", [0, -1, 1.5, "8", None, True]),
+        ("predictor_bias", [float("nan"), "1", None, True, 1j]),
+        ("cpus", [[0.0], 5, "x", None, [True]]),
+        ("priority", [None, 5, ["low"], "x"]),
+        ("device", [None, 5, ["none"], "x"]),
+        ("hot", [1.5, "x", [1.5], True, {1: 2}]),
+        ("trace", [5, ["x"]]),
+    ],
+)
+def test_load_refuses_what_has_no_meaning(tiny_gguf: Path, name: str, values: list[Any]) -> None:
+    for value in values:
+        options = {"path": tiny_gguf, "device": "none", name: value}
+        with pytest.raises(UserError, match=rf"\b{name}\b.*(, expected |, found CPU)"):
+            runtime.load(**options)

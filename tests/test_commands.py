@@ -294,7 +294,7 @@ def test_files_that_are_no_model(verb: str, model: str, message: str, tmp_path: 
     [
         (("complete", "MODEL", "-p", "x", "--n-ctx", "1025"), "n_ctx 1025, expected 1 to 1024"),
         (("chat", "MODEL", "--n-ctx", "0"), "n_ctx 0, expected 1 to 1024"),
-        (("complete", "MODEL", "-p", "x", "--threads", "0"), "0 threads"),
+        (("complete", "MODEL", "-p", "x", "--threads", "0"), "threads is 0"),
         (("complete", "MODEL", "-p", "x", "--temp", "-1"), "temperature is -1.0"),
         (("complete", "MODEL", "-p", "x", "--top-p", "nan"), "top_p is nan"),
         (("complete", "MODEL", "-p", "x", "-n", "0"), "--max-tokens/-n: 0"),

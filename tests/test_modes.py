@@ -211,8 +211,8 @@ def test_an_unclosed_model_warns(converted: Converted) -> None:
     [
         ({"ffn": "fast"}, "ffn mode `fast`"),
         ({"kv_type": "q8_0"}, "kv_type `q8_0`"),
-        ({"threads": 0}, "0 threads"),
-        ({"n_batch": 0}, "n_batch 0"),
+        ({"threads": 0}, "threads is 0"),
+        ({"n_batch": 0}, "n_batch is 0"),
     ],
 )
 def test_options_out_of_range(converted: Converted, option: dict[str, Any], message: str) -> None:

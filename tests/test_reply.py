@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from parrot import WOMEN
 
@@ -231,3 +232,23 @@ def test_a_retry_that_never_began_keeps_the_reply(model: Model) -> None:
     with pytest.raises(KeyboardInterrupt):
         session.take("/retry", interrupted)
     assert session.conversation.messages == before
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_the_repeat_penalty_of_a_reply_sees_the_whole_conversation(
+    template: str | None, model: Model, asked: list[Asked]
+) -> None:
+    penalty = Sampling(temperature=0, repeat_penalty=1.5, repeat_last_n=-1, seed=1)
+    session = Session(model, Conversation(template, "<s>", "</s>"), penalty, 8)
+    session.reply("My fellow citizens,", going_on)
+    session.reply("we must", going_on)
+    session.take("/retry", lambda text: session.reply(text, going_on))
+    for request in asked[:]:
+        ids, expected = [*request.ids], []
+        for _ in request.generation.token_ids:
+            row = model.logits(ids)[-1].astype(np.float64)
+            seen = np.unique(ids)
+            row[seen] = np.where(row[seen] > 0, row[seen] / 1.5, row[seen] * 1.5)
+            expected.append(int(row.argmax()))
+            ids.append(expected[-1])
+        assert request.generation.token_ids == expected

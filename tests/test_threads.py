@@ -56,7 +56,7 @@ def test_processors_from_python() -> None:
 def test_what_the_machine_does_not_have() -> None:
     with pytest.raises(UserError, match="processor 511"):
         Threads.of(None, (0, 511), "normal")
-    with pytest.raises(UserError, match="513 threads"):
+    with pytest.raises(UserError, match="threads is 513"):
         Threads.of(513, (), "normal")
     with pytest.raises(UserError, match="priority `urgent`"):
         Threads.of(1, (), "urgent")
