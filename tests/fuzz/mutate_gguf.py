@@ -287,9 +287,9 @@ TENSOR_CHANGES: tuple[Change, ...] = (shape, tensor_type, place, tensor_name, dr
 def damaged(rng: Random, p: Parts) -> bytes:
     """The file with one to three faults."""
     p = p.copy()
-    for _ in range(rng.choice((1, 1, 2, 3))):
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
         kind = rng.randrange(20)
-        if kind < 9:
+        if kind < 11:
             numbers(rng, p) if p.tensors else None
         elif kind < 17:
             rng.choice(KEY_CHANGES)(rng, p) if p.entries else None
