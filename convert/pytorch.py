@@ -56,9 +56,16 @@ def read_bare(file: Path) -> Array:
     Raises UserError when it holds something else, cannot be read, or torch is absent.
     """
     value = _read(file)
-    if not isinstance(value, _torch().Tensor):
-        raise _unreadable(file, ValueError(f"a {type(value).__name__}, expected a tensor"))
+    if not isinstance(value, _torch().Tensor) or str(value.dtype) not in _DTYPES or not _is_plain(value):
+        raise _unreadable(file, ValueError(f"a {type(value).__name__}, expected a dense tensor of numbers"))
     return _Tensor(value)[:]
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether a tensor is dense and all there: one of strides 0 says more numbers than a file holds."""
+    if tensor.layout != _torch().strided or tensor.is_nested or tensor.device.type != "cpu" or tensor.is_neg():
+        return False
+    return bool(tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes())
 
 
 def _torch() -> Any:
@@ -83,7 +90,7 @@ def _load(file: Path) -> dict[str, Any]:
             f"`{file}`: the tensors are inside `{inside[0]}`, expected a dict of tensors alone",
             f"save that part alone: torch.save(torch.load(FILE, weights_only=True)['{inside[0]}'], FILE)",
         )
-    odd = [name for name, value in tensors.items() if not isinstance(name, str) or value.layout != _torch().strided]
+    odd = [name for name, value in tensors.items() if not isinstance(name, str) or not _is_plain(value)]
     if odd:
         raise _unreadable(file, ValueError(f"{odd[0]!r} is no name of a dense tensor"))
     return tensors

@@ -259,7 +259,15 @@ def test_a_pickle_of_parameters_and_other_values(folder: Path) -> None:
     assert (folder.parent / "x.gguf").read_bytes() == usual.read_bytes()
 
 
-@pytest.mark.parametrize("odd", [{3: torch.ones(2)}, {"x": torch.eye(3).to_sparse()}])
+ODD: list[dict[Any, torch.Tensor]] = [
+    {3: torch.ones(2)},
+    {"x": torch.eye(3).to_sparse()},
+    {"x": torch.empty(3, device="meta")},
+    {"x": torch.ones(1).expand(1 << 20, 1 << 20)},
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=["number", "sparse", "meta", "expanded"])
 def test_pickles_with_odd_tensors(odd: dict[Any, torch.Tensor], folder: Path) -> None:
     torch.save(odd, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()

@@ -283,8 +283,8 @@ def checkpoint_targets(rng_of: Callable[[str, int], Random]) -> list[Target]:
 
     plain = {"config.json": small["config.json"]}
     return [
-        target("config", lambda rng: {"config.json": config(rng)}, _described),
-        target("safetensors", lambda rng: plain | {"model.safetensors": header_of(rng)}, _planned),
+        target("config", lambda rng: {"config.json": config(rng)}, _described, 3),
+        target("safetensors", lambda rng: plain | {"model.safetensors": header_of(rng)}, _planned, 2),
         target("index", index_files, _planned, 0.5),
         target("tokenizer", tokenizer_files, _tokenizer, 2),
         target("card", lambda rng: {"README.md": _damaged_file(rng, "README.md", CARD)}, _card, 0.3),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from convert import pytorch
+from convert.checkpoint import FLOATS
 from convert.job import convert
 from fuzz import mutate, mutate_gguf, mutate_json
 from fuzz.bases import VOCAB, sentencepiece
@@ -91,9 +92,15 @@ def _imported(folder: Path) -> bool:
 
 def _read_pickle(folder: Path) -> bool:
     path = folder / "pytorch_model.bin"
-    for name in pytorch.inspect(path):
-        with pytorch.open_tensor(path, name) as tensor:
-            np.asarray(tensor[:]).nbytes  # noqa: B018
+    for name, (_, kind) in pytorch.inspect(path).items():
+        if kind in FLOATS:  # others are refused by their type
+            with pytorch.open_tensor(path, name) as tensor:
+                tensor[:]
+    return True
+
+
+def _read_bare(folder: Path) -> bool:
+    pytorch.read_bare(folder / "pytorch_model.bin")
     return True
 
 
@@ -110,7 +117,13 @@ def pickles() -> list[bytes]:
         "c": torch.zeros(2, dtype=torch.int64),
     }
     out = [(Path(__file__).parent / "before-torch-1.6.bin").read_bytes()]
-    for value in (state, state["a"], {"state_dict": state, "step": 3}):
+    odd = {
+        "a": torch.ones(1).expand(9, 9),
+        "b": torch.eye(3).to_sparse(),
+        "c": torch.empty(3, device="meta"),
+        "d": torch.nn.Parameter(torch.ones(2)),
+    }
+    for value in (state, state["a"], {"state_dict": state, "step": 3}, odd, state | {"d": odd["d"]}):
         buffer = io.BytesIO()
         torch.save(value, buffer)
         out.append(buffer.getvalue())
@@ -171,5 +184,6 @@ def other_targets(rng_of: Callable[[str, int], Random]) -> list[Target]:
             "powerinfer", lambda rng: {"old.powerinfer.gguf": mutate_gguf.damaged(rng, rng.choice(files))}, _imported
         ),
         target("pickle", lambda rng: {"pytorch_model.bin": _damaged_pickle(rng, rng.choice(saved))}, _read_pickle),
-        target("conversation", lambda rng: {"chat.json": mutate_json.damaged(rng, chat, words)}, _loaded, 0.5),
+        target("counts", lambda rng: {"pytorch_model.bin": _damaged_pickle(rng, rng.choice(saved))}, _read_bare, 0.3),
+        target("conversation", lambda rng: {"chat.json": mutate_json.damaged(rng, chat, words)}, _loaded),
     ]
