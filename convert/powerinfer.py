@@ -23,6 +23,7 @@ from convert.plan import Given, Plan, PlannedTensor, Types
 from convert.powerinfer_bodies import ACTIVATION, BODIES, INSTEAD, TIED, TOKENIZERS
 from convert.quantize import fitting
 from convert.rewrites import Heads, Shape, named
+from runtime import ggml
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile, TensorInfo
 from runtime.structure import ARCHITECTURE, Structure, required_tensors
@@ -158,8 +159,10 @@ def _planned(file: PowerInferFile, name: str, shape: Shape, source: Source | Non
             f"`{file.path}`: tensor `{info.name}` has shape {list(info.ne)}, expected {list(expected)} from the file's own keys",
             _DAMAGED,
         )
-    if len(shape) == 1 and info.type != "f32":
-        raise UserError(f"`{file.path}`: tensor `{info.name}` has type {info.type}, expected f32", _DAMAGED)
+    vector = len(shape) == 1
+    if not (info.type == "f32" if vector else _multiplies(info)):
+        wanted = "f32" if vector else "a float or quantised type"
+        raise UserError(f"`{file.path}`: tensor `{info.name}` has type {info.type}, expected {wanted}", _DAMAGED)
     if first is not None:
         kind = info.type.lower()
         return PlannedTensor(name, Kept(file.path, info, first), shape, kind, kind)
@@ -168,6 +171,11 @@ def _planned(file: PowerInferFile, name: str, shape: Shape, source: Source | Non
     heads = Heads(s.head_count, s.head_count_kv, s.head_length)
     rewrite = named(source.rewrite, heads)
     return PlannedTensor(name, made, shape, fitting(wanted, shape[0]), wanted, rewrite=rewrite)
+
+
+def _multiplies(info: TensorInfo) -> bool:
+    """Whether rows of the tensor's type can be multiplied with, and read."""
+    return info.type in ggml.TYPES and bool(ggml.ggml_get_type_traits_cpu(info.type_id).contents.vec_dot)
 
 
 def _rows(rewrite: str, shape: Shape, s: Structure) -> tuple[int | None, Shape]:
