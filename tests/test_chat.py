@@ -27,7 +27,7 @@ GREEDY = Sampling(temperature=0)
 def chat(*arguments: object, stdin: str | bytes) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "runtime", "chat", *map(str, arguments), "--threads", "1"]
     raw = stdin if isinstance(stdin, bytes) else stdin.encode()
-    done = subprocess.run(command, cwd=ROOT, input=raw, capture_output=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, input=raw, capture_output=True, timeout=600, check=False)
     return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 

@@ -32,7 +32,7 @@ def run_alone(module: str, *arguments: object, stdin: str = "") -> subprocess.Co
     """In a process of its own, through its pipes."""
     return subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
-        cwd=ROOT, input=stdin, capture_output=True, encoding="utf-8", timeout=120, check=False,
+        cwd=ROOT, input=stdin, capture_output=True, encoding="utf-8", timeout=600, check=False,
     )  # fmt: skip
 
 

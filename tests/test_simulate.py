@@ -94,7 +94,7 @@ def test_cards_are_not_overfilled() -> None:
 
 def test_the_command() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "bench.simulate"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "bench.simulate"], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -105,7 +105,7 @@ def test_the_command() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     assert (wrong.returncode, wrong.stdout) == (1, "")

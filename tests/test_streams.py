@@ -27,7 +27,7 @@ def run(redirect: str, *words: object, stdin: bytes = b"", **env: str) -> subpro
     """`python WORDS` with a redirection such as `<&-`."""
     command = ["sh", "-c", f'exec "$@" {redirect}', "sh", sys.executable, *map(str, words)]
     values = {k: v for k, v in os.environ.items() if k not in ("PYTHONIOENCODING", "PYTHONUNBUFFERED")} | env
-    return subprocess.run(command, cwd=ROOT, input=stdin, env=values, capture_output=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=ROOT, input=stdin, env=values, capture_output=True, timeout=600, check=False)
 
 
 def model_command(name: str, model: Path, *options: object) -> tuple[object, ...]:
@@ -108,7 +108,7 @@ def test_a_reader_who_leaves_is_no_error(words: str) -> None:
 def _left_alone(writing: int, words: list[str]) -> tuple[int, bytes]:
     with subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE) as process:
         os.close(writing)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=600)
     return process.returncode, errors
 
 
@@ -120,7 +120,7 @@ def test_notes_that_cannot_be_written_change_nothing(tiny_gguf: Path) -> None:
     os.close(reading)
     command = [sys.executable, *map(str, words)]
     done = subprocess.run(
-        command, cwd=ROOT, input=b"We hold\n", stdout=subprocess.PIPE, stderr=writing, timeout=60, check=False
+        command, cwd=ROOT, input=b"We hold\n", stdout=subprocess.PIPE, stderr=writing, timeout=600, check=False
     )
     os.close(writing)
     assert (done.returncode, done.stdout) == (0, usual.stdout)

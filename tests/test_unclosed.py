@@ -32,7 +32,7 @@ def path(converted: Callable[..., Path]) -> Path:
 
 def run_program(text: str, *arguments: object, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *options, "-c", text, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
 
 
 def test_a_finaliser_on_the_worker_does_not_wait_for_it(path: Path) -> None:
