@@ -37,7 +37,7 @@ $(MODEL): $(VENV)/.setup $(wildcard examples/tiny-relu-llama/* convert/*.py conv
 	@mkdir -p $(dir $@)
 	@$(PY) -m convert examples/tiny-relu-llama $@ --force >&2
 
-# A worker per processor, up to four: each takes some 1.5 GB. One file, or with output: see CONTRIBUTING.md.
+# A worker per processor, up to four: each takes about 1 GB. One file, or with output: see CONTRIBUTING.md.
 test: $(VENV)/.test
 	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
