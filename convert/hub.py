@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _CARD = "README.md"
 _SMALL = (
     "config.json",
+    "generation_config.json",
     "tokenizer.model",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -30,6 +31,8 @@ _SMALL = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
     _CARD,
 )
 _INDEXES = tuple(f"{weights.file_name}.index.json" for weights in FORMATS)

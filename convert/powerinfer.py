@@ -23,6 +23,7 @@ from convert.plan import Given, Plan, PlannedTensor, Types
 from convert.powerinfer_bodies import ACTIVATION, BODIES, INSTEAD, TIED, TOKENIZERS
 from convert.quantize import fitting
 from convert.rewrites import Heads, Shape, named
+from convert.tokenizer import filler
 from runtime import ggml
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile, TensorInfo
@@ -231,8 +232,9 @@ def _tokenizer(file: PowerInferFile, vocab_size: int) -> dict[str, Any]:
         raise UserError(
             f"`{file.path}`: {len(tokens)} tokens, expected 1 to {vocab_size}, a row of embeddings for each"
         )
+    taken = set(tokens)
     fill = {
-        "tokens": [f"[PAD{i}]" for i in range(len(tokens), vocab_size)],
+        "tokens": [filler(i, taken) for i in range(len(tokens), vocab_size)],
         "scores": _UNSAID,
         "token_type": spm.UNUSED,
     }

@@ -21,7 +21,7 @@ from convert.powerinfer import MAGIC as POWERINFER_MAGIC
 from convert.powerinfer import PowerInferFile, import_metadata, plan_import, provenance
 from convert.powerinfer_predictor import open_predictors, with_predictors
 from convert.quantize import check_type
-from convert.tokenizer import tokenizer_metadata
+from convert.tokenizer import Converted, convert_tokenizer
 from predictors.evaluate import total_bytes
 from predictors.fit import ModelFit
 from runtime.errors import UserError
@@ -127,8 +127,9 @@ def _checkpoint_job(source: str, given: Given) -> Job:
     checkpoint = open_checkpoint(folder)
     plan = make_plan(checkpoint, types, *described(folder, repo))
     told = "--ffn-type" if given.ffn_type else _ffn_source(plan, checkpoint)
-    plan = replace(plan, notes=plan.notes + read_card(folder / "README.md")[1])
-    return Job(checkpoint, plan, _metadata(folder, repo, plan), told)
+    tokenizer = convert_tokenizer(folder, plan.structure.vocab_size)
+    plan = replace(plan, notes=(*plan.notes, *read_card(folder / "README.md")[1], *tokenizer.notes))
+    return Job(checkpoint, plan, _metadata(folder, repo, plan, tokenizer), told)
 
 
 def _ffn_source(plan: Plan, checkpoint: Checkpoint) -> str:
@@ -137,11 +138,11 @@ def _ffn_source(plan: Plan, checkpoint: Checkpoint) -> str:
     return "config.json" if told == plan.structure.ffn_activation else "models.toml"
 
 
-def _metadata(folder: Path, repo: str, plan: Plan) -> dict[str, Any]:
+def _metadata(folder: Path, repo: str, plan: Plan, tokenizer: Converted) -> dict[str, Any]:
     return {
         **general_metadata(folder, repo, plan.types.main),
         **plan.structure.to_metadata(),
-        **tokenizer_metadata(folder, plan.structure.vocab_size),
+        **tokenizer.metadata,
     }
 
 

@@ -1,20 +1,27 @@
 """A checkpoint's tokenizer as GGUF key-value pairs (`tokenizer.ggml.*`, `tokenizer.chat_template`).
 
-Two kinds: SentencePiece BPE (`tokenizer.model`) and byte-level BPE (`tokenizer.json`, or `vocab.json` with
-`merges.txt`). libllama does the tokenizing later, so whatever it would do differently is refused here.
-Knows nothing of tensors or architectures.
+Two kinds: SentencePiece BPE (`tokenizer.model`, or its merges in `tokenizer.json`) and byte-level BPE (`tokenizer.json`, or
+`vocab.json` with `merges.txt`). libllama does the tokenizing later: what is written here is compared with the source's own
+library, and refused where it differs. Knows nothing of tensors or architectures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from convert import bpe, spm
-from convert.config import Config, read_json_if_any
+from convert.added_tokens import AddedToken, SpecialTokens, read_added, read_special
+from convert.chat_template import chat_template
+from convert.config import Config, read_json, read_json_if_any
+from convert.end_tokens import end_tokens, first_id
+from convert.merges import Spaces, is_sentencepiece, read_merged
+from convert.oracles import Oracle, SentencePieceOracle, TokenizersOracle
+from convert.self_check import check_ids
 from runtime.errors import UserError
+from runtime.text_rules import KEYS
 
 # GGUF's names of the special tokens and their ids.
 _SPECIAL_KEYS = {
@@ -26,189 +33,295 @@ _SPECIAL_KEYS = {
 }
 _ADDED_SCORE = -1000.0  # of tokens that no merge may produce
 _REFETCH = "fetch the tokenizer's files again from where the checkpoint came from"
+_OTHER = "the tokenizer belongs to another checkpoint, or tokens were added to it without resizing the embeddings"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A tokenizer's GGUF key-value pairs, and what its user should know."""
+
+    metadata: dict[str, Any]
+    notes: tuple[str, ...]
 
 
 @dataclass
 class Vocabulary:
-    """Tokens by id with their GGUF types and scores, plus what is particular to the tokenizer's kind."""
+    """Tokens by id with their GGUF types and scores, plus what is particular to the tokenizer's kind.
 
-    tokens: list[str]
-    types: list[int]
-    scores: list[float]
-    metadata: dict[str, Any]
-    add_bos: bool
+    source: names the file in errors. model: a tokenizer.model. values: a tokenizer.json, if it came from one. spaces: what is put
+    before texts. bytes: whether tokens are written in GPT-2's alphabet of bytes. nfc: whether texts are composed.
+    """
+
+    source: str
+    kind: dict[str, Any]
+    tokens: list[str] = field(default_factory=list)
+    types: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    model: spm.SentencePiece | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+    spaces: Spaces = field(default_factory=lambda: Spaces(prefix=False))
+    bytes: bool = False
+    nfc: bool = False
+
+    def extend(self, token_id: int) -> None:
+        """Make room up to and including `token_id`, with unused tokens in the gaps, whose names `fill` may change."""
+        for _ in range(len(self.tokens), token_id + 1):
+            self.tokens.append("")
+            self.types.append(spm.UNUSED)
+            self.scores.append(_ADDED_SCORE)
+
+    def set(self, token_id: int, text: str, kind: int, score: float) -> None:
+        """Give a token its text, type and score."""
+        self.extend(token_id)
+        self.tokens[token_id], self.types[token_id], self.scores[token_id] = text, kind, score
+
+    def fill(self) -> None:
+        """Name the tokens that have no text, unlike any that has one."""
+        taken = set(self.tokens)
+        for i, text in enumerate(self.tokens):
+            if not text:
+                self.tokens[i], self.types[i] = filler(i, taken), spm.UNUSED
 
 
-@dataclass(frozen=True)
-class AddedToken:
-    """A token that is matched as a whole before the rest of a text is split."""
+def filler(token_id: int, taken: set[str]) -> str:
+    """A text for an unused token that no other has; it is added to those that are taken."""
+    name = f"[PAD{token_id}]"
+    while name in taken:
+        name = f"[{name}]"
+    taken.add(name)
+    return name
 
-    text: str
-    special: bool
 
-
-def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
+def convert_tokenizer(folder: Path, vocab_size: int) -> Converted:
     """The tokenizer in `folder` as GGUF key-value pairs, for a model with `vocab_size` rows of embeddings.
 
-    Missing ids become unused `[PAD<id>]` tokens. Raises UserError when there is no tokenizer, one of another kind, one
-    that libllama would not reproduce, or one with more tokens than the model.
+    Missing ids become unused `[PAD<id>]` tokens; added tokens beyond the embeddings, and those whose text another token has, are
+    left out with a note. Raises UserError when there is no tokenizer, one of another kind, one whose ids libllama would not
+    give, or one with more tokens than the model.
     """
     config = read_json_if_any(folder / "tokenizer_config.json")
     try:
-        vocabulary = _read(folder, config, vocab_size)
-        added = dict(_added_tokens(folder, config))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return _converted(folder, config, vocab_size)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(
-            f"`{folder}`: the tokenizer's files are malformed ({type(error).__name__}: {error})", _REFETCH
+            f"`{folder}`: the tokenizer's files are malformed ({type(error).__name__}: {str(error)[:200]})", _REFETCH
         ) from None
-    _check_ids(added, vocab_size, folder)
-    _add_tokens(vocabulary, added)
-    _extend(vocabulary, vocab_size - 1)
-    return {
-        **vocabulary.metadata,
-        "tokenizer.ggml.tokens": vocabulary.tokens,
-        "tokenizer.ggml.token_type": vocabulary.types,
-        **_special_ids(folder, config, vocabulary.tokens),
-        "tokenizer.ggml.add_bos_token": config.get("add_bos_token", bool, vocabulary.add_bos),
-        "tokenizer.ggml.add_eos_token": config.get("add_eos_token", bool, False),
-        **_chat_template(folder, config),
-    }
 
 
-def _read(folder: Path, config: Config, vocab_size: int) -> Vocabulary:
-    if (folder / "tokenizer.model").exists():
-        model = spm.read_sentencepiece(folder / "tokenizer.model")
-        _check_sentencepiece(model, folder / "tokenizer.model")
-        _check_ids(range(len(model.pieces)), vocab_size, folder)
-        return _sentencepiece(model)
-    byte_level = _read_byte_level(folder, config)
-    _check_ids(byte_level.vocab.values(), vocab_size, folder)
-    return _byte_level(byte_level)
+def _converted(folder: Path, config: Config, vocab_size: int) -> Converted:
+    special = read_special(folder, config)
+    listed = read_added(folder, config, special)
+    notes: list[str] = []
+    added = _within(listed, vocab_size, folder, notes)
+    vocabulary = _read(folder, config, {token.text for token in added.values()} | {*special.named.values()}, notes)
+    _check_size(vocabulary, vocab_size, folder)
+    added |= _named(vocabulary, special, added)
+    added = _add_tokens(vocabulary, added, notes)
+    vocabulary.extend(vocab_size - 1)
+    vocabulary.fill()
+    _check_texts(vocabulary, folder)
+    oracle = _oracle(vocabulary, added, vocab_size)
+    template, more = chat_template(folder, config, special)
+    metadata = _keys(vocabulary, added) | _special_keys(folder, config, special, vocabulary) | template
+    pieces = [_plain(vocabulary, i) for i, kind in enumerate(vocabulary.types) if kind == spm.NORMAL]
+    told = any(config.values.get(f"add_{short}_token") is not None for short in ("bos", "eos"))
+    whole = (
+        oracle.whole
+        if isinstance(oracle, TokenizersOracle) and vocabulary.values.get("post_processor") and not told
+        else None
+    )
+    cut = {*(token.text for token in added.values()), *_cut(vocabulary)}
+    check_ids(metadata, oracle, sorted(cut), [piece for piece in pieces if piece], vocabulary.source, whole)
+    return Converted(metadata, (*notes, *more))
 
 
-def _read_byte_level(folder: Path, config: Config) -> bpe.ByteLevelBPE:
-    if (folder / "tokenizer.json").exists():
-        return bpe.read_tokenizer_json(folder / "tokenizer.json")
+def _cut(vocabulary: Vocabulary) -> Iterator[str]:
+    """Texts that libllama matches as a whole."""
+    matched = (spm.UNKNOWN, spm.CONTROL, spm.USER_DEFINED)
+    return (text for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind in matched)
+
+
+def _within(added: dict[int, AddedToken], vocab_size: int, folder: Path, notes: list[str]) -> dict[int, AddedToken]:
+    if min(added, default=0) < 0:
+        raise UserError(f"`{folder}`: an added token has id {min(added)}, expected 0 to {vocab_size - 1}", _REFETCH)
+    beyond = [f"`{token.text}` ({i})" for i, token in sorted(added.items()) if i >= vocab_size]
+    if beyond:
+        more = f" and {len(beyond) - 3} more" if len(beyond) > 3 else ""
+        notes.append(
+            f"added tokens left out, for the model has {vocab_size} rows of embeddings: {', '.join(beyond[:3])}{more}"
+        )
+    return {i: token for i, token in sorted(added.items()) if i < vocab_size}
+
+
+def _read(folder: Path, config: Config, added: set[str], notes: list[str]) -> Vocabulary:
+    """The vocabulary from the file that says most: tokenizer.model, tokenizer.json, or GPT-2's pair of files."""
+    model, tokenizer = folder / "tokenizer.model", folder / "tokenizer.json"
+    if model.exists():
+        try:
+            return _sentencepiece(spm.SentencePiece(model), model, config)
+        except UserError as error:
+            # tiktoken's files have this name too, and conversions of other models leave theirs.
+            if not tokenizer.exists() or not _model_of(tokenizer):
+                raise
+            notes.append(f"tokenizer.json is read, not tokenizer.model ({error.message.rpartition('`: ')[2]})")
+    if tokenizer.exists():
+        values = read_json(tokenizer)
+        return _merged(values, added) if is_sentencepiece(values) else _byte_level(values)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        return bpe.read_vocab_and_merges(folder, config)
+        return _byte_level(bpe.vocab_and_merges(folder, config))
     raise UserError(
         f"`{folder}`: no tokenizer in it", "expected tokenizer.model, tokenizer.json, or vocab.json with merges.txt"
     )
 
 
-def _sentencepiece(model: spm.SentencePiece) -> Vocabulary:
-    vocabulary = Vocabulary(
-        tokens=[piece.text for piece in model.pieces],
-        types=[piece.kind for piece in model.pieces],
-        scores=[piece.score for piece in model.pieces],
-        metadata={
-            "tokenizer.ggml.model": "llama",
-            "tokenizer.ggml.pre": "default",
-            "tokenizer.ggml.add_space_prefix": model.add_dummy_prefix,
-        },
-        add_bos=True,  # the default of HF's Llama tokenizer, whose configs often leave it out
-    )
-    vocabulary.metadata["tokenizer.ggml.scores"] = vocabulary.scores  # byte-level BPE has merges instead
+def _model_of(tokenizer: Path) -> Mapping[str, Any]:
+    """The model in a tokenizer.json, which some files of added tokens lack."""
+    return read_json(tokenizer).get("model", dict, {})
+
+
+def _sentencepiece(model: spm.SentencePiece, path: Path, config: Config) -> Vocabulary:
+    prefix = config.get("add_prefix_space", bool, model.add_dummy_prefix)
+    # Files without the key are older than it, and of its former default.
+    spaces = Spaces(prefix, each=prefix and config.get("legacy", bool, True))
+    kind = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default"}
+    vocabulary = Vocabulary(f"`{path}`", kind, model=model, spaces=spaces)
+    for i, piece in enumerate(model.pieces):
+        text = piece.text.replace(spm.SPACE, " ") if piece.kind == spm.USER_DEFINED else piece.text
+        vocabulary.set(i, text, piece.kind, piece.score)
     return vocabulary
 
 
-def _check_sentencepiece(model: spm.SentencePiece, path: Path) -> None:
-    problems = {
-        "a unigram model": model.algorithm == spm.UNIGRAM,
-        "a word or character model": model.algorithm in (spm.WORD, spm.CHAR),
-        "one that rewrites characters (normalization)": bool(model.charsmap),
-        "one that removes extra spaces": model.remove_extra_whitespaces,
-        "one that keeps spaces unescaped": not model.escape_whitespaces,
-        "one without byte fallback": sum(piece.kind == spm.BYTE for piece in model.pieces) != 256,
+def _merged(tokenizer: Config, added: set[str]) -> Vocabulary:
+    found = read_merged(tokenizer, added)
+    kind = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default"}
+    vocabulary = Vocabulary(tokenizer.where, kind, values=tokenizer.values, spaces=found.spaces)
+    byte_tokens = {spm.byte_token(byte) for byte in range(256)}
+    for text, i in sorted(found.vocab.items(), key=lambda item: item[1]):
+        special = spm.UNKNOWN if text == found.unknown else spm.BYTE if text in byte_tokens else spm.NORMAL
+        vocabulary.set(i, text, special, found.scores.get(text, 0.0 if len(text) == 1 else _ADDED_SCORE))
+    return vocabulary
+
+
+def _byte_level(tokenizer: Config) -> Vocabulary:
+    found = bpe.read_byte_level(tokenizer)
+    kind = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": found.pre, "tokenizer.ggml.merges": found.merges}
+    vocabulary = Vocabulary(tokenizer.where, kind, values=tokenizer.values, bytes=True, nfc=found.nfc)
+    for text, i in sorted(found.vocab.items(), key=lambda item: item[1]):
+        vocabulary.set(i, text, spm.NORMAL, 0.0)
+    return vocabulary
+
+
+def _check_size(vocabulary: Vocabulary, vocab_size: int, folder: Path) -> None:
+    if len(vocabulary.tokens) > vocab_size:
+        highest = len(vocabulary.tokens) - 1
+        raise UserError(
+            f"`{folder}`: the tokenizer has token id {highest}, expected ids below `vocab_size` {vocab_size}", _OTHER
+        )
+
+
+def _named(vocabulary: Vocabulary, special: SpecialTokens, added: Mapping[int, AddedToken]) -> dict[int, AddedToken]:
+    """Special tokens of the vocabulary that are named and not listed: they too are matched as a whole."""
+    known = {token.text for token in added.values()}
+    texts = {*special.named.values(), *special.others} - known
+    return {
+        i: special.flags.get(text, AddedToken(text, special=True))
+        for i, text in enumerate(vocabulary.tokens)
+        if text in texts and i not in added
     }
-    found = [problem for problem, is_so in problems.items() if is_so]
-    if found:
-        raise UserError(
-            f"`{path}`: the SentencePiece model is {' and '.join(found)}, "
-            "expected a BPE model with byte fallback and no normalization"
-        )
 
 
-def _byte_level(model: bpe.ByteLevelBPE) -> Vocabulary:
-    vocabulary = Vocabulary(
-        tokens=[],
-        types=[],
-        scores=[],
-        metadata={
-            "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": model.pre,
-            "tokenizer.ggml.merges": model.merges,
-            "tokenizer.ggml.add_space_prefix": False,
-        },
-        add_bos=model.add_bos,
-    )
-    for text, token_id in sorted(model.vocab.items(), key=lambda item: item[1]):
-        _extend(vocabulary, token_id)
-        _set(vocabulary, token_id, text, spm.NORMAL, 0.0)
-    return vocabulary
-
-
-def _added_tokens(folder: Path, config: Config) -> Iterator[tuple[int, AddedToken]]:
-    """Added tokens by id, from each of the places where Hugging Face keeps them; later ones are the more specific."""
-    for text, token_id in read_json_if_any(folder / "added_tokens.json").values.items():
-        yield int(token_id), AddedToken(text, special=False)
-    for entry in read_json_if_any(folder / "tokenizer.json").get("added_tokens", list, []):
-        yield int(entry["id"]), AddedToken(entry["content"], bool(entry.get("special")))
-    for token_id, entry in config.get("added_tokens_decoder", dict, {}).items():
-        yield int(token_id), AddedToken(entry["content"], bool(entry.get("special")))
-
-
-def _check_ids(ids: Iterable[int], vocab_size: int, folder: Path) -> None:
-    highest = max(ids, default=0)
-    if highest >= vocab_size or min(ids, default=0) < 0:
-        raise UserError(
-            f"`{folder}`: the tokenizer has token id {highest}, expected ids below `vocab_size` {vocab_size}",
-            "the tokenizer belongs to another checkpoint, or tokens were added to it without resizing the embeddings",
-        )
-
-
-def _add_tokens(vocabulary: Vocabulary, added: dict[int, AddedToken]) -> None:
-    for token_id, token in sorted(added.items()):
-        _extend(vocabulary, token_id)
-        if vocabulary.tokens[token_id] == token.text and vocabulary.types[token_id] not in (spm.NORMAL, spm.UNUSED):
+def _add_tokens(vocabulary: Vocabulary, added: Mapping[int, AddedToken], notes: list[str]) -> dict[int, AddedToken]:
+    """Give added tokens their places; returns those that got them: of two with one text the first keeps it."""
+    first = {text: i for i, text in reversed(list(enumerate(vocabulary.tokens))) if text}
+    kept: dict[int, AddedToken] = {}
+    for i, token in sorted(added.items()):
+        if first.setdefault(token.text, i) != i:
+            notes.append(f"added token {i} left out: its text {token.text!r} is that of token {first[token.text]}")
+            continue
+        kept[i] = token
+        vocabulary.extend(i)
+        if vocabulary.tokens[i] == token.text and vocabulary.types[i] not in (spm.NORMAL, spm.UNUSED):
             continue  # the model file's own type is more exact, e.g. *unknown* for <unk>
-        kind = spm.CONTROL if token.special else spm.USER_DEFINED
-        _set(vocabulary, token_id, token.text, kind, _ADDED_SCORE)
+        vocabulary.set(i, token.text, spm.CONTROL if token.special else spm.USER_DEFINED, _ADDED_SCORE)
+    return kept
 
 
-def _extend(vocabulary: Vocabulary, token_id: int) -> None:
-    """Make room up to and including `token_id`, with unused tokens in the gaps."""
-    for missing in range(len(vocabulary.tokens), token_id + 1):
-        vocabulary.tokens.append(f"[PAD{missing}]")
-        vocabulary.types.append(spm.UNUSED)
-        vocabulary.scores.append(_ADDED_SCORE)
+def _check_texts(vocabulary: Vocabulary, folder: Path) -> None:
+    for i, text in enumerate(vocabulary.tokens):
+        if "\0" in text:
+            raise UserError(f"`{folder}`: token {i} is {text!r}, expected a text without NUL", "GGUF cannot hold it")
 
 
-def _set(vocabulary: Vocabulary, token_id: int, text: str, kind: int, score: float) -> None:
-    vocabulary.tokens[token_id] = text
-    vocabulary.types[token_id] = kind
-    vocabulary.scores[token_id] = score
+def _oracle(vocabulary: Vocabulary, added: Mapping[int, AddedToken], vocab_size: int) -> Oracle:
+    if vocabulary.model:
+        return SentencePieceOracle(vocabulary.model, vocabulary.spaces, added)
+    return TokenizersOracle(vocabulary.values, added, vocab_size, vocabulary.source)
 
 
-def _special_ids(folder: Path, config: Config, tokens: list[str]) -> dict[str, int]:
-    """Ids of the special tokens: named by the tokenizer's own files, else by config.json."""
-    names = {**read_json_if_any(folder / "special_tokens_map.json").values, **config.values}
-    model = read_json_if_any(folder / "config.json").values
-    ids: dict[str, int] = {}
-    for short, key in _SPECIAL_KEYS.items():
-        named = names.get(f"{short}_token")
-        text = named.get("content") if isinstance(named, dict) else named
-        fallback = model.get(f"{short}_token_id")
-        if isinstance(text, str) and text in tokens:
-            ids[f"tokenizer.ggml.{key}"] = tokens.index(text)
-        elif type(fallback) is int and 0 <= fallback < len(tokens):
-            ids[f"tokenizer.ggml.{key}"] = fallback
-    return ids
+def _plain(vocabulary: Vocabulary, token_id: int) -> str:
+    """What a token stands for in a text, "" for a part of a character."""
+    text = vocabulary.tokens[token_id]
+    return bpe.decoded(text) if vocabulary.bytes else text.replace(spm.SPACE, " ")
 
 
-def _chat_template(folder: Path, config: Config) -> dict[str, str]:
-    jinja = folder / "chat_template.jinja"
-    template = jinja.read_text(encoding="utf-8") if jinja.exists() else config.values.get("chat_template")
-    if isinstance(template, list):  # several named ones
-        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
-    return {"tokenizer.chat_template": template} if isinstance(template, str) and template else {}
+def _keys(vocabulary: Vocabulary, added: Mapping[int, AddedToken]) -> dict[str, Any]:
+    """Tokens, and how texts are treated before they are split."""
+    keys = {
+        **vocabulary.kind,
+        "tokenizer.ggml.tokens": vocabulary.tokens,
+        "tokenizer.ggml.token_type": vocabulary.types,
+        **_space_keys(vocabulary, added),
+    }
+    if not vocabulary.bytes:
+        keys["tokenizer.ggml.scores"] = vocabulary.scores
+    for side in ("lstrip", "rstrip"):
+        if ids := [i for i, token in added.items() if getattr(token, side)]:
+            keys[f"{KEYS}.{side}_token_ids"] = ids
+    return keys | ({f"{KEYS}.normalizer": "nfc"} if vocabulary.nfc else {})
+
+
+def _space_keys(vocabulary: Vocabulary, added: Mapping[int, AddedToken]) -> dict[str, Any]:
+    """GGUF's key where libllama does what is wanted, ours where it does not."""
+    spaces, model = vocabulary.spaces, vocabulary.model
+    pieces = model.pieces if model else ()
+    own = [i for i, piece in enumerate(pieces) if piece.kind == spm.USER_DEFINED and i not in added]
+    by_libllama = not spaces.prefix or (spaces.each and not spaces.once and not own)
+    keys: dict[str, Any] = {"tokenizer.ggml.add_space_prefix": spaces.prefix and by_libllama}
+    if by_libllama:
+        return keys
+    keys[f"{KEYS}.space_prefix"] = "added" if spaces.each else "first"
+    return (
+        keys
+        | ({f"{KEYS}.space_prefix_once": True} if spaces.once else {})
+        | ({f"{KEYS}.piece_token_ids": own} if own else {})
+    )
+
+
+def _special_keys(folder: Path, config: Config, special: SpecialTokens, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Ids of the special tokens, named by the tokenizer's own files, else by the model's; which are added; which end a text."""
+    by_text = {text: i for i, text in enumerate(vocabulary.tokens)}
+    found: dict[str, int] = {}
+    for short in _SPECIAL_KEYS:
+        named = by_text.get(special.named.get(f"{short}_token", ""))
+        given = first_id(folder, f"{short}_token_id") if named is None else named
+        if given is not None and 0 <= given < len(by_text):
+            found[short] = given
+    ends = end_tokens(folder, special, by_text, found.get("eos"))
+    adds = _added_ends(config, vocabulary, by_text, found)
+    return {f"tokenizer.ggml.{_SPECIAL_KEYS[short]}": i for short, i in found.items()} | adds | ends
+
+
+def _added_ends(
+    config: Config, vocabulary: Vocabulary, by_text: Mapping[str, int], found: dict[str, int]
+) -> dict[str, bool]:
+    """Whether texts begin with BOS and end with EOS; changes `found` where the post-processor says that another token is that."""
+    usual = (bool(vocabulary.model), False)  # of transformers' Llama tokenizer, whose configs often leave it out
+    post = vocabulary.values.get("post_processor")
+    keys: dict[str, bool] = {}
+    for short, text, default in zip(("bos", "eos"), bpe.added_by(post) if post else (None, None), usual, strict=True):
+        told = config.values.get(f"add_{short}_token")
+        adds = config.get(f"add_{short}_token", bool, default or text in by_text)
+        if told is None and text is not None and text in by_text:
+            found[short] = by_text[text]
+        keys[f"tokenizer.ggml.add_{short}_token"] = adds and short in found
+    return keys

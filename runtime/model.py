@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ from runtime.gguf_file import GgufFile
 from runtime.hub import locate
 from runtime.sampling import Sampling
 from runtime.sizes import parse_budgets
+from runtime.template import SPECIAL_TOKENS
 from runtime.threads import Threads, chosen_cpus
 from runtime.tokenizer import Tokenizer
 from runtime.trace import Trace
@@ -92,7 +93,7 @@ def load(
     )
     arrangement = arrange(file, wish, team.n, options.ffn, options.n_ctx, KV_TYPES[kv_type], n_batch, bias)
     with Handles() as handles:
-        tokenizer = handles.enter_context(Tokenizer(file.path))
+        tokenizer = handles.enter_context(Tokenizer(file.path, file.metadata))
         engine = handles.enter_context(Engine(file, options, arrangement, recorder))
         model = Model(file, engine, tokenizer)
         handles.pop_all()
@@ -160,6 +161,11 @@ class Model(Closing):
         """The file's Jinja chat template, if it has one."""
         template = self.metadata.get("tokenizer.chat_template")
         return template if isinstance(template, str) else None
+
+    @property
+    def special_tokens(self) -> dict[str, Any]:
+        """What the file's chat template may name: bos_token, eos_token and others -> their texts; `additional_special_tokens` is a list."""
+        return self.tokenizer.special_tokens(self.metadata.get(SPECIAL_TOKENS))
 
     def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Ids of a text; add_special: with the start token, where the tokenizer adds one; parse_special: `<s>` in the text is the token."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -22,27 +22,29 @@ from jinja2.parser import Parser
 from runtime.bounded_template import BoundedEnvironment
 from runtime.errors import UserError
 
+SPECIAL_TOKENS = (
+    "lazyneuron.chat_template.special_tokens"  # key of a JSON object: what templates may name, beside bos and eos
+)
 _compiling = threading.Lock()  # filters of warnings belong to the whole process: two threads would restore each other's
 _HINT = "the model file's chat template does not accept this conversation"
 
 
 def render(
-    template: str, messages: Sequence[Mapping[str, str]], bos: str, eos: str, add_generation_prompt: bool = True
+    template: str,
+    messages: Sequence[Mapping[str, str]],
+    special_tokens: Mapping[str, Any],
+    add_generation_prompt: bool = True,
 ) -> str:
     """The prompt for `messages` (each with `role` and `content`); special tokens are spelled out in it, BOS included.
 
-    bos, eos: the tokens' texts. add_generation_prompt: end where the assistant's reply begins.
-    Raises UserError when the template is broken, refuses the messages, or computes too much.
+    special_tokens: what the template may name, such as bos_token -> its text. add_generation_prompt: end where the assistant's
+    reply begins. Raises UserError when the template is broken, refuses the messages, or computes too much.
     """
     environment = _environment()
     try:
+        values = {**special_tokens, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         with environment.bounded():
-            return _compiled(template).render(
-                messages=[dict(message) for message in messages],
-                bos_token=bos,
-                eos_token=eos,
-                add_generation_prompt=add_generation_prompt,
-            )
+            return _compiled(template).render(values, messages=[dict(message) for message in messages])
     except jinja2.TemplateSyntaxError as error:
         raise UserError(
             f"chat template, line {error.lineno}: {error.message}", "the file's template is broken"
@@ -58,13 +60,20 @@ def _compiled(template: str) -> jinja2.Template:
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}`: marks the assistant's text for training; here its body alone counts."""
+    """`{% generation %}...{% endgeneration %}`: marks the assistant's text for training; here its text alone counts.
+
+    What is set inside stays inside, as in Hugging Face's own.
+    """
 
     tags = {"generation"}  # noqa: RUF012  (Jinja's own declaration)
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
+
+    def _text(self, caller: Callable[[], str]) -> str:
+        return caller()
 
 
 @lru_cache(maxsize=1)
@@ -76,10 +85,15 @@ def _environment() -> BoundedEnvironment:
     return environment
 
 
-def _tojson(value: Any, indent: int | None = None, **options: Any) -> str:
+def _tojson(
+    x: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # Jinja's own filter escapes <, > and & for HTML, which would change the prompt.
-    options.setdefault("ensure_ascii", False)
-    return json.dumps(value, indent=indent, **options)
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -1,5 +1,7 @@
 """Text to token ids and back, by libllama's own vocabulary code: the GGUF file is opened with `vocab_only`.
 
+The file's keys are checked first, and texts rewritten where its vocabulary asks for what libllama does not do.
+
 Knows nothing of models, chat templates or sampling; libllama sees no tensor of the file.
 """
 
@@ -7,15 +9,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from runtime import llama
 from runtime.closing import Closing, Handles, closed
 from runtime.errors import UserError
+from runtime.gguf_file import GgufFile
 from runtime.logs import captured_log
+from runtime.text_rules import TextRules
+from runtime.vocabulary import END_IDS, check_vocabulary
 
 _PIECE = 64  # bytes that nearly every token fits into
 _INT32_MIN = -(1 << 31)
@@ -26,19 +33,23 @@ class Tokenizer(Closing):
     """The vocabulary of a GGUF file; owns one llama_model without weights.
 
     bos, eos: token ids, or None where the vocabulary has none. add_bos: whether texts start with `bos`.
-    n_tokens: size of the vocabulary. Raises UserError when the file holds no vocabulary that libllama can read.
+    n_tokens: size of the vocabulary. metadata: the file's keys, where they are at hand.
+    Raises UserError when the file holds no vocabulary that libllama can read.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
         self.path = Path(path)
+        where = f"`{self.path}`"
+        keys = _metadata(self.path) if metadata is None else metadata
+        check_vocabulary(keys, where)
+        self._rules = TextRules.from_metadata(keys, where)
+        self._ends = frozenset(map(int, keys[END_IDS])) if END_IDS in keys else None
         self._vocab: llama.VocabP | None = _load(self.path)
         self.n_tokens = llama.llama_vocab_n_tokens(self._vocab)
-        if not self.n_tokens:
-            self.close()
-            raise UserError(f"`{self.path}`: no tokens in its vocabulary", _HINT_CONVERT)
         self.bos = _id_or_none(llama.llama_vocab_bos(self._vocab))
         self.eos = _id_or_none(llama.llama_vocab_eos(self._vocab))
         self.add_bos = llama.llama_vocab_get_add_bos(self._vocab)
+        self._check_ends_of_texts(where)
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of `text`, any Unicode, NUL included (a lone surrogate becomes `?`).
@@ -46,6 +57,8 @@ class Tokenizer(Closing):
         add_special: begin with BOS (and end with EOS) where the vocabulary says so.
         parse_special: `<s>` in the text is that token, not three characters.
         """
+        if self._rules:
+            text = self._rules.rewritten(text, parse_special)
         raw = text.encode("utf-8", "replace")
         # A token is at least one byte, but for BOS, EOS and the prefixed space; where that is wrong libllama says the
         # size.
@@ -87,10 +100,30 @@ class Tokenizer(Closing):
         self._check(token)
         return llama.llama_vocab_get_text(self._handle, token).decode("utf-8", "replace")
 
+    def special_tokens(self, named: Any = None) -> dict[str, Any]:
+        """Texts of the special tokens by the names that Hugging Face gives them, such as bos_token.
+
+        named: the same as a JSON object that says more, as files hold it. Raises UserError for one that is damaged.
+        """
+        found = {
+            name: self.token_text(i) for name, i in (("bos_token", self.bos), ("eos_token", self.eos)) if i is not None
+        }
+        try:
+            return found | ({} if named is None else dict(json.loads(named)))
+        except (TypeError, ValueError, RecursionError):
+            raise UserError(
+                f"`{self.path}`: its special tokens are {str(named)[:80]!r}, expected a JSON object", _HINT_CONVERT
+            ) from None
+
     def is_eog(self, token: int) -> bool:
-        """Whether `token` ends a generation (EOS, end of turn)."""
+        """Whether `token` ends a generation (EOS, end of turn): as the file says, or by libllama's names of such tokens."""
         self._check(token)
-        return llama.llama_vocab_is_eog(self._handle, token)
+        return llama.llama_vocab_is_eog(self._handle, token) if self._ends is None else token in self._ends
+
+    @property
+    def end_ids(self) -> list[int]:
+        """All tokens that end a generation."""
+        return [token for token in range(self.n_tokens) if self.is_eog(token)]
 
     def close(self) -> None:
         """Free libllama's vocabulary, when no other thread uses it any more; the tokenizer cannot be used afterwards."""
@@ -108,6 +141,16 @@ class Tokenizer(Closing):
         """Whether a text is tokenized as if it began with a space (SentencePiece's dummy prefix)."""
         probe = self.encode("a", add_special=False)
         return bool(probe) and self.token_bytes(probe[0]).startswith(b" ")
+
+    def _check_ends_of_texts(self, where: str) -> None:
+        # libllama asserts that there is a token to add, text by text.
+        for adds, token, name in (
+            (self.add_bos, self.bos, "bos"),
+            (llama.llama_vocab_get_add_eos(self._handle), self.eos, "eos"),
+        ):
+            if adds and token is None:
+                self.close()
+                raise UserError(f"{where}: its vocabulary adds a {name} token to texts, and has none", _HINT_CONVERT)
 
     def _check(self, token: int) -> None:
         # libllama throws a C++ exception for an id outside the vocabulary, which would end the process.
@@ -129,10 +172,13 @@ def _id_or_none(token: int) -> int | None:
     return None if token < 0 else token
 
 
+def _metadata(path: Path) -> Mapping[str, Any]:
+    with GgufFile(path) as file:
+        return file.metadata
+
+
 def _load(path: Path) -> llama.VocabP:
     """The vocabulary of a file. It is freed with the last reference to it: a call in another thread holds one until it returns."""
-    with path.open("rb"):
-        pass  # an unreadable file is the operating system's to name, not libllama's
     with captured_log() as log:
         params = llama.llama_model_default_params()
         overrides = _llama_override()
@@ -149,12 +195,12 @@ def _load(path: Path) -> llama.VocabP:
 
 
 def _llama_override() -> ctypes.Array[llama.llama_model_kv_override]:
-    # libllama refuses architectures that it does not know, though the vocabulary does not depend on them. An entry with
-    # an empty key ends the array.
-    overrides = (llama.llama_model_kv_override * 2)()
-    overrides[0] = llama.llama_model_kv_override(
-        tag=llama.KV_OVERRIDE_TYPE_STR, key=b"general.architecture", val_str=b"llama"
-    )
+    # libllama refuses architectures that it does not know, though the vocabulary does not depend on them; and it treats
+    # tokens of models with certain names in another way. An entry with an empty key ends the array.
+    values = {b"general.architecture": b"llama", b"general.name": b""}
+    overrides = (llama.llama_model_kv_override * (len(values) + 1))()
+    for i, (key, value) in enumerate(values.items()):
+        overrides[i] = llama.llama_model_kv_override(tag=llama.KV_OVERRIDE_TYPE_STR, key=key, val_str=value)
     return overrides
 
 

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import sentencepiece
 from checkpoints import TOKENIZER
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Reference
+from vocabularies import write
 
-from convert.tokenizer import tokenizer_metadata
+from convert.tokenizer import convert_tokenizer
 from runtime.errors import UserError
+from runtime.tokenizer import Tokenizer
 
 TEXT = ["The quick brown fox's 12345 jumps", "over the lazy dog", "naïve café 日本語", "We've got 42 it'll"] * 20
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -24,6 +27,10 @@ def spm_folder(tmp_path: Path) -> Path:
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / name, tmp_path / name)
     return tmp_path
+
+
+def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
+    return convert_tokenizer(folder, vocab_size).metadata
 
 
 def ggml(metadata: dict[str, Any], key: str) -> Any:
@@ -94,9 +101,9 @@ PRE_TOKENIZER_JSON = {
 }
 
 
-def train_bpe(folder: Path, pre: Any, ignore_merges: bool = False) -> Tokenizer:
+def train_bpe(folder: Path, pre: Any, ignore_merges: bool = False) -> Reference:
     """A byte-level BPE tokenizer with one special token, saved as tokenizer.json."""
-    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    tokenizer = Reference(models.BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer = pre
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -134,7 +141,8 @@ def test_sentencepiece_vocabulary(spm_folder: Path) -> None:
 def test_space_prefix_and_user_defined_pieces(prefix: bool, tmp_path: Path) -> None:
     train_spm(tmp_path, add_dummy_prefix=prefix, user_defined_symbols=["<tool>"])
     metadata = tokenizer_metadata(tmp_path, 400)
-    assert ggml(metadata, "add_space_prefix") is prefix
+    assert ggml(metadata, "add_space_prefix") is False  # libllama would put one behind the user-defined piece too
+    assert ("lazyneuron.tokenizer.space_prefix" in metadata) is prefix
     assert ggml(metadata, "token_type")[ggml(metadata, "tokens").index("<tool>")] == USER_DEFINED
 
 
@@ -188,28 +196,73 @@ def test_opts_beginning_of_text(tmp_path: Path) -> None:
 
 
 def test_a_template_that_starts_with_a_special_token_adds_it(tmp_path: Path) -> None:
-    train_bpe(tmp_path, PRE_TOKENIZER_JSON["gpt-2"])
-    single = [{"SpecialToken": {"id": "<|end|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    processors = [{"type": "ByteLevel"}, {"type": "TemplateProcessing", "single": single}]
-    update_json(tmp_path / "tokenizer.json", post_processor={"type": "Sequence", "processors": processors})
-    assert ggml(tokenizer_metadata(tmp_path, 330), "add_bos_token") is True
+    tokenizer = train_bpe(tmp_path, PRE_TOKENIZER_JSON["gpt-2"])
+    template = processors.TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 0)])
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    metadata = tokenizer_metadata(tmp_path, 330)
+    assert (ggml(metadata, "add_bos_token"), ggml(metadata, "bos_token_id")) == (True, 0)
 
 
-def test_chat_templates(spm_folder: Path) -> None:
-    assert "tokenizer.chat_template" not in tokenizer_metadata(spm_folder, 4096)
+def test_where_a_chat_template_may_stand(spm_folder: Path) -> None:
+    def found() -> str | None:
+        return tokenizer_metadata(spm_folder, 4096).get("tokenizer.chat_template")
+
+    assert found() is None
+    update_json(spm_folder / "chat_template.json", chat_template="of a processor")
+    assert found() == "of a processor"
     templates = [{"name": "tools", "template": "no"}, {"name": "default", "template": "yes"}]
     update_json(spm_folder / "tokenizer_config.json", chat_template=templates)
-    assert tokenizer_metadata(spm_folder, 4096)["tokenizer.chat_template"] == "yes"
+    assert found() == "yes"
     update_json(spm_folder / "tokenizer_config.json", chat_template="{{ messages }}")
-    assert tokenizer_metadata(spm_folder, 4096)["tokenizer.chat_template"] == "{{ messages }}"
+    assert found() == "{{ messages }}"
+    (spm_folder / "additional_chat_templates").mkdir()
     (spm_folder / "chat_template.jinja").write_text("own file")
-    assert tokenizer_metadata(spm_folder, 4096)["tokenizer.chat_template"] == "own file"
+    (spm_folder / "additional_chat_templates/tools.jinja").write_text("tools")
+    assert found() == "own file"
+
+
+@pytest.mark.parametrize("place", ["list", "folder"])
+def test_named_chat_templates_without_a_default_are_told(place: str, spm_folder: Path) -> None:
+    if place == "list":
+        templates = [{"name": name, "template": "no"} for name in ("tool_use", "rag")]
+        update_json(spm_folder / "tokenizer_config.json", chat_template=templates)
+    else:
+        (spm_folder / "additional_chat_templates").mkdir()
+        for name in ("tool_use", "rag"):
+            (spm_folder / f"additional_chat_templates/{name}.jinja").write_text("no")
+    found = convert_tokenizer(spm_folder, 4096)
+    assert "tokenizer.chat_template" not in found.metadata
+    assert found.notes == ("none of the chat templates (rag, tool_use) is the default: the file has none",)
+
+
+def test_special_tokens_that_templates_name(spm_folder: Path, tmp_path: Path) -> None:
+    extra = {
+        "additional_special_tokens": ["<one>", {"content": "<two>"}],
+        "image_token": "<image>",
+        "pad_token": "</s>",
+    }
+    update_json(spm_folder / "tokenizer_config.json", chat_template="{{ pad_token }}", **extra)
+    metadata = tokenizer_metadata(spm_folder, 4096)
+    with Tokenizer(write(metadata, tmp_path / "v.gguf")) as tokenizer:
+        found = tokenizer.special_tokens(metadata["lazyneuron.chat_template.special_tokens"])
+        assert tokenizer.special_tokens() == {"bos_token": "<s>", "eos_token": "</s>"}
+        with pytest.raises(UserError, match=r"its special tokens are '{', expected a JSON object"):
+            tokenizer.special_tokens("{")
+    named = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "</s>",
+        "image_token": "<image>",
+    }
+    assert found == named | {"additional_special_tokens": ["<one>", "<two>"]}
 
 
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"model_type": "unigram"}, "a unigram model"),
+        ({"model_type": "unigram"}, "a unigram, word or character model"),
         ({"normalization_rule_name": "nmt_nfkc"}, "rewrites characters"),
         ({"remove_extra_whitespaces": True}, "removes extra spaces"),
         ({"byte_fallback": False}, "without byte fallback"),
@@ -232,8 +285,8 @@ def test_a_damaged_sentencepiece_model_is_refused(size: int, spm_folder: Path) -
 @pytest.mark.parametrize(
     ("part", "change", "complaint"),
     [
-        ("model", {"byte_fallback": True}, "SentencePiece BPE with byte fallback"),
-        ("model", {"type": "WordPiece"}, "a WordPiece model, expected byte-level BPE"),
+        ("model", {"byte_fallback": True}, "byte fallback without a token for each of the 256 bytes"),
+        ("model", {"type": "WordPiece"}, "a WordPiece model, expected BPE"),
         ("model", {"end_of_word_suffix": "</w>"}, "has a `end_of_word_suffix`"),
         ("model", {"ignore_merges": True}, "unknown pre-tokenizer"),
         ("pre_tokenizer", {"add_prefix_space": True}, "unknown pre-tokenizer"),

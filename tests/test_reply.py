@@ -44,7 +44,7 @@ def going_on(_piece: str) -> bool:
 
 def prompt_ids(model: Model, template: str | None, *messages: tuple[str, str]) -> list[int]:
     """The ids of a conversation that holds nothing but `messages`."""
-    conversation = Conversation(template, "<s>", "</s>")
+    conversation = Conversation(template, {"bos_token": "<s>", "eos_token": "</s>"})
     for role, content in messages:
         conversation.add(role, content)
     return model.tokenize(conversation.prompt(), add_special=template is None)
@@ -79,7 +79,7 @@ def asked(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
 def test_the_oldest_turns_go_and_the_system_prompt_stays(
     template: str | None, model: Model, asked: list[Asked], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    session = Session(model, Conversation(template, "<s>", "</s>", "A speech."), GREEDY, 4)
+    session = Session(model, Conversation(template, {"bos_token": "<s>", "eos_token": "</s>"}, "A speech."), GREEDY, 4)
     said: list[tuple[str, str]] = []
     n_dropped, notes = 0, []
     for limit in (*[4] * 9, 20, 20, 40, 40):

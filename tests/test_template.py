@@ -67,6 +67,7 @@ ODDS = """\
 """
 TEMPLATES = {"llama-3": LLAMA3, "chatml": CHATML, "llama-2": LLAMA2, "odds": ODDS}
 
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 USER = {"role": "user", "content": '  What\'s <b>"5 > 3"</b>?\nSay é 🙂 '}
 ASSISTANT = {"role": "assistant", "content": " True & plain.\n"}
 SYSTEM = {"role": "system", "content": "You are terse."}
@@ -86,11 +87,11 @@ def test_equals_transformers(name: str, generation_prompt: bool, reference: Any)
         expected = reference.apply_chat_template(
             messages, chat_template=TEMPLATES[name], tokenize=False, add_generation_prompt=generation_prompt
         )
-        assert render(TEMPLATES[name], messages, "<s>", "</s>", generation_prompt) == expected
+        assert render(TEMPLATES[name], messages, SPECIAL, generation_prompt) == expected
 
 
 def test_a_known_prompt_to_the_letter() -> None:
-    assert render(LLAMA3, [SYSTEM, {"role": "user", "content": "Hi "}], "<s>", "</s>") == (
+    assert render(LLAMA3, [SYSTEM, {"role": "user", "content": "Hi "}], SPECIAL) == (
         "<s><|start_header_id|>system<|end_header_id|>\n\nYou are terse.<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -98,7 +99,7 @@ def test_a_known_prompt_to_the_letter() -> None:
 
 
 def test_the_date_is_todays() -> None:
-    assert render("{{ strftime_now('%d %b %Y') }}", [USER], "", "") == datetime.now().strftime("%d %b %Y")
+    assert render("{{ strftime_now('%d %b %Y') }}", [USER], {}) == datetime.now().strftime("%d %b %Y")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_the_date_is_todays() -> None:
 )
 def test_a_template_that_fails_is_one_line(template: str, message: str) -> None:
     with pytest.raises(UserError, match=f"chat template.*{message}") as caught:
-        render(template, [USER, USER], "<s>", "</s>")
+        render(template, [USER, USER], SPECIAL)
     assert caught.value.hint
 
 
@@ -131,13 +132,13 @@ def test_a_template_that_fails_is_one_line(template: str, message: str) -> None:
 )
 def test_the_sandbox_holds(template: str) -> None:
     with pytest.raises(UserError, match=re.compile("unsafe|undefined|too big", re.IGNORECASE)):
-        render(template, [USER], "", "")
+        render(template, [USER], {})
 
 
 def test_messages_are_not_changed_by_a_template() -> None:
     messages = [dict(USER)]
     with pytest.raises(UserError):
-        render("{% set _ = messages[0].update({'content': 'x'}) %}", messages, "", "")
+        render("{% set _ = messages[0].update({'content': 'x'}) %}", messages, {})
     assert messages == [USER]
 
 
@@ -156,10 +157,46 @@ def test_two_threads_leave_the_filters_of_warnings_as_they_were(monkeypatch: pyt
         return made(*arguments, **options)
 
     monkeypatch.setattr(template.BoundedEnvironment, "from_string", slow)
-    first = threading.Thread(target=lambda: (render("{{ bos_token }}", [], "", ""), left.set()))
-    second = threading.Thread(target=render, args=("{{ bos_token }}", [], "", ""))
+    first = threading.Thread(target=lambda: (render("{{ bos_token }}", [], {}), left.set()))
+    second = threading.Thread(target=render, args=("{{ bos_token }}", [], {}))
     before = list(warnings.filters)
     first.start()
     first.join()
     second.join()
     assert warnings.filters == before
+
+
+PASSED = """\
+{%- if tools is not none %}TOOLS{% endif %}{% if documents is not none %}DOCUMENTS{% endif %}{{ tools is defined }}
+{{- pad_token ~ unk_token ~ bos_token ~ eos_token ~ image_token }} {{ sep_token is defined }} {{ add_generation_prompt }}
+{{- messages[0] | tojson(False, 2) }} {{ {'b': 1, 'a': ['é<&']} | tojson(true, none, (',', ':'), true) }}
+{{- {'b': 1, 'a': 'é'} | tojson(separators=(';', '='), sort_keys=True) }}
+{%- set mood = 'calm' %}
+{%- for m in messages %}
+    {%- generation %}
+        {%- set mood = 'loud' %}
+        {{- mood ~ m.role }}
+    {%- endgeneration %}
+    {%- if loop.index == 3 %}{% break %}{% endif %}
+    {%- if m.role == 'system' %}{% continue %}{% endif %}
+    {{- loop.index ~ m.content | trim }}
+{%- endfor %}
+{{- mood }}
+"""
+
+
+@pytest.mark.parametrize("generation_prompt", [True, False])
+def test_all_that_transformers_passes(generation_prompt: bool) -> None:
+    special = {name: f"<{name[:3]}>" for name in ("bos_token", "eos_token", "pad_token", "unk_token", "image_token")}
+    reference = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), **special)
+    for messages in CONVERSATIONS:
+        expected = reference.apply_chat_template(
+            messages, chat_template=PASSED, tokenize=False, add_generation_prompt=generation_prompt
+        )
+        assert render(PASSED, messages, special, generation_prompt) == expected
+
+
+def test_a_token_that_the_tokenizer_lacks_is_undefined(reference: Any) -> None:
+    template = "{{ pad_token is defined }}{{ pad_token }}{{ additional_special_tokens is defined }}"
+    expected = reference.apply_chat_template([USER], chat_template=template, tokenize=False)
+    assert render(template, [USER], SPECIAL) == expected == "FalseFalse"

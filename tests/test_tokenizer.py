@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Tokenizer
 
-from convert.tokenizer import tokenizer_metadata
+from convert.tokenizer import convert_tokenizer
 from runtime.errors import UserError
 from runtime.tokenizer import Tokenizer
 
@@ -49,6 +49,10 @@ TEXTS = [
     "supercalifragilisticexpialidocious" * 3,
     "…—–“quoted”‘single’ €£¥ ½ ²",
 ]
+
+
+def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
+    return convert_tokenizer(folder, vocab_size).metadata
 
 
 def write_vocabulary(metadata: dict[str, Any], path: Path) -> Path:
@@ -275,7 +279,7 @@ def test_files_without_a_vocabulary(tmp_path: Path, capfd: pytest.CaptureFixture
     with truncated.open("r+b") as file:
         file.truncate(5000)
     for path in (no_vocabulary, truncated, Path(__file__)):
-        with pytest.raises(UserError, match="vocabulary") as caught:
+        with pytest.raises(UserError, match=r"vocabulary|damaged GGUF file|expected a GGUF file") as caught:
             Tokenizer(path)
         assert path.name in caught.value.message
         assert "\n" not in caught.value.message

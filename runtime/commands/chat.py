@@ -73,15 +73,13 @@ def chat(
 
 
 def _session(model: Model, system: str, max_tokens: int | None, sampling: Sampling, shift: bool) -> Session:
-    tokenizer = model.tokenizer
-    bos, eos = ("" if token is None else tokenizer.token_text(token) for token in (tokenizer.bos, tokenizer.eos))
     if model.chat_template is None:
         max_tokens = max_tokens or PLAIN_MAX_TOKENS
         note(
             "this file has no chat template: your text is continued as running text,"
             f" up to {max_tokens} tokens at a time (-n N changes that)"
         )
-    return Session(model, Conversation(model.chat_template, bos, eos, system), sampling, max_tokens, shift)
+    return Session(model, Conversation(model.chat_template, model.special_tokens, system), sampling, max_tokens, shift)
 
 
 def _converse(session: Session, first: str | None) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,13 @@ Message = dict[str, str]
 class Conversation:
     """Messages, oldest first, each a `role` and its `content`.
 
-    chat_template: the file's Jinja template, or None for running text. bos, eos: the tokens' texts.
+    chat_template: the file's Jinja template, or None for running text. special_tokens: what it may name.
     system: the system prompt; it survives `reset`. dropped: how many of the oldest messages after the system prompt the
     prompt leaves out, because the context has no room for them; they stay in `messages`, and in the file of `save`.
     """
 
     chat_template: str | None
-    bos: str = ""
-    eos: str = ""
+    special_tokens: Mapping[str, Any] = field(default_factory=dict)
     system: str = ""
     messages: list[Message] = field(default_factory=list)
     dropped: int = field(default=0, init=False)
@@ -80,7 +79,7 @@ class Conversation:
         n = self._n_system()
         messages = self.messages[:n] + self.messages[n + self.dropped :]
         if self.chat_template is not None:
-            return template.render(self.chat_template, messages, self.bos, self.eos)
+            return template.render(self.chat_template, messages, self.special_tokens)
         return _running_text(messages)
 
     def _n_system(self) -> int:

@@ -36,6 +36,7 @@ _KINDS = (
     "norms",
     "other",
 )
+_LISTED = 8  # end tokens in the table
 _FREQUENCIES = "blk.{}.ffn_neuron_freq"
 LITTLE_TO_GAIN = 0.5  # share of the neurons that fire, from which on skipping the others saves less than predicting them and jumping costs
 
@@ -108,7 +109,7 @@ def _groups(tensors: Mapping[str, TensorInfo]) -> Iterator[dict[str, Any]]:
 
 
 def _tokenizer(file: GgufFile) -> dict[str, Any]:
-    with Tokenizer(file.path) as tokenizer:
+    with Tokenizer(file.path, file.metadata) as tokenizer:
         special = {
             name: None if token is None else {"id": token, "text": tokenizer.token_text(token)}
             for name, token in (("bos", tokenizer.bos), ("eos", tokenizer.eos))
@@ -118,6 +119,7 @@ def _tokenizer(file: GgufFile) -> dict[str, Any]:
             "pre": file.metadata.get("tokenizer.ggml.pre"),
             "tokens": tokenizer.n_tokens,
             **special,
+            "ends": [{"id": token, "text": tokenizer.token_text(token)} for token in tokenizer.end_ids],
             "add_bos": tokenizer.add_bos,
             "chat_template": "tokenizer.chat_template" in file.metadata,
         }
@@ -205,6 +207,10 @@ def _group_table(groups: list[dict[str, Any]]) -> Table:
 
 
 def _token(value: Any) -> Any:
+    if isinstance(value, list):
+        return ", ".join(map(_token, value[:_LISTED])) + (
+            f" and {len(value) - _LISTED} more" if len(value) > _LISTED else ""
+        )
     return f"{value['id']} {value['text']!r}" if isinstance(value, dict) else value
 
 
