@@ -43,6 +43,7 @@ def test_only_the_needed_files_are_fetched(hub: Hub, run: Client, folder: Path, 
     assert run("convert", "user/model", out, *PLAIN).out == ""
     assert resolved(hub) == {
         "config.json",
+        "generation_config.json",
         "model.safetensors",
         "tokenizer.model",
         "tokenizer_config.json",
