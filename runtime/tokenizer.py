@@ -118,7 +118,8 @@ class Tokenizer(Closing):
     def is_eog(self, token: int) -> bool:
         """Whether `token` ends a generation (EOS, end of turn): as the file says, or by libllama's names of such tokens."""
         self._check(token)
-        return llama.llama_vocab_is_eog(self._handle, token) if self._ends is None else token in self._ends
+        by_name = llama.llama_vocab_is_eog(self._handle, token)
+        return by_name if self._ends is None else token in self._ends
 
     @property
     def end_ids(self) -> list[int]:

@@ -239,7 +239,7 @@ def test_the_repeat_penalty_of_a_reply_sees_the_whole_conversation(
     template: str | None, model: Model, asked: list[Asked]
 ) -> None:
     penalty = Sampling(temperature=0, repeat_penalty=1.5, repeat_last_n=-1, seed=1)
-    session = Session(model, Conversation(template, "<s>", "</s>"), penalty, 8)
+    session = Session(model, Conversation(template, {"bos_token": "<s>", "eos_token": "</s>"}), penalty, 8)
     session.reply("My fellow citizens,", going_on)
     session.reply("we must", going_on)
     session.take("/retry", lambda text: session.reply(text, going_on))

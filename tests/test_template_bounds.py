@@ -15,6 +15,7 @@ from runtime.bounded_template import BUDGET, SECONDS
 from runtime.errors import UserError
 from runtime.template import render
 
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 MESSAGES = [{"role": "user", "content": "a text "}] * 3
 
 LOOP = "{%% set ns = namespace(x='aaaa') %%}{%% for i in range(64) %%}{%% set ns.x = %s %%}{%% endfor %%}{{ ns.x | string | length }}"
@@ -72,7 +73,7 @@ def peak(anew: bool = False) -> int:
 def test_a_hostile_template(name: str) -> None:
     before, begun = peak(anew=True), time.process_time()
     with pytest.raises(UserError, match=r"^chat template"):
-        render(HOSTILE[name], MESSAGES, "<s>", "</s>")
+        render(HOSTILE[name], MESSAGES, SPECIAL)
     assert time.process_time() - begun < 2 * SECONDS
     assert peak() - before < 2.5 * BUDGET
 
@@ -81,7 +82,7 @@ def test_a_hostile_template(name: str) -> None:
 def test_internals_stay_closed(attribute: str) -> None:
     template = f"{{{{ messages[0].content.{attribute} }}}}"
     try:
-        assert render(template, MESSAGES, "<s>", "</s>") == ""
+        assert render(template, MESSAGES, SPECIAL) == ""
     except UserError as error:
         assert "unsafe" in error.message
 
@@ -104,7 +105,7 @@ def test_an_ordinary_template_is_rendered_as_ever() -> None:
     plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     plain.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     expected = plain.from_string(ORDINARY).render(messages=MESSAGES, bos_token="<s>")
-    assert render(ORDINARY, MESSAGES, "<s>", "</s>") == expected
+    assert render(ORDINARY, MESSAGES, SPECIAL) == expected
 
 
 def test_a_long_conversation_is_within_bounds() -> None:
@@ -113,4 +114,4 @@ def test_a_long_conversation_is_within_bounds() -> None:
     ]
     template = "{% for m in messages %}{{ '<|' + m.role + '|>' ~ m.content | trim | replace('x', 'y') + eos_token }}{% endfor %}"
     rendered = jinja2.Environment().from_string(template).render(messages=messages, eos_token="</s>")
-    assert render(template, messages, "<s>", "</s>") == rendered
+    assert render(template, messages, SPECIAL) == rendered

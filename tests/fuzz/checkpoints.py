@@ -20,7 +20,7 @@ from convert.config import read_json
 from convert.job import convert
 from convert.metadata import general_metadata
 from convert.plan import Types, make_plan
-from convert.tokenizer import tokenizer_metadata
+from convert.tokenizer import convert_tokenizer
 from fuzz import mutate, mutate_json
 from fuzz.bases import VOCAB, byte_alphabet, byte_level, sentencepiece
 from fuzz.models import runs
@@ -185,7 +185,7 @@ def _described(folder: Path) -> bool:
 
 
 def _tokenizer(folder: Path) -> bool:
-    tokenizer_metadata(folder, VOCAB)
+    convert_tokenizer(folder, VOCAB)
     return True
 
 

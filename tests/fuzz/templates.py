@@ -15,6 +15,7 @@ CHATML = """\
 {% for message in messages %}{% if loop.first and message.role != 'system' %}<|system|>{% endif %}
 {{- '<|im_start|>' + message['role'] + '\\n' + message.content | trim + '<|im_end|>' + '\\n' }}
 {%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 MESSAGES = [
     {"role": role, "content": f"{role} says \U0001f600 {{{{ 1 }}}} " * 20}
     for role in ("system", "user", "assistant", "user")
@@ -134,7 +135,7 @@ def _made(rng: Random) -> str:
 
 
 def _rendered(folder: Path) -> bool:
-    render((folder / "chat_template.jinja").read_text("utf-8"), MESSAGES, "<s>", "</s>")
+    render((folder / "chat_template.jinja").read_text("utf-8"), MESSAGES, SPECIAL)
     return True
 
 
