@@ -11,7 +11,7 @@ NATIVE := $(wildcard runtime/native/*)
 # As in pyproject.toml. Installed before the package, so that its wheel (about 6 minutes on two cores) is built once and then comes from pip's cache.
 LLAMA_CPP := $(shell sed -n 's/^requires = .*"\(llama-cpp-python==[0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: chat setup test test-vulkan sanitize fuzz fuzz-sanitized check docs bench clean
+.PHONY: chat setup test test-kernels test-vulkan sanitize fuzz fuzz-sanitized check docs bench clean
 
 chat: $(MODEL)
 	@$(PY) -m runtime chat $(MODEL)
@@ -40,6 +40,13 @@ $(MODEL): $(VENV)/.setup $(wildcard examples/tiny-relu-llama/* convert/*.py conv
 # A worker per processor, up to four: each takes about 1 GB. One file, or with output: see CONTRIBUTING.md.
 test: $(VENV)/.test
 	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# The numeric tests with each variant of the kernels that this CPU has, or with those that KERNELS names.
+test-kernels: $(VENV)/.test
+	@set -e; for kernels in $${KERNELS:-$$($(PY) -c 'from runtime import native_ffn; print(*native_ffn.variants())')}; do \
+		echo "kernels: $$kernels" >&2; \
+		LAZYNEURON_KERNELS=$$kernels $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m numeric; \
+	done
 
 # The tests on a device, without a GPU: see the script. The first call compiles ggml for Vulkan.
 test-vulkan: $(VENV)/.test

@@ -133,6 +133,11 @@ def exit_on_abort() -> None:
     library().lzn_guard()
 
 
+def variants() -> list[str]:
+    """The variants of the kernels that this CPU can run, the fastest last."""
+    return [v for i, v in enumerate(VARIANTS) if library().lzn_has_variant(i)]
+
+
 def variant() -> int:
     """Index in VARIANTS of the kernels to use: the fastest that this CPU has, or the one that LAZYNEURON_KERNELS names.
 
@@ -141,8 +146,7 @@ def variant() -> int:
     name = os.environ.get("LAZYNEURON_KERNELS")
     if not name:
         return int(library().lzn_best_variant())
-    usable = [v for i, v in enumerate(VARIANTS) if library().lzn_has_variant(i)]
-    if name not in usable:
+    if name not in (usable := variants()):
         raise UserError(f"LAZYNEURON_KERNELS is `{name}`, expected one of {', '.join(usable)} on this CPU")
     return VARIANTS.index(name)
 

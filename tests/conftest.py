@@ -91,7 +91,7 @@ def emoji_gguf(make_once: MakeOnce) -> Path:
     return make_once("emoji", lambda folder: make_parrot(folder, WOMEN)) / "parrot.gguf"
 
 
-@pytest.fixture(params=[v for i, v in enumerate(native_ffn.VARIANTS) if native_ffn.library().lzn_has_variant(i)])
+@pytest.fixture(params=native_ffn.variants())
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each variant of the kernels that this CPU can run."""
     monkeypatch.setenv("LAZYNEURON_KERNELS", request.param)

@@ -23,6 +23,8 @@ from predictors.quantized import Tensor
 from runtime.gguf_file import GgufFile
 from runtime.layers import BlockRunner
 
+pytestmark = pytest.mark.numeric
+
 N = 256
 RANK = 32
 MODES: dict[str, dict[str, Any]] = {  # options of runtime.load; split: see tests/splits.py

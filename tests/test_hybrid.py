@@ -25,6 +25,8 @@ from runtime.errors import UserError
 from runtime.placement import Placement
 from runtime.split import SplitBlock, SplitGraph
 
+pytestmark = pytest.mark.numeric
+
 Converted = Callable[..., Path]
 BUNDLED = Path(__file__).parent.parent / "examples/tiny-relu-llama"
 FAMILIES = ("bundled", "llama-gqa", "llama-odd-ff", "llama-biases", "opt-pre-norm", "opt-post-norm", "opt-untied")

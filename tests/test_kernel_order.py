@@ -12,7 +12,7 @@ from test_kernels import TYPES
 
 from runtime import native_ffn
 
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("variant")]
 
 SAME = 1e-6
 N_EMBD, N_FF = 512, 704
@@ -35,7 +35,6 @@ def reordered(ffn: Ffn, order: Array) -> Ffn:
     return Ffn(ffn.s, ffn.type_name, packed, ffn.exact)
 
 
-@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("type_name", TYPES)
 def test_order_threads_and_batch(type_name: str, gated: bool) -> None:
@@ -56,7 +55,6 @@ def test_order_threads_and_batch(type_name: str, gated: bool) -> None:
     assert {what: d for what, d in differences.items() if d > SAME} == {}
 
 
-@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("type_name", ["f32", "q4_0", "q4_K", "q6_K"])
 def test_a_thousand_neurons(type_name: str) -> None:
     """So do the errors of the additions themselves where as many neurons fire as in a model of 7B."""

@@ -15,7 +15,7 @@ from ffn_harness import Ffn, as_rounded, make, reference, relative_error, run_na
 from runtime import native_ffn
 from runtime.errors import UserError
 
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("variant")]
 
 TYPES = (
     "f32",
@@ -81,7 +81,6 @@ def test_an_unknown_variant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         native_ffn.variant()
 
 
-@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("active", [0, 0.01, 0.1, 1])
 @pytest.mark.parametrize("n_tokens", [1, 7])
 @pytest.mark.parametrize("type_name", TYPES)
@@ -89,7 +88,6 @@ def test_types_and_activity(type_name: str, n_tokens: int, active: float) -> Non
     check(type_name, n_tokens, threads=2, active=active)
 
 
-@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 @pytest.mark.parametrize("n_tokens", [1, 2, 7, 64, 100])
 @pytest.mark.parametrize("type_name", ["f32", "q4_0"])
@@ -113,7 +111,6 @@ def test_activations(gated: bool, activation: str, threshold: float, n_tokens: i
     check("f32", n_tokens, 2, 0.4, gated, activation, threshold)
 
 
-@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("shape", [(32, 1), (64, 3), (96, 1000), (4096, 64)])
 @pytest.mark.parametrize("n_tokens", [1, 3])
 @pytest.mark.parametrize("type_name", ["f32", "f16", "bf16", "q8_0", "q4_0"])
@@ -126,7 +123,6 @@ def test_rows_that_are_no_multiple_of_a_vector(type_name: str) -> None:
     check(type_name, 3, 2, 0.5, shape=(50, 40))
 
 
-@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("shape", [(32, 1), (256, 352), (50, 40)])
 @pytest.mark.parametrize("n_tokens", [1, 2, 33])
 @pytest.mark.parametrize("activation", ["relu2", "drelu"])

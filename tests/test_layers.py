@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from runtime.gguf_file import GgufFile
 from runtime.layers import BlockRunner
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize("name", ["bundled", "llama-gqa", "opt-pre-norm", "opt-post-norm"])
 def test_hidden_states_equal_transformers(

@@ -16,6 +16,8 @@ import runtime
 from runtime.engine import Engine, Options
 from runtime.gguf_file import GgufFile
 
+pytestmark = pytest.mark.numeric
+
 N = 512
 NAMES = ["bundled", *CHECKPOINTS]
 Folder = Callable[[str], Path]

@@ -15,6 +15,8 @@ from oracle import Logits, kl, random_ids, relative, transformers_logits
 import runtime
 from runtime.errors import UserError
 
+pytestmark = pytest.mark.numeric
+
 Converted = Callable[..., Path]
 QUANTIZED = ("q8_0", "q4_0", "q4_k", "q5_k", "q6_k")
 

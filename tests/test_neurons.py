@@ -18,6 +18,8 @@ import runtime
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 
+pytestmark = pytest.mark.numeric
+
 Converted = Callable[..., Path]
 NAMES = ["bundled", "llama-biases", "opt-pre-norm"]
 FEW = 2048  # tokens of calibration

@@ -40,6 +40,8 @@ import runtime
 from runtime.gguf_file import GgufFile
 from runtime.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.numeric
+
 Folder = Callable[[str], Path]
 ROOT = Path(__file__).parent.parent
 N = 256
@@ -280,11 +282,22 @@ def test_hot_order_permutes_whole_rows(source: Source, imported: Imported, folde
             rows = np.frombuffer(encoded(*tensors[swapped(name)]), np.uint8).reshape(len(order), -1)
             assert np.array_equal(file.read(name).reshape(rows.shape), rows[order]), name
         assert 0 < file.metadata["lazyneuron.predictor.recall"][1] < 1
-    # Sums of the same terms in another order.
+    # Sums of the same terms in another order. That may turn the rounding of an activation to 8 bits, and with it the choice of a neuron, at a few positions.
     for mode in ("exact", "predicted"):
-        assert max_difference(logits(imported("llama", "q4_0"), ffn=mode), logits(out, ffn=mode)) <= 2e-3
+        difference = np.abs(logits(imported("llama", "q4_0"), ffn=mode) - logits(out, ffn=mode)).max(-1)
+        assert (difference <= 2e-3).mean() >= 0.98
     if layout == "both":
         assert kl(logits(out, ffn="exact"), logits(out, ffn="dense")) <= 2e-3
+
+
+@pytest.mark.parametrize("mode", ["exact", "predicted"])
+def test_hot_order_changes_only_the_order_of_sums(source: Source, imported: Imported, folder: Path, mode: str) -> None:
+    out = folder / f"hot-f32-{mode}.gguf"
+    convert(source("llama", "f32")[0], out, calibration=None, calibration_tokens=512, force=True)
+    with GgufFile(out) as file:
+        assert file.structure.neuron_order == "hot"
+    plain, hot = (logits(path, ffn=mode, kv_type="f32") for path in (imported("llama", "f32"), out))
+    assert max_difference(plain, hot) <= 1e-4
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")

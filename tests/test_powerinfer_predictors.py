@@ -25,6 +25,8 @@ from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.numeric
+
 Folder = Callable[[str], Path]
 WIDTH, NEURONS, RANK = 32, 256, 20  # the checkpoints' and the predictors'
 DEEP = 12  # layers: as texts, 10 and 11 come before 2

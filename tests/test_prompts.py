@@ -22,6 +22,8 @@ from runtime.gguf_write import copied, copied_keys, write_gguf
 from runtime.prompts import dense_from, expected
 from runtime.traffic import Activity
 
+pytestmark = pytest.mark.numeric
+
 Converted = Callable[..., Path]
 EVERYWHERE, NOWHERE = 1.0, math.inf
 

@@ -21,6 +21,8 @@ from runtime.gguf_file import GgufFile
 from runtime.weights import new_context
 from runtime.worker import on_worker
 
+pytestmark = pytest.mark.numeric
+
 Converted = Callable[..., Path]
 NAMES = {number: name for name, number in NUMBERS.items()}
 

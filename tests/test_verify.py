@@ -27,6 +27,8 @@ from convert.reference import Reference
 from convert.rewrites import Rewrite
 from runtime.errors import UserError
 
+pytestmark = pytest.mark.numeric
+
 Folder = Callable[[str], Path]
 
 
