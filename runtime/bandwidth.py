@@ -20,6 +20,7 @@ from runtime.devices import DeviceInfo, devices
 from runtime.new_file import replacing
 from runtime.sides import Memory, Side, device_kinds, host_kinds
 from runtime.stream import Stream, open_stream
+from runtime.worker import on_worker
 
 _BYTES = 64 << 20  # of one matrix, in F16
 _WIDTH = 4096
@@ -50,7 +51,7 @@ def _speed_of(device: DeviceInfo, threads: int, anew: bool) -> Speed:
     key = f"{device.backend} {device.name} {device.description}, {f'{threads} threads, ' if device.is_stand_in else ''}ggml {ggml.ggml_version().decode()}"
     known = _remembered(path) if path else {}
     if anew or key not in known:
-        speed = measure(device, threads)
+        speed = on_worker(lambda: measure(device, threads))
         known[key] = [speed.bandwidth, speed.sync]
         if path:
             _remember(path, known)

@@ -20,6 +20,7 @@ from runtime import ggml
 from runtime.errors import UserError
 from runtime.logs import captured_log
 from runtime.pointers import refuse_pointer
+from runtime.worker import on_worker
 
 MAGIC = b"GGUF"
 _SCALARS: dict[int, tuple[Any, Callable[[Any], Any]]] = {
@@ -62,9 +63,8 @@ class GgufPart:
         self._view: np.ndarray[Any, np.dtype[np.uint8]] | None = None
         self.size = path.stat().st_size
         self._check_magic(magic)
-        with _Parsed(path, magic) as parsed:
-            self.metadata = parsed.metadata()
-            self.tensors = {info.name: info for info in parsed.tensors()}
+        # Not on the main thread, where Ctrl-C would be lost if it came within a callback from native code.
+        self.metadata, self.tensors = on_worker(lambda: _parse(path, magic))
         self._check_extents()
 
     def mapped(self) -> tuple[int, int]:
@@ -123,6 +123,12 @@ class GgufPart:
                     f"`{self.path}`: tensor `{info.name}` ends at byte {info.offset + info.nbytes}, but the file has {self.size}",
                     "the file is truncated: download or convert it again",
                 )
+
+
+def _parse(path: Path, magic: bytes) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """A file's metadata and tensors."""
+    with _Parsed(path, magic) as parsed:
+        return parsed.metadata(), {info.name: info for info in parsed.tensors()}
 
 
 class _Parsed:

@@ -23,6 +23,7 @@ from runtime.gguf_file import GgufFile
 from runtime.logs import captured_log
 from runtime.text_rules import TextRules
 from runtime.vocabulary import END_IDS, check_vocabulary
+from runtime.worker import on_worker
 
 _PIECE = 64  # bytes that nearly every token fits into
 _INT32_MIN = -(1 << 31)
@@ -44,7 +45,7 @@ class Tokenizer(Closing):
         check_vocabulary(keys, where)
         self._rules = TextRules.from_metadata(keys, where)
         self._ends = frozenset(map(int, keys[END_IDS])) if END_IDS in keys else None
-        self._vocab: llama.VocabP | None = _load(self.path)
+        self._vocab: llama.VocabP | None = on_worker(lambda: _load(self.path))
         self.n_tokens = llama.llama_vocab_n_tokens(self._vocab)
         self.bos = _id_or_none(llama.llama_vocab_bos(self._vocab))
         self.eos = _id_or_none(llama.llama_vocab_eos(self._vocab))
@@ -179,7 +180,10 @@ def _metadata(path: Path) -> Mapping[str, Any]:
 
 
 def _load(path: Path) -> llama.VocabP:
-    """The vocabulary of a file. It is freed with the last reference to it: a call in another thread holds one until it returns."""
+    """The vocabulary of a file. It is freed with the last reference to it: a call in another thread holds one until it returns.
+
+    Not for the main thread: libllama logs hundreds of lines, and Ctrl-C would be lost if it came within the callback that takes them.
+    """
     with captured_log() as log:
         params = llama.llama_model_default_params()
         overrides = _llama_override()

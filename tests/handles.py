@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -12,6 +14,8 @@ import pytest
 from runtime import ffi, ggml, llama
 from runtime import ggml_devices as gd
 from runtime.worker import on_worker
+
+ROOT = Path(__file__).parent.parent
 
 # What makes a handle, and what takes it back.
 PAIRS = {
@@ -86,3 +90,9 @@ def is_mapped(path: Path) -> bool:
 def idle() -> None:
     """Wait until the worker has done what it was asked to do."""
     on_worker(lambda: None)
+
+
+def run_program(text: str, *arguments: object, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """A Python program in a process of its own."""
+    command = [sys.executable, *options, "-c", text, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import first_block
-from handles import Handles, Injected, idle, is_mapped
+from handles import Handles, Injected, idle, is_mapped, run_program
 from oracle import random_ids
 
 import runtime
@@ -301,3 +301,26 @@ def test_ctrl_c_while_closing_closes_all_the_same(
         computing.join()
     assert handles.live == {}
     assert not is_mapped(path)
+
+
+@linux
+def test_ctrl_c_is_not_lost_where_native_code_calls_back(path: Path) -> None:
+    """Python passes over an interrupt that comes within a callback: libllama's log of a vocabulary is hundreds of them."""
+    program = """
+import signal, sys, threading
+from runtime import logs
+from runtime.tokenizer import Tokenizer
+keep, main, presses = logs._print_or_keep, threading.main_thread().ident, [signal.SIGINT]
+def pressed(*arguments):
+    if presses:
+        signal.pthread_kill(main, presses.pop())
+    keep(*arguments)
+logs._on_log = type(logs._on_log)(pressed)
+try:
+    Tokenizer(sys.argv[1])
+    print("lost")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = run_program(program, path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")

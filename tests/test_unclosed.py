@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
 import sys
 import threading
 import warnings
@@ -12,12 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from handles import Handles, idle, is_mapped
+from handles import Handles, idle, is_mapped, run_program
 
 import runtime
 from runtime.sampling import Sampling
 
-ROOT = Path(__file__).parent.parent
 GREEDY = Sampling(temperature=0)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, sends signals to threads")
 
@@ -28,11 +26,6 @@ def path(converted: Callable[..., Path]) -> Path:
 
 
 # --- finalisers -----------------------------------------------------------------------------------------------------------
-
-
-def run_program(text: str, *arguments: object, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *options, "-c", text, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
 
 
 def test_a_finaliser_on_the_worker_does_not_wait_for_it(path: Path) -> None:
