@@ -157,7 +157,7 @@ def test_a_saved_chat_with_a_mark(tmp_path: Path) -> None:
 
 @posix
 def test_perplexity_of_a_pipe(tiny_gguf: Path, tmp_path: Path, fifo: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("--window", 64, "--threads", 1)
+    words = ("--window", 64, "--tokens", 120, "--threads", 1)
     (tmp_path / "text.txt").write_bytes(LONG)
     (tmp_path / "marked.txt").write_bytes(codecs.BOM_UTF8 + LONG)
     usual = result_of(capsys, "perplexity", tiny_gguf, tmp_path / "text.txt", *words)["perplexity"]
