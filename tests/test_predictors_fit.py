@@ -280,6 +280,7 @@ def assert_good(path: Path, worse: float, read: float) -> None:
     assert 0.35 < exact.bytes < 0.40
 
 
+@pytest.mark.numeric
 def test_the_bundled_model_stays_good(fitted_gguf: Path) -> None:
     with GgufFile(fitted_gguf) as file:
         assert file.metadata["lazyneuron.predictor.energy"] == pytest.approx(0.997)
