@@ -11,7 +11,7 @@ NATIVE := $(wildcard runtime/native/*)
 # As in pyproject.toml. Installed before the package, so that its wheel (about 6 minutes on two cores) is built once and then comes from pip's cache.
 LLAMA_CPP := $(shell sed -n 's/^requires = .*"\(llama-cpp-python==[0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: chat setup test test-kernels test-vulkan sanitize fuzz fuzz-sanitized check docs bench clean
+.PHONY: chat setup test test-kernels test-kill test-vulkan sanitize fuzz fuzz-sanitized check docs bench clean
 
 chat: $(MODEL)
 	@$(PY) -m runtime chat $(MODEL)
@@ -47,6 +47,10 @@ test-kernels: $(VENV)/.test
 		echo "kernels: $$kernels" >&2; \
 		LAZYNEURON_KERNELS=$$kernels $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m numeric; \
 	done
+
+# Commands that write, killed and stopped at 50 random moments each; `make test` tries a few.
+test-kill: $(VENV)/.test
+	LAZYNEURON_MOMENTS=50 $(PY) -m pytest --numprocesses 2 --dist worksteal tests/test_disturbed.py -k any_moment
 
 # The tests on a device, without a GPU: see the script. The first call compiles ggml for Vulkan.
 test-vulkan: $(VENV)/.test

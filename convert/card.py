@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,12 +25,13 @@ from runtime.commands.sparsity import (
     predictor_facts,
     read_frequencies,
 )
-from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.hub_client import sha256_of
 from runtime.model import load
-from runtime.new_file import replacing
+from runtime.new_file import check_target, folder_made, new_path, replacing
 from runtime.text_file import read_text
+
+_CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",
         "--out",
-        type=Path,
+        type=_out,
         metavar="PATH",
         help=f"a folder, or README.md in one; {PLOT} is put beside (default: stdout, no plot)",
     )
@@ -90,20 +92,19 @@ def card(
 ) -> None:
     """Write the model card of a converted file, as `push` would."""
     folder_target = out is not None and (out.is_dir() or not out.suffix)
-    path = out / "README.md" if out and folder_target else out
-    plot = path.with_name(PLOT) if path else None
-    for target in (path, plot):
-        if target and target.exists() and not force:
-            raise UserError(f"`{target}`: exists already", "add --force to replace it")
+    path = out / _CARD if out and folder_target else out
     wanted = Options(**options | ({} if path else {"plot": False}))
-    with GgufFile(file) as opened:
+    plot = path.with_name(PLOT) if path and wanted.plot else None
+    with GgufFile(file) as opened, folder_made(path.parent) if path else nullcontext():
+        for target in filter(None, (path, plot)):
+            check_target(target, 0, force, _CARD, [part.path for part in opened.parts])
         entries = [FileEntry(part.path.name, part.size, sha256_of(part.path)) for part in opened.parts]
         found = examine(opened, wanted)
         text = make_card(opened, repo or file.name, entries, found)
-    drawn = plot if found.plot else None
-    if path:
-        _put(path, text, drawn, found.plot or b"")
-    elif not as_json:
+        drawn = plot if found.plot else None
+        if path:
+            _put(path, text, drawn, found.plot or b"")
+    if not path and not as_json:
         print(text, end="")
     if as_json:
         print_json(
@@ -116,8 +117,12 @@ def card(
         )
 
 
+def _out(text: str) -> Path:
+    """A folder, or a card in one, as an argparse type."""
+    return Path(text) / _CARD if text.endswith(("/", os.sep)) else new_path(text, _CARD)
+
+
 def _put(path: Path, text: str, plot: Path | None, drawing: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as card_file, replacing(plot) if plot else nullcontext() as plot_file:
         card_file.write_text(text, encoding="utf-8")
         if plot_file:

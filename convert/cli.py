@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import import_module
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -115,7 +113,6 @@ def _add_predictor_options(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    _stop_cleanly()
     return run_command(lambda: _run(arguments))
 
 
@@ -248,13 +245,3 @@ def _fallback_lines(report: Report) -> list[str]:
         f"note: {len(names)} tensors, such as {names[0]}, are {used} because rows are no multiple of {wanted}'s block"
         for (wanted, used), names in kinds.items()
     ]
-
-
-def _stop_cleanly() -> None:
-    if hasattr(signal, "SIGTERM"):
-        signal.signal(signal.SIGTERM, _terminate)
-
-
-def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
-    """Leave through the same clean-up as an interrupt."""
-    raise SystemExit(128 + signal.SIGTERM)

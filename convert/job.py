@@ -5,7 +5,6 @@ Puts the other modules together; prints nothing.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +25,13 @@ from predictors.fit import DEFAULT_ENERGY, ModelFit, fit_model
 from predictors.heat import order_by_counts
 from predictors.quantized import Floats
 from runtime.errors import UserError
-from runtime.gguf_split import check_no_shards, check_sizes, shard_size, split_model
-from runtime.gguf_write import Stream, write_files
-from runtime.new_file import check_target
+from runtime.gguf_split import check_shards, check_sizes, old_shards, shard_size, split_model
+from runtime.gguf_write import Stream, write_parts
+from runtime.home import expanded
+from runtime.new_file import check_space, check_target, new_path, writing
 from runtime.structure import ARCHITECTURE, required_tensors
 from runtime.threads import default_threads
+from runtime.workspace import Workspace
 
 Progress = Callable[[str, int, int], None]
 
@@ -100,73 +101,56 @@ def convert(
     """
     started = time.monotonic()
     max_bytes = shard_size(split_max_size)
-    target = None if dry_run else _target(out, force, max_bytes)
     other_type = None if predictor_type == "auto" else predictor_type
     others, counted = (str(folder) if folder else None for folder in (import_predictor, activations))
     given = Given(type, output_type, layout, ffn_type, predictor, other_type, energy, others, counted, verify or None)
-    job = open_job(str(source), given)
-    check_sizes(job.plan.tensors, max_bytes)
-    size, files = job.plan.nbytes, [str(out)] if out else []
-    verdict, planned = None, job.plan
-    if target:
-        _check_other(target, Path(source))
-        calibrated = str(calibration) != "none"
-        check_target(target, size * (2 if calibrated else 1), force)
-        workers = threads or default_threads(per_processor=True)
-        text = Path(calibration) if calibrated and calibration is not None else None
-        fitting = Fitting(
-            predictor or "lowrank",
-            DEFAULT_ENERGY if energy is None else energy,
-            text,
-            calibration_tokens,
-            predictor_type,
-            seed,
-            workers,
-        )
-        job = _with_neurons(job, fitting if calibrated else None, given.activations, target, progress)
-        with _checked(target, verify) as file:
-            size, written = _write(job, file, workers, progress, max_bytes)
-            if verify and job.checkpoint:
-                verdict = verify_file(written[0], target, job.checkpoint, planned)
-        files = [str(target.with_name(path.name.removeprefix(_unverified()))) for path in written]
-    elif activations:
-        read_counts(str(activations), job.plan.structure)
-    return _report(job, files, size, verdict, dry_run, time.monotonic() - started)
+    text = None if calibration is None else Path(calibration)
+    if dry_run:
+        job = open_job(str(source), given)
+        check_sizes(job.plan.tensors, max_bytes)
+        if activations:
+            read_counts(str(activations), job.plan.structure)
+        return _report(job, [str(out)] if out else [], job.plan.nbytes, None, True, time.monotonic() - started)
+    fitting = Fitting(
+        predictor or "lowrank",
+        DEFAULT_ENERGY if energy is None else energy,
+        text,
+        calibration_tokens,
+        predictor_type,
+        seed,
+        threads or default_threads(per_processor=True),
+    )
+    calibrated = str(calibration) != "none"
+    target = _target(out, force, max_bytes, [path for path in (source, import_predictor, activations, text) if path])
+    # Held from the beginning: what cannot be written is not worth fetching anything for.
+    with writing(target) as work:
+        job = planned = open_job(str(source), given)
+        check_sizes(job.plan.tensors, max_bytes)
+        check_space(work.target.parent, job.plan.nbytes * (2 if calibrated else 1))
+        job = _with_neurons(job, fitting if calibrated else None, given.activations, work, progress)
+        size, written = _write(job, work, fitting.threads, progress, max_bytes)
+        verdict = None
+        if verify and job.checkpoint:
+            verdict = verify_file(written[0], target, job.checkpoint, planned.plan)
+        names = [path.name for path in written]
+        work.publish(names, _obsolete(work.target, names) if max_bytes else ())
+    where = work.target if target.is_symlink() else target
+    files = [str(where.with_name(name)) for name in names] if len(names) > 1 else [str(target)]
+    return _report(job, files, size, verdict, False, time.monotonic() - started)
 
 
-@contextmanager
-def _checked(target: Path, verify: bool) -> Iterator[Path]:
-    """The file to write: the target, or one beside it that takes the target's name once it has been verified. So do its shards."""
-    if not verify:
-        yield target
-        return
-    try:
-        yield target.with_name(_unverified() + target.name)
-        for path in sorted(target.parent.glob(f"{_unverified()}*")):
-            path.replace(path.with_name(path.name.removeprefix(_unverified())))
-    finally:
-        for path in target.parent.glob(f"{_unverified()}*"):
-            path.unlink()
-
-
-def _unverified() -> str:
-    """How names of files begin that are not verified yet."""
-    return f".{os.getpid()}.unverified."
-
-
-def _check_other(target: Path, source: Path) -> None:
-    """Raise UserError where a file is to be written over itself."""
-    if target.exists() and source.is_file() and target.samefile(source):
-        raise UserError(f"`{target}`: is the source itself, expected another file", "write to a new name")
+def _obsolete(target: Path, names: Sequence[str]) -> list[Path]:
+    """Other files of the model that is replaced: it may have been one file, or other shards."""
+    return [path for path in (target, *old_shards(target)) if path.name not in names]
 
 
 def _with_neurons(
-    job: Job, fitting: Fitting | None, activations: str | None, target: Path, progress: Progress | None
+    job: Job, fitting: Fitting | None, activations: str | None, work: Workspace, progress: Progress | None
 ) -> Job:
     """The job with neurons in order and predictors fitted or measured, by calibration (or without) and by counts (or not)."""
     counts, counted = read_counts(activations, job.plan.structure) if activations else (None, "")
     if fitting:
-        with _unordered(job, target, fitting.threads, progress) as file:
+        with _unordered(job, work, fitting.threads, progress) as file:
             job = job.changed(fitting.run(file, job, counts, progress))
     elif counts:
         job = job.changed(order_by_counts(counts))
@@ -199,39 +183,47 @@ class Fitting:
 
 
 @contextmanager
-def _unordered(job: Job, target: Path, threads: int, progress: Progress | None) -> Iterator[Path]:
-    """The model with its neurons in the source's order, for as long as it is calibrated: a temporary file beside the target."""
+def _unordered(job: Job, work: Workspace, threads: int, progress: Progress | None) -> Iterator[Path]:
+    """The model with its neurons in the source's order, for as long as it is calibrated."""
     sparse = replace(job.plan.structure, layout="sparse")
     tensors = tuple(t for t in job.plan.tensors if t.name in required_tensors(sparse))
-    file = target.with_name(f".{target.name}.{os.getpid()}.unordered")
     plain = replace(job, plan=replace(job.plan, tensors=tensors), metadata=job.metadata | sparse.to_metadata())
-    try:
-        _write(plain, file, threads, progress)
-        yield file
-    finally:
-        file.unlink(missing_ok=True)
+    _, (file,) = _write(plain, work, threads, progress)
+    yield file
+    file.unlink()
 
 
-def _target(out: str | Path | None, force: bool, max_bytes: int) -> Path:
+def _target(out: str | Path | None, force: bool, max_bytes: int, sources: Sequence[str | Path]) -> Path:
     """The file to write, known to be writable before anything is fetched for it. max_bytes: of a shard, 0 for one file."""
     if out is None:
         raise UserError("no output file given", "python -m convert REPO_OR_DIR OUT.gguf, or add --dry-run")
-    check_target(Path(out), 0, force)
+    target = new_path(out)
+    inputs = [file for source in sources for file in _files(expanded(source))]
+    check_target(target, 0, force, inputs=inputs)
     if max_bytes:
-        check_no_shards(Path(out), force)
-    return Path(out)
+        check_shards(target, force, inputs)
+    return target
 
 
-def _write(job: Job, out: Path, threads: int, progress: Progress | None, max_bytes: int = 0) -> tuple[int, list[Path]]:
-    """Write the job's file, or its shards of at most `max_bytes`; returns their bytes and their paths."""
+def _files(source: Path) -> list[Path]:
+    """What may be read of a source; in a folder, what was converted before is not."""
+    if source.is_dir():
+        return [path for path in source.iterdir() if path.suffix != ".gguf"]
+    return [source]
+
+
+def _write(
+    job: Job, work: Workspace, threads: int, progress: Progress | None, max_bytes: int = 0
+) -> tuple[int, list[Path]]:
+    """Write the job's file, or its shards of at most `max_bytes`, into the workspace; returns their bytes and their paths."""
     count = _Count(job.plan.nbytes, progress)
     with Encoder(job.checkpoint, threads) as encoder:
         streams = [
             Stream(t.name, t.shape, NUMBERS[t.type], t.nbytes, count.watch(t.name, encoder.pieces(t)))
             for t in job.plan.tensors
         ]
-        files = split_model(out, job.metadata, streams, max_bytes)
-        return write_files(files), [file.path for file in files]
+        files = split_model(work.folder / work.target.name, job.metadata, streams, max_bytes)
+        return write_parts(files), [file.path for file in files]
 
 
 @dataclass

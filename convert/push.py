@@ -6,10 +6,9 @@ Large files go first, one after the other; what the Hub has already is not sent 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,11 @@ from runtime.commands.options import add_json, note, print_json
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.gguf_split import shard_size, split_model
-from runtime.gguf_write import copied, copied_keys, write_files
+from runtime.gguf_write import copied, copied_keys, write_parts
 from runtime.hub import Listing, Reference, parse
 from runtime.hub_client import fetch, hub_errors, list_files, prepare
 from runtime.new_file import check_space
+from runtime.workspace import workspace
 
 DEFAULT_SHARD = "45G"  # the Hub takes files up to 50 GB
 _CARD = "README.md"
@@ -147,12 +147,13 @@ def _fitting(file: GgufFile, max_bytes: int) -> Iterator[list[Path]]:
         return
     stem = _stem(file.path.name)
     check_space(file.path.parent, file.size)
-    with tempfile.TemporaryDirectory(prefix=f".{stem}.", dir=file.path.parent) as folder:
-        out = Path(folder) / f"{stem}.gguf"
-        files = split_model(out, copied_keys(file.path), [copied(file, name) for name in file.tensors], max_bytes)
+    out = file.path.with_name(f"{stem}.gguf")
+    files = split_model(out, copied_keys(file.path), [copied(file, name) for name in file.tensors], max_bytes)
+    with workspace(files[0].path, file.path) as work:
+        made = [replace(new, path=work.folder / new.path.name) for new in files]
         note(f"splitting into {len(files)} shards")
-        write_files(files)
-        yield [made.path for made in files]
+        write_parts(made)
+        yield [new.path for new in made]
 
 
 def _other_models(listing: Listing, sent: Sequence[CommitOperationAdd]) -> tuple[list[str], list[FileEntry]]:

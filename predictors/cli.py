@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -22,13 +20,14 @@ from rich.table import Table
 from predictors.evaluate import Evaluation, evaluate, total_bytes
 from predictors.fit import DEFAULT_ENERGY, TYPES, Figures, ModelFit, fit_model
 from predictors.kinds import KINDS
-from predictors.rewrite import rewrite
+from predictors.rewrite import rewritten
 from runtime.commands.completion import completed
-from runtime.commands.options import Parser, add_json, add_model, check_verb, count, print_json
-from runtime.errors import UserError, run_command
+from runtime.commands.options import Parser, add_json, add_model, check_outputs, check_verb, count, print_json
+from runtime.errors import run_command
 from runtime.gguf_file import GgufFile
+from runtime.gguf_write import write_parts
 from runtime.hub import locate
-from runtime.new_file import check_target
+from runtime.new_file import check_target, new_path, writing
 
 _START = """\
 Fit other predictors to a converted model, or see what a model's predictors are worth:
@@ -46,7 +45,7 @@ def configure_parser() -> argparse.ArgumentParser:
     refit = verbs.add_parser("fit", help="write a model file again with other predictors")
     refit.set_defaults(command=fit)
     add_model(refit)
-    completed(refit.add_argument("out", metavar="OUT.gguf", type=Path, help="the file to write"), ".gguf")
+    completed(refit.add_argument("out", metavar="OUT.gguf", type=new_path, help="the file to write"), ".gguf")
     _add_fit_options(refit)
     judge = verbs.add_parser("evaluate", help="measure a model's predictors on a text")
     judge.set_defaults(command=show_evaluation)
@@ -74,8 +73,6 @@ def _add_fit_options(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    if hasattr(signal, "SIGTERM"):
-        signal.signal(signal.SIGTERM, _terminate)
     return run_command(lambda: _run(arguments))
 
 
@@ -86,6 +83,7 @@ def _run(arguments: list[str]) -> None:
     check_verb(arguments[0], ("fit", "evaluate"), "python -m predictors")
     options = vars(configure_parser().parse_args(arguments))
     command = options.pop("command")
+    check_outputs(options)
     command(**options | {"model": locate(options["model"])})
 
 
@@ -95,13 +93,14 @@ def fit(model: Path, out: Path, force: bool = False, as_json: bool = False, **op
     The order of the neurons stays: `python -m convert` is what changes it.
     """
     with GgufFile(model) as file:
-        check_target(out, file.size, force)
-        itself = out.exists() and any(out.samefile(part.path) for part in file.parts)
-    if itself:
-        raise UserError(f"`{out}`: is the model itself, expected another file", "write to a new name, then rename it")
-    with _Bar() as bar:
-        made = fit_model(model, reorder=False, progress=bar, **options)
-    size = rewrite(model, out, [block.tensors for block in made.blocks], made.metadata)
+        read = [part.path for part in file.parts]
+        check_target(out, file.size, force, inputs=[*read, *filter(None, [options.get("calibration")])])
+    with writing(out) as work:
+        with _Bar() as bar:
+            made = fit_model(model, reorder=False, progress=bar, **options)
+        new = work.folder / work.target.name
+        size = write_parts([rewritten(model, new, [block.tensors for block in made.blocks], made.metadata)])
+        work.publish([new.name])
     print(f"`{out}`: wrote {size:,} bytes, {_summary(made)}", file=sys.stderr)
     figures = [b.figures for b in made.blocks]
     if made.kind != "none":
@@ -182,8 +181,3 @@ class _Bar:
         """Show that `fraction` of layer `layer` is done."""
         done = (layer + fraction) / n_layers
         self.progress.update(self.task, description=f"layer {layer}", completed=100 * done)
-
-
-def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
-    """Leave through the same clean-up as an interrupt."""
-    raise SystemExit(128 + signal.SIGTERM)

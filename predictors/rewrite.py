@@ -12,7 +12,7 @@ from typing import Any
 from predictors.quantized import Tensor
 from runtime import ggml
 from runtime.gguf_file import GgufFile
-from runtime.gguf_write import Stream, copied, copied_keys, write_gguf
+from runtime.gguf_write import NewFile, Stream, copied, copied_keys, write_files
 from runtime.structure import ARCHITECTURE
 
 REPLACED = (f"{ARCHITECTURE}.predictor.", f"{ARCHITECTURE}.calibration.")
@@ -23,9 +23,14 @@ def rewrite(source: Path, out: Path, blocks: Sequence[Sequence[Tensor]], metadat
 
     After any exception, an interrupt included, `out` is as it was before and nothing else is left behind.
     """
+    return write_files([rewritten(source, out, blocks, metadata)])
+
+
+def rewritten(source: Path, out: Path, blocks: Sequence[Sequence[Tensor]], metadata: Mapping[str, Any]) -> NewFile:
+    """What `rewrite` writes."""
     kept = {key: value for key, value in copied_keys(source).items() if not key.startswith(REPLACED)}
     with GgufFile(source) as file:
-        return write_gguf(out, kept | dict(metadata), list(_streams(file, blocks)))
+        return NewFile(out, kept | dict(metadata), list(_streams(file, blocks)))
 
 
 def _streams(file: GgufFile, blocks: Sequence[Sequence[Tensor]]) -> Iterator[Stream]:

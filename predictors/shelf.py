@@ -8,11 +8,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from predictors.choose import Judged
 from predictors.quantized import Floats, Tensor
+from runtime.workspace import naming
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def shelve(layer: Sequence[Judged]) -> list[Judged]:
     """The same with tensors in an unnamed temporary file (in $TMPDIR), which goes away with them."""
     if not layer:
         return []
-    with tempfile.TemporaryFile() as file:
+    with naming(Path(tempfile.gettempdir())), tempfile.TemporaryFile() as file:
         for judged in layer:
             for tensor in judged.candidate.tensors:
                 file.write(tensor.data.data)

@@ -17,6 +17,7 @@ from runtime import ggml
 from runtime.cache import cache_folder
 from runtime.closing import Handles
 from runtime.devices import DeviceInfo, devices
+from runtime.errors import UserError
 from runtime.new_file import replacing
 from runtime.sides import Memory, Side, device_kinds, host_kinds
 from runtime.stream import Stream, open_stream
@@ -74,7 +75,7 @@ def _remembered(path: Path) -> dict[str, list[float]]:
 
 def _remember(path: Path, known: dict[str, list[float]]) -> None:
     # Where the folder cannot be written, it is measured each time.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as made:
             made.write_text(json.dumps({"version": _VERSION, "speeds": known}, indent=1), encoding="utf-8")

@@ -8,8 +8,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
 
 from runtime import streams
 
@@ -50,6 +54,10 @@ def os_error(error: OSError) -> UserError:
         errno.EFBIG: "the file size limit of this shell or file system was reached (see `ulimit -f`)",
         errno.ENOENT: "check the path",
         errno.EACCES: "check the permissions",
+        errno.EROFS: "write to another place",
+        errno.EDQUOT: "free some space, or write where no quota is used up",
+        errno.ENAMETOOLONG: "give it a shorter name",
+        errno.EIO: "the disk, or the connection to it, is failing",
     }
     return UserError(f"{where}{error.strerror or error}", hints.get(error.errno or 0, ""))
 
@@ -58,8 +66,10 @@ def run_command(command: Callable[[], None]) -> int:
     """Run a command line's body; print a `UserError` as `error:` and `hint:` lines on stderr.
 
     Returns the exit status: 0, 1 for a user's mistake, 130 after an interrupt, and what a SystemExit says. Bugs keep their traceback.
+    Signals that ask to end leave through the same clean-up as an interrupt.
     """
     streams.prepare()
+    _leave_cleanly()
     status = _run(command)
     if status:
         with contextlib.suppress(OSError):
@@ -84,6 +94,18 @@ def _run(step: Callable[[], None]) -> int:
     except OSError as error:
         return _report(os_error(error))
     return 0
+
+
+def _leave_cleanly() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return  # signals are another's
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
+            signal.signal(number, _leave)
+
+
+def _leave(number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _report(error: UserError) -> int:

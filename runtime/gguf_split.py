@@ -16,6 +16,7 @@ from gguf import GGUFValueType
 from runtime import shards
 from runtime.errors import UserError
 from runtime.gguf_write import Key, NewFile, Stream
+from runtime.new_file import place_of
 from runtime.sizes import parse_size
 
 
@@ -68,15 +69,26 @@ def check_sizes(tensors: Sequence[Sized], max_bytes: int) -> None:
         )
 
 
-def check_no_shards(out: Path, force: bool) -> None:
-    """Raise UserError where shards named after `out` exist already: the new ones could not be told from them."""
-    old = sorted(
-        path.name for path in out.parent.glob("*.gguf") if (shards.parse_name(path.name) or ("",))[0] == out.stem
-    )
-    if old and not force:
-        raise UserError(
-            f"`{out.with_name(old[0])}`: exists already", "add --force to replace shards, or choose another name"
-        )
+def check_shards(out: Path, force: bool, inputs: Sequence[Path] = ()) -> None:
+    """Raise UserError where no shards named after `out` can be written: some exist already (and not `force`), are no regular files or among `inputs`, or names would be too long."""
+    place = place_of(out)
+    for old in old_shards(place):
+        if not old.is_file() or old.is_symlink():
+            raise UserError(f"`{old}`: no regular file, expected a shard or nothing", "choose another name")
+        if any(path.exists() and old.samefile(path) for path in inputs):
+            raise UserError(f"`{old}`: is the source itself, expected another file", "write to a new name")
+        if not force:
+            raise UserError(f"`{old}`: exists already", "add --force to replace shards, or choose another name")
+    try:
+        place.with_name(shards.shard_name(place.stem, 0, 1)).exists()
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror} for shards", str(out)) from None
+
+
+def old_shards(place: Path) -> list[Path]:
+    """What is called as shards of `place` are, in order: new ones could not be told from them."""
+    names = (path.name for path in place.parent.iterdir() if path.name.endswith(".gguf"))
+    return [place.with_name(name) for name in sorted(names) if (shards.parse_name(name) or ("",))[0] == place.stem]
 
 
 def _groups(tensors: Sequence[Stream], max_bytes: int) -> list[list[Stream]]:

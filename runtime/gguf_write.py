@@ -1,4 +1,4 @@
-"""Writes GGUF files, all of them whole or none at all.
+"""Writes GGUF files: into a workspace, or into their places, all of them whole or none at all.
 
 The layout of the file is the `gguf` package's work. Knows neither models nor what the tensors mean.
 """
@@ -6,10 +6,9 @@ The layout of the file is the `gguf` package's work. Knows neither models nor wh
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,8 +18,9 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
 from runtime import shards
 from runtime.gguf_file import GgufFile
-from runtime.new_file import replacing
+from runtime.new_file import writing
 from runtime.structure import ARCHITECTURE
+from runtime.workspace import naming
 
 ALIGNMENT = 64  # of every tensor in the file: a cache line, and AVX-512's load
 _PIECE = 1 << 24  # bytes copied at a time
@@ -63,7 +63,7 @@ def copied(file: GgufFile, name: str, new_name: str | None = None) -> Stream:
     info = file.tensors[name]
 
     def pieces() -> Iterator[npt.NDArray[np.uint8]]:
-        with file.path_of(name).open("rb") as stored:
+        with file.path_of(name).open("rb") as stored, naming(file.path_of(name)):
             stored.seek(info.offset)
             for at in range(0, info.nbytes, _PIECE):
                 yield np.frombuffer(stored.read(min(_PIECE, info.nbytes - at)), np.uint8)
@@ -104,25 +104,35 @@ def write_gguf(
 
 
 def write_files(files: Sequence[NewFile], architecture: str = ARCHITECTURE) -> int:
-    """Write all files, replacing those that exist, and return their size in bytes together.
+    """Write all files, which belong into one folder, replacing those that exist, and return their size in bytes together.
 
     After any exception, an interrupt included, every file is as it was before and nothing else is left behind; an OSError names the file.
     """
-    with ExitStack() as all_or_none:
-        partials = [all_or_none.enter_context(replacing(file.path)) for file in files]
-        for file, partial in zip(files, partials, strict=True):
-            _write(file, partial, architecture)
+    with writing(files[0].path) as work:
+        # The first may be a link to another name.
+        names = [work.target.name, *(file.path.name for file in files[1:])]
+        inside = [replace(file, path=work.folder / name) for file, name in zip(files, names, strict=True)]
+        size = write_parts(inside, architecture)
+        work.publish(names)
+    return size
+
+
+def write_parts(files: Sequence[NewFile], architecture: str = ARCHITECTURE) -> int:
+    """Write all files just where they say, and return their size in bytes together. An OSError names the file."""
+    for file in files:
+        with naming(file.path):
+            _write(file, architecture)
     return sum(file.path.stat().st_size for file in files)
 
 
-def _write(file: NewFile, partial: Path, architecture: str) -> None:
-    with _writer(partial, file.path, architecture) as writer:
+def _write(file: NewFile, architecture: str) -> None:
+    with _writer(architecture) as writer:
         for key, value in file.metadata.items():
             _add_value(writer, key, value)
         for tensor in file.tensors:
             kind = GGMLQuantizationType(tensor.type)
             writer.add_tensor_info(tensor.name, tensor.shape[::-1], np.dtype(np.float32), tensor.nbytes, kind)
-        writer.write_header_to_file(partial)
+        writer.write_header_to_file(file.path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in file.tensors:
@@ -130,18 +140,12 @@ def _write(file: NewFile, partial: Path, architecture: str) -> None:
 
 
 @contextmanager
-def _writer(partial: Path, out: Path, architecture: str) -> Iterator[Any]:
+def _writer(architecture: str) -> Iterator[Any]:
     writer = GGUFWriter(None, architecture)
     writer.add_custom_alignment(ALIGNMENT)
     try:
         yield writer
-        for file in writer.fout:
-            file.flush()
-            os.fsync(file.fileno())
         writer.close()
-    except OSError as error:
-        # A failed write does not say which file it was.
-        raise OSError(error.errno, error.strerror, error.filename or str(out)) from error
     finally:
         with suppress(OSError):  # the one that made writing fail, again
             writer.close()

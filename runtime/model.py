@@ -28,6 +28,7 @@ from runtime.errors import UserError
 from runtime.generate import Generation, LogitsProcessor, Request, Stats, Token, Turns
 from runtime.gguf_file import GgufFile
 from runtime.hub import locate
+from runtime.new_file import check_target
 from runtime.sampling import Sampling
 from runtime.sizes import parse_budgets
 from runtime.template import SPECIAL_TOKENS
@@ -75,6 +76,8 @@ def load(
     file = GgufFile(
         locate(as_path("path", path, "a file, or a name on the Hub"))
     )  # nothing is mapped before the engine does it
+    if recorder:
+        check_target(recorder.path, 0, force=True, inputs=[part.path for part in file.parts])
     options = Options(
         ffn=ffn or ("predicted" if any(file.structure.predictor_rank) else "exact"),
         threads=team.n,

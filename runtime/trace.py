@@ -48,7 +48,7 @@ class Trace(Closing):
             self.spans.append(Span(track, name, start, end, self.step))
 
     def close(self) -> None:
-        """Write the file; raises OSError."""
+        """Write the file, whole or not at all; raises OSError, and UserError where `path` can be no file."""
         tracks = sorted({span.track for span in self.spans})
         names = [
             {"ph": "M", "name": "thread_name", "pid": 0, "tid": i, "args": {"name": track}}

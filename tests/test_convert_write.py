@@ -104,7 +104,7 @@ def start(large: Path, out: Path) -> subprocess.Popen[str]:
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     while process.poll() is None:
-        partial = list(out.parent.glob(".*.partial"))
+        partial = list(out.parent.glob(f".*/{out.name}"))
         if partial and partial[0].stat().st_size > 2 * MB:
             return process
         time.sleep(0.01)

@@ -10,10 +10,8 @@ import pytest
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 from runtime import ggml
-from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
 from runtime.gguf_write import ALIGNMENT, Key, Stream, copied, copied_keys, write_gguf
-from runtime.new_file import check_target
 
 DATA = np.arange(12, dtype=np.float32)
 
@@ -108,17 +106,3 @@ def test_copies_are_exact(tmp_path: Path) -> None:
     with GgufFile(out) as file:
         assert file.metadata["general.architecture"] == "lazyneuron"
         assert [file.read(name).tobytes() for name in ("a", "b")] == [DATA.tobytes()] * 2
-
-
-def test_targets_that_will_not_do(tmp_path: Path) -> None:
-    there = tmp_path / "there.gguf"
-    there.touch()
-    for out, nbytes, message in (
-        (tmp_path, 0, "a folder, expected a file name"),
-        (tmp_path / "no" / "x.gguf", 0, "no such folder"),
-        (there, 0, "exists already"),
-        (tmp_path / "x.gguf", 1 << 60, "GB free, expected at least the"),
-    ):
-        with pytest.raises(UserError, match=message):
-            check_target(out, nbytes, force=False)
-    check_target(there, 0, force=True)

@@ -7,7 +7,6 @@ that user and model write in turn.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from runtime import template
 from runtime.errors import UserError
-from runtime.new_file import replacing
+from runtime.new_file import check_target, replacing
 from runtime.text_file import read_text
 
 _FORMAT = "lazyneuron_conversation"
@@ -86,21 +85,17 @@ class Conversation:
         return int(bool(self.messages) and self.messages[0]["role"] == "system")
 
     def save(self, path: Path) -> None:
-        """Write the messages to `path`, replacing an older saved conversation but no other file."""
+        """Write the messages to `path`, whole or not at all, replacing an older saved conversation but no other file."""
+        check_target(path, 0, force=True, example="chat.json")
         if path.exists():
             try:
                 _read(path)
             except UserError:
                 raise UserError(f"`{path}`: exists and is no saved conversation", "choose another name") from None
         values = {_FORMAT: _VERSION, "messages": self.messages}
-        try:
-            with replacing(path) as partial:
-                text = json.dumps(values, ensure_ascii=False, indent=1) + "\n"
-                partial.write_text(
-                    text, encoding="utf-8", errors="replace"
-                )  # lone surrogates, as the tokenizer takes them
-        except OSError as error:  # which names the other file, or none
-            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+        with replacing(path) as partial:
+            text = json.dumps(values, ensure_ascii=False, indent=1) + "\n"
+            partial.write_text(text, encoding="utf-8", errors="replace")  # lone surrogates, as the tokenizer takes them
 
     def load(self, path: Path) -> None:
         """Replace the messages by those of a saved conversation. Raises UserError when `path` holds none."""

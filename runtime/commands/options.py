@@ -25,6 +25,7 @@ from runtime.engine import FFN_MODES, KV_TYPES
 from runtime.errors import UserError, printable
 from runtime.hub import locate
 from runtime.model import Model, load
+from runtime.new_file import check_target, new_path
 from runtime.sampling import Sampling
 from runtime.text_file import decoded, read_text, without_line_end
 from runtime.threads import PRIORITIES, parse_cpus
@@ -167,7 +168,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         "--vram-budget", metavar="GIB[,GIB]", help="memory to use on the device, e.g. 6 or 800MiB (what is free)"
     )
     group.add_argument(
-        "--trace", type=Path, metavar="FILE", help="write what was computed when, for Chrome's trace viewer (JSON)"
+        "--trace", type=new_path, metavar="FILE", help="write what was computed when, for Chrome's trace viewer (JSON)"
     )
     group.add_argument("--n-ctx", "-c", type=int, metavar="N", help="context in tokens (default: the model's, <= 8192)")
     group.add_argument("--kv-type", choices=KV_TYPES, default="f16", help="numbers of the KV cache (f16)")
@@ -193,7 +194,11 @@ def add_sampling(parser: argparse.ArgumentParser, max_tokens: str) -> None:
 
 
 def arguments_of(options: dict[str, Any]) -> dict[str, Any]:
-    """The parsed options as keyword arguments of a command: those of a group become one `sampling` or `loading`, and `model` is located."""
+    """The parsed options as keyword arguments of a command: those of a group become one `sampling` or `loading`, and `model` is located.
+
+    Before it is fetched, files to be written are known to be writable.
+    """
+    check_outputs(options)
     groups: dict[str, type[Sampling] | type[Loading]] = {"sampling": Sampling, "loading": Loading}
     for name, group in groups.items():
         names = {field.name for field in fields(group)}
@@ -201,6 +206,13 @@ def arguments_of(options: dict[str, Any]) -> dict[str, Any]:
             value = group(**{key: options[key] for key in names})
             options = {key: v for key, v in options.items() if key not in names} | {name: value}
     return options | ({"model": locate(options["model"])} if "model" in options else {})
+
+
+def check_outputs(options: dict[str, Any]) -> None:
+    """Raise UserError or OSError where a file that an option names could not be written."""
+    for name in ("out", "plot", "trace"):
+        if options.get(name) is not None:
+            check_target(options[name], 0, options.get("force", True))
 
 
 def cpus(text: str) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from runtime.devices import AUTO, DeviceInfo, find, parse_names
 from runtime.engine import KV_TYPES
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
-from runtime.new_file import check_target, replacing
+from runtime.new_file import check_target, new_path, replacing
 from runtime.report.budgets import placements
 from runtime.report.facts import bounds, facts_of, plain
 from runtime.report.page import write_page
@@ -34,7 +34,7 @@ _SUFFIXES = (".html", ".htm")
 def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Options of `report`."""
     add_model(parser)
-    parser.add_argument("out", metavar="OUT.html", type=Path, help="the page")
+    parser.add_argument("out", metavar="OUT.html", type=new_path, help="the page")
     parser.add_argument("--force", action="store_true", help="replace OUT.html if it exists")
     add_machine(
         parser,
@@ -69,6 +69,7 @@ def report(
         raise UserError("several devices, expected one", "`python -m runtime plan` places models on several")
     described = known(device_bandwidth, cpu_bandwidth, sync_us, positions)
     with GgufFile(model) as file:
+        check_target(out, 0, force, inputs=[part.path for part in file.parts])
         mode, context = ffn or usual_mode(file), context_of(file, n_ctx)
         run = PlanOptions(mode, context, (0,), (ASSUMED,), 0.0)
         options, machine, free = _machine(run, device, described, threads, kv_type)

@@ -5,6 +5,7 @@ What is typed and how replies are shown belongs to `runtime.commands.terminal` a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +19,7 @@ from runtime.errors import UserError, os_error, printable
 from runtime.generate import Stats
 from runtime.home import expanded
 from runtime.model import Model
+from runtime.new_file import new_path
 from runtime.sampling import Sampling
 from runtime.streams import StdoutError
 
@@ -156,12 +158,12 @@ class Session:
         note("conversation cleared")
 
     def _save(self, argument: str) -> None:
-        path = _file(argument, "/save FILE")
+        path = new_path(_file(argument, "/save FILE"), "chat.json")
         self.conversation.save(path)
         note(f"saved {len(self.conversation.messages)} messages to `{path}`")
 
     def _load(self, argument: str) -> None:
-        path = _file(argument, "/load FILE")
+        path = Path(_file(argument, "/load FILE"))
         self.conversation.load(path)
         note(f"loaded {len(self.conversation.messages)} messages from `{path}`")
 
@@ -206,10 +208,10 @@ class Session:
         }
 
 
-def _file(argument: str, usage: str) -> Path:
+def _file(argument: str, usage: str) -> str:
     if not argument:
         raise UserError("no file name", f"type {usage}")
-    return expanded(argument)
+    return os.fspath(expanded(argument))
 
 
 def attempt(action: Callable[[], object]) -> bool:

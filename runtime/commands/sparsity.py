@@ -20,6 +20,7 @@ from rich.table import Table
 from runtime.commands.options import add_json, add_model, print_json
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile
+from runtime.new_file import check_target, new_path, replacing
 
 HELP = "show how unevenly the neurons of each layer fire"
 CARRIED = 0.8  # of the activations: how many of the hottest neurons carry that
@@ -33,7 +34,10 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Options of `sparsity`."""
     add_model(parser)
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="write the hot/cold curves to a .png or .html file (needs matplotlib)"
+        "--plot",
+        type=new_path,
+        metavar="FILE",
+        help="write the hot/cold curves to a .png or .html file (needs matplotlib)",
     )
     add_json(parser)
 
@@ -43,6 +47,8 @@ def sparsity(model: Path, plot: Path | None = None, as_json: bool = False) -> No
     if plot is not None and plot.suffix not in _FORMATS:
         raise UserError(f"`{plot}`: expected a name that ends in {' or '.join(_FORMATS)}")
     with GgufFile(model) as file:
+        if plot is not None:
+            check_target(plot, 0, force=True, inputs=[part.path for part in file.parts])
         frequencies = read_frequencies(file)
         layers = [layer_facts(freq) for freq in frequencies]
         achieved = predictor_facts(file.metadata, len(layers))
@@ -100,16 +106,14 @@ def _table(model: Path, layers: list[dict[str, float]], achieved: list[dict[str,
 def _write_plot(path: Path, frequencies: list[Frequencies], name: str) -> None:
     figure = new_figure(7, 5)
     draw_curves(figure.add_subplot(title=f"{name}: hot and cold neurons"), frequencies)
-    if path.suffix == ".png":
-        figure.savefig(path, dpi=150)
-        return
-    drawing = io.StringIO()
-    figure.savefig(drawing, format="svg")
-    svg = drawing.getvalue()
-    path.write_text(
-        f"<!doctype html><meta charset='utf-8'><title>{html.escape(name)}</title>\n{svg[svg.index('<svg') :]}",
-        encoding="utf-8",
-    )
+    drawing = io.BytesIO()
+    figure.savefig(drawing, format="png" if path.suffix == ".png" else "svg", dpi=150)
+    made = drawing.getvalue()
+    if path.suffix == ".html":
+        head = f"<!doctype html><meta charset='utf-8'><title>{html.escape(name)}</title>\n"
+        made = head.encode() + made[made.index(b"<svg") :]
+    with replacing(path) as partial:
+        partial.write_bytes(made)
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -1,0 +1,267 @@
+"""A folder beside a file that is to be written: it is written there, then renamed into its place, so it is there whole or not at all.
+
+The folder's name follows from the file's, and a lock in it tells a run that writes from one that was killed: what the latter left
+behind, the next run to the same file removes. Knows nothing of what is written.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from runtime.errors import UserError
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_NONE = -1  # no descriptor
+_LOCK = "lock"
+_COMING = "coming"  # names of the files of an exchange that is not finished
+_ASIDE = "replaced"  # a folder of those that they replace
+_BUSY = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # how systems say that somebody else holds a lock
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """An open one. folder: what files are written to, each by the name it is to have; target: the absolute path of the one they are for."""
+
+    folder: Path
+    target: Path
+
+    def publish(self, names: Sequence[str], obsolete: Sequence[Path] = ()) -> None:
+        """Move files of the folder to where `target` is, replacing what is there; then `obsolete` ones are gone. After an exception all is as it was.
+
+        Of several files the first is what makes the others a whole: it is the first to be taken away and the last to come.
+        """
+        for name in names:
+            _finish(self.folder / name, self.target.with_name(name))
+        _sync(self.folder)
+        if len(names) == 1 and not obsolete:  # at once: there is always an old one or a new one
+            (self.folder / names[0]).replace(self.target.with_name(names[0]))
+        else:
+            self._exchange(names, obsolete)
+        with suppress(OSError):  # some file systems cannot sync folders
+            _sync(self.target.parent)
+
+    def _exchange(self, names: Sequence[str], obsolete: Sequence[Path]) -> None:
+        (self.folder / _ASIDE).mkdir()
+        listed = self.folder / f"{_COMING}.new"
+        listed.write_bytes(b"\0".join(map(os.fsencode, names)))
+        _sync(listed)
+        listed.rename(self.folder / _COMING)
+        for name in (*names, *(path.name for path in obsolete)):
+            with suppress(FileNotFoundError):
+                self.target.with_name(name).rename(self.folder / _ASIDE / name)
+        for name in reversed(names):
+            (self.folder / name).replace(self.target.with_name(name))
+        (self.folder / _COMING).unlink()
+
+
+def _take_back(folder: Path, target: Path) -> None:
+    """Undo an exchange of files that was not finished, here or in a run that was killed: new ones go, old ones return."""
+    names = [os.fsdecode(name) for name in (folder / _COMING).read_bytes().split(b"\0") if name]
+    if not any((folder / name).exists() for name in names):
+        return  # it was finished, or had not begun
+    for name in names:
+        if not (folder / name).exists():
+            target.with_name(name).replace(folder / name)
+    for old in sorted((folder / _ASIDE).iterdir(), reverse=True):
+        old.replace(target.with_name(old.name))
+
+
+@contextmanager
+def workspace(target: Path, name: Path) -> Iterator[Workspace]:
+    """A workspace for `target`, emptied of what a killed run has left in it, and removed at the end.
+
+    name: what errors about files in the workspace are to say instead. Raises UserError where another process (or thread) writes to the same
+    target, and OSError where the folder cannot be written.
+    """
+    absolute = Path(os.path.abspath(target))  # noqa: PTH100 - resolve() would follow links
+    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]  # a name of any length fits
+    folder, lock = absolute.with_name(f".lazyneuron-{digest}"), _NONE
+    try:
+        with _placing(absolute, name, folder):
+            folder, lock = _hold(folder, name)
+        with _placing(absolute, name, folder):
+            _empty(folder, absolute)
+            yield Workspace(folder, absolute)
+    finally:
+        if lock == _NONE:  # refused, or interrupted on the way
+            _discard(folder, absolute)
+        else:
+            _remove(folder, absolute, lock)
+
+
+def _hold(folder: Path, name: Path) -> tuple[Path, int]:
+    """Make the folder and lock it; returns its path and the lock's descriptor.
+
+    One with a name of its own, which nobody else will ever remove, where the folder is another user's or the file system has no locks.
+    """
+    while True:
+        try:
+            with suppress(FileExistsError):
+                folder.mkdir(0o700)
+            if not _is_own(folder):
+                return _make_another(folder)
+            lock = _open_lock(folder)
+        except FileNotFoundError:
+            if not folder.parent.is_dir():
+                raise
+            continue  # whoever held the folder has just removed it
+        try:
+            held = _try_lock(lock)
+            if held and _is_still(lock, folder / _LOCK):
+                return folder, lock
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+        if held is None:
+            (folder / _LOCK).unlink(missing_ok=True)
+            _rmdir(folder)
+            return _make_another(folder)
+        if not held:
+            raise UserError(f"`{name}`: another process is writing it", "wait until it is done, or choose another name")
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether it is a folder of this user, and not a link that somebody has put there."""
+    found = folder.lstat()
+    return stat.S_ISDIR(found.st_mode) and (os.name == "nt" or found.st_uid == os.geteuid())
+
+
+def _make_another(folder: Path) -> tuple[Path, int]:
+    made = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
+    return made, _open_lock(made)
+
+
+def _open_lock(folder: Path) -> int:
+    return os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+
+
+def _try_lock(descriptor: int) -> bool | None:
+    """Whether the file could be locked; None where there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in _BUSY else None
+    return True
+
+
+def _is_still(descriptor: int, path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False
+
+
+def _discard(folder: Path, target: Path) -> None:
+    """Remove a folder of ours that nobody writes to."""
+    with suppress(OSError):
+        if _is_own(folder):
+            lock = os.open(folder / _LOCK, os.O_RDWR)
+            if _try_lock(lock):
+                _remove(folder, target, lock)
+            else:
+                os.close(lock)
+    _rmdir(folder)
+
+
+def _remove(folder: Path, target: Path, lock: int) -> None:
+    """The lock goes after all that it protects, and the folder last: NFS keeps a file until it is closed."""
+    try:
+        _surely(lambda: _clear(folder, target))
+    finally:
+        try:
+            os.close(lock)
+        finally:
+            _surely(lambda: _rmdir(folder))
+
+
+def _surely(action: Callable[[], None]) -> None:
+    try:
+        action()
+    except BaseException:  # an interrupt
+        action()
+        raise
+
+
+def _clear(folder: Path, target: Path) -> None:
+    with suppress(OSError):  # what cannot be removed now, the next run removes
+        _empty(folder, target)
+        (folder / _LOCK).unlink(missing_ok=True)
+
+
+def _rmdir(folder: Path) -> None:
+    with suppress(OSError):  # not empty: another run has it, or it could not be cleared
+        folder.rmdir()
+
+
+def _empty(folder: Path, target: Path) -> None:
+    if (folder / _COMING).exists():
+        _take_back(folder, target)
+        (folder / _COMING).unlink()
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != _LOCK:
+            path.unlink()
+
+
+def _finish(new: Path, place: Path) -> None:
+    """Put the bytes on the disk, with the permissions of the file that is replaced."""
+    _sync(new)
+    with suppress(OSError):
+        shutil.copymode(place, new)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with naming(path):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _placing(target: Path, name: Path, folder: Path) -> Iterator[None]:
+    """Let errors speak of the target, not of the workspace."""
+
+    def placed(text: str) -> str:
+        return text.replace(str(folder / target.name), str(name)).replace(str(folder), str(target.parent))
+
+    try:
+        yield
+    except UserError as error:
+        raise UserError(placed(error.message), placed(error.hint)) from error
+    except OSError as error:
+        if not any(str(folder) in str(path) for path in (error.filename, error.filename2)):
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(name)) from error
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let errors of the operating system that name no file name this one: reads and writes do not say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
