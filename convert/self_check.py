@@ -13,7 +13,7 @@ from typing import Any
 
 from convert.oracles import Oracle
 from runtime.errors import UserError
-from runtime.gguf_write import write_gguf
+from runtime.gguf_write import NewFile, write_parts
 from runtime.tokenizer import Tokenizer
 
 Whole = Callable[[str], list[int]]
@@ -81,7 +81,11 @@ def check_ids(
     """
     with tempfile.TemporaryDirectory(prefix="lazyneuron-") as folder:
         file = Path(folder) / "vocabulary.gguf"
-        write_gguf(file, {key: value for key, value in metadata.items() if key != "tokenizer.chat_template"}, [])
+        keys = {key: value for key, value in metadata.items() if key != "tokenizer.chat_template"}
+        try:
+            write_parts([NewFile(file, keys, [])])
+        except OSError as error:  # what people know is $TMPDIR
+            raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from None
         with Tokenizer(file) as tokenizer:
             for text in _texts(added, pieces):
                 _compare(text, tokenizer.encode(text, add_special=False), oracle.encode(text), where)
