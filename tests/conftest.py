@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +26,9 @@ BUNDLED = Path(__file__).parent.parent / "examples/tiny-relu-llama"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# A shell lets what it starts in the background ignore Ctrl-C, and so would everything that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Converted = Callable[..., Path]
 MakeOnce = Callable[[str, Callable[[Path], object]], Path]
