@@ -20,6 +20,7 @@ from convert.rewrites import Array, Shape, Sliceable
 from runtime.errors import UserError
 
 _DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+_NUMBERS = {*_DTYPES, *(f"torch.{name}" for name in ("int64", "int32", "int16", "int8", "uint8"))}  # counts are whole
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights", "params")  # where trainers put the tensors
 
 
@@ -56,7 +57,7 @@ def read_bare(file: Path) -> Array:
     Raises UserError when it holds something else, cannot be read, or torch is absent.
     """
     value = _read(file)
-    if not isinstance(value, _torch().Tensor) or str(value.dtype) not in _DTYPES or not _is_plain(value):
+    if not isinstance(value, _torch().Tensor) or str(value.dtype) not in _NUMBERS or not _is_plain(value):
         raise _unreadable(file, ValueError(f"a {type(value).__name__}, expected a dense tensor of numbers"))
     return _Tensor(value)[:]
 
