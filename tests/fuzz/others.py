@@ -20,7 +20,7 @@ from fuzz.bases import VOCAB, sentencepiece
 from fuzz.checkpoints import FF, D
 from fuzz.gguf_parts import Entry, Parts, Tensor
 from fuzz.models import runs
-from fuzz.worker import Files, Target
+from fuzz.worker import Target, seeded
 from runtime.commands.conversation import Conversation
 
 # --- PowerInfer ---------------------------------------------------------------------------------------------------------
@@ -176,14 +176,22 @@ def other_targets(rng_of: Callable[[str, int], Random]) -> list[Target]:
     saved, chat = pickles(), json.dumps(CHAT).encode()
     words = ("role", "content", "user", "system", "assistant", "messages", "lazyneuron_conversation", "tool")
 
-    def target(name: str, make: Callable[[Random], Files], use: Callable[[Path], bool], share: float = 1.0) -> Target:
-        return Target(name, lambda index: make(rng_of(name, index)), use, share)
-
     return [
-        target(
-            "powerinfer", lambda rng: {"old.powerinfer.gguf": mutate_gguf.damaged(rng, rng.choice(files))}, _imported
+        seeded(
+            rng_of,
+            "powerinfer",
+            lambda rng: {"old.powerinfer.gguf": mutate_gguf.damaged(rng, rng.choice(files))},
+            _imported,
         ),
-        target("pickle", lambda rng: {"pytorch_model.bin": _damaged_pickle(rng, rng.choice(saved))}, _read_pickle),
-        target("counts", lambda rng: {"pytorch_model.bin": _damaged_pickle(rng, rng.choice(saved))}, _read_bare, 0.3),
-        target("conversation", lambda rng: {"chat.json": mutate_json.damaged(rng, chat, words)}, _loaded),
+        seeded(
+            rng_of, "pickle", lambda rng: {"pytorch_model.bin": _damaged_pickle(rng, rng.choice(saved))}, _read_pickle
+        ),
+        seeded(
+            rng_of,
+            "counts",
+            lambda rng: {"pytorch_model.bin": _damaged_pickle(rng, rng.choice(saved))},
+            _read_bare,
+            0.3,
+        ),
+        seeded(rng_of, "conversation", lambda rng: {"chat.json": mutate_json.damaged(rng, chat, words)}, _loaded),
     ]

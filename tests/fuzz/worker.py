@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 
 from runtime.errors import printable, run_command
 
@@ -49,6 +50,17 @@ class Target:
     share: float = 1.0  # of the time
     allowance: int = ALLOWANCE
     cache: str = "out"  # a folder of what may stay, beside `out`
+
+
+def seeded(
+    rng_of: Callable[[str, int], Random],
+    name: str,
+    make: Callable[[Random], Files],
+    run: Callable[[Path], bool],
+    share: float = 1.0,
+) -> Target:
+    """A target whose inputs are made by chance; rng_of: the source of it, by target and number of the input."""
+    return Target(name, lambda index: make(rng_of(name, index)), run, share)
 
 
 @dataclass(frozen=True)
