@@ -239,7 +239,7 @@ def numbers(rng: Random, p: Parts) -> None:
     small = [t for t in p.tensors if b"neuron" in t.name or b"predictor" in t.name]
     t = rng.choice(small) if small and rng.randrange(2) else rng.choice(p.tensors)
     kind = rng.randrange(6)
-    if not t.data:
+    if len(t.data) < 8:
         return
     if kind == 0:
         t.data = rng.randbytes(len(t.data)) if t.kind not in _FLOATS or rng.randrange(4) == 0 else _sane(rng, t)
