@@ -10,10 +10,11 @@ from random import Random
 import runtime
 from fuzz import mutate, mutate_gguf
 from fuzz.bases import any_structure, model_bytes, write_models
-from fuzz.gguf_parts import header, parse
+from fuzz.gguf_parts import build, header, parse
 from fuzz.worker import Failed, Files, Target
 from runtime.commands.inspect import inspect
 from runtime.errors import UserError
+from runtime.gguf_file import GgufFile
 from runtime.sampling import Sampling
 
 _PROMPT = "the in\u00e9 <|user|>\n"
@@ -34,6 +35,12 @@ def first_token(path: Path) -> bool:
             "".join(generation)
         model.detokenize([0, model.structure.vocab_size - 1])
     return True
+
+
+def _described_by_header(folder: Path) -> bool:
+    """What a file's keys and tensors say is read and checked, and nothing is computed."""
+    with GgufFile(folder / "model.gguf") as file:
+        return file.structure.block_count > 0
 
 
 def runs(path: Path) -> bool:
@@ -79,6 +86,13 @@ def model_targets(folder: Path, rng_of: Callable[[str, int], Random]) -> list[Ta
             made[i] = mutate.damaged(rng, shards[i], len(header(parts[i])))
         return {f"shards-{i + 1:05}-of-{len(made):05}.gguf": data for i, data in enumerate(made)}
 
+    def headed(index: int) -> Files:
+        rng = rng_of("header", index)
+        p = whole[rng.choice(names)]
+        if rng.randrange(2):
+            return {"model.gguf": mutate_gguf.damaged(rng, p, keys=18)}
+        return {"model.gguf": mutate.damaged(rng, build(p), len(header(p)))}
+
     def consistent(index: int) -> Files:
         return {"model.gguf": model_bytes(folder, *any_structure(rng_of("structure", index)))}
 
@@ -87,7 +101,8 @@ def model_targets(folder: Path, rng_of: Callable[[str, int], Random]) -> list[Ta
 
     return [
         Target("first-token", model("first-token"), use, 8),
-        Target("structure", consistent, use),
+        Target("header", headed, _described_by_header, 2),
+        Target("structure", consistent, use, 0.5),
         Target("shards", shard, _shards),
         Target("inspect", model("inspect"), _described, 0.3),
     ]

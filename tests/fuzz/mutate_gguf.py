@@ -284,19 +284,19 @@ KEY_CHANGES: tuple[Change, ...] = (
 TENSOR_CHANGES: tuple[Change, ...] = (shape, tensor_type, place, tensor_name, drop_tensor, add_tensor, tensor_size)
 
 
-def damaged(rng: Random, p: Parts) -> bytes:
-    """The file with one to three faults."""
+def damaged(rng: Random, p: Parts, keys: int = 6) -> bytes:
+    """The file with one to three faults. keys: how often in one of its keys, beside 3 in its counts and tensors, in twenty; the rest are in numbers."""
     p = p.copy()
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         kind = rng.randrange(20)
-        if kind < 11:
-            numbers(rng, p) if p.tensors else None
-        elif kind < 17:
-            rng.choice(KEY_CHANGES)(rng, p) if p.entries else None
-        elif kind < 19:
-            rng.choice(TENSOR_CHANGES)(rng, p) if p.tensors else None
-        else:
+        if kind < 1:
             counts(rng, p)
+        elif kind < 3:
+            rng.choice(TENSOR_CHANGES)(rng, p) if p.tensors else None
+        elif kind < 3 + keys:
+            rng.choice(KEY_CHANGES)(rng, p) if p.entries else None
+        elif p.tensors:
+            numbers(rng, p)
     data = build(p)
     if rng.randrange(12) == 0:
         data = mutate.damaged(rng, data, len(header(p)))
