@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -27,7 +28,13 @@ def _arguments() -> argparse.Namespace:
         "--seed", type=int, default=0, help="another seed makes other inputs; the same one makes the same"
     )
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
-    parser.add_argument("--target", action="append", default=[], help="only this one (may be given again)")
+    parser.add_argument(
+        "--target",
+        action="append",
+        default=[],
+        metavar="NAME[=SHARE]",
+        help="only this one, with its share of the time (may be given again)",
+    )
     parser.add_argument("--first", type=int, default=0, help="number of the first input")
     parser.add_argument("--replay", action="store_true", help="run the corpus instead")
     parser.add_argument(
@@ -45,7 +52,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
         folder = Path(name)
         targets = all_targets(folder, lambda target, index: Random(f"{options.seed} {target} {index}"))
-        chosen = [t for t in targets if t.name in options.target or not options.target]
+        chosen = _chosen(targets, options.target)
         if options.one is not None:
             return _one(chosen[0], options.one, folder)
         shares = sum(t.share for t in chosen)
@@ -59,6 +66,13 @@ def main() -> int:
                 counts = run(target, seconds, options.jobs, folder, options.first, limited=not sanitized)
             failed += _report(target, counts, options)
     return 1 if failed else 0
+
+
+def _chosen(targets: list[Target], wanted: list[str]) -> list[Target]:
+    shares = dict((name, share) for name, _, share in (one.partition("=") for one in wanted))
+    if unknown := set(shares) - {target.name for target in targets}:
+        sys.exit(f"no target {', '.join(sorted(unknown))}, expected some of {', '.join(t.name for t in targets)}")
+    return [replace(t, share=float(shares.get(t.name) or t.share)) for t in targets if t.name in shares or not shares]
 
 
 def _one(target: Target, index: int, folder: Path) -> int:
