@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def _chosen(targets: list[Target], wanted: list[str]) -> list[Target]:
-    shares = dict((name, share) for name, _, share in (one.partition("=") for one in wanted))
+    shares = {name: share for name, _, share in (one.partition("=") for one in wanted)}
     if unknown := set(shares) - {target.name for target in targets}:
         sys.exit(f"no target {', '.join(sorted(unknown))}, expected some of {', '.join(t.name for t in targets)}")
     return [replace(t, share=float(shares.get(t.name) or t.share)) for t in targets if t.name in shares or not shares]
