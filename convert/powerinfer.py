@@ -23,11 +23,13 @@ from convert.plan import Given, Plan, PlannedTensor, Types
 from convert.powerinfer_bodies import ACTIVATION, BODIES, INSTEAD, TIED, TOKENIZERS
 from convert.quantize import fitting
 from convert.rewrites import Heads, Shape, named
+from convert.self_check import opened
 from convert.tokenizer import filler
 from runtime import ggml
 from runtime.errors import UserError
 from runtime.gguf_file import GgufFile, TensorInfo
 from runtime.structure import ARCHITECTURE, Structure, required_tensors
+from runtime.vocabulary import check_vocabulary
 
 MAGIC = b"PWRI"
 THRESHOLD = "powerinfer.sparse_threshold"
@@ -228,10 +230,12 @@ def _tokenizer(file: PowerInferFile, vocab_size: int) -> dict[str, Any]:
     """The tokenizer's keys, with those added that its time did not know; unused tokens where the embeddings have more rows."""
     keys = {k: _plain(v) for k, v in file.container.metadata.items() if k.startswith("tokenizer.")}
     tokens = keys.get("tokenizer.ggml.tokens", [])
+    tokens = tokens if isinstance(tokens, list) else []
     if not 0 < len(tokens) <= vocab_size:
         raise UserError(
             f"`{file.path}`: {len(tokens)} tokens, expected 1 to {vocab_size}, a row of embeddings for each"
         )
+    check_vocabulary(file.container.metadata, f"`{file.path}`")
     taken = set(tokens)
     fill = {
         "tokens": [filler(i, taken) for i in range(len(tokens), vocab_size)],
@@ -245,7 +249,9 @@ def _tokenizer(file: PowerInferFile, vocab_size: int) -> dict[str, Any]:
     sentencepiece = keys.get("tokenizer.ggml.model") == "llama"
     pre, add_bos = ("default", True) if sentencepiece else TOKENIZERS[file.name]
     unsaid = {"pre": pre, "add_space_prefix": sentencepiece, "add_bos_token": add_bos, "add_eos_token": False}
-    return {f"tokenizer.ggml.{key}": value for key, value in unsaid.items()} | keys
+    keys = {f"tokenizer.ggml.{key}": value for key, value in unsaid.items()} | keys
+    with opened(keys, f"`{file.path}`"):
+        return keys
 
 
 def _plain(value: Any) -> Any:

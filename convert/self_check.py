@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,19 @@ def check_ids(
     whole: gives the ids with what is added before and after a text, where the source says so in another place than `metadata`.
     added: texts of tokens that are matched as a whole; pieces: what other tokens stand for. where: names the source in errors.
     """
+    with opened(metadata, where) as tokenizer:
+        for text in _texts(added, pieces):
+            _compare(text, tokenizer.encode(text, add_special=False), oracle.encode(text), where)
+        begin = [tokenizer.bos] * metadata["tokenizer.ggml.add_bos_token"]
+        end = [tokenizer.eos] * metadata["tokenizer.ggml.add_eos_token"]
+        for text in PLAIN[:6]:
+            right = whole(text) if whole else [*begin, *oracle.encode(text), *end]
+            _compare(text, tokenizer.encode(text), right, where)
+
+
+@contextmanager
+def opened(metadata: Mapping[str, Any], where: str) -> Iterator[Tokenizer]:
+    """The vocabulary in a file's keys, as libllama reads it. Raises UserError, which names `where`, when it does not."""
     with tempfile.TemporaryDirectory(prefix="lazyneuron-") as folder:
         file = Path(folder) / "vocabulary.gguf"
         keys = {key: value for key, value in metadata.items() if key != "tokenizer.chat_template"}
@@ -86,15 +100,12 @@ def check_ids(
             write_parts([NewFile(file, keys, [])])
         except OSError as error:  # what people know is $TMPDIR
             raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from None
-        with Tokenizer(file) as tokenizer:
-            for text in _texts(added, pieces):
-                _compare(text, tokenizer.encode(text, add_special=False), oracle.encode(text), where)
-            begin = [tokenizer.bos] * metadata["tokenizer.ggml.add_bos_token"]
-            end = [tokenizer.eos] * metadata["tokenizer.ggml.add_eos_token"]
-            for text in PLAIN[:6]:
-                _compare(
-                    text, tokenizer.encode(text), whole(text) if whole else [*begin, *oracle.encode(text), *end], where
-                )
+        try:
+            tokenizer = Tokenizer(file)
+        except UserError as error:
+            raise UserError(error.message.replace(f"`{file}`", where), error.hint) from None
+        with tokenizer:
+            yield tokenizer
 
 
 def _texts(added: Sequence[str], pieces: Sequence[str]) -> Iterator[str]:

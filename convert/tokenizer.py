@@ -7,8 +7,9 @@ library, and refused where it differs. Knows nothing of tensors or architectures
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,8 @@ def _converted(folder: Path, config: Config, vocab_size: int) -> Converted:
     listed = read_added(folder, config, special)
     notes: list[str] = []
     added = _within(listed, vocab_size, folder, notes)
-    vocabulary = _read(folder, config, {token.text for token in added.values()} | {*special.named.values()}, notes)
-    _check_size(vocabulary, vocab_size, folder)
+    named = {token.text for token in added.values()} | {*special.named.values()}
+    vocabulary = _read(folder, config, partial(_check_ids, folder, vocab_size), named, notes)
     added |= _named(vocabulary, special, added)
     added = _add_tokens(vocabulary, added, notes)
     vocabulary.extend(vocab_size - 1)
@@ -153,12 +154,15 @@ def _within(added: dict[int, AddedToken], vocab_size: int, folder: Path, notes: 
     return {i: token for i, token in sorted(added.items()) if i < vocab_size}
 
 
-def _read(folder: Path, config: Config, added: set[str], notes: list[str]) -> Vocabulary:
+Check = Callable[[Iterable[int]], None]  # of a vocabulary's ids, before there is room for each
+
+
+def _read(folder: Path, config: Config, check: Check, added: set[str], notes: list[str]) -> Vocabulary:
     """The vocabulary from the file that says most: tokenizer.model, tokenizer.json, or GPT-2's pair of files."""
     model, tokenizer = folder / "tokenizer.model", folder / "tokenizer.json"
     if model.exists():
         try:
-            return _sentencepiece(spm.SentencePiece(model), model, config)
+            return _sentencepiece(spm.SentencePiece(model), model, config, check)
         except UserError as error:
             # tiktoken's files have this name too, and conversions of other models leave theirs.
             if not tokenizer.exists() or not _model_of(tokenizer):
@@ -166,9 +170,9 @@ def _read(folder: Path, config: Config, added: set[str], notes: list[str]) -> Vo
             notes.append(f"tokenizer.json is read, not tokenizer.model ({error.message.rpartition('`: ')[2]})")
     if tokenizer.exists():
         values = read_json(tokenizer)
-        return _merged(values, added) if is_sentencepiece(values) else _byte_level(values)
+        return _merged(values, added, check) if is_sentencepiece(values) else _byte_level(values, check)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        return _byte_level(bpe.vocab_and_merges(folder, config))
+        return _byte_level(bpe.vocab_and_merges(folder, config), check)
     raise UserError(
         f"`{folder}`: no tokenizer in it", "expected tokenizer.model, tokenizer.json, or vocab.json with merges.txt"
     )
@@ -179,7 +183,8 @@ def _model_of(tokenizer: Path) -> Mapping[str, Any]:
     return read_json(tokenizer).get("model", dict, {})
 
 
-def _sentencepiece(model: spm.SentencePiece, path: Path, config: Config) -> Vocabulary:
+def _sentencepiece(model: spm.SentencePiece, path: Path, config: Config, check: Check) -> Vocabulary:
+    check(range(len(model.pieces)))
     prefix = config.get("add_prefix_space", bool, model.add_dummy_prefix)
     # Files without the key are older than it, and of its former default.
     spaces = Spaces(prefix, each=prefix and config.get("legacy", bool, True))
@@ -191,8 +196,9 @@ def _sentencepiece(model: spm.SentencePiece, path: Path, config: Config) -> Voca
     return vocabulary
 
 
-def _merged(tokenizer: Config, added: set[str]) -> Vocabulary:
+def _merged(tokenizer: Config, added: set[str], check: Check) -> Vocabulary:
     found = read_merged(tokenizer, added)
+    check(found.vocab.values())
     kind = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default"}
     vocabulary = Vocabulary(tokenizer.where, kind, values=tokenizer.values, spaces=found.spaces)
     byte_tokens = {spm.byte_token(byte) for byte in range(256)}
@@ -202,8 +208,9 @@ def _merged(tokenizer: Config, added: set[str]) -> Vocabulary:
     return vocabulary
 
 
-def _byte_level(tokenizer: Config) -> Vocabulary:
+def _byte_level(tokenizer: Config, check: Check) -> Vocabulary:
     found = bpe.read_byte_level(tokenizer)
+    check(found.vocab.values())
     kind = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": found.pre, "tokenizer.ggml.merges": found.merges}
     vocabulary = Vocabulary(tokenizer.where, kind, values=tokenizer.values, bytes=True, nfc=found.nfc)
     for text, i in sorted(found.vocab.items(), key=lambda item: item[1]):
@@ -211,9 +218,10 @@ def _byte_level(tokenizer: Config) -> Vocabulary:
     return vocabulary
 
 
-def _check_size(vocabulary: Vocabulary, vocab_size: int, folder: Path) -> None:
-    if len(vocabulary.tokens) > vocab_size:
-        highest = len(vocabulary.tokens) - 1
+def _check_ids(folder: Path, vocab_size: int, ids: Iterable[int]) -> None:
+    """Raise UserError where a file's tokens are more than there are rows of embeddings."""
+    highest = max(ids, default=0)
+    if highest >= vocab_size:
         raise UserError(
             f"`{folder}`: the tokenizer has token id {highest}, expected ids below `vocab_size` {vocab_size}", _OTHER
         )

@@ -20,6 +20,8 @@ from fuzz.targets import all_targets
 from fuzz.worker import Counts, Failure, Target, run, write
 from runtime.errors import run_command
 
+_PROOF = 1000  # inputs of which some must come to the end, or the target says nothing
+
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
@@ -112,6 +114,9 @@ def _report(target: Target, counts: Counts, options: argparse.Namespace) -> int:
         }
         with options.counts.open("a") as file:
             file.write(json.dumps(figures) + "\n")
+    if counts.inputs > _PROOF and not counts.reached:
+        print("  none came to the end: the target itself is broken", flush=True)
+        return 1
     return len(counts.failures)
 
 
