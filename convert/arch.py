@@ -23,6 +23,7 @@ from runtime.errors import UserError
 from runtime.structure import ACTIVATIONS, ARCHITECTURE, Structure
 
 THRESHOLDED = "fatrelu"  # the activation that has a threshold
+_EXPECTED = {"per_layer_config": {}, "transformers_weights": "model.safetensors"}  # as `Arch.expect`, in every family
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Arch:
     activations: Mapping[str, str]  # config.json's value -> GGUF's
     keys: Mapping[str, Any]
     tensors: Mapping[str, Source | Generated | Callable[[Config], Source]]
+    model_type: str = ""  # in config.json beside the first architecture; "" where transformers has no class for it
     threshold: Field = Field("hidden_act_param")  # of `fatrelu`
     renamed: Mapping[str, str] = field(default_factory=dict)  # config keys of older checkpoints -> today's
     base_prefix: str = ""  # of checkpoints with a head; those saved without one lack it in every name
@@ -90,15 +92,27 @@ def find_arch(config: Config) -> Arch:
     """The family of a checkpoint. Raises UserError when none has the architecture that config.json names, or its weights are quantised."""
     known = {name: arch for arch in families().values() for name in arch.architectures}
     named = config.get("architectures", list, [])
-    arch = next((known[name] for name in named if isinstance(name, str) and name in known), None)
-    refuse_quantised(config, arch.quantization if arch else ())
-    if arch:
-        return arch
+    name = next((name for name in named if isinstance(name, str) and name in known), "")
+    refuse_quantised(config, known[name].quantization if name else ())
+    if name:
+        _check_model_type(config, name, known[name])
+        return known[name]
     wanted = ", ".join(config.list_of("architectures", str)) or "unnamed"
     raise UserError(
         f"{config.where}: architecture {wanted}, expected {', '.join(sorted(known))}",
         "a new architecture is one file: see CONTRIBUTING.md",
     )
+
+
+def _check_model_type(config: Config, architecture: str, arch: Arch) -> None:
+    """Refuse a config that names two models. transformers goes by `model_type`, unless the checkpoint brings code of its own."""
+    told = config.values.get("model_type")
+    checked = arch.model_type and architecture == arch.architectures[0] and not config.values.get("auto_map")
+    if checked and told not in (None, arch.model_type):
+        raise UserError(
+            f"{config.where}: `model_type` is {shown(told)}, expected {shown(arch.model_type)}, as architecture {architecture} has it",
+            "the two name different models: correct the one that is wrong",
+        )
 
 
 def describe(
@@ -130,7 +144,7 @@ def describe(
 
 
 def _check_expected(arch: Arch, config: Config) -> None:
-    for key, value in {**arch.expect, "per_layer_config": {}}.items():
+    for key, value in {**arch.expect, **_EXPECTED}.items():
         found = config.values.get(key)
         if found is None or found == value or (isinstance(found, list) and all(one == value for one in found)):
             continue

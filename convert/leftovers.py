@@ -11,8 +11,10 @@ from collections.abc import Collection
 from convert.rewrites import Shape
 
 # Buffers that models were once saved with, and that are computed anew from config.json.
-_ROTATION = re.compile(r"(^|\.)\w*rotary\w*\.(original_)?inv_freq$|(^|\.)\w*rotary\w*\.(cos|sin)_cached$")
-_COUNTERS = re.compile(r"(^|\.)(position_ids|num_batches_tracked)$")
+_ROTATION = re.compile(
+    r"(^|\.)(\w+_)?inv_freq$|(^|\.)\w*rotary\w*\.\w*(cos|sin)_cached$|(^|\.)freqs_cis$|(^|\.)rope\.freqs$"
+)
+_COUNTERS = re.compile(r"(^|\.)(position_ids|num_batches_tracked|decoder\.version|_float_tensor)$")
 _MASK = re.compile(r"(^|\.)\w*attn\w*\.bias$|(^|\.)\w*attention\w*\.bias$|(^|\.)(causal|attention)_mask$")
 _MASKED = re.compile(r"(^|\.)masked_bias$")
 

@@ -71,6 +71,12 @@ BUFFERS: dict[str, tuple[int, ...]] = {
     "{layer}self_attention.bias": (64, 64),
     "model.embeddings.position_ids": (1, 64),
     "position_ids": (1, 64),
+    "{layer}self_attn.rope.inv_freq": (8,),
+    "{layer}self_attn.rotary_emb._cos_cached": (64, 16),
+    "model.freqs_cis": (64, 8),
+    "rope.freqs": (8,),
+    "model.decoder.version": (1,),
+    "model.decoder.embed_positions._float_tensor": (1,),
     "{layer}norm.num_batches_tracked": (),
 }
 
@@ -101,6 +107,8 @@ def test_buffers_are_no_weights_in_any_family(name: str, checkpoint: Folder, tmp
         ("model.layers.0.self_attn.q_proj.bias", (64, 64)),
         ("model.layers.0.inv_freq.weight", (8,)),
         ("model.my_position_ids", (8,)),
+        ("model.freqs", (8,)),
+        ("model.version", (1,)),
     ],
 )
 def test_what_might_carry_weights_is_no_buffer(name: str, shape: tuple[int, ...]) -> None:

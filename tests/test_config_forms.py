@@ -230,12 +230,29 @@ def test_key_value_heads_that_a_config_leaves_out(body: str, usual: int) -> None
         ("Qwen2", {"use_sliding_window": True}, "`use_sliding_window` is true, expected false"),
         ("Falcon", {"n_embed": 32}, "`n_embed` is 32, but `hidden_size`, which means the same, 64"),
         ("Falcon", {"alibi": True}, "`alibi` is true, expected false"),
+        ("Llama", {"model_type": "granite"}, '`model_type` is "granite", expected "llama", as architecture LlamaForCausalLM has it'),
+        ("Nemotron", {"model_type": "jais2"}, '`model_type` is "jais2", expected "nemotron"'),
+        ("Llama", {"transformers_weights": "other.safetensors"}, '`transformers_weights` is "other.safetensors", expected'),
+        ("NanoChat", {"final_logit_softcapping": 0}, "`final_logit_softcapping` is 0.0, expected more than 0"),
     ],
 )  # fmt: skip
 def test_sizes_that_are_refused(body: str, changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError) as error:
         structure(body, **changes)
     assert complaint in error.value.message
+
+
+@pytest.mark.parametrize("family", families())
+def test_a_model_type_is_the_one_of_transformers_class(family: str) -> None:
+    arch = families()[family]
+    oracle = getattr(transformers, arch.architectures[0], None)
+    assert arch.model_type == ("" if oracle is None else oracle.config_class.model_type)
+
+
+def test_a_checkpoint_with_code_of_its_own_calls_itself_as_it_likes() -> None:
+    plain = structure("Llama")
+    assert structure("Llama", model_type="custom", auto_map={"AutoModelForCausalLM": "modeling.Custom"}) == plain
+    assert structure("Llama", model_type="llama", transformers_weights="model.safetensors") == plain
 
 
 def test_nulls_mean_what_is_usual() -> None:

@@ -9,6 +9,7 @@ _ROPE = Rope(context=4096)
 ARCH = Arch(
     family="arcee",
     architectures=("ArceeForCausalLM",),
+    model_type="arcee",
     activation=Field("hidden_act", "relu2"),
     activations={"relu2": "relu2", "relu": "relu"},
     base_prefix="model.",

@@ -8,6 +8,7 @@ ARCH = replace(
     mistral.ARCH,
     family="bamboo",
     architectures=("BambooForCausalLM",),
+    model_type="",
     activations={"relu": "drelu"},
     # TurboSparse checkpoints carry predictors; the converter fits its own.
     skip=("model.layers.{i}.mlp.predictor.fc1.weight", "model.layers.{i}.mlp.predictor.fc2.weight"),

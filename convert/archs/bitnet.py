@@ -29,6 +29,7 @@ _ROPE = Rope(theta=500000.0)
 ARCH = Arch(
     family="bitnet",
     architectures=("BitNetForCausalLM",),
+    model_type="bitnet",
     activation=Field("hidden_act", "relu2"),
     activations={"relu2": "relu2", "relu": "relu"},
     base_prefix="model.",

@@ -44,6 +44,7 @@ _ROPE = Rope(head_length=equal_parts)
 ARCH = Arch(
     family="falcon",
     architectures=("FalconForCausalLM", "RWForCausalLM"),
+    model_type="falcon",
     activation=Field("activation", "gelu"),
     activations={"relu": "relu", "relu2": "relu2"},
     base_prefix="transformer.",

@@ -9,6 +9,7 @@ _ROPE = Rope(context=8192)
 ARCH = Arch(
     family="jais2",
     architectures=("Jais2ForCausalLM",),
+    model_type="jais2",
     activation=Field("hidden_act", "relu2"),
     activations={"relu2": "relu2", "relu": "relu"},
     base_prefix="model.",

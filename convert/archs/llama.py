@@ -9,6 +9,7 @@ _ROPE = Rope()
 ARCH = Arch(
     family="llama",
     architectures=("LlamaForCausalLM", "SparseLlamaForCausalLM"),
+    model_type="llama",
     activation=Field("hidden_act"),
     activations={"relu": "relu", "fatrelu": "fatrelu", "relu2": "relu2"},
     base_prefix="model.",

@@ -9,6 +9,7 @@ _ROPE = Rope(context=131072)
 ARCH = Arch(
     family="mistral",
     architectures=("MistralForCausalLM",),
+    model_type="mistral",
     activation=Field("hidden_act", "silu"),
     activations={"relu": "relu", "fatrelu": "fatrelu", "relu2": "relu2"},
     base_prefix="model.",

@@ -15,7 +15,8 @@ def _ones(length: Callable[[Config], int]) -> Generated:
 
 
 def _softcap(config: Config) -> float:
-    return config.get("final_logit_softcapping", float, 0.0 if "final_logit_softcapping" in config.values else 15.0)
+    key = "final_logit_softcapping"
+    return 0.0 if config.values.get(key, 15.0) is None else config.positive(key, float, 15.0)
 
 
 _WIDE = _ones(lambda config: config.get("hidden_size", int))
@@ -26,6 +27,7 @@ _ROPE = Rope(backwards=True)
 ARCH = Arch(
     family="nanochat",
     architectures=("NanoChatForCausalLM",),
+    model_type="nanochat",
     activation=Field("hidden_act", "relu2"),
     activations={"relu2": "relu2", "relu": "relu"},
     base_prefix="model.",

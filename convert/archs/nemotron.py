@@ -9,6 +9,7 @@ _ROPE = Rope(context=4096, rotated=0.5)
 ARCH = Arch(
     family="nemotron",
     architectures=("NemotronForCausalLM",),
+    model_type="nemotron",
     activation=Field("hidden_act", "relu2"),
     activations={"relu2": "relu2", "relu": "relu"},
     base_prefix="model.",

@@ -20,6 +20,7 @@ def _output_norm(config: Config) -> bool:
 ARCH = Arch(
     family="opt",
     architectures=("OPTForCausalLM",),
+    model_type="opt",
     activation=Field("activation_function", "relu"),
     activations={"relu": "relu"},
     base_prefix="model.",

@@ -15,6 +15,7 @@ _ROPE = Rope(context=16384, rotated=0.5, head_length=equal_parts)
 ARCH = Arch(
     family="persimmon",
     architectures=("PersimmonForCausalLM",),
+    model_type="persimmon",
     activation=Field("hidden_act", "relu2"),
     activations={"relu2": "relu2", "relu": "relu"},
     base_prefix="model.",

@@ -9,6 +9,7 @@ _ROPE = Rope(context=32768)
 ARCH = Arch(
     family="qwen2",
     architectures=("Qwen2ForCausalLM",),
+    model_type="qwen2",
     activation=Field("hidden_act", "silu"),
     activations={"relu": "relu", "fatrelu": "fatrelu", "relu2": "relu2"},
     base_prefix="model.",
