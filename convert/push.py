@@ -23,7 +23,7 @@ from runtime.gguf_file import GgufFile
 from runtime.gguf_split import shard_size, split_model
 from runtime.gguf_write import copied, copied_keys, write_parts
 from runtime.hub import Listing, Reference, parse
-from runtime.hub_client import fetch, hub_errors, list_files, prepare
+from runtime.hub_client import fetch, hub_errors, list_files, prepare, understood
 from runtime.new_file import check_space
 from runtime.workspace import workspace
 
@@ -64,12 +64,12 @@ def push(
         found = examine(opened, wanted)  # before anything is made on the Hub
         sent = [CommitOperationAdd(path.name, path) for path in paths]
         target = Target(Reference(repo, revision), private)
-        with hub_errors(repo):
+        with hub_errors(repo), understood(repo):
             listing = target.open()
         old, others = _other_models(listing, sent)
         name = f"{target.reference}:{sent[0].path_in_repo}" if others else str(target.reference)
         card = make_card(opened, name, [*map(_entry, sent), *others], found)
-        with hub_errors(repo):
+        with hub_errors(repo), understood(repo):
             small = _card_files(card, found.plot, listing, replace_card)
             commit = target.commit(sent, small, old)
     files = [asdict(_entry(addition)) for addition in sent]

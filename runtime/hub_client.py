@@ -67,7 +67,7 @@ def _fetch_listed(listing: Listing, folder: Path, names: Sequence[str]) -> None:
 
 def list_files(reference: Reference) -> Listing:
     """What the repository holds, asked from the Hub. Raises huggingface_hub's errors."""
-    with _understood(reference.repo):
+    with understood(reference.repo):
         info = HfApi().model_info(
             reference.repo, revision=reference.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
         )
@@ -93,7 +93,7 @@ def _check_listing(listing: Listing) -> None:
 
 
 @contextmanager
-def _understood(repo: str) -> Iterator[None]:
+def understood(repo: str) -> Iterator[None]:
     """Raise UserError where huggingface_hub, or we, cannot make sense of what a server answered; its own errors pass."""
     try:
         yield
@@ -132,7 +132,7 @@ def _download(repo: str, name: str, revision: str | None, waits: Sequence[int] =
     """Fetch one file, unless the cache has it; the cached folder of its commit."""
     # One after the other and not by snapshot_download, whose threads an interrupt waits for.
     try:
-        with _understood(repo):
+        with understood(repo):
             path = Path(hf_hub_download(repo, name, revision=revision))
             return path.parents[name.count("/")]
     except errors.HfHubHTTPError:

@@ -9,8 +9,10 @@ import contextlib
 import hashlib
 import importlib
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,8 +23,10 @@ import huggingface_hub
 from huggingface_hub import constants, errors
 
 from convert.hub import fetch
+from convert.push import push
 from fuzz import mutate_json
-from fuzz.worker import Failed, Files, Target
+from fuzz.bases import MODELS, model_bytes
+from fuzz.worker import Failed, Files, Target, seeded
 from runtime.hub import locate
 
 _HTTP: Any = importlib.import_module(
@@ -70,6 +74,20 @@ BASES = (
 )
 
 
+_OID = "the model's sha256"
+PUSH: dict[str, Any] = _answers(["model.gguf", "model-00001-of-00002.gguf", "README.md", "other.gguf"]) | {
+    "create": {"status": 200, "headers": {}, "body": {"url": "https://huggingface.co/user/repo", "name": "user/repo"}},
+    "branch": {"status": 200, "headers": {}, "body": {}},
+    "preupload": {"status": 200, "headers": {}, "body": {"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": None} for path, mode in (("model.gguf", "lfs"), ("README.md", "regular"))]}},
+    "batch": {"status": 200, "headers": {}, "body": {"transfer": "basic", "objects": [{"oid": _OID, "size": 1, "actions": {"upload": {"href": "https://huggingface.co/objects/x"}}}]}},
+    "upload": {"status": 200, "headers": {}, "body": ""},
+    "validate": {"status": 200, "headers": {}, "body": {"errors": [], "warnings": []}},
+    "commit": {"status": 200, "headers": {}, "body": {"success": True, "commitOid": _COMMIT, "commitUrl": f"https://huggingface.co/user/repo/commit/{_COMMIT}"}},
+}  # fmt: skip
+_KINDS = {"create": "/repos/create", "branch": "/branch/", "preupload": "/preupload/", "batch": "/objects/batch", "upload": "/objects/x", "validate": "/validate-yaml", "commit": "/commit/"}  # fmt: skip
+_EXPECTED = ("cache", "out", "answers.json", "model.gguf")
+
+
 def _response(request: Any, told: Any) -> Any:
     told = told if isinstance(told, dict) else {}
     status, headers, body = told.get("status", 200), told.get("headers", {}), told.get("body", "")
@@ -84,75 +102,97 @@ def _response(request: Any, told: Any) -> Any:
     return _HTTP.Response(status, headers=pairs, stream=_HTTP.ByteStream(b"" if request.method == "HEAD" else raw))
 
 
-def _used(folder: Path) -> bool:
-    answers = json.loads((folder / "answers.json").read_bytes())
-    answers = answers if isinstance(answers, dict) else {}
-    requests = waited = 0.0
+class _Hub:
+    """Answers requests with what a file says, and counts them."""
 
-    def answer(request: Any) -> Any:
-        nonlocal requests
-        requests += 1
-        if requests > _REQUESTS:
+    def __init__(self, answers: Any) -> None:
+        self.answers = answers if isinstance(answers, dict) else {}
+        self.requests, self.waited = 0, 0.0
+
+    def answer(self, request: Any) -> Any:
+        """The answer to one request."""
+        self.requests += 1
+        if self.requests > _REQUESTS:
             raise Failed(f"requests without end: {request.url}")
-        path = unquote(request.url.path)
-        if "/resolve/" not in path:
-            return _response(request, answers.get("info"))
-        files = answers.get("files")
-        name = path.partition("/resolve/")[2].partition("/")[2]
-        return _response(request, files.get(name, next(iter(files.values()), {})) if isinstance(files, dict) else {})
+        path, files = unquote(request.url.path), self.answers.get("files")
+        if "/resolve/" in path:
+            name = path.partition("/resolve/")[2].partition("/")[2]
+            return _response(
+                request, files.get(name, next(iter(files.values()), {})) if isinstance(files, dict) else {}
+            )
+        kind = next((kind for kind, part in _KINDS.items() if part in path), "info")
+        return _response(request, self.answers.get(kind))
 
-    def sleep(seconds: float) -> None:
-        nonlocal waited
-        waited += seconds
-        if waited > _WAITED:
-            raise Failed(f"waits too long: {waited:.0f} seconds")
+    def sleep(self, seconds: float) -> None:
+        """In place of time.sleep."""
+        self.waited += seconds
+        if self.waited > _WAITED:
+            raise Failed(f"waits too long: {self.waited:.0f} seconds")
 
-    huggingface_hub.set_client_factory(
-        lambda: _HTTP.Client(transport=_HTTP.MockTransport(answer), follow_redirects=False)
-    )
-    cache = folder / "cache"
+
+@contextlib.contextmanager
+def _connected(folder: Path) -> Iterator[None]:
+    """huggingface_hub talks to the Hub that `answers.json` describes, with a cache in the folder."""
+    hub = _Hub(json.loads((folder / "answers.json").read_bytes()))
+    transport = _HTTP.MockTransport(hub.answer)
+    huggingface_hub.set_client_factory(lambda: _HTTP.Client(transport=transport, follow_redirects=False))
+    beside = set(folder.parent.iterdir())
     with (
-        mock.patch.object(constants, "HF_HUB_CACHE", str(cache)),
+        mock.patch.object(constants, "HF_HUB_CACHE", str(folder / "cache")),
         mock.patch.object(constants, "HF_HUB_DISABLE_XET", True),
-        mock.patch.object(time, "sleep", sleep),
+        mock.patch.object(time, "sleep", hub.sleep),
+        mock.patch.dict(os.environ, {"HF_TOKEN": "hf_x"}),
     ):
-        if "config.json" in json.dumps(answers):
+        try:
+            yield
+        finally:
+            escaped = [str(path) for path in folder.rglob("*") if path.relative_to(folder).parts[0] not in _EXPECTED]
+            escaped += map(str, set(folder.parent.iterdir()) - beside)
+            if escaped:
+                raise Failed(f"written outside the cache: {escaped}")
+
+
+def _fetched(folder: Path) -> bool:
+    with _connected(folder):
+        if b"config.json" in (folder / "answers.json").read_bytes():
             fetch("user/repo")
         else:
             locate("user/repo")
     return True
 
 
-def _contained(folder: Path) -> bool:
-    beside = set(folder.parent.iterdir())
-    try:
-        return _used(folder)
-    finally:
-        escaped = [
-            path
-            for path in folder.rglob("*")
-            if path.relative_to(folder).parts[0] not in ("cache", "out", "answers.json")
-        ]
-        if escaped or set(folder.parent.iterdir()) - beside:
-            raise Failed(f"written outside the cache: {escaped or set(folder.parent.iterdir()) - beside}")
+def _pushed(folder: Path) -> bool:
+    with _connected(folder), mock.patch("convert.push.note"):  # lines for people, which are no complaints
+        push(folder / "model.gguf", "user/repo", plot=False, revision="try", as_json=True)
+    return True
 
 
-def hub_targets(rng_of: Callable[[str, int], Random]) -> list[Target]:
-    """The one target."""
+def _damaged(rng: Random, base: bytes) -> bytes:
+    """Answers with faults: in the file that describes them only such as leave it JSON, in the bodies any."""
+    for _ in range(8):
+        data = mutate_json.damaged(rng, base, _WORDS)
+        with contextlib.suppress(ValueError, RecursionError):
+            json.loads(data)
+            return data
+    answers = json.loads(base)
+    kind = rng.choice([kind for kind in answers if kind != "files"])
+    answers[kind]["body"] = mutate_json.damaged(rng, json.dumps(answers[kind]["body"]).encode()).decode(
+        "utf-8", "replace"
+    )
+    return json.dumps(answers).encode()
+
+
+def hub_targets(folder: Path, rng_of: Callable[[str, int], Random]) -> list[Target]:
+    """Fetching and pushing."""
+    model = model_bytes(folder, *MODELS["bitnet"])
     whole = [json.dumps(base).encode() for base in BASES]
+    sent = json.dumps(PUSH).replace(_OID, hashlib.sha256(model).hexdigest()).encode()
 
-    def make(index: int) -> Files:
-        rng = rng_of("hub", index)
-        base = rng.choice(whole)
-        for _ in range(8):
-            data = mutate_json.damaged(rng, base, _WORDS)
-            with contextlib.suppress(
-                ValueError, RecursionError
-            ):  # what is no JSON belongs into a body: this is the transport's own format
-                json.loads(data)
-                return {"answers.json": data}
-        raw = mutate_json.damaged(rng, json.dumps(BASES[0]["info"]["body"]).encode()).decode("utf-8", "replace")
-        data = json.dumps(BASES[0] | {"info": {"status": 200, "headers": {}, "body": raw}}).encode()
-        return {"answers.json": data}
+    def answers(rng: Random) -> Files:
+        return {"answers.json": _damaged(rng, rng.choice(whole))}
 
-    return [Target("hub", make, _contained, 1, cache="cache")]
+    def push_answers(rng: Random) -> Files:
+        return {"answers.json": _damaged(rng, sent), "model.gguf": model}
+
+    fetching, pushing = seeded(rng_of, "hub", answers, _fetched), seeded(rng_of, "push", push_answers, _pushed, 0.5)
+    return [replace(fetching, cache="cache"), replace(pushing, cache="cache")]

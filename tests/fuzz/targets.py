@@ -17,5 +17,6 @@ from fuzz.worker import Target
 
 def all_targets(folder: Path, rng_of: Callable[[str, int], Random]) -> list[Target]:
     """Every target; whole files are made in `folder`. rng_of: the source of all chance for an input of a target."""
-    parts = (checkpoint_targets, tokenizer_targets, other_targets, template_targets, hub_targets)
-    return [*model_targets(folder, rng_of), *(target for made in parts for target in made(rng_of))]
+    parts = (checkpoint_targets, tokenizer_targets, other_targets, template_targets)
+    seeded = [target for made in parts for target in made(rng_of)]
+    return [*model_targets(folder, rng_of), *seeded, *hub_targets(folder, rng_of)]
