@@ -19,6 +19,7 @@ from runtime.errors import UserError
 
 Floats = npt.NDArray[np.float64]
 _NULLS = ("rope_type", "type", "factor")  # of which a null says something else than nothing
+_MOST = 1 << 16  # elements of a head, as the structure has it: what is more is refused before it takes memory
 
 
 def head_length(config: Config) -> int:
@@ -90,6 +91,8 @@ class Rope:
         if theta <= 1:
             raise UserError(f"{parameters.where}: rope_theta is {theta}, expected more than 1")
         dimensions = self._dimensions(parameters, kind, self.head_length(config))
+        if dimensions > _MOST:
+            raise UserError(f"{parameters.where}: {dimensions} elements of a head to rotate, expected at most {_MOST}")
         return _KINDS[kind](parameters, _Plain(dimensions, theta, self.context_length(config)))
 
     def context_length(self, config: Config) -> int:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+import numpy as np
+
 from runtime.errors import UserError
 
 ARCHITECTURE = "lazyneuron"
@@ -170,10 +172,11 @@ def _value(f: Any, metadata: Mapping[str, Any], where: str) -> Any:
 
 
 def _values(found: Any, key: str, kind: type, where: str) -> tuple[Any, ...]:
-    try:
-        return tuple(kind(value) for value in found)
-    except (TypeError, ValueError):
-        raise UserError(f"{where}: `{key}` is {found!r}, expected one {kind.__name__} per block") from None
+    values = found.tolist() if isinstance(found, np.ndarray) else found
+    fitting = (int,) if kind is int else (int, float)
+    if not isinstance(values, list) or not all(type(value) in fitting for value in values):
+        raise UserError(f"{where}: `{key}` is {found!r}, expected one {kind.__name__} per block")
+    return tuple(map(kind, values))
 
 
 # Lengths beyond these are taken for damage before anything is allocated.

@@ -112,6 +112,10 @@ def test_truncation_anywhere(tmp_path: Path) -> None:
 
 BAD_METADATA: list[tuple[dict[str, Any], str]] = [
     ({"lazyneuron.schema_version": 3}, "schema version 3, expected 1 to 2"),
+    (
+        {"lazyneuron.predictor.kind": "lowrank", "lazyneuron.predictor.rank": [8.0, math.inf]},
+        "`lazyneuron.predictor.rank` is array([ 8., inf], dtype=float32), expected one int per block",
+    ),
     ({"lazyneuron.schema_version": [1, 2]}, "schema version [1 2], expected 1 to 2"),
     ({"lazyneuron.rope.freq_base": math.inf}, "`lazyneuron.rope.freq_base` is inf, expected finite numbers"),
     ({"lazyneuron.embedding_scale": math.nan}, "`lazyneuron.embedding_scale` is nan, expected finite numbers"),

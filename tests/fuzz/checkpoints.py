@@ -90,14 +90,18 @@ _NAMES = (
 )
 
 
+@functools.cache
+def _architectures() -> list[str]:
+    return [name for arch in families().values() for name in arch.architectures]
+
+
 def _config(rng: Random) -> Files:
     """A config.json of any family."""
     values = dict(CONFIG)
     if rng.randrange(3):
-        architectures = [name for arch in families().values() for name in arch.architectures]
         others = dict(rng.sample(sorted(_OTHERS.items()), rng.choice((1, 3, 12))))
         values |= {
-            "architectures": [rng.choice(architectures)],
+            "architectures": [rng.choice(_architectures())],
             **others,
             "activation_function": "relu",
             "activation": "relu",

@@ -184,6 +184,7 @@ def _damaged(rng: Random, base: bytes) -> bytes:
 
 def hub_targets(folder: Path, rng_of: Callable[[str, int], Random]) -> list[Target]:
     """Fetching and pushing."""
+    huggingface_hub.logging.set_verbosity_error()  # it tells people of what it tries again
     model = model_bytes(folder, *MODELS["bitnet"])
     whole = [json.dumps(base).encode() for base in BASES]
     sent = json.dumps(PUSH).replace(_OID, hashlib.sha256(model).hexdigest()).encode()
