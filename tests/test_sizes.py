@@ -109,3 +109,9 @@ def test_what_no_machine_has(text: str) -> None:
 def test_an_empty_shard(text: str) -> None:
     with pytest.raises(UserError, match="--split-max-size"):
         shard_size(text)
+
+
+@pytest.mark.parametrize("size", [300_000_001, (1 << 33) + 1, (1 << 37) - 1])
+def test_a_size_with_fifteen_digits_is_the_byte_that_was_meant(size: int) -> None:
+    """As the report writes budgets."""
+    assert parse_budgets(f"{size / 2**20:.15g}MiB") == (size,)

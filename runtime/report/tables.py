@@ -210,7 +210,7 @@ def verdict(facts: Facts) -> dict[str, Any]:
 
 def command(facts: Facts) -> tuple[str, str, list[str]]:
     """What shows the first placement in a terminal: the words before the budget, the budget, and the options after it."""
-    budget = f"{beginning(facts)['budget'] / 2**20:.12g}MiB"
+    budget = f"{beginning(facts)['budget'] / 2**20:.15g}MiB"
     options = re.split(" (?=--)", facts["machine"]["arguments"])
     return f"python -m runtime plan {shlex.quote(facts['model'])} --vram-budget", budget, options
 
