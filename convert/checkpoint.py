@@ -128,6 +128,8 @@ def _inside(name: str) -> bool:
 def _inspect(files: list[Path], weights: Format) -> dict[str, Stored]:
     tensors: dict[str, Stored] = {}
     for file in files:
+        if not file.is_file():
+            raise UserError(f"`{file}`: no file with weights, but a folder or a link to nothing", _REFETCH)
         refuse_pointer(file)
         for name, (shape, dtype) in weights.inspect(file).items():
             if name in tensors:

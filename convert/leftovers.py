@@ -69,6 +69,15 @@ def explanation(names: Collection[str]) -> str:
     return ""
 
 
+def common_prefix(missing: Collection[str], unknown: Collection[str]) -> str:
+    """What to say where each tensor that is missing is there with something before its name, else ""."""
+    before = {name[i + 1 :]: name[: i + 1] for name in unknown for i, letter in enumerate(name) if letter == "."}
+    prefixes = [before.get(name, "") for name in missing]
+    if not prefixes or not all(prefixes):
+        return ""
+    return f"names begin with `{min(prefixes, key=len)}`: save the model itself, without what is around it"
+
+
 def without_head(missing: Collection[str], head: str) -> str:
     """What to say where nothing but the output head that config.json promises is missing, else ""."""
     if set(missing) != {head}:

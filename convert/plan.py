@@ -19,7 +19,7 @@ from convert.checkpoint import FLOATS, Checkpoint
 from convert.config import Config
 from convert.head import settle_head
 from convert.kept import Kept, Readable
-from convert.leftovers import explanation, is_buffer, listed, without_head
+from convert.leftovers import common_prefix, explanation, is_buffer, listed, without_head
 from convert.quantised import refuse_quantised_tensors
 from convert.quantize import fitting, output_type, row_bytes
 from convert.rewrites import IDENTITY, Heads, Rewrite, Shape, named
@@ -244,16 +244,30 @@ def _check_names(
     unknown = sorted(set(checkpoint.tensors) - used - skipped)
     both = {"missing": missing, "unknown": unknown}
     complaints = [f"{len(names)} tensors {what} ({listed(names)})" for what, names in both.items() if names]
+    refuse_quantised_tensors(f"`{checkpoint.folder}`", unknown)
+    hint = explanation(unknown) or common_prefix(missing, unknown)
+    if not hint:
+        _check_types(checkpoint, [*sorted(used.intersection(checkpoint.tensors)), *unknown])
     if not complaints:
         return
-    refuse_quantised_tensors(f"`{checkpoint.folder}`", unknown)
     head = sources.get("output.weight")
     raise UserError(
         f"`{checkpoint.folder}`: {' and '.join(complaints)}",
-        explanation(unknown)
+        hint
         or (isinstance(head, Source) and "output.weight" in required and without_head(missing, head.name))
         or "config.json and the weights belong to different models, or the model has an option not supported yet",
     )
+
+
+def _check_types(checkpoint: Checkpoint, names: Sequence[str]) -> None:
+    """Refuse weights that are no floats: whatever their names are, they are quantised."""
+    for name in names:
+        stored = checkpoint.tensors[name]
+        if stored.dtype not in FLOATS:
+            raise UserError(
+                f"`{stored.file}`: {name} is of type {stored.dtype}, expected {', '.join(FLOATS)}",
+                "the checkpoint is quantised already: use the original one",
+            )
 
 
 def _check_shapes(checkpoint: Checkpoint, tensors: list[PlannedTensor]) -> None:
@@ -266,14 +280,9 @@ def _check_shapes(checkpoint: Checkpoint, tensors: list[PlannedTensor]) -> None:
             {tensor.source.columns: expected[1:]} if tensor.source.columns else {}
         )
         for name, shape in wanted.items():
-            stored = checkpoint.tensors[name]
-            if stored.dtype not in FLOATS:
-                raise UserError(
-                    f"`{stored.file}`: {name} is of type {stored.dtype}, expected {', '.join(FLOATS)}",
-                    "the checkpoint is quantised already: use the original one",
-                )
-            if stored.shape != shape:
-                wrong.append(f"{name} is {list(stored.shape)} instead of {list(shape)}")
+            found = checkpoint.tensors[name].shape
+            if found != shape:
+                wrong.append(f"{name} is {list(found)} instead of {list(shape)}")
     if wrong:
         raise UserError(
             f"`{checkpoint.folder}`: {len(wrong)} shapes disagree with config.json: {listed(sorted(set(wrong)))}",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from runtime.errors import UserError
 
 _DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 _NUMBERS = {*_DTYPES, *(f"torch.{name}" for name in ("int64", "int32", "int16", "int8", "uint8"))}  # counts are whole
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights", "params")  # where trainers put the tensors
+_DEEPEST = 3  # of dicts in dicts in which trainers put tensors
 
 
 class _Tensor:
@@ -85,16 +86,27 @@ def _load(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise _unreadable(file, ValueError(f"a {type(values).__name__}, expected a dict of tensors"))
     tensors = {name: value for name, value in values.items() if isinstance(value, _torch().Tensor)}
-    inside = [name for name in _WRAPPERS if isinstance(values.get(name), dict)]
-    if inside and not tensors:
+    if inside := _fullest(values)[1]:
+        keys = "".join(f"[{key!r}]" for key in inside)
         raise UserError(
-            f"`{file}`: the tensors are inside `{inside[0]}`, expected a dict of tensors alone",
-            f"save that part alone: torch.save(torch.load(FILE, weights_only=True)['{inside[0]}'], FILE)",
+            f"`{file}`: the tensors are inside `{'.'.join(map(str, inside))}`, expected a dict of tensors alone",
+            f"save that part alone: torch.save(torch.load(FILE, weights_only=True){keys}, FILE)",
         )
     odd = [name for name, value in tensors.items() if not isinstance(name, str) or not _is_plain(value)]
     if odd:
-        raise _unreadable(file, ValueError(f"{odd[0]!r} is no name of a dense tensor"))
+        raise _unreadable(file, ValueError(f"{odd[0]!r} is no name of a dense tensor that is stored whole"))
     return tensors
+
+
+def _fullest(values: dict[Any, Any], path: tuple[Any, ...] = ()) -> tuple[int, tuple[Any, ...]]:
+    """Of a dict and those in it the one with the most tensors: how many it has, and the keys that lead to it."""
+    own = sum(isinstance(value, _torch().Tensor) for value in values.values())
+    inner = [
+        _fullest(value, (*path, key))
+        for key, value in values.items()
+        if isinstance(value, dict) and len(path) < _DEEPEST
+    ]
+    return max([(own, path), *inner], key=lambda found: found[0])
 
 
 def _read(file: Path) -> Any:
@@ -127,6 +139,8 @@ def _opened(file: Path, **options: Any) -> Any:
         if error.filename:
             raise
         raise _unreadable(file, error) from None  # torch read beyond its end
+    except pickle.UnpicklingError:  # with a long text for those who write programs
+        raise _unreadable(file, ValueError("other things than tensors are in it, or torch never saved it")) from None
     except Exception as error:
         raise _unreadable(file, error) from None
 

@@ -21,10 +21,10 @@ _REPO = r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)"
 _REVISION = r"(?:@(?P<revision>refs/pr/\d+|[^/:@]+))?"
 _NAME = re.compile(_REPO + _REVISION + r"(?::(?P<file>.+))?")
 _URL = re.compile(_REPO + _REVISION + r"(?:[:/](?P<file>.+))?")
-_SITE = r"(?:https?:/{1,2})?(?:www\.)?(?:huggingface\.co|hf\.co)/"
-_PAGE = re.compile(  # as a browser shows it
-    _SITE + r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)"
-    r"(?:/(?:tree|blob|resolve|raw)/(?P<revision>refs/pr/\d+|[^/?#]+)(?:/(?P<file>[^?#]+?))?)?/?(?:[?#].*)?"
+_SITE = r"(?i:(?:https?:/{1,2})?(?:www\.)?(?:huggingface\.co|hf\.co)/|(?:ssh:/{1,2})?git@hf\.co[:/])"
+_PAGE = re.compile(  # as a browser or git shows it
+    _SITE + r"(?:api/models/)?(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+?)(?:\.git)?"
+    r"(?:/(?:tree|blob|resolve|raw|commits?)/(?P<revision>refs/pr/\d+|[^/?#]+)(?:/(?P<file>[^?#]+?))?|/discussions.*)?/?(?:[?#].*)?"
 )
 _OTHER_PAGE = re.compile(_SITE + r"(?:datasets|spaces|collections|docs|papers|blog|buckets)/.*")
 _TYPE = re.compile(r"(?<![a-z0-9])(i?q\d\w*|b?f16|f32)(?![a-z0-9])", re.IGNORECASE)

@@ -67,6 +67,12 @@ def test_names() -> None:
             "user/repo", None, "m q4.gguf"
         ),
         str(Path("https://huggingface.co/user/repo")): Reference("user/repo"),
+        "https://huggingface.co/user/repo.git": Reference("user/repo"),
+        "git@hf.co:user/repo.git": Reference("user/repo"),
+        "HTTPS://HuggingFace.co/User/repo": Reference("User/repo"),
+        "https://huggingface.co/api/models/user/repo": Reference("user/repo"),
+        "https://huggingface.co/user/repo/commit/0a1b": Reference("user/repo", "0a1b"),
+        "https://huggingface.co/user/repo/discussions/3#c": Reference("user/repo"),
     }.items():
         assert parse(text) == expected, text
     for text in ("model.gguf", "folder/model.gguf", "./user/repo", "/user/repo", "../user/repo", "a/b/c", "model", ""):
