@@ -31,7 +31,7 @@ def _problems(metadata: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong, the first first; each test relies on those before it."""
     model, tokens = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.tokens")
     if model not in MODELS:
-        found = "no kind" if model is None else f"the kind `{model}`"
+        found = "no `tokenizer.ggml.model`" if model is None else f"the kind `{model}`"
         yield f"its vocabulary has {found}, expected one of {', '.join(MODELS)}"
     if not isinstance(tokens, list) or not tokens:
         yield "no tokens in its vocabulary"

@@ -53,7 +53,7 @@ DAMAGES = {
     "one token fewer than rows": (BPE, {"lazyneuron.vocab_size": 5}, "4 tokens in its vocabulary, expected 5"),
     "an unknown kind": (BPE, key("model", "rwkv"), "the kind `rwkv`, expected one of llama, gpt2"),
     "a kind that asserts texts' ends": (BPE, key("model", "bert"), "the kind `bert`"),
-    "no kind": (BPE, key("model", None), "no kind"),
+    "no kind": (BPE, key("model", None), "has no `tokenizer.ggml.model`"),
     "no merges": (BPE, key("merges", None), "no `tokenizer.ggml.merges`"),
     "merges of numbers": (BPE, key("merges", [1]), "`tokenizer.ggml.merges` of its vocabulary holds no texts"),
     "a merge of one part": (BPE, key("merges", ["a b", "ab"]), "the merge 'ab' of its vocabulary has no two parts"),
