@@ -208,9 +208,9 @@ def test_what_people_see(fitted_gguf: Path, tiny_gguf: Path) -> None:
     ("arguments", "text"),
     [
         (("--vram-budget", "8,8", "--device-bandwidth", 1, "--cpu-bandwidth", 1), "one of each per device"),
-        (("--vram-budget", "x", "--device-bandwidth", 1, "--cpu-bandwidth", 1), "--vram-budget"),
-        (("--vram-budget", "-1", "--device-bandwidth", 1, "--cpu-bandwidth", 1), "--vram-budget"),
-        (("--vram-budget", "inf", "--device-bandwidth", 1, "--cpu-bandwidth", 1), "--vram-budget"),
+        (("--vram-budget", "x", "--device-bandwidth", 1, "--cpu-bandwidth", 1), "memory budget `x`"),
+        (("--vram-budget", "-1", "--device-bandwidth", 1, "--cpu-bandwidth", 1), "memory budget `-1`"),
+        (("--vram-budget", "inf", "--device-bandwidth", 1, "--cpu-bandwidth", 1), "memory budget `inf`"),
         (("--vram-budget", 1, "--device-bandwidth", 0, "--cpu-bandwidth", 1), "must be positive"),
         (("--vram-budget", 1, "--device-bandwidth", 1, "--cpu-bandwidth", 1, "-c", 99999999), "the model's own limit"),
         (("--vram-budget", 1, "--device-bandwidth", 1, "--cpu-bandwidth", 1, "--ffn", "predicted"), "no predictor"),
