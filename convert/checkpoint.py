@@ -19,7 +19,7 @@ from convert.config import Config, read_json
 from convert.leftovers import listed
 from convert.rewrites import Shape, Sliceable
 from runtime.errors import UserError
-from runtime.pointers import refuse_pointer
+from runtime.stand_ins import refuse_stand_in
 
 _REFETCH = "fetch the file again from where the checkpoint came from"
 _ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
@@ -130,7 +130,7 @@ def _inspect(files: list[Path], weights: Format) -> dict[str, Stored]:
     for file in files:
         if not file.is_file():
             raise UserError(f"`{file}`: no file with weights, but a folder or a link to nothing", _REFETCH)
-        refuse_pointer(file)
+        refuse_stand_in(file)
         for name, (shape, dtype) in weights.inspect(file).items():
             if name in tensors:
                 raise UserError(

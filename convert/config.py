@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from runtime.errors import UserError
-from runtime.pointers import refuse_pointer
+from runtime.stand_ins import refuse_stand_in
 
 T = TypeVar("T")
 REQUIRED: Any = object()  # as a default: a missing value is an error
@@ -94,11 +94,14 @@ def read_json(path: Path) -> Config:
     Raises UserError when there is no such file, no JSON object in it, or one that has a key twice.
     """
     if not path.is_file():
+        inner = [found.parent for at in ("*", "snapshots/*") for found in sorted(path.parent.glob(f"{at}/{path.name}"))]
         raise UserError(
             f"`{path.parent}`: no {path.name} in it",
-            "expected a folder with a Hugging Face checkpoint, or a Hub id such as user/repo",
+            f"there is one in {', '.join(f'`{folder}`' for folder in inner[:3])}"
+            if inner
+            else "expected a folder with a Hugging Face checkpoint, or a Hub id such as user/repo",
         )
-    refuse_pointer(path)
+    refuse_stand_in(path)
     try:
         values = json.loads(path.read_bytes(), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:

@@ -14,7 +14,7 @@ from convert.checkpoint import FORMATS, refuse_adapter, weight_files
 from runtime.errors import UserError
 from runtime.home import expanded
 from runtime.hub import Listing, parse
-from runtime.pointers import refuse_pointer
+from runtime.stand_ins import refuse_stand_in
 
 if TYPE_CHECKING:
     from runtime.hub_client import Choose, More
@@ -54,7 +54,7 @@ def fetch(source: str, check: Callable[[Path, str], object] = lambda *_: None) -
     if not repo:
         for path in (folder / name for name in _SMALL if name != _CARD):
             if path.is_file():
-                refuse_pointer(path)
+                refuse_stand_in(path)
         check(folder, repo)
     return folder, repo
 

@@ -19,7 +19,7 @@ import numpy as np
 from runtime import ggml
 from runtime.errors import UserError
 from runtime.logs import captured_log
-from runtime.pointers import refuse_pointer
+from runtime.stand_ins import refuse_stand_in
 from runtime.worker import on_worker
 
 MAGIC = b"GGUF"
@@ -96,7 +96,7 @@ class GgufPart:
             self._map = None
 
     def _check_magic(self, magic: bytes) -> None:
-        refuse_pointer(self.path)
+        refuse_stand_in(self.path)
         with self.path.open("rb") as file:
             found, version = file.read(len(MAGIC)), file.read(4)
         if found == magic and 0 < int.from_bytes(version, "big") < 1 << 16 <= int.from_bytes(version, "little"):

@@ -223,9 +223,11 @@ def _check(s: Structure, where: str) -> None:
         raise UserError(
             f"{where}: norm_epsilon, rope.freq_base and rope.scaling.factor must be positive (norm_epsilon below 1)"
         )
-    if min(s.embedding_scale, s.residual_scale, s.logit_scale, s.rope_attention_factor) <= 0 or s.logit_softcap < 0:
+    scales = (s.embedding_scale, s.residual_scale, s.logit_scale, s.rope_attention_factor)
+    if min(scales) <= 0 or min(s.logit_softcap, s.activation_threshold) < 0:
         raise UserError(
-            f"{where}: the scales of embeddings, residuals, logits and rotation must be positive, logit_softcap 0 or more"
+            f"{where}: the scales of embeddings, residuals, logits and rotation must be positive, "
+            "logit_softcap and ffn.activation_threshold 0 or more"
         )
     if s.residual == "parallel" and s.norm_placement != "pre":
         raise UserError(

@@ -130,6 +130,23 @@ def test_pointers_of_git_lfs_are_named(name: str, folder: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.model"])
+def test_web_pages_are_named(name: str, folder: Path) -> None:
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_text("\n<!DOCTYPE html>\n<html><title>Log in</title></html>")
+    assert f"{name}`: a web page, not the file itself" in refusal(lambda: open_job(str(folder), Given()))
+
+
+@pytest.mark.parametrize("within", ["checkpoint-500", "snapshots/0123"])
+def test_a_checkpoint_within_the_folder_is_named(within: str, folder: Path, tmp_path: Path) -> None:
+    outer = tmp_path / "outer"
+    (outer / within).parent.mkdir(parents=True)
+    folder.rename(outer / within)
+    found = refusal(lambda: open_job(str(outer), Given()))
+    assert f"outer`: no config.json in it | there is one in `{outer / within}`" in found
+
+
 def test_a_tokenizer_that_is_a_pointer_is_named_and_a_card_is_no_obstacle(folder: Path) -> None:
     (folder / "README.md").write_text(POINTER)
     assert open_job(str(folder), Given()).plan.tensors

@@ -230,6 +230,7 @@ def test_key_value_heads_that_a_config_leaves_out(body: str, usual: int) -> None
         ("Qwen2", {"use_sliding_window": True}, "`use_sliding_window` is true, expected false"),
         ("Falcon", {"n_embed": 32}, "`n_embed` is 32, but `hidden_size`, which means the same, 64"),
         ("Falcon", {"alibi": True}, "`alibi` is true, expected false"),
+        ("Llama", {"hidden_act": "fatrelu", "hidden_act_param": -0.5}, "logit_softcap and ffn.activation_threshold 0 or more"),
         ("Llama", {"model_type": "granite"}, '`model_type` is "granite", expected "llama", as architecture LlamaForCausalLM has it'),
         ("Nemotron", {"model_type": "jais2"}, '`model_type` is "jais2", expected "nemotron"'),
         ("Llama", {"transformers_weights": "other.safetensors"}, '`transformers_weights` is "other.safetensors", expected'),
