@@ -195,8 +195,9 @@ def test_the_tokenizer_is_the_originals(imported: Imported, tiny_gguf: Path) -> 
     text = "My fellow citizens,\n\n  the  state — naïve 語 <s> of\tthe union!"
     with Tokenizer(tiny_gguf) as expected, Tokenizer(imported("llama", "f16")) as found:
         # PowerInfer's files do not say that no space is put behind a special token (`"legacy": false`): here none is one.
-        assert found.encode(text, parse_special=False) == expected.encode(text, parse_special=False)
-        assert found.decode(found.encode(text)) == expected.decode(expected.encode(text))
+        ids = expected.encode(text, parse_special=False)
+        assert found.encode(text, parse_special=False) == ids
+        assert found.decode(ids) == expected.decode(ids)
     with GgufFile(tiny_gguf) as expected_file, GgufFile(imported("llama", "f16")) as found_file:
         keys = [
             {k: v for k, v in f.metadata.items() if k.startswith("tokenizer.")} for f in (expected_file, found_file)
