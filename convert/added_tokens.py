@@ -12,6 +12,7 @@ from typing import Any
 
 from convert.config import Config, read_json_if_any
 
+_FIRST = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -43,7 +44,7 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The tokens that a tokenizer names: `named` such as bos_token -> text, and further ones (`others`). flags: how they are matched, by text, where the files say."""
+    """The tokens that a tokenizer names: `named` such as bos_token -> text, the usual ones first, and further ones (`others`). flags: how they are matched, by text, where the files say."""
 
     named: dict[str, str]
     others: tuple[str, ...]
@@ -97,4 +98,5 @@ def read_special(folder: Path, config: Config) -> SpecialTokens:
             named[name] = text
         else:
             others.append(text)
-    return SpecialTokens(named, tuple(others), flags)
+    in_order = {name: named[name] for name in (*_FIRST, *named) if name in named}
+    return SpecialTokens(in_order, tuple(others), flags)

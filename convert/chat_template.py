@@ -6,6 +6,7 @@ Knows the files; knows nothing of how templates are rendered.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,19 @@ from runtime.template import SPECIAL_TOKENS
 _FOLDER = "additional_chat_templates"
 
 
-def chat_template(folder: Path, config: Config, special: SpecialTokens) -> tuple[dict[str, str], list[str]]:
-    """The default template and its special tokens as GGUF keys, and notes about others. config: tokenizer_config.json."""
+def chat_template(
+    folder: Path, config: Config, special: SpecialTokens, usual: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """The default template and its special tokens as GGUF keys, and notes about others.
+
+    config: tokenizer_config.json; usual: special tokens that it need not name.
+    """
     named = _templates(folder, config)
     template = named.pop("default", None)
     if not template:
         others = ", ".join(sorted(named))
         return {}, [f"none of the chat templates ({others}) is the default: the file has none"] if named else []
-    values: dict[str, Any] = dict(special.named)
+    values: dict[str, Any] = {**usual, **special.named}
     if special.others:
         values["additional_special_tokens"] = list(special.others)
     return {"tokenizer.chat_template": template, SPECIAL_TOKENS: json.dumps(values, ensure_ascii=False)}, []

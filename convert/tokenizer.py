@@ -7,6 +7,7 @@ library, and refused where it differs. Knows nothing of tensors or architectures
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +33,8 @@ _SPECIAL_KEYS = {
     "sep": "seperator_token_id",
     "pad": "padding_token_id",
 }
+_CLASS_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # of LlamaTokenizer
+_POST = "post_processor"  # of a tokenizer.json
 _ADDED_SCORE = -1000.0  # of tokens that no merge may produce
 _REFETCH = "fetch the tokenizer's files again from where the checkpoint came from"
 _OTHER = "the tokenizer belongs to another checkpoint, or tokens were added to it without resizing the embeddings"
@@ -49,7 +52,7 @@ class Converted:
 class Vocabulary:
     """Tokens by id with their GGUF types and scores, plus what is particular to the tokenizer's kind.
 
-    source: names the file in errors. model: a tokenizer.model. values: a tokenizer.json, if it came from one. spaces: what is put
+    source: names the file in errors. model: a tokenizer.model. values: a tokenizer.json. spaces: what is put
     before texts. bytes: whether tokens are written in GPT-2's alphabet of bytes. nfc: whether texts are composed.
     """
 
@@ -113,25 +116,19 @@ def _converted(folder: Path, config: Config, vocab_size: int) -> Converted:
     special = read_special(folder, config)
     listed = read_added(folder, config, special)
     notes: list[str] = []
-    added = _within(listed, vocab_size, folder, notes)
-    named = {token.text for token in added.values()} | {*special.named.values()}
+    named = {token.text for token in listed.values()} | {*special.named.values()}
     vocabulary = _read(folder, config, partial(_check_ids, folder, vocab_size), named, notes)
-    added |= _named(vocabulary, special, added)
-    added = _add_tokens(vocabulary, added, notes)
+    wanted = _within(listed | _named(vocabulary, special, listed), vocab_size, folder, notes)
+    added = _add_tokens(vocabulary, wanted, notes)
     vocabulary.extend(vocab_size - 1)
     vocabulary.fill()
     _check_texts(vocabulary, folder)
     oracle = _oracle(vocabulary, added, vocab_size)
-    template, more = chat_template(folder, config, special)
+    template, more = chat_template(folder, config, special, _class_tokens(config, vocabulary))
     metadata = _keys(vocabulary, added) | _special_keys(folder, config, special, vocabulary) | template
     pieces = [_plain(vocabulary, i) for i, kind in enumerate(vocabulary.types) if kind == spm.NORMAL]
-    told = any(config.values.get(f"add_{short}_token") is not None for short in ("bos", "eos"))
-    whole = (
-        oracle.whole
-        if isinstance(oracle, TokenizersOracle) and vocabulary.values.get("post_processor") and not told
-        else None
-    )
-    cut = {*(token.text for token in added.values()), *_cut(vocabulary)}
+    whole = oracle.whole if isinstance(oracle, TokenizersOracle) and _POST in vocabulary.values else None
+    cut = {*(token.text for token in wanted.values()), *_cut(vocabulary)}
     check_ids(metadata, oracle, sorted(cut), [piece for piece in pieces if piece], vocabulary.source, whole)
     return Converted(metadata, (*notes, *more))
 
@@ -162,10 +159,10 @@ def _read(folder: Path, config: Config, check: Check, added: set[str], notes: li
     model, tokenizer = folder / "tokenizer.model", folder / "tokenizer.json"
     if model.exists():
         try:
-            return _sentencepiece(spm.SentencePiece(model), model, config, check)
+            return _sentencepiece(spm.SentencePiece(model), model, config, check, _whole(tokenizer))
         except UserError as error:
             # tiktoken's files have this name too, and conversions of other models leave theirs.
-            if not tokenizer.exists() or not _model_of(tokenizer):
+            if not _whole(tokenizer).values:
                 raise
             notes.append(f"tokenizer.json is read, not tokenizer.model ({error.message.rpartition('`: ')[2]})")
     if tokenizer.exists():
@@ -178,18 +175,34 @@ def _read(folder: Path, config: Config, check: Check, added: set[str], notes: li
     )
 
 
-def _model_of(tokenizer: Path) -> Mapping[str, Any]:
-    """The model in a tokenizer.json, which some files of added tokens lack."""
-    return read_json(tokenizer).get("model", dict, {})
+def _whole(tokenizer: Path) -> Config:
+    """A tokenizer.json with a model in it; an empty object where there is none, or one of added tokens alone."""
+    values = read_json_if_any(tokenizer)
+    return values if values.get("model", dict, {}) else Config(values.where, {})
 
 
-def _sentencepiece(model: spm.SentencePiece, path: Path, config: Config, check: Check) -> Vocabulary:
+def _check_same(model: spm.SentencePiece, path: Path, other: Config) -> None:
+    """Raise UserError where a tokenizer.json has other tokens than the tokenizer.model beside it."""
+    vocab = other.inside("model").values.get("vocab")
+    added = {entry["id"] for entry in other.get("added_tokens", list, [])}
+    for text, i in vocab.items() if isinstance(vocab, dict) else ():
+        here = model.pieces[i].text if 0 <= i < len(model.pieces) else None
+        if here != text and i not in added:
+            raise UserError(
+                f"`{path}`: its token {i} is {here!r}, and {text!r} in tokenizer.json",
+                "take away the one of another model",
+            )
+
+
+def _sentencepiece(model: spm.SentencePiece, path: Path, config: Config, check: Check, other: Config) -> Vocabulary:
+    """other: the tokenizer.json beside it, if any."""
+    _check_same(model, path, other)
     check(range(len(model.pieces)))
     prefix = config.get("add_prefix_space", bool, model.add_dummy_prefix)
     # Files without the key are older than it, and of its former default.
     spaces = Spaces(prefix, each=prefix and config.get("legacy", bool, True))
     kind = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default"}
-    vocabulary = Vocabulary(f"`{path}`", kind, model=model, spaces=spaces)
+    vocabulary = Vocabulary(f"`{path}`", kind, model=model, values=other.values, spaces=spaces)
     for i, piece in enumerate(model.pieces):
         text = piece.text.replace(spm.SPACE, " ") if piece.kind == spm.USER_DEFINED else piece.text
         vocabulary.set(i, text, piece.kind, piece.score)
@@ -227,15 +240,23 @@ def _check_ids(folder: Path, vocab_size: int, ids: Iterable[int]) -> None:
         )
 
 
-def _named(vocabulary: Vocabulary, special: SpecialTokens, added: Mapping[int, AddedToken]) -> dict[int, AddedToken]:
-    """Special tokens of the vocabulary that are named and not listed: they too are matched as a whole."""
-    known = {token.text for token in added.values()}
-    texts = {*special.named.values(), *special.others} - known
-    return {
-        i: special.flags.get(text, AddedToken(text, special=True))
-        for i, text in enumerate(vocabulary.tokens)
-        if text in texts and i not in added
-    }
+def _named(vocabulary: Vocabulary, special: SpecialTokens, listed: Mapping[int, AddedToken]) -> dict[int, AddedToken]:
+    """Special tokens that are named and not listed: they too are matched as a whole. Those without an id get the next ones, as in transformers."""
+    known = {token.text for token in listed.values()}
+    ids = {text: i for i, text in reversed(list(enumerate(vocabulary.tokens))) if text}
+    following = itertools.count(max(len(vocabulary.tokens), max(listed, default=-1) + 1))
+    found: dict[int, AddedToken] = {}
+    for text in dict.fromkeys((*special.named.values(), *special.others)):
+        if text not in known and (i := ids[text] if text in ids else next(following)) not in listed:
+            found[i] = special.flags.get(text, AddedToken(text, special=True))
+    return found
+
+
+def _class_tokens(config: Config, vocabulary: Vocabulary) -> dict[str, str]:
+    """Special tokens that the tokenizer's class names where its files do not (a null names none)."""
+    usual = "LlamaTokenizer" if vocabulary.model else ""
+    is_llama = config.get("tokenizer_class", str, usual).removesuffix("Fast") == "LlamaTokenizer"
+    return {name: text for name, text in _CLASS_TOKENS.items() if is_llama and name not in config.values}
 
 
 def _add_tokens(vocabulary: Vocabulary, added: Mapping[int, AddedToken], notes: list[str]) -> dict[int, AddedToken]:
@@ -322,14 +343,18 @@ def _special_keys(folder: Path, config: Config, special: SpecialTokens, vocabula
 def _added_ends(
     config: Config, vocabulary: Vocabulary, by_text: Mapping[str, int], found: dict[str, int]
 ) -> dict[str, bool]:
-    """Whether texts begin with BOS and end with EOS; changes `found` where the post-processor says that another token is that."""
+    """Whether texts begin with BOS and end with EOS; changes `found` where the post-processor says that another token is that.
+
+    As in transformers, a tokenizer.json says so alone. Beside a tokenizer.model it counts where tokenizer_config.json does not say.
+    """
     usual = (bool(vocabulary.model), False)  # of transformers' Llama tokenizer, whose configs often leave it out
-    post = vocabulary.values.get("post_processor")
+    has_post, post = _POST in vocabulary.values, vocabulary.values.get(_POST)
     keys: dict[str, bool] = {}
     for short, text, default in zip(("bos", "eos"), bpe.added_by(post) if post else (None, None), usual, strict=True):
-        told = config.values.get(f"add_{short}_token")
-        adds = config.get(f"add_{short}_token", bool, default or text in by_text)
-        if told is None and text is not None and text in by_text:
+        name = f"add_{short}_token"
+        alone = has_post and (vocabulary.model is None or config.values.get(name) is None)
+        if alone and text is not None and text in by_text:
             found[short] = by_text[text]
-        keys[f"tokenizer.ggml.add_{short}_token"] = adds and short in found
+        adds = text in by_text if alone else config.get(name, bool, default)
+        keys[f"tokenizer.ggml.{name}"] = adds and short in found
     return keys

@@ -104,13 +104,14 @@ class Tokenizer(Closing):
     def special_tokens(self, named: Any = None) -> dict[str, Any]:
         """Texts of the special tokens by the names that Hugging Face gives them, such as bos_token.
 
-        named: the same as a JSON object that says more, as files hold it. Raises UserError for one that is damaged.
+        named: the same as a JSON object, as our files hold it: a template may ask whether one is there at all.
+        Raises UserError for one that is damaged.
         """
-        found = {
-            name: self.token_text(i) for name, i in (("bos_token", self.bos), ("eos_token", self.eos)) if i is not None
-        }
+        if named is None:
+            ends = (("bos_token", self.bos), ("eos_token", self.eos))
+            return {name: self.token_text(i) for name, i in ends if i is not None}
         try:
-            return found | ({} if named is None else dict(json.loads(named)))
+            return dict(json.loads(named))
         except (TypeError, ValueError, RecursionError):
             raise UserError(
                 f"`{self.path}`: its special tokens are {str(named)[:80]!r}, expected a JSON object", _HINT_CONVERT

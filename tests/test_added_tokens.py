@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Reference
-from transformers import LlamaTokenizer
+from transformers import AutoTokenizer, LlamaTokenizer
 from vocabularies import PROBES, converted, edit, train_bytes, train_sentencepiece
 
 from convert.tokenizer import convert_tokenizer
@@ -213,24 +213,64 @@ def test_a_sequence_of_no_steps_is_none(normalizer: Any, tmp_path: Path) -> None
         assert tokenizer.encode("The dog") == reference.encode("The dog").ids
 
 
-def test_what_a_post_processor_adds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [{}, {"add_bos_token": False}, {"add_bos_token": True, "add_eos_token": True}])
+@pytest.mark.parametrize("template", ["<b> $A <e>", "$A <e>", "<b> $A", "$A", None])
+def test_a_post_processor_alone_says_what_is_added(template: str | None, told: dict[str, bool], tmp_path: Path) -> None:
     reference = train_bytes(tmp_path)
     reference.add_special_tokens(["<b>", "<e>"])
-    reference.post_processor = processors.TemplateProcessing("<b> $A <e>", special_tokens=[("<b>", 320), ("<e>", 321)])
+    if template:
+        specials = [("<b>", 320), ("<e>", 321)]
+        reference.post_processor = processors.TemplateProcessing(template, special_tokens=specials)
     reference.save(str(tmp_path / "tokenizer.json"))
-    edit(tmp_path / "tokenizer_config.json", bos_token="<|end|>", eos_token="<e>")
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|end|>", "eos_token": "<e>"}
+    edit(tmp_path / "tokenizer_config.json", **names, **told)
+    original = AutoTokenizer.from_pretrained(tmp_path)
     with converted(tmp_path, 322) as tokenizer:
-        assert tokenizer.encode("The dog") == reference.encode("The dog").ids
-    edit(
-        tmp_path / "tokenizer_config.json", add_bos_token=True, add_eos_token=False
-    )  # which count more, as in transformers
-    with converted(tmp_path, 322) as tokenizer:
-        assert tokenizer.encode("The dog") == [0, *reference.encode("The dog", add_special_tokens=False).ids]
+        assert tokenizer.encode("The dog") == original("The dog")["input_ids"] == reference.encode("The dog").ids
+
+
+def test_a_post_processor_that_adds_more_than_can_be_said(tmp_path: Path) -> None:
+    reference = train_bytes(tmp_path)
+    reference.add_special_tokens(["<b>", "<e>"])
     reference.post_processor = processors.TemplateProcessing("<b> <e> $A", special_tokens=[("<b>", 320), ("<e>", 321)])
     reference.save(str(tmp_path / "tokenizer.json"))
-    edit(tmp_path / "tokenizer_config.json", add_bos_token=None, add_eos_token=None)
+    edit(tmp_path / "tokenizer_config.json", bos_token="<b>", add_bos_token=True)
     with pytest.raises(UserError, match=r"the text '' is \[320\] in libllama, expected \[320, 321\]"):
         convert_tokenizer(tmp_path, 322)
+
+
+def test_tokens_that_are_named_and_nowhere_listed(tmp_path: Path) -> None:
+    """They get the next ids, the usual names first, whatever the order in the file."""
+    train_bytes(tmp_path)
+    names = {"additional_special_tokens": ["<x>", "<|end|>"], "pad_token": "[PAD]", "bos_token": "<b>"}
+    edit(tmp_path / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", **names)
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    with converted(tmp_path, 330) as tokenizer:
+        for text in ("a<x>b [PAD]<b>", "<x>", "The <|end|> dog[PAD]"):
+            assert tokenizer.encode(text) == reference(text)["input_ids"], text
+    found = convert_tokenizer(tmp_path, 322)
+    assert found.notes == ("added tokens left out, for the model has 322 rows of embeddings: `<x>` (322)",)
+
+
+def test_an_added_token_left_out_whose_text_is_spelled_otherwise(tmp_path: Path) -> None:
+    """In GPT-2's alphabet of bytes É is a byte; the library takes the text É for the token of that byte."""
+    train_bytes(tmp_path)
+    values = json.loads((tmp_path / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    edit(tmp_path / "tokenizer.json", added_tokens=[*values["added_tokens"], {"id": 320, "content": "\u00c9", **flags}])
+    with pytest.raises(UserError, match=r"the text '\\xc9' is .* in libllama, expected"):
+        convert_tokenizer(tmp_path, 330)
+
+
+def test_a_tokenizer_model_of_another_vocabulary(tmp_path: Path) -> None:
+    """As transformers does, tokenizer.json is read."""
+    train_sentencepiece(tmp_path)
+    reference = train_bytes(tmp_path)
+    found = convert_tokenizer(tmp_path, 340)
+    assert "tokenizer.json is read, not tokenizer.model (its token 1 is '<s>', and '!' in" in found.notes[0]
+    with converted(tmp_path, 340) as tokenizer:
+        for text in PROBES:
+            assert tokenizer.encode(text) == reference.encode(text).ids, repr(text)
 
 
 def test_a_vocabulary_that_another_pre_tokenizer_made(tmp_path: Path) -> None:

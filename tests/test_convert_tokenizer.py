@@ -183,7 +183,8 @@ def test_vocab_and_merges_equal_tokenizer_json(tmp_path: Path) -> None:
 
 
 def test_opts_beginning_of_text(tmp_path: Path) -> None:
-    train_bpe(tmp_path, PRE_TOKENIZER_JSON["gpt-2"])
+    train_bpe(tmp_path, PRE_TOKENIZER_JSON["gpt-2"]).model.save(str(tmp_path))
+    (tmp_path / "tokenizer.json").unlink()
     update_json(tmp_path / "tokenizer_config.json", bos_token="<|end|>", eos_token="<|end|>", add_bos_token=True)
     update_json(tmp_path / "config.json", bos_token_id=7, pad_token_id=1)
     metadata = tokenizer_metadata(tmp_path, 330)
@@ -234,6 +235,19 @@ def test_named_chat_templates_without_a_default_are_told(place: str, spm_folder:
     found = convert_tokenizer(spm_folder, 4096)
     assert "tokenizer.chat_template" not in found.metadata
     assert found.notes == ("none of the chat templates (rag, tool_use) is the default: the file has none",)
+
+
+def test_a_special_token_that_only_the_model_names(tmp_path: Path) -> None:
+    """config.json's ids are for generating: templates do not see them, as in transformers."""
+    train_bpe(tmp_path, PRE_TOKENIZER_JSON["gpt-2"])
+    update_json(tmp_path / "config.json", bos_token_id=0, eos_token_id=0)
+    update_json(
+        tmp_path / "tokenizer_config.json", bos_token=None, eos_token="<|end|>", chat_template="{{ bos_token }}"
+    )
+    metadata = tokenizer_metadata(tmp_path, 330)
+    assert ggml(metadata, "bos_token_id") == 0
+    with Tokenizer(write(metadata, tmp_path / "v.gguf")) as tokenizer:
+        assert tokenizer.special_tokens(metadata["lazyneuron.chat_template.special_tokens"]) == {"eos_token": "<|end|>"}
 
 
 def test_special_tokens_that_templates_name(spm_folder: Path, tmp_path: Path) -> None:

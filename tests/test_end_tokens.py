@@ -41,7 +41,7 @@ def ends(folder: Path) -> list[int]:
         ({"tokenizer_config": {"eos_token": None}, "special_tokens_map": {"eos_token": "<over>"}}, [321]),
         (
             {"tokenizer_config": {"eos_token": "not there"}, "generation_config": {"eos_token_id": [321, 320]}},
-            [320, 321],
+            [320, 321, 322],
         ),
     ],
 )
