@@ -57,7 +57,11 @@ def read_added(folder: Path, config: Config, special: SpecialTokens) -> dict[int
     Raises KeyError, TypeError or ValueError for malformed files.
     """
     named = {*special.named.values(), *special.others}
-    found = dict(_added(folder, config))
+    found: dict[int, AddedToken] = {}
+    for i, token in _added(folder, config):
+        if found.get(i, token).text != token.text:
+            raise ValueError(f"token {i} is {found[i].text!r} and {token.text!r}")
+        found[i] = token
     return {i: replace(token, special=True) if token.text in named else token for i, token in found.items()}
 
 

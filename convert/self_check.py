@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import random
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from convert.oracles import Oracle
+from convert.spm import SPACE
 from runtime.errors import UserError
 from runtime.gguf_write import NewFile, write_parts
 from runtime.tokenizer import Tokenizer
@@ -115,7 +117,7 @@ def _texts(added: Sequence[str], pieces: Sequence[str]) -> Iterator[str]:
     sample = (
         list(added) if len(added) <= _SAMPLE else [*added[:32], *draw.sample(added[32:-32], _SAMPLE - 64), *added[-32:]]
     )
-    for token in sample:
+    for token in [spelled for one in sample for spelled in _spellings(one)]:
         other = draw.choice(sample)
         yield from (
             token,
@@ -154,6 +156,13 @@ def _texts(added: Sequence[str], pieces: Sequence[str]) -> Iterator[str]:
         )
     for _ in range(400 if pieces else 0):
         yield "".join(draw.choices(pieces, k=8))
+
+
+def _spellings(token: str) -> list[str]:
+    """A token, and texts that become it where spaces are put before a text, or characters composed."""
+    changed = (token.strip(), token.replace(" ", SPACE), token.replace(SPACE, " "))
+    composed = (unicodedata.normalize(form, token) for form in ("NFC", "NFD"))
+    return [spelled for spelled in dict.fromkeys((token, *changed, *composed)) if spelled]
 
 
 def _compare(text: str, found: Sequence[int], right: Sequence[int | None], where: str) -> None:

@@ -262,6 +262,52 @@ def test_an_added_token_left_out_whose_text_is_spelled_otherwise(tmp_path: Path)
         convert_tokenizer(tmp_path, 330)
 
 
+@pytest.mark.parametrize(
+    ("token", "text"),
+    [
+        (AddedToken("<e\u0301>", normalized=True), r"<\\xe9>"),
+        (AddedToken("<\u00e9>", normalized=False), r"<e\\u0301>"),
+    ],
+)
+def test_an_added_token_that_another_spelling_becomes(token: AddedToken, text: str, tmp_path: Path) -> None:
+    from test_convert_tokenizer import PRE_TOKENIZER_JSON
+
+    reference = train_bytes(tmp_path, PRE_TOKENIZER_JSON["qwen2"])
+    reference.normalizer = normalizers.NFC()
+    reference.add_tokens([token])
+    reference.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=f"the text '{text}' is .* in libllama, expected"):
+        convert_tokenizer(tmp_path, 330)
+
+
+def test_an_added_token_that_begins_with_a_space(tmp_path: Path) -> None:
+    """libllama would take the space that is put before a text for the token's own."""
+    from test_merges import merges_of
+
+    train_sentencepiece(tmp_path)
+    vocab, merges = merges_of(tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer.model").unlink()
+    saved = LlamaTokenizer(vocab=vocab, merges=merges)
+    saved.backend_tokenizer.add_tokens([AddedToken(" tool", normalized=False)])
+    saved.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"the text 'tool' is .* in libllama, expected"):
+        convert_tokenizer(tmp_path, 400)
+
+
+@pytest.mark.parametrize("place", ["tokenizer.json", "added_tokens.json"])
+def test_two_texts_for_one_id(place: str, tmp_path: Path) -> None:
+    values = json.loads(train_bytes(tmp_path).to_str())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    entries = [{"id": 320, "content": text, **flags} for text in ("<x>", "<y>")]
+    edit(tmp_path / "tokenizer.json", added_tokens=[*values["added_tokens"], entries[0]])
+    if place == "tokenizer.json":
+        edit(tmp_path / place, added_tokens=[*values["added_tokens"], *entries])
+    else:
+        edit(tmp_path / place, **{"<y>": 320})
+    with pytest.raises(UserError, match=r"malformed .*token 320 is '<[xy]>' and '<[xy]>'"):
+        convert_tokenizer(tmp_path, 330)
+
+
 def test_a_tokenizer_model_of_another_vocabulary(tmp_path: Path) -> None:
     """As transformers does, tokenizer.json is read."""
     train_sentencepiece(tmp_path)
