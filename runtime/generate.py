@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -286,11 +287,7 @@ class Generation(Closing):
         """Logits [n_vocab] after the request's processors."""
         for process in self._request.logits_processors:
             found = process(np.array(self._ids, np.int32), logits)
-            if np.shape(found) != logits.shape:
-                raise UserError(
-                    f"a logits processor returned {np.shape(found)}, expected logits of shape {logits.shape}"
-                )
-            logits = np.asarray(found, np.float32)
+            logits = _scores(found, logits.shape)
             if not math.isfinite(logits.max()):
                 raise UserError(
                     f"a logits processor left {logits.max()} as the largest logit, expected a number",
@@ -317,6 +314,19 @@ class Generation(Closing):
         stats.bytes_per_token = bytes_per_token(
             engine.structure, self._file.tensors, activity, engine.kv_bytes(positions)
         ).total
+
+
+def _scores(found: Any, shape: tuple[int, ...]) -> Floats:
+    """What a logits processor returned."""
+    try:
+        scores: Floats = np.asarray(found, np.float32)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"a logits processor returned a {type(found).__name__}, expected logits of shape {shape}"
+        ) from None
+    if scores.shape != shape:
+        raise UserError(f"a logits processor returned {scores.shape}, expected logits of shape {shape}")
+    return scores
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -315,6 +315,8 @@ def test_processors_are_called_in_order_and_may_change_the_array(model: Model) -
     [
         (lambda _, logits: logits[:-1], r"returned \(\d+,\), expected logits of shape"),
         (lambda _, logits: None, r"returned \(\), expected"),
+        (lambda _, logits: np.array(["a"] * len(logits)), r"returned a ndarray, expected logits of shape"),
+        (lambda _, logits: [[0.0], [0.0, 1.0]], r"returned a list, expected logits of shape"),
         (lambda _, logits: np.full_like(logits, -np.inf), "left -inf as the largest logit"),
         (lambda _, logits: np.full_like(logits, np.nan), "left nan as the largest logit"),
     ],
