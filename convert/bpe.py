@@ -15,6 +15,7 @@ from typing import Any
 from convert.config import Config, read_json
 from runtime.errors import UserError
 
+_GENERIC = ("", "PreTrainedTokenizer", "TokenizersBackend")  # classes that take a tokenizer.json as it is
 _DIGITS = "<digits>"
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -97,6 +98,16 @@ def vocab_and_merges(folder: Path, config: Config) -> Config:
         vocab.where,
         {"model": model, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}},
     )
+
+
+def check_prefix(config: Config) -> None:
+    """Raise UserError where the class in a tokenizer_config.json puts a space before texts, whatever its tokenizer.json says."""
+    name = config.get("tokenizer_class", str, "").removesuffix("Fast")
+    if name not in _GENERIC and config.get("add_prefix_space", bool, False):
+        raise UserError(
+            f"{config.where}: `{name}` with add_prefix_space, expected byte-level BPE without one",
+            "libllama puts no space before such texts",
+        )
 
 
 def _check_model(model: Config) -> None:

@@ -167,7 +167,10 @@ def _read(folder: Path, config: Config, check: Check, added: set[str], notes: li
             notes.append(f"tokenizer.json is read, not tokenizer.model ({error.message.rpartition('`: ')[2]})")
     if tokenizer.exists():
         values = read_json(tokenizer)
-        return _merged(values, added, check) if is_sentencepiece(values) else _byte_level(values, check)
+        if is_sentencepiece(values):
+            return _merged(values, added, check)
+        bpe.check_prefix(config)
+        return _byte_level(values, check)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         return _byte_level(bpe.vocab_and_merges(folder, config), check)
     raise UserError(

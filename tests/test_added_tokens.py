@@ -239,6 +239,17 @@ def test_a_post_processor_that_adds_more_than_can_be_said(tmp_path: Path) -> Non
         convert_tokenizer(tmp_path, 322)
 
 
+def test_a_class_that_puts_a_space_before_texts(tmp_path: Path) -> None:
+    reference = train_bytes(tmp_path)
+    edit(tmp_path / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", add_prefix_space=True)
+    assert AutoTokenizer.from_pretrained(tmp_path)("dog")["input_ids"] == reference.encode("dog").ids
+    convert_tokenizer(tmp_path, 320)
+    edit(tmp_path / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    assert AutoTokenizer.from_pretrained(tmp_path)("dog")["input_ids"] != reference.encode("dog").ids
+    with pytest.raises(UserError, match="`GPT2Tokenizer` with add_prefix_space, expected"):
+        convert_tokenizer(tmp_path, 320)
+
+
 def test_tokens_that_are_named_and_nowhere_listed(tmp_path: Path) -> None:
     """They get the next ids, the usual names first, whatever the order in the file."""
     train_bytes(tmp_path)
