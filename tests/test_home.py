@@ -98,7 +98,7 @@ def test_a_chat_is_not_saved_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     session = Session.__new__(Session)
     session.conversation = Conversation(None)
-    with pytest.raises(OSError, match="No such file or directory"):
+    with pytest.raises(UserError, match="`~`: no such folder"):
         session._save("~/talk.json")
     assert not list(tmp_path.iterdir())
 

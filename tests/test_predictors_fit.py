@@ -179,7 +179,7 @@ def test_targets_that_will_not_do(tiny_gguf: Path, tmp_path: Path, capfd: pytest
         ((tiny_gguf, there), "exists already"),
         ((tiny_gguf, tmp_path), "a folder, expected a file name"),
         ((tiny_gguf, tmp_path / "no" / "o.gguf"), "no such folder"),
-        ((there, there, "--force"), "is the model itself"),
+        ((there, there, "--force"), "is the source itself"),
         ((tmp_path / "absent.gguf", tmp_path / "o.gguf"), "No such file"),
         ((tiny_gguf, tmp_path / "o.gguf", "--kind", "oracle"), "invalid choice"),
     ):
