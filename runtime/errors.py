@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -69,13 +69,13 @@ def run_command(command: Callable[[], None]) -> int:
     Signals that ask to end leave through the same clean-up as an interrupt.
     """
     streams.prepare()
-    _leave_cleanly()
-    status = _run(command)
-    if status:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        return status
-    return _run(streams.finish)  # before Python does: it would print its own complaint
+    with _leaving_cleanly():
+        status = _run(command)
+        if status:
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+            return status
+        return _run(streams.finish)  # before Python does: it would print its own complaint
 
 
 def _run(step: Callable[[], None]) -> int:
@@ -96,16 +96,52 @@ def _run(step: Callable[[], None]) -> int:
     return 0
 
 
-def _leave_cleanly() -> None:
+class _Leave(SystemExit):
+    """A signal asks the process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def _leaving_cleanly() -> Iterator[None]:
+    """Let signals that ask to end raise, as an interrupt does, wherever the program is."""
     if threading.current_thread() is not threading.main_thread():
-        return  # signals are another's
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
-            signal.signal(number, _leave)
+        yield  # signals are another's
+        return
+    numbers = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    ours = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]  # not under nohup
+    for number in ours:
+        signal.signal(number, _leave)
+    usual, sys.unraisablehook = sys.unraisablehook, _raised_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = usual
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _leave(number: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
+    raise _Leave(number)
+
+
+def _send(number: int) -> None:
+    if hasattr(signal, "pthread_kill"):  # which also ends what the main thread waits for
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:
+        signal.raise_signal(number)
+
+
+def _raised_again(lost: sys.UnraisableHookArgs) -> None:
+    """What a signal raised while a finaliser ran goes no further than that: send the signal again, a moment later."""
+    error = lost.exc_value
+    number = error.number if isinstance(error, _Leave) else signal.SIGINT
+    if isinstance(error, _Leave | KeyboardInterrupt):
+        threading.Timer(0.01, _send, (number,)).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _report(error: UserError) -> int:

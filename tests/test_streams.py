@@ -214,3 +214,29 @@ def test_json_loses_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert json.loads(capsys.readouterr().out) == {"text": "é☃", "path": "\udcff"}
     print_json({"text": "é☃"})
     assert capsys.readouterr().out == '{"text": "é☃"}\n'
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_in_a_finaliser_is_not_lost(number: str, status: int) -> None:
+    program = f"""
+import signal, sys, time, weakref
+from runtime.errors import run_command
+
+class Held:
+    pass
+
+def command():
+    held = Held()
+    watch = weakref.ref(held, lambda _: signal.raise_signal(signal.{number}))
+    del held
+    time.sleep(60)
+
+sys.exit(run_command(command))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False, cwd=ROOT
+    )
+    assert (done.returncode, done.stderr) == (status, "interrupted\n" if number == "SIGINT" else "")

@@ -9,7 +9,8 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -59,7 +60,8 @@ class Terminal:
 
     def _step(self) -> None:
         try:
-            typed = self._prompt.prompt("> ")
+            with _hang_up_at_once():
+                typed = self._prompt.prompt("> ")
         except (EOFError, OSError):  # Ctrl-D; or the terminal has gone
             self._running = False
             return
@@ -88,6 +90,21 @@ class Terminal:
         print_footer(reply.stats, reply.stop_reason)
         for line in self._session.context_notes(reply):
             note(line)
+
+
+@contextmanager
+def _hang_up_at_once() -> Iterator[None]:
+    """While a prompt is shown, let a hang-up end the process: nothing is half-done then, and there is no terminal left to draw a last picture on."""
+    hang_up = getattr(signal, "SIGHUP", None)
+    before = hang_up and signal.getsignal(hang_up)
+    if not hang_up or before == signal.SIG_IGN:
+        yield
+        return
+    signal.signal(hang_up, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(hang_up, before)
 
 
 def _shortened(text: str) -> str:
