@@ -100,6 +100,12 @@ class Terminal:
         while text in self.screen.text():
             assert self._read(until), f"still {text!r} in\n{self.screen.text()}"
 
+    def expect_cursor(self, column: int, seconds: float = 200) -> None:
+        """Wait until the cursor stands in a column, counted from 0: it wanders while a line is drawn."""
+        until = time.monotonic() + seconds
+        while self.screen.cursor.x != column:
+            assert self._read(until), f"the cursor is in column {self.screen.cursor.x}, expected {column}"
+
     def _read(self, until: float) -> bool:
         """Read something by then, and show it; False where the time is over or the other side has closed."""
         try:

@@ -197,7 +197,7 @@ def test_wide_characters_are_edited_where_they_stand(screen: Terminal, tmp_path:
     screen.expect(PROMPT)
     screen.send("日本語🙂é" + "\x7f" * 2 + "\x1b[D" * 2 + "x")
     screen.expect("日x本語")
-    assert screen.screen.cursor.x == len("> ") + len("日") * 2 + 1
+    screen.expect_cursor(len("> ") + len("日") * 2 + 1)
     screen.send(ENTER)
     screen.expect(FOOTER)
     assert saved(screen, tmp_path / "talk.json")[0]["content"] == "日x本語"
