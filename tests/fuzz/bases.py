@@ -5,6 +5,7 @@ Weights have few distinct values, so that a damaged file in the corpus packs sma
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -203,7 +204,7 @@ def any_structure(rng: Random) -> tuple[Structure, str, str]:
 
 def model_bytes(folder: Path, s: Structure, kind: str, vocabulary: str) -> bytes:
     """The file of a structure."""
-    path = folder / "any.gguf"
+    path = folder / f"any-{os.getpid()}.gguf"
     write_files(split_model(path, metadata_of(s, kind, vocabulary), _streams(s, kind), 0))
     return path.read_bytes()
 

@@ -211,6 +211,7 @@ class Worker:
     ) -> None:
         self.target, self.first, self.step, self.stop = target, first, step, stop
         self.folder, self.until, self.limited = folder, until, limited
+        folder.parent.mkdir(exist_ok=True)  # of its own: what lies beside the input is looked at, too
         self.state = mmap.mmap(-1, mmap.PAGESIZE)
         self.log = folder.with_suffix(".log")
         self.counts = Counts()
@@ -319,7 +320,7 @@ def run(
     """Feed a target for some seconds, or with the inputs first .. stop - 1, in `jobs` processes."""
     started, seen = time.monotonic(), {}
     workers = [
-        Worker(target, first + j, jobs, stop, folder / f"{target.name}-{j}", started + seconds, limited)
+        Worker(target, first + j, jobs, stop, folder / f"{target.name}-{j}" / "input", started + seconds, limited)
         for j in range(jobs)
     ]
     running = list(workers)
