@@ -33,7 +33,7 @@ $(VENV)/.check: $(VENV)/.test
 	@$(PIP) install --quiet --no-build-isolation --editable ".[check]" >&2
 	@touch $@
 
-$(MODEL): $(VENV)/.setup $(wildcard examples/tiny-relu-llama/* convert/*.py convert/archs/*.py runtime/structure.py)
+$(MODEL): $(VENV)/.setup $(wildcard examples/tiny-relu-llama/* convert/*.py convert/archs/*.py runtime/model_file/structure.py)
 	@mkdir -p $(dir $@)
 	@$(PY) -m convert examples/tiny-relu-llama $@ --force >&2
 
@@ -43,7 +43,7 @@ test: $(VENV)/.test
 
 # The numeric tests with each variant of the kernels that this CPU has, or with those that KERNELS names.
 test-kernels: $(VENV)/.test
-	@set -e; for kernels in $${KERNELS:-$$($(PY) -c 'from runtime import native_ffn; print(*native_ffn.variants())')}; do \
+	@set -e; for kernels in $${KERNELS:-$$($(PY) -c 'from runtime.bindings import sparse_ffn; print(*sparse_ffn.variants())')}; do \
 		echo "kernels: $$kernels" >&2; \
 		LAZYNEURON_KERNELS=$$kernels $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m numeric; \
 	done

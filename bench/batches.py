@@ -1,4 +1,4 @@
-"""Several tokens at once: from how many, and from which share of neurons on, whole matrices are faster than the row kernels (`runtime/prompts.py`).
+"""Several tokens at once: from how many, and from which share of neurons on, whole matrices are faster than the row kernels (`runtime/compute/dense_threshold.py`).
 
     python -m bench.batches --type q4_0 q8_0 [--shape mistral-7b] [--tokens 32 128] [--active 0.1 1.0] [--threads N]
 
@@ -16,12 +16,13 @@ from bench.case import Case
 from bench.copies import Copies
 from bench.shapes import SHAPES, shape
 from bench.tables import console, table
-from convert.quantize import NUMBERS
-from runtime.commands.help import HelpParser
-from runtime.errors import UserError, run_command
-from runtime.logs import captured_log
-from runtime.threads import default_threads
-from runtime.worker import on_worker
+from convert.formats import NUMBERS
+from runtime.base.worker import on_worker
+from runtime.bindings.logs import captured_log
+from runtime.cli.help import HelpParser
+from runtime.cli.program import run_command
+from runtime.compute.threads import default_threads
+from runtime.errors import UserError
 
 _COLUMNS = ("plain", "repacked", "exact", "predicted")
 _PASSES = 3

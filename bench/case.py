@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from convert.quantize import row_bytes
-from runtime.structure import Structure
+from convert.formats import row_bytes
+from runtime.model_file.structure import Structure
 
 VARIANTS = ("plain", "repacked", "exact", "listed", "predictor")
 RANK = 128  # of the predictor

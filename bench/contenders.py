@@ -17,12 +17,12 @@ from typing import Any, Protocol
 import numpy as np
 
 import runtime
-from runtime import ggml_devices as gd
-from runtime.bandwidth import cpu
-from runtime.devices import NONE, find
+from runtime.bindings import ggml_devices as gd
+from runtime.bindings.logs import captured_log, silence
 from runtime.engine import FFN_MODES
 from runtime.errors import UserError
-from runtime.logs import captured_log, silence
+from runtime.hybrid.bandwidth import cpu
+from runtime.hybrid.devices import NONE, find
 
 LLAMA_CPP = "llama_cpp"
 BATCH = 512  # tokens of a prompt computed at once, by every contender

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.case import RANK, Case
-from convert.quantize import NUMBERS, encode, row_bytes
-from runtime import ggml, native_ffn
-from runtime.operators import NativeTensors, add_native_ffn, add_predictor
-from runtime.repack import extra_buffer_types, holds
-from runtime.weights import new_context
+from convert.formats import NUMBERS, encode, row_bytes
+from runtime.bindings import ggml, sparse_ffn
+from runtime.compute.operators import NativeTensors, add_native_ffn, add_predictor
+from runtime.compute.repack import extra_buffer_types, holds
+from runtime.compute.weights import new_context
 
 _NODES = 32  # of one copy, at most
 _CERTAIN = 100.0  # a bias that decides whether a neuron fires
@@ -34,7 +34,7 @@ class Prepared:
 
     backend: ggml.BackendP
     graph: ggml.GraphP
-    ffns: list[native_ffn.Ffn] = field(default_factory=list)
+    ffns: list[sparse_ffn.Ffn] = field(default_factory=list)
 
     def run(self) -> float:
         """Compute every copy once."""
@@ -170,13 +170,13 @@ class Copies:
     def _native(self, weights: list[dict[str, ggml.TensorP]], lists: list[Bytes] | None) -> Prepared:
         """Our operators; lists: the candidates of each copy, or None for every neuron."""
         rows = [self._rows(w) for w in weights]
-        ffns = [native_ffn.describe(self.s, t.types, self.case.threads) for t in rows]
+        ffns = [sparse_ffn.describe(self._ffn, t.types, self.case.threads) for t in rows]
         given: list[ggml.TensorP] = []
 
         def build(ctx: ggml.ContextP, x: ggml.TensorP, i: int) -> ggml.TensorP:
             if lists is None:
                 return add_native_ffn(ctx, x, ffns[i], rows[i])
-            native_ffn.predict(ffns[i], RANK, NUMBERS[self.case.predictor_type], 0.0)
+            sparse_ffn.predict(ffns[i], RANK, NUMBERS[self.case.predictor_type], 0.0)
             given.append(ggml.ggml_new_tensor_2d(ctx, ggml.I8, lists[i].nbytes, 1))
             return add_native_ffn(ctx, x, ffns[i], rows[i], given[i])
 
@@ -198,7 +198,7 @@ class Copies:
 
     def _predictor(self, weights: list[dict[str, ggml.TensorP]]) -> tuple[Prepared, list[Bytes]]:
         """The low-rank predictor, and the lists that it makes: the planted ones."""
-        ffns = [native_ffn.describe(self.s, self._rows(w).types, self.case.threads) for w in weights]
+        ffns = [sparse_ffn.describe(self._ffn, self._rows(w).types, self.case.threads) for w in weights]
 
         def build(ctx: ggml.ContextP, x: ggml.TensorP, i: int) -> ggml.TensorP:
             z = ggml.ggml_mul_mat(ctx, weights[i]["predictor_in"], x)

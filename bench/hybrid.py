@@ -27,16 +27,17 @@ from bench.offload import offloaded
 from bench.race import PROMPT, Plan, load_average, planned
 from bench.tables import console, table
 from bench.worker import Worker
-from runtime.arrange import machine_options, usable
-from runtime.commands.help import HelpParser
-from runtime.costs import PlanOptions, machine_of, model_costs
-from runtime.devices import DeviceInfo, devices, find
+from runtime.bindings.logs import silence
+from runtime.cli.help import HelpParser
+from runtime.cli.program import run_command
+from runtime.compute.threads import default_threads
 from runtime.engine import FFN_MODES, KV_TYPES
-from runtime.errors import UserError, run_command
-from runtime.gguf_file import GgufFile
-from runtime.logs import silence
-from runtime.placement import evaluate
-from runtime.threads import default_threads
+from runtime.errors import UserError
+from runtime.hybrid.choose import machine_options, usable
+from runtime.hybrid.costs import PlanOptions, machine_of, model_costs
+from runtime.hybrid.devices import DeviceInfo, devices, find
+from runtime.hybrid.planner import evaluate
+from runtime.model_file.reader import GgufFile
 
 NO_GPU = 2  # exit status
 OURS = "lazyneuron"

@@ -21,13 +21,14 @@ from bench.copies import Copies
 from bench.memory import DenseProduct
 from bench.shapes import SHAPES, shape
 from bench.tables import console, table
-from convert.quantize import NUMBERS, fitting
-from runtime import ggml
-from runtime.commands.help import HelpParser
-from runtime.errors import UserError, run_command
-from runtime.logs import captured_log
-from runtime.threads import default_threads
-from runtime.worker import on_worker
+from convert.formats import NUMBERS, fitting
+from runtime.base.worker import on_worker
+from runtime.bindings import ggml
+from runtime.bindings.logs import captured_log
+from runtime.cli.help import HelpParser
+from runtime.cli.program import run_command
+from runtime.compute.threads import default_threads
+from runtime.errors import UserError
 
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:

@@ -27,13 +27,14 @@ from bench import stock
 from bench.shapes import SHAPES, shape
 from bench.synthetic import Synthetic
 from bench.tables import console, table
+from convert.formats import TYPES, check_type
 from convert.metadata import general_metadata
-from convert.quantize import TYPES, check_type
-from runtime.cache import cache_folder
-from runtime.commands.help import HelpParser
-from runtime.errors import UserError, run_command
-from runtime.gguf_write import write_gguf
-from runtime.threads import default_threads
+from runtime.base.cache_folder import cache_folder
+from runtime.cli.help import HelpParser
+from runtime.cli.program import run_command
+from runtime.compute.threads import default_threads
+from runtime.errors import UserError
+from runtime.model_file.writer import write_gguf
 
 REVISION = 1  # of what is planted; part of the cached files' names
 ACTIVE_KEY = "lazyneuron.synthetic.active"  # the wanted share; a file that has it is synthetic

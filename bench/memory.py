@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from runtime import ggml
-from runtime.weights import new_context
-from runtime.worker import on_worker
+from runtime.base.worker import on_worker
+from runtime.bindings import ggml
+from runtime.compute.weights import new_context
 
 _WIDTH = 8192  # elements of a row
 _FIELDS = {"VmHWM": "peak_bytes", "RssAnon": "anonymous_bytes", "RssFile": "file_bytes"}

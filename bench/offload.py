@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runtime.placement import Block, Machine, Placement, evaluate
+from runtime.hybrid.planner import Block, Machine, Placement, evaluate
 
 
 def offloaded(blocks: Sequence[Block], head: int, machine: Machine) -> Placement:

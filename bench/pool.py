@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from convert.quantize import NUMBERS, encode, row_bytes
+from convert.formats import NUMBERS, encode, row_bytes
 
 GROUP = 256  # rows that stay together; a multiple of every type's block
 _STEP = 256  # rows encoded or delivered at a time

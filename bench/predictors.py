@@ -20,8 +20,8 @@ from bench.tables import console, table
 from predictors.evaluate import Evaluation, evaluate
 from predictors.fit import DEFAULT_ENERGY, Candidates, fit_candidates
 from predictors.rewrite import rewrite
-from runtime.commands.help import HelpParser
-from runtime.errors import run_command
+from runtime.cli.help import HelpParser
+from runtime.cli.program import run_command
 
 _COLUMNS = (
     "predictor",

@@ -16,11 +16,11 @@ from bench.contenders import LLAMA_CPP, Spec
 from bench.make_model import ACTIVE_KEY, random_ids
 from bench.memory import read_through
 from bench.worker import BANDWIDTH, Worker
+from runtime.compute.traffic import Activity, bytes_per_token, kv_bytes
 from runtime.errors import UserError
-from runtime.gguf_file import GgufFile, TensorInfo
-from runtime.structure import Structure
-from runtime.tokenizer import Tokenizer
-from runtime.traffic import Activity, bytes_per_token, kv_bytes
+from runtime.model_file.reader import GgufFile, TensorInfo
+from runtime.model_file.structure import Structure
+from runtime.text.tokenizer import Tokenizer
 
 PROMPT = 16  # tokens in the context before decoding starts
 PROMPTS = (32, 128, 512)  # lengths of the prompts that are timed

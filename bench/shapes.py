@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from runtime.errors import UserError
-from runtime.structure import Structure
+from runtime.model_file.structure import Structure
 
 _SOURCE = "SyntheticForBenchmarks"
 

@@ -19,10 +19,11 @@ import numpy as np
 
 from bench.offload import dense_ffns_on_cpu, whole_layers
 from bench.tables import console, table
-from runtime.commands.help import HelpParser
-from runtime.costs import Floats, NeuronBytes, candidates, cold_bytes, cuts_of
-from runtime.errors import UserError, run_command
-from runtime.placement import Block, Device, Machine, place
+from runtime.cli.help import HelpParser
+from runtime.cli.program import run_command
+from runtime.errors import UserError
+from runtime.hybrid.costs import Floats, NeuronBytes, candidates, cold_bytes, cuts_of
+from runtime.hybrid.planner import Block, Device, Machine, place
 
 GIB = 1 << 30
 N_CTX, POSITIONS, KV_SIZE = (

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from runtime.errors import UserError
-from runtime.gguf_file import GgufFile
-from runtime.gguf_write import Stream, copied, copied_keys, write_gguf
-from runtime.structure import Structure
+from runtime.model_file.reader import GgufFile
+from runtime.model_file.structure import Structure
+from runtime.model_file.writer import Stream, copied, copied_keys, write_gguf
 
 _OURS = (".ffn_down_t.", ".ffn_neuron_", ".predictor_", "position_embd.")
 

@@ -19,11 +19,11 @@ import numpy.typing as npt
 
 from bench.firing import plan_firing
 from bench.pool import GROUP, Bytes, ColumnPool, Floats, RowPool, choose_groups, decode, row_ids
-from convert.quantize import NUMBERS, encode, fitting, output_type, row_bytes
-from runtime import ggml
+from convert.formats import NUMBERS, encode, fitting, output_type, row_bytes
+from runtime.bindings import ggml
 from runtime.errors import UserError
-from runtime.gguf_write import Stream
-from runtime.structure import Structure, required_tensors
+from runtime.model_file.structure import Structure, required_tensors
+from runtime.model_file.writer import Stream
 
 POOL_ROWS = 4096
 NOISE = 0.2  # standard deviation of what the predictor cannot know of a pre-activation, whose own is 1

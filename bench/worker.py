@@ -16,10 +16,10 @@ from typing import Any
 
 from bench.contenders import Spec, make, timed_decode, timed_open, timed_prompt
 from bench.memory import DenseProduct, resident
-from runtime.closing import Closing
-from runtime.devices import find
+from runtime.base.closing import Closing
+from runtime.bindings.logs import silence
 from runtime.errors import UserError
-from runtime.logs import silence
+from runtime.hybrid.devices import find
 
 BANDWIDTH = "bandwidth"
 

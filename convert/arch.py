@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from convert import archs
+from convert.already_quantized import refuse_quantised
 from convert.config import REQUIRED, Config, shown
-from convert.quantised import refuse_quantised
 from runtime.errors import UserError
-from runtime.structure import ACTIVATIONS, ARCHITECTURE, Structure
+from runtime.bindings.ffn_shape import ACTIVATIONS
+from runtime.model_file.structure import ARCHITECTURE, Structure
 
 THRESHOLDED = "fatrelu"  # the activation that has a threshold
 _EXPECTED = {"per_layer_config": {}, "transformers_weights": "model.safetensors"}  # as `Arch.expect`, in every family

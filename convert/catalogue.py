@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runtime.base.home import expanded
 from runtime.errors import UserError
-from runtime.home import expanded
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -18,8 +18,8 @@ from convert import pytorch
 from convert.config import Config, read_json
 from convert.leftovers import listed
 from convert.rewrites import Shape, Sliceable
+from runtime.base.stand_ins import refuse_stand_in
 from runtime.errors import UserError
-from runtime.stand_ins import refuse_stand_in
 
 _REFETCH = "fetch the file again from where the checkpoint came from"
 _ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")

@@ -19,16 +19,16 @@ from rich.table import Table
 
 from convert.arch import Generated
 from convert.catalogue import catalogue
+from convert.formats import TYPES
 from convert.job import Report, convert
 from convert.plan import Given, Origin
-from convert.quantize import TYPES
 from predictors.fit import DEFAULT_ENERGY
 from predictors.fit import TYPES as PREDICTOR_TYPES
-from predictors.kinds import KINDS
-from runtime.commands.completion import chosen_from, completed, offer_completions
-from runtime.commands.options import Parser, add_json, count, print_json
-from runtime.errors import run_command
-from runtime.structure import LAYOUTS
+from predictors.registry import KINDS
+from runtime.cli.completion import chosen_from, completed, offer_completions
+from runtime.cli.options import Parser, add_json, count, print_json
+from runtime.cli.program import run_command
+from runtime.model_file.structure import LAYOUTS
 
 VERBS = ("card", "push")  # modules of that name, slow to import; a folder of such a name is ./card, ./push
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from runtime.base.stand_ins import refuse_stand_in
 from runtime.errors import UserError
-from runtime.stand_ins import refuse_stand_in
 
 T = TypeVar("T")
 REQUIRED: Any = object()  # as a default: a missing value is an error

@@ -14,9 +14,9 @@ import numpy as np
 from convert.kept import Kept
 from convert.plan import Plan, PlannedTensor, Types
 from predictors.rewrite import REPLACED
-from runtime.gguf_file import GgufFile
-from runtime.gguf_write import copied_keys
-from runtime.structure import required_tensors
+from runtime.model_file.reader import GgufFile
+from runtime.model_file.structure import required_tensors
+from runtime.model_file.writer import copied_keys
 
 
 def plan_again(file: GgufFile) -> Plan:

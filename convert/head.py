@@ -12,7 +12,7 @@ import numpy as np
 
 from convert.arch import Generated, Source
 from convert.checkpoint import FLOATS, Checkpoint
-from runtime.structure import Structure
+from runtime.model_file.structure import Structure
 
 _EMBEDDINGS, _HEAD = "token_embd.weight", "output.weight"
 _PIECE = 1 << 22  # numbers compared at a time

@@ -13,25 +13,25 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from convert.encode import Bytes, Encoder
+from convert.formats import NUMBERS
 from convert.plan import Plan
-from convert.powerinfer_predictor import read_counts
-from convert.quantize import NUMBERS
+from convert.powerinfer.predictor import read_counts
 from convert.source import Given, Job, open_job
-from convert.stream import Bytes, Encoder
-from convert.verify import Verdict
-from convert.verify import verify as verify_file
-from predictors.adopt import adopt_model
+from convert.verify.logits import Verdict
+from convert.verify.logits import verify as verify_file
 from predictors.fit import DEFAULT_ENERGY, ModelFit, fit_model
-from predictors.heat import order_by_counts
-from predictors.quantized import Floats
+from predictors.hot_order import order_by_counts
+from predictors.imported import adopt_model
+from predictors.matrices import Floats
+from runtime.base.atomic import check_space, check_target, new_path, writing
+from runtime.base.home import expanded
+from runtime.base.workspace import Workspace
+from runtime.compute.threads import default_threads
 from runtime.errors import UserError
-from runtime.gguf_split import check_shards, check_sizes, old_shards, shard_size, split_model
-from runtime.gguf_write import Stream, write_parts
-from runtime.home import expanded
-from runtime.new_file import check_space, check_target, new_path, writing
-from runtime.structure import ARCHITECTURE, required_tensors
-from runtime.threads import default_threads
-from runtime.workspace import Workspace
+from runtime.model_file.shard_writer import check_shards, check_sizes, old_shards, shard_size, split_model
+from runtime.model_file.structure import ARCHITECTURE, required_tensors
+from runtime.model_file.writer import Stream, write_parts
 
 Progress = Callable[[str, int, int], None]
 
@@ -41,7 +41,7 @@ class Report:
     """What a conversion did, or would do. files: one, or the shards, of which `path` is the first.
 
     bytes: of all files; of the tensors alone after a dry run.
-    ffn_source: who said which activation it is: "config.json", "--ffn-type" or "models.toml". verified: see `convert.verify.Verdict`.
+    ffn_source: who said which activation it is: "config.json", "--ffn-type" or "models.toml". verified: see `convert.verify.logits.Verdict`.
     """
 
     path: str
@@ -87,7 +87,7 @@ def convert(
 ) -> Report:
     """Convert `source` to the GGUF file `out`: a checkpoint (a folder, a Hub id, or a short name of the catalogue), a PowerInfer file, or a file of ours that is to get other predictors.
 
-    type, output_type: format of the matrices (default f16) and of the output head (see `convert.quantize.TYPES`); files keep their own.
+    type, output_type: format of the matrices (default f16) and of the output head (see `convert.formats.TYPES`); files keep their own.
     layout: "both" stores the down projection twice (default); "sparse" only as the sparse kernels read it (default for a PowerInfer file).
     ffn_type: the activation, where neither the source nor the catalogue tell the truth. threads: None for one per processor, or what the CPU quota allows.
     import_predictor: a folder or Hub id with PowerInfer's predictors, to be taken in place of fitted ones.
@@ -95,7 +95,7 @@ def convert(
     calibration: the text on which neurons are ordered and predictors fitted or measured: a UTF-8 file, None for the one in the package, "none" to leave both out.
     calibration_tokens, predictor (default "lowrank"), predictor_type, energy, seed: see `predictors.fit.fit_model`.
     split_max_size: e.g. "45G": a larger model is written as shards of at most that size, `out` with -00001-of-0000N in its name.
-    verify: compare the file's logits with the checkpoint's before it takes its name; see `convert.verify`.
+    verify: compare the file's logits with the checkpoint's before it takes its name; see `convert.verify.logits`.
     progress: called with (what, done, of how much) as the work goes on.
     Raises UserError for whatever is wrong with the source, the options or the target; then nothing is written.
     """

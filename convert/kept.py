@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from convert import pytorch
 from convert.rewrites import Array, Sliceable
-from predictors.quantized import block_size, row_bytes, unpack
-from runtime.gguf_file import TensorInfo
+from predictors.matrices import block_size, row_bytes, unpack
+from runtime.model_file.reader import TensorInfo
 
 _PIECE = 1 << 24  # bytes read at a time
 Bytes = npt.NDArray[np.uint8]

@@ -15,8 +15,8 @@ from gguf import GGML_QUANT_VERSION, LlamaFileType
 from yaml import YAMLError
 
 from runtime.errors import UserError
-from runtime.hub import parse
-from runtime.structure import ARCHITECTURE
+from runtime.hub.names import parse
+from runtime.model_file.structure import ARCHITECTURE
 
 Card = dict[str, list[str]]
 HUB = "https://huggingface.co"

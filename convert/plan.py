@@ -14,18 +14,18 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from convert.already_quantized import refuse_quantised_tensors
 from convert.arch import Arch, Generated, Source, adapted, describe, find_arch
 from convert.checkpoint import FLOATS, Checkpoint
 from convert.config import Config
+from convert.formats import fitting, output_type, row_bytes
 from convert.head import settle_head
 from convert.kept import Kept, Readable
 from convert.leftovers import common_prefix, explanation, is_buffer, listed, without_head
-from convert.quantised import refuse_quantised_tensors
-from convert.quantize import fitting, output_type, row_bytes
 from convert.rewrites import IDENTITY, Heads, Rewrite, Shape, named
-from predictors.quantized import Tensor
+from predictors.matrices import Tensor
 from runtime.errors import UserError
-from runtime.structure import Structure, required_tensors
+from runtime.model_file.structure import Structure, required_tensors
 
 _ALWAYS_F32 = ("position_embd.weight",)  # besides everything with one dimension: norms, biases, frequencies
 
@@ -49,13 +49,13 @@ class NewBlock(Protocol):
     """What a fit, or a new order, changes in a block: see predictors.fit.BlockFit."""
 
     @property
-    def order(self) -> npt.NDArray[np.int32]: ...  # noqa: D102 - of predictors.heat.BlockOrder
+    def order(self) -> npt.NDArray[np.int32]: ...  # noqa: D102 - of predictors.hot_order.BlockOrder
     @property
     def tensors(self) -> tuple[Tensor, ...]: ...  # noqa: D102
 
 
 class NewBlocks(Protocol):
-    """What a fit, or a new order, changes in a model: see predictors.fit.ModelFit and predictors.heat.ModelOrder."""
+    """What a fit, or a new order, changes in a model: see predictors.fit.ModelFit and predictors.hot_order.ModelOrder."""
 
     @property
     def blocks(self) -> Sequence[NewBlock]: ...  # noqa: D102 - of predictors.fit.ModelFit

@@ -14,19 +14,19 @@ from convert.catalogue import named, recognise
 from convert.checkpoint import Checkpoint, open_checkpoint, refuse_adapter
 from convert.config import read_json
 from convert.converted import in_stored_order, kept_keys, plan_again
-from convert.hub import fetch
+from convert.download import fetch
+from convert.formats import check_type
 from convert.metadata import general_metadata, read_card
 from convert.plan import NewBlocks, Plan, Types, make_plan, outline, with_neurons
-from convert.powerinfer import MAGIC as POWERINFER_MAGIC
-from convert.powerinfer import PowerInferFile, import_metadata, plan_import, provenance
-from convert.powerinfer_predictor import open_predictors, with_predictors
-from convert.quantize import check_type
-from convert.tokenizer import Converted, convert_tokenizer
+from convert.powerinfer.model_file import MAGIC as POWERINFER_MAGIC
+from convert.powerinfer.model_file import PowerInferFile, import_metadata, plan_import, provenance
+from convert.powerinfer.predictor import open_predictors, with_predictors
+from convert.tokenizer.vocabulary import Converted, convert_tokenizer
 from predictors.evaluate import total_bytes
 from predictors.fit import ModelFit
+from runtime.base.home import expanded
 from runtime.errors import UserError
-from runtime.gguf_file import MAGIC, GgufFile
-from runtime.home import expanded
+from runtime.model_file.reader import MAGIC, GgufFile
 
 _OF_MATRICES = ("type", "output_type")
 _OF_FITS = ("predictor", "energy")

@@ -7,7 +7,7 @@ import sys
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from predictors.cli import configure_parser, main
-from runtime.commands.completion import offer_completions
+from runtime.cli.completion import offer_completions
 
 if __name__ == "__main__":
     offer_completions(configure_parser)

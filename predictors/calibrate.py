@@ -13,8 +13,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from runtime.layers import BlockRunner
-from runtime.structure import Structure
+from runtime.compute.block_runner import BlockRunner
+from runtime.model_file.structure import Structure
 
 Floats = npt.NDArray[np.float32]
 Progress = Callable[[int, int, float], None]

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from predictors.kind import Candidate
 from predictors.margins import EDGES, Margins, Scale
-from predictors.quantized import Floats
+from predictors.matrices import Floats
+from predictors.predictor import Candidate
 
 Doubles = npt.NDArray[np.float64]
 Shares = TypeVar("Shares", float, npt.NDArray[np.float64])

@@ -19,15 +19,15 @@ from rich.table import Table
 
 from predictors.evaluate import Evaluation, evaluate, total_bytes
 from predictors.fit import DEFAULT_ENERGY, TYPES, Figures, ModelFit, fit_model
-from predictors.kinds import KINDS
+from predictors.registry import KINDS
 from predictors.rewrite import rewritten
-from runtime.commands.completion import completed
-from runtime.commands.options import Parser, add_json, add_model, check_outputs, check_verb, count, print_json
-from runtime.errors import run_command
-from runtime.gguf_file import GgufFile
-from runtime.gguf_write import write_parts
-from runtime.hub import locate
-from runtime.new_file import check_target, new_path, writing
+from runtime.base.atomic import check_target, new_path, writing
+from runtime.cli.completion import completed
+from runtime.cli.options import Parser, add_json, add_model, check_outputs, check_verb, count, print_json
+from runtime.cli.program import run_command
+from runtime.hub.locate import locate
+from runtime.model_file.reader import GgufFile
+from runtime.model_file.writer import write_parts
 
 _START = """\
 Fit other predictors to a converted model, or see what a model's predictors are worth:

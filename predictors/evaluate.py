@@ -21,14 +21,14 @@ from predictors.choose import Cost, predicted_bytes
 from predictors.fit import Figures, cost_of
 from predictors.stored import stored_predictor
 from runtime.commands.perplexity import token_losses
+from runtime.compute.block_runner import BlockRunner
+from runtime.compute.threads import default_threads
+from runtime.compute.traffic import Activity, ffn_bytes_of_block
 from runtime.engine import BATCH
 from runtime.errors import UserError
-from runtime.gguf_file import GgufFile
-from runtime.layers import BlockRunner
 from runtime.model import Model, load
-from runtime.threads import default_threads
-from runtime.tokenizer import Tokenizer
-from runtime.traffic import Activity, ffn_bytes_of_block
+from runtime.model_file.reader import GgufFile
+from runtime.text.tokenizer import Tokenizer
 
 DEFAULT_TOKENS = 16384
 _ROWS = 64  # float64 copies of logits are made for this many positions at a time

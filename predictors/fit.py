@@ -16,21 +16,21 @@ import numpy as np
 from predictors import text
 from predictors.allocate import LayerOptions, allocate
 from predictors.calibrate import LayerSamples, Progress, calibrate, default_tokens
+from predictors.candidate_store import shelve
 from predictors.choose import Cost, Judged, judge, predicted_bytes
-from predictors.heat import Order, as_frequencies, as_it_is, hottest_first
-from predictors.kind import Candidate, FitOptions
-from predictors.kinds import KINDS, METHODS
+from predictors.hot_order import Order, as_frequencies, as_it_is, hottest_first
 from predictors.margins import EDGES, measure
-from predictors.quantized import MATRIX_TYPES, Floats, Tensor, block_size, plain
-from predictors.shelf import shelve
+from predictors.matrices import MATRIX_TYPES, Floats, Tensor, block_size, plain
+from predictors.predictor import Candidate, FitOptions
+from predictors.registry import KINDS, METHODS
+from runtime.base.text_file import TextFile
+from runtime.compute.block_runner import BlockRunner
+from runtime.compute.threads import default_threads
+from runtime.compute.traffic import Activity, ffn_bytes_of_block
 from runtime.errors import UserError
-from runtime.gguf_file import GgufFile
-from runtime.layers import BlockRunner
-from runtime.structure import ARCHITECTURE, Structure
-from runtime.text_file import TextFile
-from runtime.threads import default_threads
-from runtime.tokenizer import Tokenizer
-from runtime.traffic import Activity, ffn_bytes_of_block
+from runtime.model_file.reader import GgufFile
+from runtime.model_file.structure import ARCHITECTURE, Structure
+from runtime.text.tokenizer import Tokenizer
 
 DEFAULT_ENERGY = 0.997  # 0.995 costs the bundled model 0.6 % of perplexity: see docs/predictors.md
 TYPES = ("auto", *MATRIX_TYPES)
@@ -56,7 +56,7 @@ class BlockFit:
     """What a fit adds to one block.
 
     order: int32 [n_ff], stored position -> position in the file that was read. freq: float32 [n_ff], in the new order.
-    rank: 0 for no predictor. tensors: in the new order, those of runtime.structure.neuron_tensors.
+    rank: 0 for no predictor. tensors: in the new order, those of runtime.model_file.structure.neuron_tensors.
     """
 
     order: Order
@@ -79,7 +79,7 @@ class ModelFit:
     tap: str = "ffn_norm"
 
     def structure_fields(self) -> dict[str, Any]:
-        """The fields of runtime.structure.Structure that it sets."""
+        """The fields of runtime.model_file.structure.Structure that it sets."""
         none = self.kind == "none"
         return {
             "neuron_order": self.neuron_order,

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from predictors.calibrate import LayerSamples
-from predictors.kind import FitOptions
-from predictors.quantized import Floats, Tensor, block_size, matrix
+from predictors.matrices import Floats, Tensor, block_size, matrix
+from predictors.predictor import FitOptions
 
 RIDGE = 1e-2  # added to the covariance, times its mean diagonal: directions that the text hardly shows count a little
 _RANKS = (32, 64, 96, 128, 192, 256, 512, 1024)
@@ -25,7 +25,7 @@ Matrix = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class LowRank:
-    """A candidate; see predictors.kind.Candidate. z = in x; score = out z."""
+    """A candidate; see predictors.predictor.Candidate. z = in x; score = out z."""
 
     tensors: tuple[Tensor, ...]
     rank: int

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from predictors.calibrate import LayerSamples
-from predictors.kind import Candidate
-from predictors.quantized import Floats
+from predictors.matrices import Floats
+from predictors.predictor import Candidate
 
 STEP = 1 / 8
 EDGES: Floats = np.arange(-6, 6 + STEP, STEP, dtype=np.float32)  # the margins that a threshold can have

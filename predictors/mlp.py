@@ -14,8 +14,8 @@ import numpy as np
 
 from predictors import lowrank
 from predictors.calibrate import LayerSamples
-from predictors.kind import FitOptions
-from predictors.quantized import Floats, Tensor, block_size, matrix
+from predictors.matrices import Floats, Tensor, block_size, matrix
+from predictors.predictor import FitOptions
 from runtime.errors import UserError
 
 EPOCHS = 24
@@ -27,7 +27,7 @@ _MOST_ENERGY = 8.0  # of a single activation, in units of the layer's mean: one 
 
 @dataclass(frozen=True)
 class Mlp:
-    """A candidate; see predictors.kind.Candidate. z = relu(in x); score = out z."""
+    """A candidate; see predictors.predictor.Candidate. z = relu(in x); score = out z."""
 
     tensors: tuple[Tensor, ...]
     rank: int

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from predictors.quantized import Tensor
-from runtime import ggml
-from runtime.gguf_file import GgufFile
-from runtime.gguf_write import NewFile, Stream, copied, copied_keys, write_files
-from runtime.structure import ARCHITECTURE
+from predictors.matrices import Tensor
+from runtime.bindings import ggml
+from runtime.model_file.reader import GgufFile
+from runtime.model_file.structure import ARCHITECTURE
+from runtime.model_file.writer import NewFile, Stream, copied, copied_keys, write_files
 
 REPLACED = (f"{ARCHITECTURE}.predictor.", f"{ARCHITECTURE}.calibration.")
 

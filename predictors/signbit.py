@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from predictors.calibrate import LayerSamples
-from predictors.kind import FitOptions
-from predictors.quantized import Bytes, Floats, Tensor, plain
+from predictors.matrices import Bytes, Floats, Tensor, plain
+from predictors.predictor import FitOptions
 
 
 def pack(rows: Floats) -> Bytes:
@@ -28,7 +28,7 @@ def unpack(bits: Bytes) -> Floats:
 
 @dataclass(frozen=True)
 class SignBit:
-    """A candidate; see predictors.kind.Candidate."""
+    """A candidate; see predictors.predictor.Candidate."""
 
     tensors: tuple[Tensor]
     rank: int  # n_embd

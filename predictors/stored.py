@@ -5,12 +5,12 @@ Knows the tensors of each kind; knows nothing of how they were fitted.
 
 from __future__ import annotations
 
-from predictors.kind import Candidate
 from predictors.lowrank import LowRank
+from predictors.matrices import Floats, Tensor
 from predictors.mlp import Mlp
-from predictors.quantized import Floats, Tensor
+from predictors.predictor import Candidate
 from predictors.signbit import SignBit
-from runtime.gguf_file import GgufFile
+from runtime.model_file.reader import GgufFile
 
 
 def stored_predictor(file: GgufFile, i: int) -> tuple[Candidate, Floats] | None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from runtime.base.text_file import TextFile, read_text
 from runtime.errors import UserError
-from runtime.text_file import TextFile, read_text
-from runtime.tokenizer import Tokenizer
+from runtime.text.tokenizer import Tokenizer
 
 DEFAULT_CORPUS = Path(__file__).parent / "calibration.txt"
 LONGEST_WINDOW = 512

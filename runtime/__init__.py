@@ -11,9 +11,9 @@ Knows nothing of checkpoints, families or how a file was made: everything is rea
 from __future__ import annotations
 
 from runtime.errors import UserError
-from runtime.generate import Generation, LogitsProcessor, Stats, Token
+from runtime.generation import Generation, LogitsProcessor, Stats, Token
 from runtime.model import Model, ModelStats, load
-from runtime.sampling import Sampling
+from runtime.text.sampling import Sampling
 
 __all__ = [
     "Generation",

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from runtime.bindings.sparse_ffn import exit_on_abort
+from runtime.cli.completion import offer_completions
+from runtime.cli.options import Parser, arguments_of, check_verb
+from runtime.cli.program import run_command
 from runtime.commands import chat, complete, devices, inspect, perplexity, plan, report, sparsity
-from runtime.commands.completion import offer_completions
-from runtime.commands.options import Parser, arguments_of, check_verb
-from runtime.errors import run_command
-from runtime.native_ffn import exit_on_abort
 
 COMMANDS = (
     (chat, chat.chat),

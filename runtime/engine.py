@@ -13,26 +13,27 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from runtime import ggml, native_ffn, worker
-from runtime.arrange import Arrangement
-from runtime.blocks import FFN_MATRICES, GraphSpec, staged_as
-from runtime.closing import Handles
-from runtime.costs import LOGITS
+from runtime.base import worker
+from runtime.base.closing import Handles
+from runtime.base.worker import OfWorker
+from runtime.bindings import ggml, sparse_ffn
+from runtime.compute.blocks import FFN_MATRICES, GraphSpec, staged_as
+from runtime.compute.dense_threshold import dense_from, expected
+from runtime.compute.graph import Graph
+from runtime.compute.repack import Repacked, gains, repack
+from runtime.compute.threads import Threads
+from runtime.compute.trace import Trace
+from runtime.compute.traffic import kv_bytes
+from runtime.compute.weights import KvCache, Weights
 from runtime.errors import UserError
-from runtime.gguf_file import GgufFile
-from runtime.graph import Graph
-from runtime.graph_cache import GraphCache
-from runtime.hybrid import Hybrid
-from runtime.prompts import dense_from, expected
-from runtime.repack import Repacked, gains, repack
-from runtime.split import SplitGraph
-from runtime.stream import open_streams
-from runtime.structure import required_tensors
-from runtime.threads import Threads
-from runtime.trace import Trace
-from runtime.traffic import kv_bytes
-from runtime.weights import KvCache, Weights
-from runtime.worker import OfWorker
+from runtime.hybrid.choose import Arrangement
+from runtime.hybrid.costs import LOGITS
+from runtime.hybrid.device_memory import Hybrid
+from runtime.hybrid.device_queue import open_streams
+from runtime.hybrid.graph_cache import GraphCache
+from runtime.hybrid.schedule import SplitGraph
+from runtime.model_file.reader import GgufFile
+from runtime.model_file.structure import required_tensors
 
 KV_TYPES = {"f16": ggml.F16, "f32": ggml.F32}
 FFN_MODES = ("predicted", "exact", "dense")
@@ -63,7 +64,7 @@ class Options:
     """How to run a model. ffn: one of FFN_MODES. n_ctx: positions. n_batch: tokens of a prompt computed at once.
 
     predictor_bias: added to the predictors' scores, in units of their typical error; infinity makes every neuron a candidate.
-    cpus, priority: as in runtime.threads.Threads.
+    cpus, priority: as in runtime.compute.threads.Threads.
     """
 
     ffn: str
@@ -120,7 +121,7 @@ class Engine(OfWorker):
 
     def _collect(self, file: GgufFile, handles: Handles) -> None:
         if self.options.ffn != "dense":
-            native_ffn.library()
+            sparse_ffn.library()
         self._backend = self._open_backend(handles)
         self.weights = handles.enter_context(Weights(file, required_tensors(self.structure)))
         self._allocate(handles)

@@ -18,23 +18,23 @@ from typing import Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from runtime.arguments import function, functions, integer, integers, limit, number, texts, token_ids, whole
-from runtime.arguments import path as as_path
-from runtime.arrange import Wish, arrange
-from runtime.closing import Closing, Handles, closed
-from runtime.devices import AUTO, parse_names
+from runtime.base.arguments import function, functions, integer, integers, limit, number, texts, token_ids, whole
+from runtime.base.arguments import path as as_path
+from runtime.base.atomic import check_target
+from runtime.base.closing import Closing, Handles, closed
+from runtime.base.sizes import parse_budgets
+from runtime.compute.threads import Threads, chosen_cpus
+from runtime.compute.trace import Trace
 from runtime.engine import BATCH, FFN_MODES, KV_TYPES, Engine, Options
 from runtime.errors import UserError
-from runtime.generate import Generation, LogitsProcessor, Request, Stats, Token, Turns
-from runtime.gguf_file import GgufFile
-from runtime.hub import locate
-from runtime.new_file import check_target
-from runtime.sampling import Sampling
-from runtime.sizes import parse_budgets
-from runtime.template import SPECIAL_TOKENS
-from runtime.threads import Threads, chosen_cpus
-from runtime.tokenizer import Tokenizer
-from runtime.trace import Trace
+from runtime.generation import Generation, LogitsProcessor, Request, Stats, Token, Turns
+from runtime.hub.locate import locate
+from runtime.hybrid.choose import Wish, arrange
+from runtime.hybrid.devices import AUTO, parse_names
+from runtime.model_file.reader import GgufFile
+from runtime.text.chat_template import SPECIAL_TOKENS
+from runtime.text.sampling import Sampling
+from runtime.text.tokenizer import Tokenizer
 
 _MOST = 1 << 24  # tokens at once
 DEFAULT_N_CTX = 8192  # at most, where the user names none: keys and values are allocated when the model is loaded
@@ -64,7 +64,7 @@ def load(
     predictor_bias: more recall (positive) or more speed (negative), in units of the predictors' typical error.
     cpus: processors to compute on, also as text such as "0-3,6" (default: all that the process may use); priority: "low", "normal", "medium", "high" or "realtime".
     device: names as `python -m runtime devices` lists them, with commas; "none" for the CPU alone; "auto" for the first GPU, if there is one.
-    vram_budget: memory to use on it, all that is free if None: GiB, or text such as "6GiB", "6,4" (two devices), "800MiB" or "6GB" (see runtime/sizes.py).
+    vram_budget: memory to use on it, all that is free if None: GiB, or text such as "6GiB", "6,4" (two devices), "800MiB" or "6GB" (see runtime/base/sizes.py).
     hot: neurons of every block (or of each) on the first device, instead of what the planner chooses. trace: a file for Chrome's trace viewer, written by `close`.
     Raises UserError for a file that is not ours, damaged or incomplete, for options out of range, and where memory does not suffice.
     """

@@ -17,7 +17,7 @@ from hub_server import Hub
 from parrot import WOMEN, make_parrot
 
 from convert import convert
-from runtime import native_ffn
+from runtime.bindings import sparse_ffn
 
 BUNDLED = Path(__file__).parent.parent / "examples/tiny-relu-llama"
 
@@ -95,7 +95,7 @@ def emoji_gguf(make_once: MakeOnce) -> Path:
     return make_once("emoji", lambda folder: make_parrot(folder, WOMEN)) / "parrot.gguf"
 
 
-@pytest.fixture(params=native_ffn.variants())
+@pytest.fixture(params=sparse_ffn.variants())
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each variant of the kernels that this CPU can run."""
     monkeypatch.setenv("LAZYNEURON_KERNELS", request.param)

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime import ggml, logs
-from runtime import ggml_devices as gd
-from runtime.devices import DeviceInfo, devices
-from runtime.errors import UserError, run_command
-from runtime.weights import new_context
+from runtime.bindings import ggml, logs
+from runtime.bindings import ggml_devices as gd
+from runtime.cli.program import run_command
+from runtime.compute.weights import new_context
+from runtime.errors import UserError
+from runtime.hybrid.devices import DeviceInfo, devices
 
 Array = npt.NDArray[Any]
 

@@ -90,7 +90,7 @@ def moments(n: int, seconds: float, seed: int) -> list[float]:
 
 def serve() -> None:
     import convert.cli
-    import convert.push
+    import convert.publish.push
     import predictors.cli
     import runtime.__main__
 
@@ -161,9 +161,9 @@ def _write_files(arguments: list[str]) -> int:
     """A command that writes a model of nothing but tensors in so many files: OUT, N, and the number that all weights are."""
     import numpy as np
 
-    from runtime.errors import run_command
-    from runtime.gguf_split import split_model
-    from runtime.gguf_write import Stream, write_files
+    from runtime.cli.program import run_command
+    from runtime.model_file.shard_writer import split_model
+    from runtime.model_file.writer import Stream, write_files
 
     out, n, value = Path(arguments[0]), int(arguments[1]), float(arguments[2])
     data = np.full(4, value, np.float32).view(np.uint8)

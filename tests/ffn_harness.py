@@ -11,11 +11,11 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from runtime import ggml, native_ffn
-from runtime.operators import NativeTensors, add_native_ffn
-from runtime.structure import Structure
-from runtime.weights import new_context
-from runtime.worker import on_worker
+from runtime.base.worker import on_worker
+from runtime.bindings import ggml, sparse_ffn
+from runtime.compute.operators import NativeTensors, add_native_ffn
+from runtime.compute.weights import new_context
+from runtime.model_file.structure import Structure
 
 Array = npt.NDArray[Any]
 FLOATS = {"f32": np.float32, "f16": np.float16}
@@ -119,7 +119,7 @@ def reference(f: Ffn, x: Array) -> tuple[Array, Array]:
     return np.concatenate([y, (h**2).sum(1, keepdims=True)], 1) if s.ffn_sub_norm else y, fires
 
 
-def run_native(f: Ffn, x: Array, threads: int, room: int | None = None) -> tuple[Array, native_ffn.Ffn]:
+def run_native(f: Ffn, x: Array, threads: int, room: int | None = None) -> tuple[Array, sparse_ffn.Ffn]:
     """Our operators: the product, float32 [n_tokens, product_length], and the description with its counts.
 
     room: threads that the description has room for, if not just as many.
@@ -127,7 +127,7 @@ def run_native(f: Ffn, x: Array, threads: int, room: int | None = None) -> tuple
     return on_worker(lambda: _run_native(f, np.ascontiguousarray(x, np.float32), threads, room or threads))
 
 
-def _run_native(f: Ffn, x: Array, threads: int, room: int) -> tuple[Array, native_ffn.Ffn]:
+def _run_native(f: Ffn, x: Array, threads: int, room: int) -> tuple[Array, sparse_ffn.Ffn]:
     s, type_id = f.s, ggml.TYPES[f.type_name]
     backend = ggml.ggml_backend_cpu_init()
     ggml.ggml_backend_cpu_set_n_threads(backend, threads)
@@ -151,7 +151,7 @@ def _run_native(f: Ffn, x: Array, threads: int, room: int) -> tuple[Array, nativ
         {"up": tensors.up, "up_bias": tensors.up_bias} if s.gated else {}
     )
     source = ggml.ggml_new_tensor_2d(ctx, ggml.F32, s.embedding_length, len(x))
-    ffn = native_ffn.describe(s, tensors.types, room)
+    ffn = sparse_ffn.describe(s.blocks[0].ffn, tensors.types, room)
     y = add_native_ffn(ctx, source, ffn, tensors)
     graph = ggml.ggml_new_graph_custom(ctx, 64, False)
     ggml.ggml_build_forward_expand(graph, y)
@@ -166,7 +166,7 @@ def _run_native(f: Ffn, x: Array, threads: int, room: int) -> tuple[Array, nativ
     memory.close()
     ggml.ggml_free(ctx)
     ggml.ggml_backend_free(backend)
-    copy = native_ffn.Ffn.from_buffer_copy(ctypes.string_at(native_ffn.address_of(ffn), ctypes.sizeof(ffn)))
+    copy = sparse_ffn.Ffn.from_buffer_copy(ctypes.string_at(sparse_ffn.address_of(ffn), ctypes.sizeof(ffn)))
     return result, copy
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from runtime import ffi, ggml, llama
-from runtime import ggml_devices as gd
-from runtime.worker import on_worker
+from runtime.base.worker import on_worker
+from runtime.bindings import ffi, ggml, llama
+from runtime.bindings import ggml_devices as gd
 
 ROOT = Path(__file__).parent.parent
 

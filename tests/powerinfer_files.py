@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from checkpoints import VOCAB_SIZE, load_tensors, randomize
 
-from runtime.gguf_file import GgufFile
+from runtime.model_file.reader import GgufFile
 
 Array = npt.NDArray[Any]
 Tensors = dict[str, tuple[Array, int]]

@@ -10,12 +10,12 @@ import numpy.typing as npt
 from ffn_harness import ExactMemory, structure
 
 from predictors.calibrate import LayerSamples, Part
-from predictors.quantized import Tensor
-from runtime import ggml, native_ffn
-from runtime.operators import NativeTensors, add_native_ffn, add_predictor
-from runtime.structure import Structure
-from runtime.weights import new_context
-from runtime.worker import on_worker
+from predictors.matrices import Tensor
+from runtime.base.worker import on_worker
+from runtime.bindings import ggml, sparse_ffn
+from runtime.compute.operators import NativeTensors, add_native_ffn, add_predictor
+from runtime.compute.weights import new_context
+from runtime.model_file.structure import Structure
 
 Array = npt.NDArray[Any]
 
@@ -47,7 +47,7 @@ def _run(kind: str, tensors: tuple[Tensor, ...], bias: Array, x: Array, threads:
         down=tensor(np.eye(n_ff, n_embd, dtype=np.float32)),
         gate_bias=tensor(np.ones(n_ff, np.float32)),
     )
-    ffn = native_ffn.describe(s, rows.types, threads)
+    ffn = sparse_ffn.describe(s.blocks[0].ffn, rows.types, threads)
     source, offsets = tensor(x), tensor(bias)
     *inner, outer = [tensor(t.data, t.type, t.shape) for t in tensors]
     z = ggml.ggml_mul_mat(ctx, inner[0], source) if inner else source

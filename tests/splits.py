@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runtime import ggml
-from runtime.costs import cuts_of
-from runtime.gguf_file import GgufFile
+from runtime.bindings import ggml
+from runtime.hybrid.costs import cuts_of
+from runtime.model_file.reader import GgufFile
 
 SPLITS = ("none", "one block", "half", "all but one", "all")
 

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer as Reference
 from transformers import AutoTokenizer, LlamaTokenizer
 from vocabularies import PROBES, converted, edit, train_bytes, train_sentencepiece
 
-from convert.tokenizer import convert_tokenizer
+from convert.tokenizer.vocabulary import convert_tokenizer
 from runtime.errors import UserError
-from runtime.text_rules import TextRules
+from runtime.text.text_rules import TextRules
 
 TURN = "<|turn|>"
 

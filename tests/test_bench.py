@@ -22,10 +22,10 @@ from bench.firing import plan_firing
 from bench.make_model import Recipe, measure, random_ids, write_model
 from bench.pool import GROUP, ColumnPool, RowPool, choose_groups, decode, row_ids
 from bench.shapes import shape
+from runtime.base.worker import on_worker
+from runtime.compute.block_runner import BlockRunner
 from runtime.errors import UserError
-from runtime.gguf_file import GgufFile
-from runtime.layers import BlockRunner
-from runtime.worker import on_worker
+from runtime.model_file.reader import GgufFile
 
 ROOT = Path(__file__).parent.parent
 RECIPES = {"gated": Recipe("tiny", 0.1, "q4_0"), "ungated": Recipe("tiny-opt", 0.04, "q8_0")}

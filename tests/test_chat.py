@@ -14,7 +14,7 @@ from parrot import WOMEN
 
 import runtime
 from convert import convert
-from runtime.sampling import Sampling
+from runtime.text.sampling import Sampling
 
 ROOT = Path(__file__).parent.parent
 CHATML = """\

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from convert.checkpoint import open_checkpoint
 from convert.config import read_json
 from convert.source import Given, open_job
-from runtime.gguf_file import GgufFile
+from runtime.model_file.reader import GgufFile
 
 Folder = Callable[[str], Path]
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123\n"

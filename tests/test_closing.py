@@ -12,10 +12,10 @@ import pytest
 from handles import Handles
 
 import runtime
-from runtime import logs
+from runtime.bindings import logs
 from runtime.model import Model
-from runtime.sampling import Sampling
-from runtime.tokenizer import Tokenizer
+from runtime.text.sampling import Sampling
+from runtime.text.tokenizer import Tokenizer
 
 GREEDY = Sampling(temperature=0)
 
@@ -164,7 +164,7 @@ def test_closing_an_asynchronous_generation_from_another_task(path: Path, handle
 
 def test_threads_get_the_bytes_of_their_own_tokens(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread asks between libllama's answer and the moment that it is read."""
-    from runtime import llama
+    from runtime.bindings import llama
 
     with Tokenizer(tiny_gguf) as tokenizer:
         expected = [tokenizer.token_bytes(token) for token in (400, 401)]
@@ -186,7 +186,7 @@ def test_threads_get_the_bytes_of_their_own_tokens(tiny_gguf: Path, monkeypatch:
 def test_a_tokenizer_is_freed_when_its_last_call_returns(
     path: Path, handles: Handles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from runtime import llama
+    from runtime.bindings import llama
 
     tokenizer = Tokenizer(path)
     expected = tokenizer.encode("We the people")

@@ -17,7 +17,7 @@ from in_process import Done, command, result_of
 import runtime
 from runtime.commands.inspect import kind_of
 from runtime.commands.perplexity import Plan, token_losses
-from runtime.gguf_file import GgufFile
+from runtime.model_file.reader import GgufFile
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "My fellow citizens,"

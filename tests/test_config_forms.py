@@ -22,7 +22,7 @@ from convert.checkpoint import open_checkpoint
 from convert.config import Config
 from convert.plan import Plan, Types, make_plan
 from runtime.errors import UserError
-from runtime.structure import Structure
+from runtime.model_file.structure import Structure
 
 Folder = Callable[[str], Path]
 BODIES = {

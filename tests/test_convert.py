@@ -17,7 +17,7 @@ from checkpoints import copy_checkpoint, load_tensors, save_tensors
 from in_process import command
 from plain import PLAIN, convert
 
-from convert.quantize import TYPES
+from convert.formats import TYPES
 
 Folder = Callable[[str], Path]
 Converted = Callable[..., Path]
@@ -160,7 +160,7 @@ def test_threads_do_not_change_a_byte(checkpoint: Folder, tmp_path: Path) -> Non
 
 def test_pieces_do_not_change_a_byte(checkpoint: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert(checkpoint("bundled"), tmp_path / "whole.gguf", type="q8_0")
-    monkeypatch.setattr("convert.stream.PIECE", 5000)
+    monkeypatch.setattr("convert.encode.PIECE", 5000)
     convert(checkpoint("bundled"), tmp_path / "pieces.gguf", type="q8_0")
     assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "pieces.gguf").read_bytes()
 

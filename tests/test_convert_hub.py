@@ -16,7 +16,7 @@ from plain import PLAIN, convert
 from powerinfer_files import predictor_arrays, save_predictors
 from safetensors.torch import save
 
-from runtime.gguf_file import GgufFile
+from runtime.model_file.reader import GgufFile
 
 
 @pytest.fixture

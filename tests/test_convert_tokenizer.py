@@ -14,9 +14,9 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trai
 from tokenizers import Tokenizer as Reference
 from vocabularies import write
 
-from convert.tokenizer import convert_tokenizer
+from convert.tokenizer.vocabulary import convert_tokenizer
 from runtime.errors import UserError
-from runtime.tokenizer import Tokenizer
+from runtime.text.tokenizer import Tokenizer
 
 TEXT = ["The quick brown fox's 12345 jumps", "over the lazy dog", "naïve café 日本語", "We've got 42 it'll"] * 20
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import runtime
-from runtime import threads
-from runtime.commands.options import Loading
-from runtime.cpu_quota import cpu_quota
-from runtime.threads import Threads, default_threads
+from runtime.base.cpu_quota import cpu_quota
+from runtime.cli.options import Loading
+from runtime.compute import threads
+from runtime.compute.threads import Threads, default_threads
 
 V2 = "31 23 0:28 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup rw,nsdelegate"
 V1 = "32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw,relatime - cgroup cgroup rw,cpu,cpuacct"
@@ -155,7 +155,7 @@ def test_no_more_threads_than_processors_allowed() -> None:
 def test_too_many_threads_are_said(
     tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("runtime.commands.options.cpu_quota", lambda: 1.5)
+    monkeypatch.setattr("runtime.cli.options.cpu_quota", lambda: 1.5)
     for n, said in ((None, False), (1, False), (2, True)):
         with Loading(threads=n, device="none").open(tiny_gguf) as model:
             assert n in (None, model.threads)

@@ -14,9 +14,10 @@ from in_process import command
 from oracle import random_ids, relative
 
 import runtime
-from runtime import devices, ggml
-from runtime import ggml_devices as gd
+from runtime.bindings import ggml
+from runtime.bindings import ggml_devices as gd
 from runtime.errors import UserError
+from runtime.hybrid import devices
 
 ROOT = Path(__file__).parent.parent
 

@@ -23,7 +23,7 @@ from hub_client import Client
 from hub_server import TOKEN, Hub
 
 from runtime.errors import UserError
-from runtime.gguf_file import GgufFile
+from runtime.model_file.reader import GgufFile
 
 MOMENTS = int(os.environ.get("LAZYNEURON_MOMENTS", "8"))
 ONE_CORE = ("--threads", 1)

@@ -20,7 +20,7 @@ from documents import ROOT, blocks
 from hub_client import Client
 from hub_server import TOKEN, Hub
 
-from runtime.commands.help import HelpParser
+from runtime.cli.help import HelpParser
 
 BUNDLED = ROOT / "examples/tiny-relu-llama"
 DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in documents.documents()}

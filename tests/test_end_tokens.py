@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from vocabularies import converted, edit, train_bytes
 
-from convert.tokenizer import convert_tokenizer
+from convert.tokenizer.vocabulary import convert_tokenizer
 from runtime.errors import UserError
 
 

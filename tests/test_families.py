@@ -19,9 +19,9 @@ from convert import archs, convert, job
 from convert.arch import families
 from predictors.calibrate import calibrate
 from predictors.fit import BlockFit, ModelFit
-from predictors.quantized import Tensor
-from runtime.gguf_file import GgufFile
-from runtime.layers import BlockRunner
+from predictors.matrices import Tensor
+from runtime.compute.block_runner import BlockRunner
+from runtime.model_file.reader import GgufFile
 
 pytestmark = pytest.mark.numeric
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import ffi, ggml, llama, native_ffn
+from runtime.bindings import ffi, ggml, llama, sparse_ffn
 from runtime.errors import UserError
 
 HEADERS = ("ggml.h", "ggml-cpu.h", "ggml-alloc.h", "ggml-backend.h", "gguf.h", "llama.h")
@@ -95,7 +95,7 @@ def test_structs_match_the_headers(tmp_path: Path) -> None:
 def test_native_structs_match_their_header(tmp_path: Path) -> None:
     header = Path(__file__).parent.parent / "runtime/native/lazyneuron.h"
     source = f'#define LZN_API\n#include "ggml.h"\n#include <stddef.h>\n{_without_extern_c(header.read_text())}\n'
-    source += struct_checks(native_ffn.Rows, "struct lzn_rows") + struct_checks(native_ffn.Ffn, "struct lzn_ffn")
+    source += struct_checks(sparse_ffn.Rows, "struct lzn_rows") + struct_checks(sparse_ffn.Ffn, "struct lzn_ffn")
     done = compile_c(source, tmp_path)
     assert done.returncode == 0, done.stderr
 
@@ -131,7 +131,7 @@ def test_every_symbol_is_exported() -> None:
 MAPPINGS = """
 import pathlib, re, sys
 def ours():
-    from runtime import ggml, llama
+    from runtime.bindings import ggml, llama
     ggml.ggml_version(); llama.llama_model_default_params()
 def theirs():
     import llama_cpp
@@ -159,9 +159,7 @@ def run_with(environment: dict[str, str], code: str) -> subprocess.CompletedProc
     )
 
 
-REPORT = (
-    "import sys; from runtime.errors import run_command; from runtime import {module}; sys.exit(run_command({call}))"
-)
+REPORT = "import sys; from runtime.cli.program import run_command; from runtime.bindings import {module}; sys.exit(run_command({call}))"
 
 
 def test_missing_libraries_are_one_line(tmp_path: Path) -> None:
@@ -189,6 +187,6 @@ def test_another_ggml_is_refused(tmp_path: Path) -> None:
     source.write_text('#include <stddef.h>\nconst char * lzn_ggml_version(void) { return "0.9.0"; }\n'
                       + "".join(f"size_t {n}(void) {{ return 0; }}\n" for n in ("lzn_sizeof_tensor", "lzn_sizeof_ffn", "lzn_gate_size", "lzn_down_size")))  # fmt: skip
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
-    done = run_with({"LAZYNEURON_LIBRARY": str(library)}, REPORT.format(module="native_ffn", call="native_ffn.library"))
+    done = run_with({"LAZYNEURON_LIBRARY": str(library)}, REPORT.format(module="sparse_ffn", call="sparse_ffn.library"))
     assert done.returncode == 1
     assert "built for ggml 0.9.0, found ggml" in done.stderr

@@ -15,8 +15,8 @@ import pytest
 
 import runtime
 from runtime.errors import UserError
-from runtime.gguf_file import GgufFile
-from runtime.structure import Structure, required_tensors
+from runtime.model_file.reader import GgufFile
+from runtime.model_file.structure import Structure, required_tensors
 
 SMALL = Structure(
     source_architecture="test", vocab_size=64, context_length=32, embedding_length=32, block_count=2, feed_forward_length=64, head_count=2, head_count_kv=1, head_length=16,

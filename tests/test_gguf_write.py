@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
-from runtime import ggml
-from runtime.gguf_file import GgufFile
-from runtime.gguf_write import ALIGNMENT, Key, Stream, copied, copied_keys, write_gguf
+from runtime.bindings import ggml
+from runtime.model_file.reader import GgufFile
+from runtime.model_file.writer import ALIGNMENT, Key, Stream, copied, copied_keys, write_gguf
 
 DATA = np.arange(12, dtype=np.float32)
 

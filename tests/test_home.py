@@ -9,14 +9,14 @@ import pytest
 from prompt_toolkit.history import FileHistory, InMemoryHistory
 from terminal import Terminal
 
-from runtime import bandwidth
-from runtime.cache import cache_folder
+from runtime.base.cache_folder import cache_folder
+from runtime.base.home import expanded, home
 from runtime.commands import terminal
 from runtime.commands.conversation import Conversation
 from runtime.commands.session import Session
 from runtime.errors import UserError
-from runtime.home import expanded, home
-from runtime.hub import locate
+from runtime.hub.locate import locate
+from runtime.hybrid import bandwidth
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="a home folder is found in another way there")
 

@@ -21,10 +21,11 @@ from hub_client import ROOT, Client
 from hub_server import TOKEN, Hub
 
 from runtime.errors import UserError
-from runtime.gguf_file import GgufFile
-from runtime.gguf_split import split_model
-from runtime.gguf_write import copied, copied_keys, write_files
-from runtime.hub import Listing, Reference, RemoteFile, choose_model, locate, parse
+from runtime.hub.locate import locate
+from runtime.hub.names import Listing, Reference, RemoteFile, choose_model, parse
+from runtime.model_file.reader import GgufFile
+from runtime.model_file.shard_writer import split_model
+from runtime.model_file.writer import copied, copied_keys, write_files
 
 Converted = Callable[..., Path]
 

@@ -19,11 +19,12 @@ from splits import SPLITS, hot
 import runtime
 from convert import convert
 from predictors.cli import main
-from runtime import arrange, ggml
-from runtime.costs import PlanOptions
+from runtime.bindings import ggml
 from runtime.errors import UserError
-from runtime.placement import Placement
-from runtime.split import SplitBlock, SplitGraph
+from runtime.hybrid import choose
+from runtime.hybrid.costs import PlanOptions
+from runtime.hybrid.planner import Placement
+from runtime.hybrid.schedule import SplitBlock, SplitGraph
 
 pytestmark = pytest.mark.numeric
 
@@ -181,12 +182,12 @@ def budget(path: Path, mib: float, **options: Any) -> runtime.Model:
 @pytest.fixture
 def fast_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the planner take the stand-in for a device that is worth all it can hold."""
-    measured = arrange.machine_options
+    measured = choose.machine_options
 
     def faster(*arguments: Any) -> PlanOptions:
         return replace(measured(*arguments), device_bandwidths=(40e12,), cpu_bandwidth=40e9, sync=1e-6)
 
-    monkeypatch.setattr(arrange, "machine_options", faster)
+    monkeypatch.setattr(choose, "machine_options", faster)
 
 
 @pytest.mark.usefixtures("fast_device")
@@ -254,13 +255,13 @@ def test_several_devices_hold_pieces_of_the_prefix(
 ) -> None:
     """The second one's products are added up in main memory, whether or not the CPU has a part of its own."""
     path, ids = converted("bundled"), random_ids(40, 4000)
-    planned = arrange.place
+    planned = choose.place
 
     def fixed(blocks: Any, head: int, machine: Any) -> Placement:
         found = planned(blocks, head, machine)
         return replace(found, resident_from=0, head=True, hot=(pieces,) * len(blocks))
 
-    monkeypatch.setattr(arrange, "place", fixed)
+    monkeypatch.setattr(choose, "place", fixed)
     with runtime.load(path, device="CPU,CPU", vram_budget="1,1", kv_type="f32", ffn="exact") as model:
         found = model.logits(ids)
         first, second = model.device_bytes()
@@ -279,9 +280,9 @@ def test_both_halves_of_an_ffn_are_computed_at_the_same_time(
     """The halves of each block's FFN wait for each other: were one computed after the other, none would ever end."""
     hot: Any = 512 if n_devices == 1 else None
     if n_devices == 2:
-        planned = arrange.place
+        planned = choose.place
         monkeypatch.setattr(
-            arrange,
+            choose,
             "place",
             lambda *a: replace(planned(*a), resident_from=0, head=True, hot=((256, 256),) * 6),
         )

@@ -10,7 +10,7 @@ import pytest
 from ffn_harness import Array, Ffn, make, run_native, structure
 from test_kernels import TYPES
 
-from runtime import native_ffn
+from runtime.bindings import sparse_ffn
 
 pytestmark = [pytest.mark.native, pytest.mark.usefixtures("variant")]
 
@@ -71,12 +71,12 @@ def test_memory_is_bounded_by_threads_and_by_tokens() -> None:
     """Partial sums: as many rows as tokens, or a few for each thread; not threads times tokens."""
     row = 4 * 8192
     for threads in (1, 2, 16, 64):
-        ffn = native_ffn.describe(structure(8192, 28672, True, "relu"), (0, 0, 0), threads)
+        ffn = sparse_ffn.describe(structure(8192, 28672, True, "relu").blocks[0].ffn, (0, 0, 0), threads)
         for n_tokens in (1, 2, 16, 33, 512, 4096):
             # Twice a tile of 16 tokens, a row to unpack into and one to add up.
-            assert native_ffn.down_size(ffn, n_tokens) <= (n_tokens + 36 * threads) * row + 64
-        native_ffn.predict(ffn, 1024, 0, 0.0)
-        assert native_ffn.predict_size(ffn, 4096) <= 4096 * 28672 + 64 * threads * (row // 8 + 64) + 64
+            assert sparse_ffn.down_size(ffn, n_tokens) <= (n_tokens + 36 * threads) * row + 64
+        sparse_ffn.predict(ffn, 1024, 0, 0.0)
+        assert sparse_ffn.predict_size(ffn, 4096) <= 4096 * 28672 + 64 * threads * (row // 8 + 64) + 64
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 40])

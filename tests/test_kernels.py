@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from ffn_harness import Ffn, as_rounded, make, reference, relative_error, run_native, structure
 
-from runtime import native_ffn
+from runtime.bindings import sparse_ffn
 from runtime.errors import UserError
 
 pytestmark = [pytest.mark.native, pytest.mark.usefixtures("variant")]
@@ -58,7 +58,7 @@ def check(
     x = rng.normal(0, 1, (n_tokens, s.embedding_length)).astype(np.float32)
     expected, fires = reference(ffn, as_rounded(x, type_name))
     found, counted = run_native(ffn, x, threads)
-    variant = native_ffn.VARIANTS[native_ffn.variant()]
+    variant = sparse_ffn.VARIANTS[sparse_ffn.variant()]
     bound = IN_BFLOAT16.get((variant, type_name), SUM_IN_F16.get(type_name, TOLERANCE))
     assert relative_error(found, expected) <= bound
     assert counted.seen == n_tokens
@@ -78,7 +78,7 @@ def test_rounding_of_activations_costs_less_than_a_percent(type_name: str) -> No
 def test_an_unknown_variant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAZYNEURON_KERNELS", "mmx")
     with pytest.raises(UserError, match="`mmx`, expected one of portable"):
-        native_ffn.variant()
+        sparse_ffn.variant()
 
 
 @pytest.mark.parametrize("active", [0, 0.01, 0.1, 1])

@@ -11,8 +11,8 @@ import torch
 from oracle import random_ids, relative
 from transformers import AutoModelForCausalLM
 
-from runtime.gguf_file import GgufFile
-from runtime.layers import BlockRunner
+from runtime.compute.block_runner import BlockRunner
+from runtime.model_file.reader import GgufFile
 
 pytestmark = pytest.mark.numeric
 

@@ -21,12 +21,13 @@ from oracle import random_ids
 
 import runtime
 from convert import convert
-from runtime import devices, ggml
-from runtime import ggml_devices as gd
-from runtime.gguf_file import GgufFile
-from runtime.layers import BlockRunner
-from runtime.sampling import Sampling
-from runtime.worker import on_worker
+from runtime.base.worker import on_worker
+from runtime.bindings import ggml
+from runtime.bindings import ggml_devices as gd
+from runtime.compute.block_runner import BlockRunner
+from runtime.hybrid import devices
+from runtime.model_file.reader import GgufFile
+from runtime.text.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, sends signals to threads")

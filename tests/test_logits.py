@@ -14,7 +14,7 @@ from oracle import Logits, kl, max_difference, random_ids, same_argmax, transfor
 
 import runtime
 from runtime.engine import Engine, Options
-from runtime.gguf_file import GgufFile
+from runtime.model_file.reader import GgufFile
 
 pytestmark = pytest.mark.numeric
 

@@ -16,7 +16,7 @@ from transformers import LlamaTokenizer
 from transformers.convert_slow_tokenizer import generate_merges
 from vocabularies import PROBES, TEXTS, converted, edit, train_sentencepiece
 
-from convert.tokenizer import convert_tokenizer
+from convert.tokenizer.vocabulary import convert_tokenizer
 from runtime.errors import UserError
 
 BUNDLED = Path(__file__).parent.parent / "examples/tiny-relu-llama"

@@ -16,7 +16,7 @@ from oracle import Logits, random_ids, relative
 
 import runtime
 from runtime.errors import UserError
-from runtime.gguf_file import GgufFile
+from runtime.model_file.reader import GgufFile
 
 pytestmark = pytest.mark.numeric
 

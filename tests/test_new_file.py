@@ -17,13 +17,13 @@ import pytest
 from convert import convert
 from convert.cli import main as convert_main
 from predictors.cli import main as predictors_main
-from runtime import workspace as module
 from runtime.__main__ import main as runtime_main
+from runtime.base import workspace as module
+from runtime.base.atomic import check_target, new_path, replacing, writing
 from runtime.commands.conversation import Conversation
 from runtime.errors import UserError
-from runtime.gguf_file import GgufFile
-from runtime.gguf_split import check_shards
-from runtime.new_file import check_target, new_path, replacing, writing
+from runtime.model_file.reader import GgufFile
+from runtime.model_file.shard_writer import check_shards
 
 ROOT = Path(__file__).parent.parent
 PLAIN = ("--calibration", "none")
@@ -304,7 +304,7 @@ def test_many_threads_at_once(tmp_path: Path) -> None:
 def test_what_a_stopped_run_writes_is_not_removed(tmp_path: Path) -> None:
     """A process that is stopped for an hour is no process that was killed."""
     code = (
-        "import sys, time; from pathlib import Path; from runtime.new_file import replacing\n"
+        "import sys, time; from pathlib import Path; from runtime.base.atomic import replacing\n"
         "with replacing(Path(sys.argv[1])) as partial:\n"
         "    partial.write_text('its own'); print('begun', flush=True); sys.stdin.read()\n"
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from runtime.placement import MAX_UNITS, Block, Device, Machine, Placement, Planner, evaluate, place
+from runtime.hybrid.planner import MAX_UNITS, Block, Device, Machine, Placement, Planner, evaluate, place
 
 HUGE = 1 << 50
 

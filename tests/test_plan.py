@@ -1,4 +1,4 @@
-"""`python -m runtime plan`, and the bytes that the planner takes from a file: counted once more from the tensors, and by runtime/traffic.py."""
+"""`python -m runtime plan`, and the bytes that the planner takes from a file: counted once more from the tensors, and by runtime/compute/traffic.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ import pytest
 from in_process import command
 
 from convert import convert
-from runtime.costs import (
+from runtime.compute.dense_threshold import expected
+from runtime.compute.traffic import bytes_per_token, kv_bytes
+from runtime.errors import UserError
+from runtime.hybrid.costs import (
     MARGIN,
     PlanOptions,
     candidates,
@@ -25,11 +28,8 @@ from runtime.costs import (
     plan_for,
     reserve_of,
 )
-from runtime.errors import UserError
-from runtime.gguf_file import GgufFile
-from runtime.placement import place
-from runtime.prompts import expected
-from runtime.traffic import bytes_per_token, kv_bytes
+from runtime.hybrid.planner import place
+from runtime.model_file.reader import GgufFile
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = PlanOptions("exact", 512, (1 << 20,), (1e12,), 1e9, sync=1e-6, n_positions=100, reserve=0, scattered=1.0)

@@ -37,8 +37,8 @@ from powerinfer_files import (
 from test_convert_write import MB, peak_memory
 
 import runtime
-from runtime.gguf_file import GgufFile
-from runtime.tokenizer import Tokenizer
+from runtime.model_file.reader import GgufFile
+from runtime.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.numeric
 

@@ -19,11 +19,11 @@ from predictor_harness import native_candidates
 
 import runtime
 from predictors import text
-from predictors.heat import as_frequencies
+from predictors.hot_order import as_frequencies
 from predictors.stored import stored_predictor
 from runtime.errors import UserError
-from runtime.gguf_file import GgufFile
-from runtime.tokenizer import Tokenizer
+from runtime.model_file.reader import GgufFile
+from runtime.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.numeric
 

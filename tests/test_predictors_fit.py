@@ -24,11 +24,11 @@ from predictors.cli import main
 from predictors.evaluate import Evaluation, evaluate
 from predictors.fit import fit_candidates
 from predictors.rewrite import rewrite
+from runtime.compute.block_runner import BlockRunner
 from runtime.errors import UserError
-from runtime.gguf_file import GgufFile
-from runtime.gguf_write import copied, copied_keys, write_gguf
-from runtime.layers import BlockRunner
-from runtime.tokenizer import Tokenizer
+from runtime.model_file.reader import GgufFile
+from runtime.model_file.writer import copied, copied_keys, write_gguf
+from runtime.text.tokenizer import Tokenizer
 
 Converted = Callable[..., Path]
 HELDOUT = Path(__file__).parent.parent / "examples/heldout.txt"

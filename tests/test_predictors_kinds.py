@@ -11,12 +11,12 @@ from predictor_harness import Array, made_up_layer, native_candidates
 from predictors import lowrank, mlp, signbit
 from predictors.allocate import LayerOptions, allocate
 from predictors.calibrate import LayerSamples
+from predictors.candidate_store import shelve
 from predictors.choose import PRICES, Cost, Curve, Judged, Rule, judge
-from predictors.kind import Candidate, FitOptions
-from predictors.kinds import KINDS
 from predictors.margins import Margins, Scale, measure
-from predictors.quantized import plain
-from predictors.shelf import shelve
+from predictors.matrices import plain
+from predictors.predictor import Candidate, FitOptions
+from predictors.registry import KINDS
 from runtime.errors import UserError
 
 F16, Q8_0, Q4_0 = Cost(512, 1024, 1024), Cost(272, 544, 1024), Cost(144, 288, 1024)  # bytes of a neuron of 256 elements

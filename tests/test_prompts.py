@@ -15,12 +15,12 @@ from oracle import Logits, random_ids, relative
 
 import runtime
 from convert import convert
-from runtime import arrange
+from runtime.compute.dense_threshold import dense_from, expected
+from runtime.compute.traffic import Activity
 from runtime.engine import Engine
-from runtime.gguf_file import GgufFile
-from runtime.gguf_write import copied, copied_keys, write_gguf
-from runtime.prompts import dense_from, expected
-from runtime.traffic import Activity
+from runtime.hybrid import choose
+from runtime.model_file.reader import GgufFile
+from runtime.model_file.writer import copied, copied_keys, write_gguf
 
 pytestmark = pytest.mark.numeric
 
@@ -151,12 +151,12 @@ def test_a_prompt_for_which_a_devices_memory_grows_keeps_what_it_repacks(
     path, ids = converted("bundled", "q4_0"), random_ids(70, 4000)
     with runtime.load(path, ffn="exact", kv_type="f32") as model:
         wanted = after(model, ids, EVERYWHERE)
-    planned = arrange.place
+    planned = choose.place
 
     def last_blocks(blocks: Any, head: int, machine: Any) -> Any:
         return replace(planned(blocks, head, machine), resident_from=3, head=True, hot=((0,),) * 3 + ((1024,),) * 3)
 
-    monkeypatch.setattr(arrange, "place", last_blocks)
+    monkeypatch.setattr(choose, "place", last_blocks)
     monkeypatch.setattr(Engine, "_reserve", lambda *_: None)
     with runtime.load(path, ffn="exact", kv_type="f32", device="CPU", vram_budget="1") as model:
         assert relative(wanted, after(model, ids, EVERYWHERE)) < 0.02

@@ -21,10 +21,10 @@ from huggingface_hub import ModelCard
 
 import runtime
 from convert import convert
-from convert.card import Options, examine, make_card
-from convert.card_text import MARK, FileEntry
 from convert.cli import main as convert_main
-from runtime.gguf_file import GgufFile
+from convert.publish.card import Options, examine, make_card
+from convert.publish.card_text import MARK, FileEntry
+from runtime.model_file.reader import GgufFile
 
 Converted = Callable[..., Path]
 HELDOUT = Path(__file__).parent.parent / "examples/heldout.txt"

@@ -15,11 +15,12 @@ from checkpoints import CHECKPOINTS
 from oracle import Logits, random_ids, relative
 
 import runtime
-from convert.quantize import NUMBERS, encode
-from runtime import ggml, repack
-from runtime.gguf_file import GgufFile
-from runtime.weights import new_context
-from runtime.worker import on_worker
+from convert.formats import NUMBERS, encode
+from runtime.base.worker import on_worker
+from runtime.bindings import ggml
+from runtime.compute import repack
+from runtime.compute.weights import new_context
+from runtime.model_file.reader import GgufFile
 
 pytestmark = pytest.mark.numeric
 

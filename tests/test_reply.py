@@ -15,7 +15,7 @@ from runtime.commands.conversation import Conversation
 from runtime.commands.session import Session
 from runtime.errors import UserError
 from runtime.model import Model
-from runtime.sampling import Sampling
+from runtime.text.sampling import Sampling
 
 CHATML = """\
 {% if messages[0].role == 'assistant' %}{{ raise_exception('begins with a reply') }}{% endif %}

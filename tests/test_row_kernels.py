@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import native_ffn
+from runtime.bindings import sparse_ffn
 
 ROOT = Path(__file__).parent.parent
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
@@ -47,7 +47,7 @@ def run(*command: str | Path) -> str:
 @needs("cmake", "c++")
 @pytest.mark.skipif(sys.platform == "win32", reason="the program wants mmap")
 def test_row_kernels_of_this_machine() -> None:
-    variants = native_ffn.variants()[1:]
+    variants = sparse_ffn.variants()[1:]
     tested = run(build("row-kernels"), *variants)
     assert [line.split(":")[0] for line in tested.splitlines()[:-1]] == variants
 

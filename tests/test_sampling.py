@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from runtime.errors import UserError
-from runtime.sampling import Sampler, Sampling
+from runtime.text.sampling import Sampler, Sampling
 
 N_VOCAB = 500
 OFF = Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=1)

@@ -16,7 +16,7 @@ from runtime.commands.conversation import Conversation
 from runtime.commands.session import Session
 from runtime.errors import UserError
 from runtime.model import Model
-from runtime.sampling import Sampling
+from runtime.text.sampling import Sampling
 
 CHATML = """\
 {% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '</s>\n' }}{% endfor %}

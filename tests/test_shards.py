@@ -17,10 +17,10 @@ from convert.cli import main as convert_main
 from predictors.rewrite import rewrite
 from runtime.__main__ import main as runtime_main
 from runtime.errors import UserError
-from runtime.gguf_file import GgufFile
-from runtime.gguf_split import shard_size, split_model
-from runtime.gguf_write import copied, copied_keys, write_files
-from runtime.tokenizer import Tokenizer
+from runtime.model_file.reader import GgufFile
+from runtime.model_file.shard_writer import shard_size, split_model
+from runtime.model_file.writer import copied, copied_keys, write_files
+from runtime.text.tokenizer import Tokenizer
 
 Converted = Callable[..., Path]
 IDS = [int(i) for i in np.random.default_rng(5).integers(3, 4000, 40)]

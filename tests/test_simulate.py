@@ -23,7 +23,7 @@ from bench.simulate import (
     machine_of,
     simulate,
 )
-from runtime.placement import Device, Machine
+from runtime.hybrid.planner import Device, Machine
 
 ROOT = Path(__file__).parent.parent
 BY_NAME = {shape.name: shape for shape in SHAPES}

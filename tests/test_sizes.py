@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime.base.sizes import parse_budgets, parse_size
 from runtime.errors import UserError
-from runtime.gguf_split import shard_size
-from runtime.sizes import parse_budgets, parse_size
+from runtime.model_file.shard_writer import shard_size
 
 UNITS = {
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "Gi": 2**30, "gib": 2**30,

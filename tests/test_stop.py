@@ -15,7 +15,7 @@ import pytest
 
 import runtime
 from runtime import Sampling
-from runtime.generate import Generation
+from runtime.generation import Generation
 from runtime.model import Model
 
 TEXT = "abcabcabd ééé\u2603\u2603 \U0001f469\u200d\U0001f469 aaaab aab\nEND\nEN"

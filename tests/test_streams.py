@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime import streams
-from runtime.commands.options import print_json
-from runtime.streams import StdoutError, _Descriptor
+from runtime.cli import standard_streams
+from runtime.cli.options import print_json
+from runtime.cli.standard_streams import StdoutError, _Descriptor
 
 ROOT = Path(__file__).parent.parent
 GREEDY = ("--temp", "0", "-n", "6", "--threads", "1")
@@ -73,7 +73,7 @@ def test_there_may_be_no_streams_at_all(monkeypatch: pytest.MonkeyPatch) -> None
     """As under pythonw."""
     for name in ("stdin", "stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
-    streams.prepare()
+    standard_streams.prepare()
     found = [sys.stdin, sys.stdout, sys.stderr]
     monkeypatch.undo()
     assert [stream.fileno() for stream in found] == [0, 1, 2]
@@ -223,7 +223,7 @@ def test_json_loses_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 def test_a_signal_in_a_finaliser_is_not_lost(number: str, status: int) -> None:
     program = f"""
 import signal, sys, time, weakref
-from runtime.errors import run_command
+from runtime.cli.program import run_command
 
 class Held:
     pass

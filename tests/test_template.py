@@ -12,9 +12,9 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from runtime import template
 from runtime.errors import UserError
-from runtime.template import render
+from runtime.text import chat_template
+from runtime.text.chat_template import render
 
 LLAMA3 = """\
 {%- set loop_messages = messages %}
@@ -144,7 +144,7 @@ def test_messages_are_not_changed_by_a_template() -> None:
 
 def test_two_threads_leave_the_filters_of_warnings_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that began first ends first."""
-    made, entered, left = template.BoundedEnvironment.from_string, threading.Semaphore(0), threading.Event()
+    made, entered, left = chat_template.BoundedEnvironment.from_string, threading.Semaphore(0), threading.Event()
 
     def slow(*arguments: Any, **options: Any) -> Any:
         entered.release()
@@ -156,7 +156,7 @@ def test_two_threads_leave_the_filters_of_warnings_as_they_were(monkeypatch: pyt
             left.wait(0.3)
         return made(*arguments, **options)
 
-    monkeypatch.setattr(template.BoundedEnvironment, "from_string", slow)
+    monkeypatch.setattr(chat_template.BoundedEnvironment, "from_string", slow)
     first = threading.Thread(target=lambda: (render("{{ bos_token }}", [], {}), left.set()))
     second = threading.Thread(target=render, args=("{{ bos_token }}", [], {}))
     before = list(warnings.filters)

@@ -11,9 +11,9 @@ import pytest
 from fuzz.worker import reset_peak, status
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from runtime.bounded_template import BUDGET, SECONDS
 from runtime.errors import UserError
-from runtime.template import render
+from runtime.text.bounded_template import BUDGET, SECONDS
+from runtime.text.chat_template import render
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 MESSAGES = [{"role": "user", "content": "a text "}] * 3

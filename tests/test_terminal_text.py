@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from runtime.cli.options import printable
 from runtime.commands.footer import print_layers
-from runtime.commands.options import printable
 
 
 @pytest.mark.parametrize(

@@ -15,17 +15,17 @@ from typing import Any
 import pytest
 
 import runtime
-from convert.card import Options, examine
+from convert.publish.card import Options, examine
 from predictors import text
 from predictors.evaluate import evaluate
 from runtime.__main__ import main
+from runtime.base.text_file import decoded, read_text, without_line_end
 from runtime.commands.chat import answer_lines
 from runtime.commands.conversation import Conversation
 from runtime.commands.session import Session
 from runtime.errors import UserError
-from runtime.gguf_file import GgufFile
-from runtime.sampling import Sampling
-from runtime.text_file import decoded, read_text, without_line_end
+from runtime.model_file.reader import GgufFile
+from runtime.text.sampling import Sampling
 
 PROMPT = "We hold"
 GREEDY = ("--temp", "0", "-n", "4", "--threads", "1")

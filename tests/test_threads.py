@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import runtime
+from runtime.base.worker import on_worker
+from runtime.compute.threads import Threads, chosen_cpus, parse_cpus, physical_cores
 from runtime.errors import UserError
-from runtime.threads import Threads, chosen_cpus, parse_cpus, physical_cores
-from runtime.worker import on_worker
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks the system for a thread's processors")
 

@@ -17,9 +17,9 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Tokenizer
 
-from convert.tokenizer import convert_tokenizer
+from convert.tokenizer.vocabulary import convert_tokenizer
 from runtime.errors import UserError
-from runtime.tokenizer import Tokenizer
+from runtime.text.tokenizer import Tokenizer
 
 BUNDLED = Path(__file__).parent.parent / "examples/tiny-relu-llama"
 LLAMA3_SPLIT = (

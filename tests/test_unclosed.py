@@ -14,7 +14,7 @@ import pytest
 from handles import Handles, idle, is_mapped, run_program
 
 import runtime
-from runtime.sampling import Sampling
+from runtime.text.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, sends signals to threads")

@@ -16,15 +16,16 @@ from families import CASES
 from oracle import kl, max_difference, random_ids, transformers_logits
 from plain import convert
 
-from convert import rewrites, source, verify
+from convert import rewrites, source
 from convert.arch import Source
 from convert.archs import llama, nemotron
 from convert.checkpoint import open_checkpoint
 from convert.cli import main
+from convert.formats import TYPES
 from convert.plan import Types, make_plan
-from convert.quantize import TYPES
-from convert.reference import Reference
 from convert.rewrites import Rewrite
+from convert.verify import logits
+from convert.verify.reference import Reference
 from runtime.errors import UserError
 
 pytestmark = pytest.mark.numeric
@@ -41,7 +42,7 @@ def bundled(checkpoint: Folder, tmp_path: Path) -> Path:
 @pytest.fixture
 def numpy_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if transformers were not installed."""
-    monkeypatch.setattr(verify, "_installed", lambda *_modules: False)
+    monkeypatch.setattr(logits, "_installed", lambda *_modules: False)
 
 
 @pytest.mark.parametrize("name", [*CHECKPOINTS, *CASES])
@@ -61,7 +62,7 @@ def test_good_files_pass(type_name: str, bundled: Path, tmp_path: Path) -> None:
     verified = report.verified
     assert verified is not None
     assert (verified["reference"], verified["modes"], verified["tokens"]) == ("transformers", ("exact", "dense"), 64)
-    assert 0 <= verified["kl"] <= verify.LIMITS[type_name] / 4  # room for other models
+    assert 0 <= verified["kl"] <= logits.LIMITS[type_name] / 4  # room for other models
     assert {path.name for path in tmp_path.iterdir()} == {"x.gguf", "checkpoint"}
 
 
@@ -84,7 +85,7 @@ def test_a_config_that_transformers_refuses_is_compared_with_numpy(checkpoint: F
 
 def test_the_divergence_equals_the_tests_own() -> None:
     a, b = np.random.default_rng(0).normal(0, 3, (2, 5, 100)).astype(np.float32)
-    assert verify.divergence(a, b) == pytest.approx(kl(a, b))
+    assert logits.divergence(a, b) == pytest.approx(kl(a, b))
 
 
 # --- planted mistakes ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from vocabularies import write
 
 from runtime.errors import UserError
-from runtime.tokenizer import Tokenizer
+from runtime.text.tokenizer import Tokenizer
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 SPM: dict[str, Any] = {

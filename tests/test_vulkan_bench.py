@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from devices import gpu
 
-from runtime import bandwidth
-from runtime.devices import DeviceInfo
-from runtime.gguf_file import GgufFile
+from runtime.hybrid import bandwidth
+from runtime.hybrid.devices import DeviceInfo
+from runtime.model_file.reader import GgufFile
 
 pytestmark = pytest.mark.vulkan
 

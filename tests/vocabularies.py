@@ -12,9 +12,9 @@ import sentencepiece
 from tokenizers import Tokenizer as Reference
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from convert.tokenizer import convert_tokenizer
-from runtime.gguf_write import write_gguf
-from runtime.tokenizer import Tokenizer
+from convert.tokenizer.vocabulary import convert_tokenizer
+from runtime.model_file.writer import write_gguf
+from runtime.text.tokenizer import Tokenizer
 
 TEXTS = [
     "The quick brown fox's 12345 jumps",

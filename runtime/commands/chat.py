@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from runtime.commands.conversation import Conversation
-from runtime.commands.options import (
+from runtime.base.text_file import check_mark, decoded, without_line_end
+from runtime.cli.options import (
     Loading,
     add_json,
     add_loading,
@@ -21,11 +21,11 @@ from runtime.commands.options import (
     print_json,
     typed,
 )
+from runtime.commands.conversation import Conversation
 from runtime.commands.session import Session, attempt
 from runtime.errors import UserError
 from runtime.model import Model
-from runtime.sampling import Sampling
-from runtime.text_file import check_mark, decoded, without_line_end
+from runtime.text.sampling import Sampling
 
 HELP = "talk to a model"
 ALIASES = ("run",)

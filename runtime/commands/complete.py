@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from runtime.commands.footer import print_footer
-from runtime.commands.options import (
+from runtime.base.text_file import decoded, without_line_end
+from runtime.cli.options import (
     Loading,
     add_json,
     add_loading,
@@ -20,11 +20,11 @@ from runtime.commands.options import (
     print_json,
     stream,
 )
+from runtime.commands.footer import print_footer
 from runtime.errors import UserError
-from runtime.generate import Generation
+from runtime.generation import Generation
 from runtime.model import Model
-from runtime.sampling import Sampling
-from runtime.text_file import decoded, without_line_end
+from runtime.text.sampling import Sampling
 
 HELP = "continue a prompt"
 DEFAULT_MAX_TOKENS = 256

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runtime import template
+from runtime.base.atomic import check_target, replacing
+from runtime.base.text_file import read_text
 from runtime.errors import UserError
-from runtime.new_file import check_target, replacing
-from runtime.text_file import read_text
+from runtime.text import chat_template
 
 _FORMAT = "lazyneuron_conversation"
 _VERSION = 1
@@ -78,7 +78,7 @@ class Conversation:
         n = self._n_system()
         messages = self.messages[:n] + self.messages[n + self.dropped :]
         if self.chat_template is not None:
-            return template.render(self.chat_template, messages, self.special_tokens)
+            return chat_template.render(self.chat_template, messages, self.special_tokens)
         return _running_text(messages)
 
     def _n_system(self) -> int:

@@ -9,10 +9,10 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
-from runtime.bandwidth import speed_of
-from runtime.commands.options import add_json, count, print_json
-from runtime.devices import DeviceInfo, devices
-from runtime.threads import default_threads
+from runtime.cli.options import add_json, count, print_json
+from runtime.compute.threads import default_threads
+from runtime.hybrid.bandwidth import speed_of
+from runtime.hybrid.devices import DeviceInfo, devices
 
 HELP = "list the devices that a model can be put on"
 

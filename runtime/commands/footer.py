@@ -11,7 +11,7 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
-from runtime.generate import Stats
+from runtime.generation import Stats
 
 _REASONS = {None: "stopped", "length": "length limit reached", "context": "context full"}
 _ROWS = 12  # of the chart: the figures above it and the prompt below share a screen of 24 lines with it

@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from runtime.commands.options import add_json, add_model, print_json
+from runtime.cli.options import add_json, add_model, print_json
+from runtime.compute.traffic import Activity, bytes_per_token
 from runtime.errors import printable
-from runtime.gguf_file import GgufFile, TensorInfo
-from runtime.structure import Structure
-from runtime.tokenizer import Tokenizer
-from runtime.traffic import Activity, bytes_per_token
+from runtime.model_file.reader import GgufFile, TensorInfo
+from runtime.model_file.structure import Structure
+from runtime.text.tokenizer import Tokenizer
 
 HELP = "show what a model file holds"
 _KINDS = (

@@ -19,10 +19,10 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from runtime.commands.options import Loading, add_json, add_loading, add_model, count, print_json
+from runtime.base.text_file import TextFile, read_text
+from runtime.cli.options import Loading, add_json, add_loading, add_model, count, print_json
 from runtime.errors import UserError
 from runtime.model import Model
-from runtime.text_file import TextFile, read_text
 
 HELP = "measure how well a model predicts a text"
 DEFAULT_WINDOW = 1024

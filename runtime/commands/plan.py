@@ -13,18 +13,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from runtime import ggml
-from runtime.arrange import machine_options, usable
-from runtime.commands.options import add_json, add_model, count, print_json
-from runtime.costs import Floats, PlanOptions, frequencies, machine_of, model_costs
-from runtime.devices import find, parse_names
+from runtime.base.sizes import parse_budgets
+from runtime.bindings import ggml
+from runtime.cli.options import add_json, add_model, count, print_json
+from runtime.compute.threads import default_threads
 from runtime.engine import BATCH, FFN_MODES, KV_TYPES
 from runtime.errors import UserError
-from runtime.gguf_file import GgufFile
+from runtime.hybrid.choose import machine_options, usable
+from runtime.hybrid.costs import Floats, PlanOptions, frequencies, machine_of, model_costs
+from runtime.hybrid.devices import find, parse_names
+from runtime.hybrid.planner import Device, Machine, Placement, place
 from runtime.model import DEFAULT_N_CTX
-from runtime.placement import Device, Machine, Placement, place
-from runtime.sizes import parse_budgets
-from runtime.threads import default_threads
+from runtime.model_file.reader import GgufFile
 
 HELP = "show what a device would hold, and the speed to expect"
 

@@ -9,12 +9,12 @@ import codecs
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 
-from runtime import llama
+from runtime.bindings import llama
 from runtime.commands.conversation import Conversation
 from runtime.errors import UserError
-from runtime.generate import Generation, Stats
+from runtime.generation import Generation, Stats
 from runtime.model import Model
-from runtime.sampling import Sampling
+from runtime.text.sampling import Sampling
 
 _ROOM = 4  # a prompt that had to be shortened leaves this fraction of the context to the reply
 

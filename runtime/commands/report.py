@@ -8,21 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from runtime.arrange import usable
-from runtime.bandwidth import cpu, speed_of
+from runtime.base.atomic import check_target, new_path, replacing
+from runtime.cli.options import add_json, add_model, note, print_json
 from runtime.commands.inspect import size_text
-from runtime.commands.options import add_json, add_model, note, print_json
 from runtime.commands.plan import add_machine, context_of, known, kv_size, measured, usual_mode
-from runtime.costs import PlanOptions
-from runtime.devices import AUTO, DeviceInfo, find, parse_names
+from runtime.compute.threads import default_threads
 from runtime.engine import KV_TYPES
 from runtime.errors import UserError
-from runtime.gguf_file import GgufFile
-from runtime.new_file import check_target, new_path, replacing
+from runtime.hybrid.bandwidth import cpu, speed_of
+from runtime.hybrid.choose import usable
+from runtime.hybrid.costs import PlanOptions
+from runtime.hybrid.devices import AUTO, DeviceInfo, find, parse_names
+from runtime.model_file.reader import GgufFile
 from runtime.report.budgets import placements
 from runtime.report.facts import bounds, facts_of, plain
 from runtime.report.page import write_page
-from runtime.threads import default_threads
 
 HELP = "write a page that shows it all: sizes, neurons, predictors, placement"
 # Where there is no device and none is described: a card with 8 GB, with its published figure.

@@ -11,17 +11,17 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from runtime.base.atomic import new_path
+from runtime.base.home import expanded
+from runtime.cli.options import did_you_mean, note
+from runtime.cli.standard_streams import StdoutError
 from runtime.commands.conversation import Conversation
 from runtime.commands.footer import print_layers
-from runtime.commands.options import did_you_mean, note
 from runtime.commands.reply import Draft, Dropped, Reply, larger_context
 from runtime.errors import UserError, os_error, printable
-from runtime.generate import Stats
-from runtime.home import expanded
+from runtime.generation import Stats
 from runtime.model import Model
-from runtime.new_file import new_path
-from runtime.sampling import Sampling
-from runtime.streams import StdoutError
+from runtime.text.sampling import Sampling
 
 COMMANDS = {
     "/retry": "another reply to your last text",

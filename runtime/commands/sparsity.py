@@ -17,10 +17,10 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from runtime.commands.options import add_json, add_model, print_json
+from runtime.base.atomic import check_target, new_path, replacing
+from runtime.cli.options import add_json, add_model, print_json
 from runtime.errors import UserError
-from runtime.gguf_file import GgufFile
-from runtime.new_file import check_target, new_path, replacing
+from runtime.model_file.reader import GgufFile
 
 HELP = "show how unevenly the neurons of each layer fire"
 CARRIED = 0.8  # of the activations: how many of the hottest neurons carry that

@@ -22,11 +22,11 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output.plain_text import PlainTextOutput
 from prompt_toolkit.utils import is_dumb_terminal
 
+from runtime.base.home import expanded, home
+from runtime.cli.options import note
 from runtime.commands.footer import print_footer
-from runtime.commands.options import note
 from runtime.commands.session import COMMANDS, Session, attempt
 from runtime.errors import printable
-from runtime.home import expanded, home
 
 _TAKES_FILE = [usage.split()[0] for usage in COMMANDS if usage.endswith(" FILE")]
 _ECHOED = 8  # lines of a prompt from a file that are shown

@@ -11,9 +11,9 @@ from itertools import pairwise
 from typing import Any
 
 from runtime.commands.plan import placed
-from runtime.costs import PlanOptions, frequencies, machine_of, model_costs
-from runtime.gguf_file import GgufFile
-from runtime.placement import Block, Device, Machine, Placement, Planner
+from runtime.hybrid.costs import PlanOptions, frequencies, machine_of, model_costs
+from runtime.hybrid.planner import Block, Device, Machine, Placement, Planner
+from runtime.model_file.reader import GgufFile
 
 BUDGETS = 65
 _EVEN = 40  # of these, at equal distances; the others where the speed changes most

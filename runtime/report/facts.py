@@ -14,9 +14,9 @@ import numpy as np
 
 from runtime.commands.inspect import activities, describe, kind_of
 from runtime.commands.sparsity import Frequencies, layer_facts, predictor_facts, read_frequencies
-from runtime.gguf_file import GgufFile
-from runtime.structure import ARCHITECTURE
-from runtime.traffic import bytes_per_token
+from runtime.compute.traffic import bytes_per_token
+from runtime.model_file.reader import GgufFile
+from runtime.model_file.structure import ARCHITECTURE
 
 POINTS = 100  # of a curve, beside its origin
 MODES = {"dense": "dense", "exact_calibrated": "exact", "predicted_calibrated": "predicted"}

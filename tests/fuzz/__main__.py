@@ -18,7 +18,7 @@ from random import Random
 from fuzz import corpus
 from fuzz.targets import all_targets
 from fuzz.worker import Counts, Failure, Target, run, write
-from runtime.errors import run_command
+from runtime.cli.program import run_command
 
 _PROOF = 1000  # inputs of which some must come to the end, or the target says nothing
 

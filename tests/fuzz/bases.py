@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from convert.quantize import NUMBERS, encode, fitting
-from runtime import structure
-from runtime.gguf_split import split_model
-from runtime.gguf_write import Stream, write_files
-from runtime.structure import Structure, required_tensors
+from convert.formats import NUMBERS, encode, fitting
+from runtime.model_file import structure
+from runtime.model_file.shard_writer import split_model
+from runtime.model_file.structure import Structure, required_tensors
+from runtime.model_file.writer import Stream, write_files
 
 VOCAB = 300
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)

@@ -14,8 +14,8 @@ from fuzz.gguf_parts import build, header, parse
 from fuzz.worker import Failed, Files, Target
 from runtime.commands.inspect import inspect
 from runtime.errors import UserError
-from runtime.gguf_file import GgufFile
-from runtime.sampling import Sampling
+from runtime.model_file.reader import GgufFile
+from runtime.text.sampling import Sampling
 
 _PROMPT = "the in\u00e9 <|user|>\n"
 _ALLOWED = (

@@ -8,7 +8,7 @@ from random import Random
 
 from fuzz import mutate
 from fuzz.gguf_parts import BLOCKS, SCALARS, STRING, Entry, Parts, Tensor, build, header
-from runtime import structure
+from runtime.model_file import structure
 
 WORDS = tuple(
     dict.fromkeys([

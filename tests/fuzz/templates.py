@@ -8,8 +8,8 @@ from random import Random
 
 from fuzz import mutate
 from fuzz.worker import Files, Target
-from runtime.bounded_template import BoundedEnvironment
-from runtime.template import render
+from runtime.text.bounded_template import BoundedEnvironment
+from runtime.text.chat_template import render
 
 CHATML = """\
 {% for message in messages %}{% if loop.first and message.role != 'system' %}<|system|>{% endif %}

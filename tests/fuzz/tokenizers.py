@@ -13,8 +13,8 @@ from random import Random
 from typing import Any
 from unittest import mock
 
-from convert import tokenizer
 from convert.metadata import general_metadata
+from convert.tokenizer import vocabulary
 from fuzz import mutate, mutate_json
 from fuzz.bases import VOCAB, byte_alphabet, byte_level, sentencepiece
 from fuzz.worker import Files, Target, seeded
@@ -158,8 +158,8 @@ def _damaged_tokenizer(rng: Random) -> Files:
 def _tokenizer(folder: Path) -> bool:
     """The vocabulary is made. That its ids are the source's takes a second to see, and is looked at for one of twenty inputs."""
     looked_at = zlib.crc32(b"".join(path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file())) % 20 == 0
-    with contextlib.nullcontext() if looked_at else mock.patch.object(tokenizer, "check_ids"):
-        tokenizer.convert_tokenizer(folder, VOCAB)
+    with contextlib.nullcontext() if looked_at else mock.patch.object(vocabulary, "check_ids"):
+        vocabulary.convert_tokenizer(folder, VOCAB)
     return True
 
 

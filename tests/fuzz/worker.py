@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from runtime.errors import printable, run_command
+from runtime.cli.program import run_command
+from runtime.errors import printable
 
 Files = dict[str, bytes]
 HANG = 10.0  # seconds of processor time, or six times as many by the clock: the machine may be busy

@@ -11,8 +11,8 @@ import numpy as np
 
 from bench.make_model import tokenizer
 from bench.shapes import shape
-from runtime.gguf_write import Stream, write_gguf
-from runtime.structure import Structure, required_tensors
+from runtime.model_file.structure import Structure, required_tensors
+from runtime.model_file.writer import Stream, write_gguf
 
 
 class Hole(Stream):

@@ -11,7 +11,7 @@ from report_page import cells, facts_in, percent, rectangles, text
 from selenium.webdriver import ActionChains, Chrome, Keys
 from selenium.webdriver.common.by import By
 
-from runtime.gguf_file import GgufFile
+from runtime.model_file.reader import GgufFile
 
 
 def test_its_facts_are_those_of_the_other_commands(fitted_gguf: Path, opened: Chrome) -> None:

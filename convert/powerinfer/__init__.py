@@ -1,0 +1,1 @@
+"""PowerInfer's model files and predictors as sources of a conversion."""

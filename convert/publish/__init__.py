@@ -1,0 +1,1 @@
+"""Model cards, and converted files on the Hugging Face Hub."""

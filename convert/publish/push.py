@@ -1,0 +1,189 @@
+"""`python -m convert push`: a converted file to the Hugging Face Hub, with its card, in one commit.
+
+Large files go first, one after the other; what the Hub has already is not sent again. huggingface_hub does the sending.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+
+from convert.publish.card import Options, add_card_options, examine, make_card
+from convert.publish.card_text import MARK, PLOT, FileEntry
+from runtime.base.atomic import check_space
+from runtime.base.workspace import workspace
+from runtime.cli.options import add_json, note, print_json
+from runtime.errors import UserError
+from runtime.hub.download import fetch, hub_errors, list_files, prepare, understood
+from runtime.hub.names import Listing, Reference, parse
+from runtime.model_file import shards
+from runtime.model_file.reader import GgufFile
+from runtime.model_file.shard_writer import shard_size, split_model
+from runtime.model_file.writer import copied, copied_keys, write_parts
+
+DEFAULT_SHARD = "45G"  # the Hub takes files up to 50 GB
+_CARD = "README.md"
+
+
+def configure_parser(parser: argparse.ArgumentParser) -> None:
+    """Options of `push`."""
+    parser.add_argument("file", metavar="OUT.gguf", type=Path, help="a file made by `python -m convert`")
+    parser.add_argument("repo", metavar="USER/REPO", help="where to; it is made if it does not exist")
+    parser.add_argument("--private", action="store_true", help="make a private repository")
+    parser.add_argument("--revision", metavar="BRANCH", help="a branch, made if it does not exist (main)")
+    parser.add_argument(
+        "--split-max-size", default=DEFAULT_SHARD, metavar="SIZE", help=f"send larger files as shards ({DEFAULT_SHARD})"
+    )
+    parser.add_argument("--replace-card", action="store_true", help="even one that was changed by hand")
+    add_card_options(parser)
+    add_json(parser)
+
+
+def push(
+    file: Path,
+    repo: str,
+    private: bool = False,
+    revision: str | None = None,
+    split_max_size: str = DEFAULT_SHARD,
+    replace_card: bool = False,
+    as_json: bool = False,
+    **options: Any,
+) -> None:
+    """Send a converted file to the Hub, with a model card. Sent again after an interrupt, it goes on with what is missing."""
+    if parse(repo) != Reference(repo):
+        raise UserError(f"`{repo}`: expected a name on the Hub such as user/repo", "--revision names a branch")
+    max_bytes, wanted = shard_size(split_max_size), Options(**options)
+    prepare()
+    with GgufFile(file) as opened, _fitting(opened, max_bytes) as paths:
+        found = examine(opened, wanted)  # before anything is made on the Hub
+        sent = [CommitOperationAdd(path.name, path) for path in paths]
+        target = Target(Reference(repo, revision), private)
+        with hub_errors(repo), understood(repo):
+            listing = target.open()
+        old, others = _other_models(listing, sent)
+        name = f"{target.reference}:{sent[0].path_in_repo}" if others else str(target.reference)
+        card = make_card(opened, name, [*map(_entry, sent), *others], found)
+        with hub_errors(repo), understood(repo):
+            small = _card_files(card, found.plot, listing, replace_card)
+            commit = target.commit(sent, small, old)
+    files = [asdict(_entry(addition)) for addition in sent]
+    note(f"{commit.url}: {len(files)} GGUF files, {sum(f['size'] for f in files):,} bytes; use it as {name}")
+    if as_json:
+        print_json({"model": name, "commit": commit.oid, "url": commit.url, "files": files})
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit on the Hub."""
+
+    oid: str
+    url: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """The branch that is pushed to. Methods raise huggingface_hub's errors."""
+
+    reference: Reference
+    private: bool
+
+    def open(self) -> Listing:
+        """Make the repository and the branch where there are none; what they hold. Raises UserError for a public one that is to be private."""
+        api, repo = HfApi(), self.reference.repo
+        api.create_repo(repo, private=self.private or None, exist_ok=True)
+        if self.private and not api.model_info(repo).private:
+            raise UserError(
+                f"`{repo}`: exists and is public, expected a private one", "change it in its settings first"
+            )
+        if self.reference.revision:
+            api.create_branch(repo, branch=self.reference.revision, exist_ok=True)
+        return list_files(self.reference)
+
+    def commit(
+        self, large: Sequence[CommitOperationAdd], small: Sequence[CommitOperationAdd], old: Sequence[str]
+    ) -> Commit:
+        """Upload files, then put them into the repository at once, and those called `old` out of it."""
+        api, repo, branch = HfApi(), self.reference.repo, self.reference.revision
+        for addition in small:
+            if addition.path_in_repo == _CARD:
+                _validate(repo, addition)
+        for addition in large:
+            _upload(api, repo, addition, branch)
+        gone = [CommitOperationDelete(name) for name in old]
+        message = f"Upload {large[0].path_in_repo}"
+        done = api.create_commit(repo, [*large, *small, *gone], commit_message=message, revision=branch)
+        return Commit(done.oid, done.commit_url)
+
+
+def _upload(api: HfApi, repo: str, addition: CommitOperationAdd, branch: str | None) -> None:
+    try:
+        api.preupload_lfs_files(repo, [addition], revision=branch)
+    except RuntimeError as error:  # huggingface_hub says with it which file it was
+        raise error.__cause__ or error from None
+
+
+def _validate(repo: str, card: CommitOperationAdd) -> None:
+    """Ask the Hub whether it takes the card, before anything large is sent."""
+    assert isinstance(card.path_or_fileobj, bytes)
+    try:
+        ModelCard(card.path_or_fileobj.decode()).validate()
+    except ValueError as error:
+        raise UserError(
+            f"`{repo}`: the Hub refuses the card's metadata: {error}", "the checkpoint's card may be at fault"
+        ) from None
+
+
+@contextmanager
+def _fitting(file: GgufFile, max_bytes: int) -> Iterator[list[Path]]:
+    """The model's files, split anew into a temporary folder beside it where one is too large."""
+    if all(sum(info.nbytes for info in part.tensors.values()) <= max_bytes for part in file.parts):
+        yield [part.path for part in file.parts]
+        return
+    stem = _stem(file.path.name)
+    check_space(file.path.parent, file.size)
+    out = file.path.with_name(f"{stem}.gguf")
+    files = split_model(out, copied_keys(file.path), [copied(file, name) for name in file.tensors], max_bytes)
+    with workspace(files[0].path, file.path) as work:
+        made = [replace(new, path=work.folder / new.path.name) for new in files]
+        note(f"splitting into {len(files)} shards")
+        write_parts(made)
+        yield [new.path for new in made]
+
+
+def _other_models(listing: Listing, sent: Sequence[CommitOperationAdd]) -> tuple[list[str], list[FileEntry]]:
+    """GGUF files in the repository besides the pushed ones: those of the same model as it was split before, and those of others.
+
+    The former have to go, or they would be a second model of the same name.
+    """
+    names, stem = {addition.path_in_repo for addition in sent}, _stem(sent[0].path_in_repo)
+    rest = {name: file for name, file in listing.files.items() if name.endswith(".gguf") and name not in names}
+    others = [FileEntry(name, file.size, file.sha256) for name, file in rest.items() if _stem(name) != stem]
+    return [name for name in rest if _stem(name) == stem], others
+
+
+def _stem(name: str) -> str:
+    found = shards.parse_name(name)
+    return found[0] if found else name.removesuffix(".gguf")
+
+
+def _entry(addition: CommitOperationAdd) -> FileEntry:
+    return FileEntry(addition.path_in_repo, addition.upload_info.size, addition.upload_info.sha256.hex())
+
+
+def _card_files(card: str, plot: bytes | None, listing: Listing, replace: bool) -> list[CommitOperationAdd]:
+    """Card and plot, unless the repository has a card that somebody changed by hand."""
+    if _CARD in listing.files and not replace and MARK not in _remote_card(listing):
+        note(f"`{listing.reference}`: has a card of its own, which is kept: --replace-card replaces it")
+        return []
+    return [CommitOperationAdd(_CARD, card.encode()), *([CommitOperationAdd(PLOT, plot)] if plot else [])]
+
+
+def _remote_card(listing: Listing) -> str:
+    folder, _ = fetch(listing.reference, lambda _: [_CARD])
+    return (folder / _CARD).read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,1 @@
+"""A written file held against its checkpoint."""

@@ -1,0 +1,58 @@
+"""What every kind of predictor offers to those that choose among fits and store them.
+
+Knows no kind by name, and nothing of thresholds: a candidate gives scores, others decide from which score on a neuron is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from predictors.calibrate import LayerSamples
+from predictors.matrices import Floats, Tensor
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """types: ggml types that predictor matrices may have. seed: of whatever a fit draws. threads: for torch."""
+
+    types: tuple[str, ...]
+    seed: int = 0
+    threads: int = 1
+
+
+class Candidate(Protocol):
+    """A predictor fitted to one layer, in the numbers that would be stored, but for its bias."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All but `predictor_out.bias`; rows of the last one are neurons, in the order of the file."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """As the file says it, 1 or more."""
+        ...
+
+    @property
+    def type(self) -> str:
+        """In which numbers it is stored, for reports."""
+        ...
+
+    @property
+    def unit_slope(self) -> bool:
+        """Whether scores are estimates of pre-activations but for a constant per neuron; else they only rise with them."""
+        ...
+
+    def prepare(self, x: Floats) -> Floats:
+        """What is computed once per token, from inputs float32 [n_tokens, n_embd]."""
+        ...
+
+    def scores(self, prepared: Floats, first: int, end: int) -> Floats:
+        """Scores of the neurons first .. end - 1, as the runtime computes them: float32 [n_tokens, end - first]."""
+        ...
+
+
+# A way to predict: fits candidates to one layer, in no particular order; none where the layer's shape does not allow any.
+Kind = Callable[[LayerSamples, FitOptions], Iterator[Candidate]]

@@ -1,0 +1,1 @@
+"""C libraries through ctypes: ggml, libllama and our own sparse kernels."""

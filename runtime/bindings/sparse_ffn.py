@@ -1,0 +1,229 @@
+"""The native library: finds it, checks that it fits the ggml at hand, and describes one FFN to its operators.
+
+Knows the layout of `lzn_ffn` (runtime/native/lazyneuron.h); knows nothing of graphs or files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+
+from runtime.bindings import ggml
+from runtime.bindings import ggml_devices as gd
+from runtime.bindings.ffn_shape import ACTIVATIONS, FfnShape
+from runtime.errors import UserError
+
+_FILE = {"win32": "lazyneuron.dll", "darwin": "liblazyneuron.dylib"}.get(sys.platform, "liblazyneuron.so")
+VARIANTS = ("portable", "avx2", "avx512", "neon")
+OPERATORS = ("predict", "predict_sign", "choose", "quantize", "gate", "down", "reduce")
+
+
+_CACHE_LINE = 64
+_SIZES = ("lzn_predict_size", "lzn_gate_size", "lzn_down_size")
+
+
+class Rows(ctypes.Structure):
+    """`struct lzn_rows`: how to read rows of one weight type."""
+
+    _fields_ = [
+        ("row_size", ctypes.c_size_t),
+        ("x_size", ctypes.c_size_t),
+        ("arranged_size", ctypes.c_size_t),
+        ("x_offset", ctypes.c_size_t),
+        ("from_float", ctypes.c_void_p),
+        ("vec_dot", ctypes.c_void_p),
+        ("to_float", ctypes.c_void_p),
+        ("kernels", ctypes.c_void_p),
+    ]
+
+
+class Ffn(ctypes.Structure):
+    """`struct lzn_ffn`: one FFN, the userdata of its operators; counts what fired."""
+
+    _fields_ = [
+        ("n_embd", ctypes.c_int32),
+        ("n_ff", ctypes.c_int32),
+        ("n_threads", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+        ("gated", ctypes.c_int32),
+        ("gate_bias", ctypes.c_int32),
+        ("up_bias", ctypes.c_int32),
+        ("predicted", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("shift", ctypes.c_float),
+        ("threshold", ctypes.c_float),
+        ("squares", ctypes.c_int32),
+        ("x_stride", ctypes.c_size_t),
+        ("gate", Rows),
+        ("up", Rows),
+        ("down", Rows),
+        ("predictor", Rows),
+        ("fired", ctypes.c_uint64),
+        ("gates", ctypes.c_uint64),
+        ("seen", ctypes.c_uint64),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The native library.
+
+    Raises UserError when it is not built, or built against another ggml than the installed one.
+    """
+    path = _find()
+    lib = ctypes.CDLL(str(path))
+    lib.lzn_ggml_version.restype = ctypes.c_char_p
+    for name in ("lzn_sizeof_tensor", "lzn_sizeof_ffn"):
+        getattr(lib, name).restype = ctypes.c_size_t
+    _check(lib, path)
+    lib.lzn_kernels.restype = ctypes.c_void_p
+    lib.lzn_has_variant.restype = ctypes.c_bool
+    lib.lzn_arranged_size.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    lib.lzn_arranged_size.restype = ctypes.c_size_t
+    for name in _SIZES:
+        getattr(lib, name).argtypes = [ctypes.POINTER(Ffn), ctypes.c_int64]
+        getattr(lib, name).restype = ctypes.c_size_t
+    return lib
+
+
+def _find() -> Path:
+    if override := os.environ.get("LAZYNEURON_LIBRARY"):
+        return Path(override)
+    beside = Path(__file__).parent.parent / _FILE
+    if beside.exists():
+        return beside
+    # A checkout that was installed with `pip install -e .`: the library lies where pip put it.
+    try:
+        installed = Path(str(importlib.metadata.distribution("lazyneuron").locate_file(f"runtime/{_FILE}")))
+    except importlib.metadata.PackageNotFoundError:
+        installed = beside
+    if not installed.exists():
+        raise UserError(f"`{installed}`: the native library is not built", "make setup, or pip install .")
+    return installed
+
+
+def _check(lib: ctypes.CDLL, path: Path) -> None:
+    built, found = lib.lzn_ggml_version().decode(), ggml.ggml_version().decode()
+    if built != found:
+        raise UserError(
+            f"`{path}`: built for ggml {built}, found ggml {found} in llama-cpp-python",
+            "reinstall lazyneuron: it pins the version that fits",
+        )
+    if (lib.lzn_sizeof_tensor(), lib.lzn_sizeof_ffn()) != (ctypes.sizeof(ggml.ggml_tensor), ctypes.sizeof(Ffn)):
+        raise UserError(
+            f"`{path}`: struct sizes differ from those of this version of lazyneuron", "rebuild it: make setup"
+        )
+
+
+@functools.cache
+def operator(name: str) -> int:
+    """Address of the operator `name`, one of OPERATORS."""
+    address = ctypes.cast(getattr(library(), f"lzn_ffn_{name}"), ctypes.c_void_p).value
+    assert address
+    return address
+
+
+def exit_on_abort() -> None:
+    """From now on, ggml giving up ends the process with one line and status 1. For programs, not for libraries: it is for the whole process."""
+    gd.ggml_set_abort_callback(ctypes.cast(library().lzn_on_abort, ctypes.c_void_p).value)
+    library().lzn_guard()
+
+
+def variants() -> list[str]:
+    """The variants of the kernels that this CPU can run, the fastest last."""
+    return [v for i, v in enumerate(VARIANTS) if library().lzn_has_variant(i)]
+
+
+def variant() -> int:
+    """Index in VARIANTS of the kernels to use: the fastest that this CPU has, or the one that LAZYNEURON_KERNELS names.
+
+    Raises UserError for a name that is none, or that this CPU cannot run.
+    """
+    name = os.environ.get("LAZYNEURON_KERNELS")
+    if not name:
+        return int(library().lzn_best_variant())
+    if name not in (usable := variants()):
+        raise UserError(f"LAZYNEURON_KERNELS is `{name}`, expected one of {', '.join(usable)} on this CPU")
+    return VARIANTS.index(name)
+
+
+def describe(shape: FfnShape, types: tuple[int, int, int], n_threads: int) -> Ffn:
+    """One FFN whose gate, up and down_t rows have the ggml types `types`."""
+    gate, up, down = (_rows(t, shape.n_embd) for t in types)
+    gate_x, up_x = gate.arranged_size + gate.x_size, up.arranged_size + up.x_size
+    up.x_offset = 0 if types[0] == types[1] or not shape.gated else _aligned(gate_x)
+    return Ffn(
+        n_embd=shape.n_embd,
+        n_ff=shape.n_ff,
+        n_threads=n_threads,
+        activation=ACTIVATIONS.index(shape.activation),
+        gated=shape.gated,
+        gate_bias=shape.bias,
+        up_bias=shape.bias and shape.gated,
+        squares=shape.sub_norm,
+        threshold=shape.threshold,
+        x_stride=_aligned(up.x_offset + max(up_x, gate_x)) + _CACHE_LINE,
+        gate=gate,
+        up=up,
+        down=down,
+    )
+
+
+def predict(ffn: Ffn, rank: int, type_id: int | None, shift: float) -> None:
+    """Add a predictor to the description: rows of `rank` elements of a ggml type, or sign bits where it is None."""
+    ffn.predicted, ffn.rank, ffn.shift = True, rank, shift
+    if type_id is not None:
+        ffn.predictor = _rows(type_id, rank)
+    else:
+        ffn.predictor.kernels = library().lzn_kernels(ggml.I8, variant())
+
+
+def choose(ffn: Ffn, shift: float) -> None:
+    """Let the description take its candidates from scores that are given."""
+    ffn.predicted, ffn.rank, ffn.shift = True, 0, shift
+
+
+def predict_size(ffn: Ffn, n_tokens: int) -> int:
+    """Bytes of the `predict` operators' result."""
+    return int(library().lzn_predict_size(ctypes.byref(ffn), n_tokens))
+
+
+def gate_size(ffn: Ffn, n_tokens: int) -> int:
+    """Bytes of the `gate` operator's result."""
+    return int(library().lzn_gate_size(ctypes.byref(ffn), n_tokens))
+
+
+def down_size(ffn: Ffn, n_tokens: int) -> int:
+    """Bytes of the `down` operator's result."""
+    return int(library().lzn_down_size(ctypes.byref(ffn), n_tokens))
+
+
+def _rows(type_id: int, n_embd: int) -> Rows:
+    traits, cpu = ggml.ggml_get_type_traits(type_id).contents, ggml.ggml_get_type_traits_cpu(type_id).contents
+    x_type = cpu.vec_dot_type
+    # F32 rows are read as they are: ggml gives them no to_float.
+    to_float = traits.to_float or ggml.ggml_get_type_traits_cpu(ggml.F32).contents.from_float
+    # Our loops take rows by 32 elements.
+    kernels = None if n_embd % 32 else library().lzn_kernels(type_id, variant())
+    return Rows(
+        row_size=ggml.ggml_row_size(type_id, n_embd),
+        x_size=ggml.ggml_row_size(x_type, n_embd),
+        arranged_size=library().lzn_arranged_size(kernels, n_embd),
+        from_float=ggml.ggml_get_type_traits_cpu(x_type).contents.from_float,
+        vec_dot=cpu.vec_dot,
+        to_float=to_float,
+        kernels=kernels,
+    )
+
+
+def _aligned(size: int) -> int:
+    return (size + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE
+
+
+def address_of(ffn: Ffn) -> int:
+    """Where the description lies; valid while `ffn` lives."""
+    return ctypes.addressof(ffn)

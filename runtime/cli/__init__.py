@@ -1,0 +1,1 @@
+"""What the three command lines share: options, help, completions, output, and a clean ending."""

@@ -1,0 +1,1 @@
+"""Computing on the CPU: weights in memory, blocks as ggml graphs, and what these cost."""

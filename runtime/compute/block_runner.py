@@ -1,0 +1,117 @@
+"""A model run block by block: what calibration looks at, in memory that does not grow with the number of blocks.
+
+Each sequence is computed on its own, from position 0. Knows nothing of predictors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.base.closing import Handles
+from runtime.base.worker import OfWorker
+from runtime.bindings import ggml
+from runtime.compute.blocks import GraphSpec
+from runtime.compute.graph import Graph, read
+from runtime.compute.weights import KvCache, Weights
+from runtime.errors import UserError
+from runtime.model_file.reader import GgufFile
+from runtime.model_file.structure import Structure, required_tensors
+
+Floats = npt.NDArray[np.float32]
+_KV_PAD = 256
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """One block over one sequence, each float32 [n_tokens, n_embd]."""
+
+    output: Floats  # hidden states after the block
+    ffn_input: Floats  # what gate and up rows are multiplied with
+    residual: Floats  # the stream before the FFN's norm (the same as ffn_input where the norm comes after)
+
+
+class BlockRunner(OfWorker):
+    """Runs single blocks of a model file; use it in a `with` statement.
+
+    max_tokens: the longest sequence. The FFN is computed in `dense` mode where the file allows, else `exact`.
+    """
+
+    def __init__(self, file: GgufFile, threads: int, max_tokens: int) -> None:
+        super().__init__(f"`{file.path}`: the model")
+        self.structure: Structure = file.structure
+        if max_tokens > self.structure.context_length:
+            raise UserError(
+                f"`{file.path}`: sequences of {max_tokens} tokens, expected at most {self.structure.context_length}"
+            )
+        self._file, self._threads = file, threads
+        self._graph: Graph | None = None
+        self._n_kv = (max_tokens + _KV_PAD - 1) // _KV_PAD * _KV_PAD
+        self._ffn = "exact" if self.structure.layout == "sparse" else "dense"
+        self._open(self._collect)
+
+    def _collect(self, handles: Handles) -> None:
+        s = self.structure
+        self._backend = handles.add(ggml.ggml_backend_cpu_init(), ggml.ggml_backend_free)
+        ggml.ggml_backend_cpu_set_n_threads(self._backend, self._threads)
+        self._weights = handles.enter_context(Weights(self._file, required_tensors(s)))
+        self._kv = handles.enter_context(KvCache(self._backend, ggml.F32, s.kv_length, self._n_kv, 1))
+
+    def embed(self, ids: npt.NDArray[np.int32]) -> Floats:
+        """Hidden states before block 0: float32 [len(ids), n_embd]."""
+        return self._do(lambda: self._part(len(ids), None, 0).run(ids, 0))
+
+    def block(self, i: int, hidden: Floats) -> BlockResult:
+        """Block `i` over one whole sequence of hidden states [n_tokens, n_embd]."""
+
+        def compute() -> BlockResult:
+            graph = self._part(len(hidden), i, i + 1)
+            output = graph.run(np.ascontiguousarray(hidden, np.float32), 0)
+            return BlockResult(output, read(graph.taps["ffn_input"]), read(graph.taps["residual"]))
+
+        return self._do(compute)
+
+    def _part(self, n_tokens: int, first: int | None, end: int) -> Graph:
+        spec = GraphSpec(n_tokens, self._n_kv, n_tokens, self._ffn, self._threads, first=first, end=end, tapped=True)
+        if self._graph is None or self._graph.spec != spec:
+            self._close_graph()
+            self._kv.first = first or 0  # one cache for whichever block
+            self._graph = Graph(spec, self.structure, self._weights, self._kv, self._backend)
+        return self._graph
+
+    def _close_graph(self) -> None:
+        if self._graph is not None:
+            self._graph.close()
+            self._graph = None
+
+    def rows(self, name: str, first: int, end: int) -> Floats:
+        """Rows first .. end - 1 of a matrix, e.g. "blk.3.ffn_gate.weight", as float32 [end - first, ne0]."""
+        info = self._file.tensors[name]
+        return self._do(lambda: dequantize(self._weights[name], first, min(end, info.ne[1])))
+
+    def vector(self, name: str) -> Floats | None:
+        """A bias or norm, float32, or None where the file has none of that name."""
+        if name not in self._file.tensors:
+            return None
+        return self._file.read(name).view(np.float32)
+
+    def _free(self) -> None:
+        self._close_graph()
+        super()._free()
+
+
+def dequantize(tensor: ggml.TensorP, first: int, end: int) -> Floats:
+    """Rows first .. end - 1 of a matrix of any type in host memory, as float32 [end - first, ne0]."""
+    width, row = tensor.ne[0], tensor.nb[1]
+    out = np.empty((end - first, width), np.float32)
+    address = tensor.data + first * row
+    if tensor.type == ggml.F32:
+        out[:] = np.ctypeslib.as_array((ctypes.c_float * out.size).from_address(address)).reshape(out.shape)
+        return out
+    convert: Any = ggml.TO_FLOAT(ggml.ggml_get_type_traits(tensor.type).contents.to_float)
+    convert(address, out.ctypes.data, out.size)
+    return out

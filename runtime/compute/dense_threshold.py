@@ -1,0 +1,65 @@
+"""How a prompt's FFNs are computed fastest: row by row where neurons fire, or as whole matrices through ggml's products.
+
+A pure function of formats and of how many neurons are expected to fire; knows nothing of graphs. It must not depend on what was computed before, so that
+a prompt always gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from runtime.compute.blocks import FFN_MATRICES
+from runtime.compute.traffic import Activity
+from runtime.model_file.reader import GgufFile, TensorInfo
+from runtime.model_file.structure import Structure
+
+# Share of an FFN's rows from which on whole matrices are faster, by format: time per token and row of ggml's product over that of the row kernels, many tokens at once.
+# Measured on two Zen 4 cores by `python -m bench.batches` (docs/performance.md). In formats that have row kernels of ggml's only, the whole is faster from a few percent on.
+_LIMITS = {"q4_0": 0.61, "q8_0": 0.52, "f16": 0.41, "bf16": 0.31, "f32": 0.39, "q4_k": 0.26, "q6_k": 0.31}
+_OTHER_LIMIT = 0.05
+_FILL = 12  # tokens whose products take as long as repacking the matrices that they need
+_FEWEST = 16  # tokens; with fewer, ggml's products take longer per token than the limits say
+_OVERSHOOT = 1.5  # candidates per neuron that fires, where the file does not say
+
+
+def dense_from(
+    s: Structure, tensors: Mapping[str, TensorInfo], activity: Activity, repacked: Callable[[int], bool]
+) -> tuple[float, ...]:
+    """For each block, the number of tokens at once from which whole matrices are faster; infinity where they never are.
+
+    repacked: whether matrices of a ggml type have to be repacked for every batch. Blocks need not have the same types.
+    """
+    if s.layout == "sparse" or activity.ffn == "dense":
+        return (math.inf,) * s.block_count
+    return tuple(_dense_from(s, tensors, activity, i, _fill(tensors, i, repacked)) for i in range(s.block_count))
+
+
+def _fill(tensors: Mapping[str, TensorInfo], i: int, repacked: Callable[[int], bool]) -> float:
+    """Tokens whose products take as long as repacking those matrices of block `i` that have to be."""
+    found = [tensor for name in FFN_MATRICES if (tensor := tensors.get(f"blk.{i}.{name}.weight"))]
+    return _FILL * sum(repacked(tensor.type_id) for tensor in found) / len(found)
+
+
+def _dense_from(s: Structure, tensors: Mapping[str, TensorInfo], activity: Activity, i: int, fill: float) -> float:
+    names = ("ffn_gate", "ffn_up", "ffn_down_t") if s.gated else ("ffn_up", "ffn_down_t")
+    limit = min(_LIMITS.get(tensors[f"blk.{i}.{name}.weight"].type, _OTHER_LIMIT) for name in names)
+    share = (activity.gates[i] + (len(names) - 1) * activity.fired[i]) / len(names)
+    if share <= limit:
+        return math.inf
+    return max(_FEWEST, math.ceil(fill / (share / limit - 1)))
+
+
+def expected(file: GgufFile, ffn: str, predictor_bias: float) -> Activity:
+    """The activity that the file's calibration lets expect; without calibration, that of a model whose neurons all fire."""
+    s = file.structure
+    if s.neuron_order != "hot":
+        return Activity.uniform(ffn, s.block_count, 1.0)
+    fired = [float(file.read(f"blk.{i}.ffn_neuron_freq").view(np.float32).mean()) for i in range(s.block_count)]
+    if ffn != "predicted" or predictor_bias > 0:
+        return Activity(ffn, fired, [1.0] * s.block_count)
+    stored = file.metadata.get("lazyneuron.predictor.predicted_share", ())
+    shares: Sequence[float] = stored if len(stored) else [min(1.0, _OVERSHOOT * f) for f in fired]
+    return Activity(ffn, fired, [float(share) if s.rank(i) else 1.0 for i, share in enumerate(shares)])

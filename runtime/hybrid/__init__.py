@@ -1,0 +1,1 @@
+"""A model on devices and the CPU together: what lies where, and the order in which they compute."""

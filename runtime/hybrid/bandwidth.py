@@ -1,0 +1,130 @@
+"""How fast this machine's memories and crossings are: measured once for each device, and remembered.
+
+The file is $LAZYNEURON_CACHE/bandwidths.json (default ~/.cache/lazyneuron). Knows devices; knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.base.atomic import replacing
+from runtime.base.cache_folder import cache_folder
+from runtime.base.closing import Handles
+from runtime.base.worker import on_worker
+from runtime.bindings import ggml
+from runtime.errors import UserError
+from runtime.hybrid.device_queue import Stream, open_stream
+from runtime.hybrid.devices import DeviceInfo, devices
+from runtime.hybrid.sides import Memory, Side, device_kinds, host_kinds
+
+_BYTES = 64 << 20  # of one matrix, in F16
+_WIDTH = 4096
+_MATRICES = {"CPU": 4, "GPU": 8}  # together beyond any cache
+_REPEATS = 5
+_STEPS = 200  # crossings that are timed
+_VERSION = 1  # of the file
+_measuring = threading.Lock()  # two threads that measure at once would measure each other
+
+
+@dataclass(frozen=True)
+class Speed:
+    """bandwidth: bytes/s of products with whole matrices. sync: seconds for hidden states to come from the device and go back."""
+
+    bandwidth: float
+    sync: float
+
+
+def speed_of(device: DeviceInfo, threads: int, anew: bool = False) -> Speed:
+    """A device's speed; the CPU's is that of a backend with so many threads. Measures where nothing is remembered, or `anew` (a second or two)."""
+    with _measuring:
+        return _speed_of(device, threads, anew)
+
+
+def _speed_of(device: DeviceInfo, threads: int, anew: bool) -> Speed:
+    folder = cache_folder()
+    path = folder and folder / "bandwidths.json"
+    key = f"{device.backend} {device.name} {device.description}, {f'{threads} threads, ' if device.is_stand_in else ''}ggml {ggml.ggml_version().decode()}"
+    known = _remembered(path) if path else {}
+    if anew or key not in known:
+        speed = on_worker(lambda: measure(device, threads))
+        known[key] = [speed.bandwidth, speed.sync]
+        if path:
+            _remember(path, known)
+    return Speed(*known[key])
+
+
+def cpu() -> DeviceInfo:
+    """The CPU as a device."""
+    return next(d for d in devices() if d.is_stand_in)
+
+
+def _remembered(path: Path) -> dict[str, list[float]]:
+    # A damaged file, or one of another version, is only a reason to measure again.
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["version"] == _VERSION:
+            return {str(key): [float(a), float(b)] for key, (a, b) in stored["speeds"].items()}
+    return {}
+
+
+def _remember(path: Path, known: dict[str, list[float]]) -> None:
+    # Where the folder cannot be written, it is measured each time.
+    with contextlib.suppress(OSError, UserError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as made:
+            made.write_text(json.dumps({"version": _VERSION, "speeds": known}, indent=1), encoding="utf-8")
+
+
+def measure(device: DeviceInfo, threads: int) -> Speed:
+    """Time products with matrices of some hundred MB, and hidden states that go there and back."""
+    with Handles() as handles:
+        stream = handles.enter_context(open_stream(device, threads, "measurement"))
+        memory = handles.enter_context(Memory(f"device {device.name}", device_kinds(device.handle)))
+        main = handles.enter_context(Memory("main memory", host_kinds(device.handle)))
+        side, host = handles.enter_context(Side(memory, 16)), handles.enter_context(Side(main, 4))
+        handles.callback(stream.settle)
+        return _measured(stream, side, host, _MATRICES["CPU" if device.is_stand_in else "GPU"])
+
+
+def _measured(stream: Stream, side: Side, host: Side, n: int) -> Speed:
+    rows = _BYTES // _WIDTH // 2
+    matrices = [side.tensor(_WIDTH, rows, ggml.F16) for _ in range(n)]
+    x, y, host_x = side.tensor(_WIDTH), side.tensor(_WIDTH), host.tensor(_WIDTH)
+    side.allocate_tensors()
+    side.memory.fill(0x3C)  # numbers near 1; memory that was never written may not be there
+    host.allocate_tensors()
+    products, step = side.part("products"), side.part("step")
+    for matrix in matrices:
+        ggml.ggml_build_forward_expand(products.graph, ggml.ggml_mul_mat(products.ctx, matrix, x))
+    step.keep(ggml.ggml_add(step.ctx, x, x), y)
+    side.allocate_parts()
+
+    def read_all() -> None:
+        stream.compute(products.graph, "products")
+        stream.finish()
+
+    def cross() -> None:
+        for _ in range(_STEPS):
+            stream.upload(x, host_x)
+            stream.compute(step.graph, "step")
+            stream.download(y, host_x)
+            stream.mark().wait()
+
+    return Speed(n * _BYTES / _fastest(read_all), _fastest(cross) / _STEPS)
+
+
+def _fastest(call: Callable[[], None]) -> float:
+    call()  # first touch of memory, shaders that are compiled
+    return min(_timed(call) for _ in range(_REPEATS))
+
+
+def _timed(call: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began

@@ -1,0 +1,250 @@
+"""What the planner has to know of a model file: the bytes of every part, on a device and read by the CPU, from the file's exact sizes and frequencies.
+
+`plan_for` is the door for whoever wants a placement for a file. Knows tensors and how often neurons fire; the choice itself is runtime/hybrid/planner.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.bindings import ggml
+from runtime.compute.dense_threshold import expected
+from runtime.errors import UserError
+from runtime.hybrid.planner import Block, Device, Machine, Placement, place
+from runtime.model_file.reader import GgufFile, TensorInfo
+from runtime.model_file.structure import Structure
+
+# A byte of a row that is picked takes as long as this many bytes of a matrix read from end to end: 21 against 13 GB/s (docs/predictors.md).
+SCATTERED = 1.5
+LOGITS = 32  # positions whose logits a device computes at once
+MARGIN = 1 << 28  # bytes left free on a device: contexts of drivers and libraries, which nobody reports
+_ALIGNMENT = 256  # bytes; no backend of ggml asks for more
+_ROW_PADDING = 512  # elements; CUDA pads the last row of a quantised matrix to a multiple of this
+_KV_PAD = 256  # positions
+_FINE, _COARSE, _MANY = (
+    32,
+    256,
+    4096,
+)  # neurons: a device's products like multiples of 256, where that leaves enough choice
+_FEWEST_BATCH = 32  # tokens from which on a device may turn a quantised matrix into F16 first
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """How a model is to be run. budgets: bytes of each device, with bandwidths in bytes/s beside them; sync: seconds.
+
+    n_positions: how many positions a token is expected to see, None for half of n_ctx. kv_size: bytes of one element of keys and values.
+    reserve: bytes for compute buffers on each device that is used, None to estimate them. margin: part of the estimate, for what drivers take for themselves.
+    scattered: how many times as long a row takes that is picked.
+    """
+
+    ffn: str
+    n_ctx: int
+    budgets: tuple[int, ...]
+    device_bandwidths: tuple[float, ...]
+    cpu_bandwidth: float
+    sync: float = 50e-6
+    kv_size: int = 2
+    n_batch: int = 512
+    n_positions: int | None = None
+    predictor_bias: float = 0.0
+    reserve: int | None = None
+    margin: int = MARGIN
+    scattered: float = SCATTERED
+
+
+@dataclass(frozen=True)
+class NeuronBytes:
+    """Bytes of one neuron. first: the row that decides whether it fires (gate; ungated: up); rest: the rows read if it does; device: all that a device holds."""
+
+    first: float
+    rest: float
+    device: float
+
+
+def plan_for(file: GgufFile, options: PlanOptions) -> Placement:
+    """The fastest placement of a file's model. Raises UserError for options that make no sense."""
+    blocks, head = model_costs(file, options)
+    return place(blocks, head, machine_of(file.structure, options))
+
+
+def machine_of(s: Structure, options: PlanOptions) -> Machine:
+    """The machine that the options describe."""
+    if len(options.budgets) != len(options.device_bandwidths) or not options.budgets:
+        raise UserError(
+            f"{len(options.budgets)} memory budgets and {len(options.device_bandwidths)} device bandwidths, expected one of each per device"
+        )
+    if min(options.budgets) < 0 or min(*options.device_bandwidths, options.cpu_bandwidth) <= 0 or options.sync < 0:
+        raise UserError("budgets and sync cost must not be negative, bandwidths must be positive")
+    reserve = reserve_of(s, options) if options.reserve is None else options.reserve
+    devices = zip(options.budgets, options.device_bandwidths, strict=True)
+    return Machine(tuple(Device(b, w, reserve) for b, w in devices), options.cpu_bandwidth, options.sync)
+
+
+def reserve_of(s: Structure, options: PlanOptions) -> int:
+    """Bytes that a device needs beside weights, keys and values: activations of a batch, logits, a matrix in F16, staging, and the margin.
+
+    An upper estimate: a graph's allocator reuses buffers of which it here gets one each.
+    """
+    batch, d, ff = options.n_batch, s.embedding_length, s.feed_forward_length
+    activations = 4 * batch * (4 * d + 3 * s.head_length * s.head_count + 3 * ff)
+    mask = 2 * batch * _padded(options.n_ctx, _KV_PAD)
+    logits = 4 * s.vocab_size * min(batch, LOGITS)
+    staging = 4 * 2 * batch * (2 * d + ff)  # two blocks in flight: states both ways, scores
+    return activations + mask + logits + staging + scratch_of(s, options)
+
+
+def scratch_of(s: Structure, options: PlanOptions) -> int:
+    """Bytes that a device's backend takes beside the buffers that it is asked for: the largest matrix turned into F16, and the margin."""
+    largest = 2 * s.embedding_length * max(s.feed_forward_length, s.head_length * s.head_count)
+    return (largest if options.n_batch >= _FEWEST_BATCH else 0) + options.margin
+
+
+def model_costs(file: GgufFile, options: PlanOptions) -> tuple[list[Block], int]:
+    """The planner's blocks, and the bytes of the output head (its norm and projection included)."""
+    s = file.structure
+    _check_mode(file, options.ffn)
+    gates = expected(file, options.ffn, options.predictor_bias).gates
+    blocks = [_block(file, i, options, frequencies(file, i), float(gates[i])) for i in range(s.block_count)]
+    output = "token_embd.weight" if s.tied_output else "output.weight"
+    names = (output, *(name for name in file.tensors if name.startswith(("output_norm", "output_proj"))))
+    return blocks, sum(_stored(file.tensors[name]) for name in names)
+
+
+def _check_mode(file: GgufFile, ffn: str) -> None:
+    if ffn == "dense" and file.structure.layout == "sparse":
+        raise UserError(
+            f"`{file.path}`: has no ffn_down tensors (layout `sparse`), which `dense` mode needs",
+            "use --ffn exact, or convert with --layout both",
+        )
+    if ffn == "predicted" and not any(file.structure.predictor_rank):
+        raise UserError(
+            f"`{file.path}`: has no predictor that pays, which `predicted` mode needs",
+            "use --ffn exact, or fit one: python -m predictors fit MODEL.gguf OUT.gguf",
+        )
+
+
+def frequencies(file: GgufFile, i: int) -> Floats:
+    """How often each neuron of block `i` fires, hottest first; 1 for all where the file was not calibrated."""
+    if file.structure.neuron_order != "hot":
+        return np.ones(file.structure.feed_forward_length)
+    return file.read(f"blk.{i}.ffn_neuron_freq").view(np.float32).astype(np.float64)
+
+
+def candidates(freq: Floats, share: float) -> Floats:
+    """How often each neuron is a predictor's candidate, if `share` of all are on average: in proportion to how often it fires, at most always.
+
+    What is left where even all that ever fire are not enough is spread over the others.
+    """
+    wanted = share * len(freq)
+    live = int((freq > 0).sum())
+    if wanted >= live:
+        rest = (wanted - live) / max(1, len(freq) - live)
+        return np.where(freq > 0, 1.0, min(1.0, rest))
+    # The hottest n are always candidates and the others in proportion: the first n for which none of the others is above 1.
+    colder = np.append(np.cumsum(freq[::-1])[::-1], 0.0)
+    factors = (wanted - np.arange(live)) / colder[:live]
+    n = int(np.argmax(factors * freq[:live] <= 1))
+    shares: Floats = np.minimum(1.0, factors[n] * freq)
+    return shares
+
+
+def cuts_of(n_ff: int, block_size: int) -> tuple[int, ...]:
+    """The prefixes that a device can hold: whole blocks of the down projection's type, in steps of 32 or 256 neurons; and all."""
+    step = max(block_size, _COARSE if n_ff >= _MANY else _FINE)
+    return (*range(0, n_ff, step), n_ff)
+
+
+def cold_bytes(
+    ffn: str,
+    neuron: NeuronBytes,
+    freq: Floats,
+    candidate: Floats,
+    cuts: tuple[int, ...],
+    scattered: float,
+) -> tuple[float, ...]:
+    """Bytes that the CPU reads for one token, for each prefix on the device: as if rows that are picked were `scattered` times as long.
+
+    freq, candidate: how often each neuron fires, and has its first row read, [n_ff].
+    """
+    if ffn == "dense":
+        return tuple(neuron.device * (len(freq) - k) for k in cuts)
+    # Where most neurons are read, rows follow each other.
+    picked, fired = np.minimum(1.0, scattered * candidate), np.minimum(1.0, scattered * freq)
+    read = neuron.first * (picked if ffn == "predicted" else 1.0) + neuron.rest * fired
+    colder = np.append(np.cumsum(read[::-1])[::-1], 0.0)
+    return tuple(float(colder[k]) for k in cuts)
+
+
+def _block(file: GgufFile, i: int, options: PlanOptions, freq: Floats, share: float) -> Block:
+    s, n_ff = file.structure, file.structure.feed_forward_length
+    tensors = {name.split(".", 2)[2]: t for name, t in file.tensors.items() if name.startswith(f"blk.{i}.")}
+    predicted = options.ffn == "predicted" and s.rank(i) > 0
+    neuron = _neuron(s, tensors)
+    sign = tensors["predictor_sign"].nbytes / n_ff if predicted and "predictor_sign" in tensors else 0.0
+    cuts = (0,) if s.layout == "sparse" else cuts_of(n_ff, _block_size(tensors["ffn_down.weight"]))
+    candidate = candidates(freq, share) if predicted else np.ones(n_ff)
+    cold = cold_bytes(
+        "predicted" if predicted else _exact(options.ffn), neuron, freq, candidate, cuts, options.scattered
+    )
+    always = [t for name, t in tensors.items() if name.startswith(("attn_", "ffn_norm")) or name == "ffn_down.bias"]
+    kv = 2 * s.kv_length * options.kv_size
+    positions = options.n_ctx / 2 if options.n_positions is None else options.n_positions
+    return Block(
+        stored=sum(map(_stored, always)) + _slack(tensors) + kv * _padded(options.n_ctx, _KV_PAD),
+        read=sum(t.nbytes for t in always) + kv * positions,
+        predictor=_predictor(tensors) if predicted and not sign else 0,
+        neurons=n_ff,
+        cuts=cuts,
+        hot=tuple(round(neuron.device * k) for k in cuts),
+        cold=tuple(bytes_ + sign * (n_ff - k) for bytes_, k in zip(cold, cuts, strict=True)),
+    )
+
+
+def _exact(ffn: str) -> str:
+    return "exact" if ffn == "predicted" else ffn
+
+
+def _neuron(s: Structure, tensors: Mapping[str, TensorInfo]) -> NeuronBytes:
+    n_ff = s.feed_forward_length
+
+    def row(*names: str) -> float:
+        return sum(tensors[name].nbytes for name in names if name in tensors) / n_ff
+
+    biases = row("ffn_gate.bias", "ffn_up.bias")
+    first, rest = (row("ffn_gate.weight"), row("ffn_up.weight")) if s.gated else (row("ffn_up.weight"), 0.0)
+    return NeuronBytes(first + biases, rest + row("ffn_down_t.weight"), first + rest + biases + row("ffn_down.weight"))
+
+
+def _predictor(tensors: Mapping[str, TensorInfo]) -> int:
+    return sum(_stored(t) for name, t in tensors.items() if name.startswith("predictor_"))
+
+
+def _slack(tensors: Mapping[str, TensorInfo]) -> int:
+    """Alignment and padding of the pieces of the FFN's tensors on a device."""
+    pieces = [t for name, t in tensors.items() if name.startswith(("ffn_gate.", "ffn_up.", "ffn_down."))]
+    return sum(_ALIGNMENT + _padding(t) for t in pieces)
+
+
+def _stored(t: TensorInfo) -> int:
+    """Bytes of a whole tensor on a device, padded and aligned."""
+    return _padded(t.nbytes + _padding(t), _ALIGNMENT)
+
+
+def _padding(t: TensorInfo) -> int:
+    block = _block_size(t)
+    return 0 if block == 1 else ggml.ggml_row_size(t.type_id, _ROW_PADDING)
+
+
+def _block_size(t: TensorInfo) -> int:
+    return int(ggml.ggml_blck_size(t.type_id))
+
+
+def _padded(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
