@@ -58,6 +58,9 @@ class Copies:
 
     def __init__(self, case: Case, tokens: int = 1) -> None:
         self.case, self.s, self._tokens = case, replace(case.structure, ffn_bias=True), tokens
+        ffn = self.s.blocks[0].ffn
+        assert ffn
+        self._ffn = ffn
         self._closing: list[Callable[[], None]] = []
         self.backend = ggml.ggml_backend_cpu_init()
         ggml.ggml_backend_cpu_set_n_threads(self.backend, case.threads)
