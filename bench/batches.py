@@ -17,11 +17,11 @@ from bench.copies import Copies
 from bench.shapes import SHAPES, shape
 from bench.tables import console, table
 from convert.formats import NUMBERS
+from runtime.base.processors import default_threads
 from runtime.base.worker import on_worker
 from runtime.bindings.logs import captured_log
 from runtime.cli.help import HelpParser
 from runtime.cli.program import run_command
-from runtime.compute.threads import default_threads
 from runtime.errors import UserError
 
 _COLUMNS = ("plain", "repacked", "exact", "predicted")

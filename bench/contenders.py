@@ -19,10 +19,10 @@ import numpy as np
 import runtime
 from runtime.bindings import ggml_devices as gd
 from runtime.bindings.logs import captured_log, silence
-from runtime.engine import FFN_MODES
 from runtime.errors import UserError
 from runtime.hybrid.bandwidth import cpu
 from runtime.hybrid.devices import NONE, find
+from runtime.options import FFN_MODES
 
 LLAMA_CPP = "llama_cpp"
 BATCH = 512  # tokens of a prompt computed at once, by every contender

@@ -22,9 +22,9 @@ from bench.contenders import LLAMA_CPP
 from bench.make_model import add_recipe, cached, recipe_of
 from bench.race import planned, race
 from bench.tables import console, table
+from runtime.base.processors import default_threads
 from runtime.cli.help import HelpParser
 from runtime.cli.program import run_command
-from runtime.compute.threads import default_threads
 from runtime.errors import UserError
 
 _KINDS = (LLAMA_CPP, "dense", "exact", "predicted")

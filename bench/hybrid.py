@@ -20,24 +20,24 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.contenders import BATCH, LLAMA_CPP, LlamaCpp, Spec
+from bench.contenders import LLAMA_CPP, LlamaCpp, Spec
 from bench.make_model import add_recipe, cached, recipe_of
 from bench.memory import read_through
 from bench.offload import offloaded
 from bench.race import PROMPT, Plan, load_average, planned
 from bench.tables import console, table
 from bench.worker import Worker
+from runtime.base.processors import default_threads
 from runtime.bindings.logs import silence
 from runtime.cli.help import HelpParser
 from runtime.cli.program import run_command
-from runtime.compute.threads import default_threads
-from runtime.engine import FFN_MODES, KV_TYPES
 from runtime.errors import UserError
 from runtime.hybrid.choose import machine_options, usable
 from runtime.hybrid.costs import PlanOptions, machine_of, model_costs
 from runtime.hybrid.devices import DeviceInfo, devices, find
 from runtime.hybrid.planner import evaluate
 from runtime.model_file.reader import GgufFile
+from runtime.options import FFN_MODES, RunOptions
 
 NO_GPU = 2  # exit status
 OURS = "lazyneuron"
@@ -99,7 +99,8 @@ def measure(
     load = load_average(_say)
     with planned(path, twin, threads, tokens, _WARM_UP) as plan, GgufFile(path) as file:
         mode = ffn or plan.modes[-1]
-        options = machine_options([device], usable((), [device]), threads, mode, plan.n_ctx, KV_TYPES["f16"], BATCH)
+        run = RunOptions(ffn=mode, threads=threads, n_ctx=plan.n_ctx).for_file(file)
+        options = machine_options([device], usable((), [device]), run)
         full = full_bytes(file, options)
         budgets = [usable((round(full * percent / 100),), [device])[0] // _KIB * _KIB for percent in percents]
         raced = [
@@ -153,7 +154,7 @@ def _ours(plan: Plan, ffn: str, device: DeviceInfo, budget: int) -> Spec:
 
 def _llama_cpp(plan: Plan, file: GgufFile, options: PlanOptions, device: DeviceInfo, budget: int) -> Spec:
     """As much as fits with the compute buffers that llama.cpp itself says it needs, and with the margin that ours has to leave."""
-    blocks, head = model_costs(file, replace(options, ffn="dense"))
+    blocks, head = model_costs(file, replace(options, run=replace(options.run, ffn="dense")))
     spec = Spec(LLAMA_CPP, str(plan.twin), plan.threads, plan.n_ctx, device.name)
     buffers = 0
     while True:

@@ -22,12 +22,12 @@ from bench.memory import DenseProduct
 from bench.shapes import SHAPES, shape
 from bench.tables import console, table
 from convert.formats import NUMBERS, fitting
+from runtime.base.processors import default_threads
 from runtime.base.worker import on_worker
 from runtime.bindings import ggml
 from runtime.bindings.logs import captured_log
 from runtime.cli.help import HelpParser
 from runtime.cli.program import run_command
-from runtime.compute.threads import default_threads
 from runtime.errors import UserError
 
 

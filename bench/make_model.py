@@ -30,9 +30,9 @@ from bench.tables import console, table
 from convert.formats import TYPES, check_type
 from convert.metadata import general_metadata
 from runtime.base.cache_folder import cache_folder
+from runtime.base.processors import default_threads
 from runtime.cli.help import HelpParser
 from runtime.cli.program import run_command
-from runtime.compute.threads import default_threads
 from runtime.errors import UserError
 from runtime.model_file.writer import write_gguf
 

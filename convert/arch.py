@@ -19,8 +19,8 @@ import numpy.typing as npt
 from convert import archs
 from convert.already_quantized import refuse_quantised
 from convert.config import REQUIRED, Config, shown
-from runtime.errors import UserError
 from runtime.bindings.ffn_shape import ACTIVATIONS
+from runtime.errors import UserError
 from runtime.model_file.structure import ARCHITECTURE, Structure
 
 THRESHOLDED = "fatrelu"  # the activation that has a threshold

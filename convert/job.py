@@ -26,8 +26,8 @@ from predictors.imported import adopt_model
 from predictors.matrices import Floats
 from runtime.base.atomic import check_space, check_target, new_path, writing
 from runtime.base.home import expanded
+from runtime.base.processors import default_threads
 from runtime.base.workspace import Workspace
-from runtime.compute.threads import default_threads
 from runtime.errors import UserError
 from runtime.model_file.shard_writer import check_shards, check_sizes, old_shards, shard_size, split_model
 from runtime.model_file.structure import ARCHITECTURE, required_tensors

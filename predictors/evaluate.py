@@ -20,14 +20,14 @@ from predictors.calibrate import LayerSamples, Progress, all_test, calibrate
 from predictors.choose import Cost, predicted_bytes
 from predictors.fit import Figures, cost_of
 from predictors.stored import stored_predictor
+from runtime.base.processors import default_threads
 from runtime.commands.perplexity import token_losses
 from runtime.compute.block_runner import BlockRunner
-from runtime.compute.threads import default_threads
 from runtime.compute.traffic import Activity, ffn_bytes_of_block
-from runtime.engine import BATCH
 from runtime.errors import UserError
 from runtime.model import Model, load
 from runtime.model_file.reader import GgufFile
+from runtime.options import BATCH
 from runtime.text.tokenizer import Tokenizer
 
 DEFAULT_TOKENS = 16384

@@ -23,9 +23,9 @@ from predictors.margins import EDGES, measure
 from predictors.matrices import MATRIX_TYPES, Floats, Tensor, block_size, plain
 from predictors.predictor import Candidate, FitOptions
 from predictors.registry import KINDS, METHODS
+from runtime.base.processors import default_threads
 from runtime.base.text_file import TextFile
 from runtime.compute.block_runner import BlockRunner
-from runtime.compute.threads import default_threads
 from runtime.compute.traffic import Activity, ffn_bytes_of_block
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile

@@ -20,8 +20,8 @@ from predictors.margins import scale_of
 from predictors.matrices import Floats
 from predictors.predictor import Candidate
 from predictors.stored import stored_predictor
+from runtime.base.processors import default_threads
 from runtime.compute.block_runner import BlockRunner
-from runtime.compute.threads import default_threads
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import Structure
 

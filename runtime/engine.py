@@ -21,7 +21,7 @@ from runtime.compute.blocks import FFN_MATRICES, GraphSpec, staged_as
 from runtime.compute.dense_threshold import dense_from, expected
 from runtime.compute.graph import Graph
 from runtime.compute.repack import Repacked, gains, repack
-from runtime.compute.threads import Threads
+from runtime.compute.threadpool import new_pool
 from runtime.compute.trace import Trace
 from runtime.compute.traffic import kv_bytes
 from runtime.compute.weights import KvCache, Weights
@@ -34,10 +34,8 @@ from runtime.hybrid.graph_cache import GraphCache
 from runtime.hybrid.schedule import SplitGraph
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import required_tensors
+from runtime.options import SettledOptions
 
-KV_TYPES = {"f16": ggml.F16, "f32": ggml.F32}
-FFN_MODES = ("predicted", "exact", "dense")
-BATCH = 512  # tokens of a prompt computed at once
 _KV_PAD = 256  # graphs are built for multiples of this many positions
 
 # By mode: matrices that every token is multiplied with as a whole, beside the head.
@@ -59,37 +57,18 @@ class Counts:
     seen: int = 0
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to run a model. ffn: one of FFN_MODES. n_ctx: positions. n_batch: tokens of a prompt computed at once.
-
-    predictor_bias: added to the predictors' scores, in units of their typical error; infinity makes every neuron a candidate.
-    cpus, priority: as in runtime.compute.threads.Threads.
-    """
-
-    ffn: str
-    threads: int
-    n_ctx: int
-    kv_type: str = "f16"
-    flash_attention: bool = True
-    n_batch: int = BATCH
-    predictor_bias: float = 0.0
-    cpus: tuple[int, ...] = ()
-    priority: str = "normal"
-
-
 class Engine(OfWorker):
     """A model ready to compute. Its methods do their work on the worker, one after the other, whichever threads call them.
 
     arrangement: what is on devices; None, or nothing: all is computed on the CPU. trace: collects when what was computed, and is written at the end.
     The file's mapping belongs to the engine. All is freed behind what the worker does: by `close`, or when nothing refers to the engine any more.
-    Raises UserError for a mode that the file does not allow, where memory does not suffice, and after `close`.
+    Raises UserError where memory does not suffice, and after `close`.
     """
 
     def __init__(
         self,
         file: GgufFile,
-        options: Options,
+        options: SettledOptions,
         arrangement: Arrangement | None = None,
         trace: Trace | None = None,
     ) -> None:
@@ -102,22 +81,9 @@ class Engine(OfWorker):
         self._device_bytes: tuple[int, ...] = ()
         self._cached: list[int] = []  # the ids whose keys and values are in the cache
         self.counts = [Counts() for _ in range(self.structure.block_count)]
-        self._check_modes(file)
         activity = expected(file, options.ffn, options.predictor_bias)
         self._dense_from = dense_from(self.structure, file.tensors, activity, gains)
         self._open(lambda handles: self._collect(file, handles))
-
-    def _check_modes(self, file: GgufFile) -> None:
-        if self.options.ffn == "dense" and self.structure.layout == "sparse":
-            raise UserError(
-                f"`{file.path}`: has no ffn_down tensors (layout `sparse`), which `dense` mode needs",
-                "use --ffn exact, or convert with --layout both",
-            )
-        if self.options.ffn == "predicted" and not any(self.structure.predictor_rank):
-            raise UserError(
-                f"`{file.path}`: has no predictor that pays, which `predicted` mode needs",
-                "use --ffn exact, or fit one: python -m predictors fit MODEL.gguf OUT.gguf",
-            )
 
     def _collect(self, file: GgufFile, handles: Handles) -> None:
         if self.options.ffn != "dense":
@@ -133,7 +99,7 @@ class Engine(OfWorker):
 
     def _open_backend(self, handles: Handles) -> ggml.BackendP:
         o = self.options
-        pool = Threads(o.threads, o.cpus, o.priority).pool()
+        pool = new_pool(o.team)
         if pool:
             handles.add(pool, ggml.ggml_threadpool_free)
         backend = handles.add(ggml.ggml_backend_cpu_init(), ggml.ggml_backend_free)
@@ -144,7 +110,7 @@ class Engine(OfWorker):
 
     def _allocate(self, handles: Handles) -> None:
         s = self.structure
-        n_cells, kv_type = _padded(self.options.n_ctx), KV_TYPES[self.options.kv_type]
+        n_cells, kv_type = _padded(self.options.n_ctx), self.options.kv_type_id
         if self.arrangement:
             streams = open_streams(handles, self.arrangement.devices, self.options.threads, self._trace)
             hybrid = Hybrid(self.weights, self.arrangement.residence, streams, n_cells, kv_type)
@@ -254,7 +220,7 @@ class Engine(OfWorker):
 
     def kv_bytes(self, n_positions: float) -> float:
         """Bytes of keys and values at so many positions, all layers."""
-        return kv_bytes(self.structure, n_positions, ggml.ggml_row_size(KV_TYPES[self.options.kv_type], 1))
+        return kv_bytes(self.structure, n_positions, ggml.ggml_row_size(self.options.kv_type_id, 1))
 
     def _check_budget(self, spec: GraphSpec) -> None:
         assert self.arrangement

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,26 +17,22 @@ from typing import Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from runtime.base.arguments import function, functions, integer, integers, limit, number, texts, token_ids, whole
+from runtime.base.arguments import function, functions, limit, texts, token_ids
 from runtime.base.arguments import path as as_path
 from runtime.base.atomic import check_target
 from runtime.base.closing import Closing, Handles, closed
 from runtime.base.sizes import parse_budgets
-from runtime.compute.threads import Threads, chosen_cpus
 from runtime.compute.trace import Trace
-from runtime.engine import BATCH, FFN_MODES, KV_TYPES, Engine, Options
+from runtime.engine import Engine
 from runtime.errors import UserError
 from runtime.generation import Generation, LogitsProcessor, Request, Stats, Token, Turns
 from runtime.hub.locate import locate
-from runtime.hybrid.choose import Wish, arrange
-from runtime.hybrid.devices import AUTO, parse_names
+from runtime.hybrid.choose import arrange
 from runtime.model_file.reader import GgufFile
+from runtime.options import AUTO, BATCH, RunOptions
 from runtime.text.chat_template import SPECIAL_TOKENS
 from runtime.text.sampling import Sampling
 from runtime.text.tokenizer import Tokenizer
-
-_MOST = 1 << 24  # tokens at once
-DEFAULT_N_CTX = 8192  # at most, where the user names none: keys and values are allocated when the model is loaded
 
 
 def load(
@@ -68,55 +63,26 @@ def load(
     hot: neurons of every block (or of each) on the first device, instead of what the planner chooses. trace: a file for Chrome's trace viewer, written by `close`.
     Raises UserError for a file that is not ours, damaged or incomplete, for options out of range, and where memory does not suffice.
     """
-    _check_modes(ffn, kv_type)
-    n_batch, bias = whole("n_batch", n_batch, 1, _MOST), number("predictor_bias", predictor_bias, -math.inf, math.inf)
-    placed = integers("hot", hot)
-    team = Threads.of(threads, chosen_cpus(cpus), priority)
-    recorder = Trace(as_path("trace", trace)) if trace else None
+    given = {name: value for name, value in locals().items() if name != "path"}
+    return open_model(path, RunOptions(**given | {"vram_budget": parse_budgets(vram_budget)}))
+
+
+def open_model(path: str | Path, options: RunOptions) -> Model:
+    """As `load`, with the options as one value."""
+    recorder = Trace(options.trace) if options.trace else None
     file = GgufFile(
         locate(as_path("path", path, "a file, or a name on the Hub"))
     )  # nothing is mapped before the engine does it
     if recorder:
         check_target(recorder.path, 0, force=True, inputs=[part.path for part in file.parts])
-    options = Options(
-        ffn=ffn or ("predicted" if any(file.structure.predictor_rank) else "exact"),
-        threads=team.n,
-        n_ctx=_context(file, n_ctx),
-        kv_type=kv_type,
-        flash_attention=flash_attention,
-        n_batch=n_batch,
-        predictor_bias=bias,
-        cpus=team.cpus,
-        priority=team.priority,
-    )
-    wish = Wish(
-        names=parse_names(device),
-        budgets=parse_budgets(vram_budget),
-        hot=placed,
-    )
-    arrangement = arrange(file, wish, team.n, options.ffn, options.n_ctx, KV_TYPES[kv_type], n_batch, bias)
+    settled = options.for_file(file)
+    arrangement = arrange(file, settled)
     with Handles() as handles:
         tokenizer = handles.enter_context(Tokenizer(file.path, file.metadata))
-        engine = handles.enter_context(Engine(file, options, arrangement, recorder))
+        engine = handles.enter_context(Engine(file, settled, arrangement, recorder))
         model = Model(file, engine, tokenizer)
         handles.pop_all()
         return model
-
-
-def _check_modes(ffn: str | None, kv_type: str) -> None:
-    if ffn is not None and ffn not in FFN_MODES:
-        raise UserError(f"ffn mode `{ffn}`, expected one of {', '.join(FFN_MODES)}")
-    if kv_type not in list(KV_TYPES):  # of any type
-        raise UserError(f"kv_type `{kv_type}`, expected one of {', '.join(KV_TYPES)}")
-
-
-def _context(file: GgufFile, n_ctx: int | None) -> int:
-    limit = file.structure.context_length
-    if n_ctx is None:
-        return min(limit, DEFAULT_N_CTX)
-    if not 1 <= (n_ctx := integer("n_ctx", n_ctx)) <= limit:
-        raise UserError(f"`{file.path}`: n_ctx {n_ctx}, expected 1 to {limit}, the model's own limit")
-    return n_ctx
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 import runtime
+from runtime.base import processors
 from runtime.base.cpu_quota import cpu_quota
-from runtime.cli.options import Loading
-from runtime.compute import threads
-from runtime.compute.threads import Threads, default_threads
+from runtime.base.processors import Threads, default_threads
+from runtime.cli.options import open_noted
+from runtime.options import RunOptions
 
 V2 = "31 23 0:28 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup rw,nsdelegate"
 V1 = "32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw,relatime - cgroup cgroup rw,cpu,cpuacct"
@@ -134,9 +135,9 @@ def test_what_the_system_says_otherwise(machine: Machine, text: str) -> None:
 def test_no_more_threads_than_the_quota_unless_asked(
     monkeypatch: pytest.MonkeyPatch, quota: float, expected: int
 ) -> None:
-    monkeypatch.setattr(threads, "cpu_quota", lambda: quota)
-    monkeypatch.setattr(threads, "physical_cores", lambda _=(): 4)
-    monkeypatch.setattr(threads, "_usable", lambda: set(range(4)))
+    monkeypatch.setattr(processors, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(processors, "physical_cores", lambda _=(): 4)
+    monkeypatch.setattr(processors, "_usable", lambda: set(range(4)))
     assert default_threads() == default_threads(per_processor=True) == expected
     assert Threads.of(None, (), "normal").n == expected
     assert Threads.of(4, (), "normal").n == 4
@@ -157,7 +158,7 @@ def test_too_many_threads_are_said(
 ) -> None:
     monkeypatch.setattr("runtime.cli.options.cpu_quota", lambda: 1.5)
     for n, said in ((None, False), (1, False), (2, True)):
-        with Loading(threads=n, device="none").open(tiny_gguf) as model:
+        with open_noted(tiny_gguf, RunOptions(threads=n, device="none")) as model:
             assert n in (None, model.threads)
         assert ("2 threads, on a CPU quota of 1.5 processors" in capsys.readouterr().err) == said
 

@@ -13,8 +13,9 @@ from checkpoints import CHECKPOINTS
 from oracle import Logits, kl, max_difference, random_ids, same_argmax, transformers_logits
 
 import runtime
-from runtime.engine import Engine, Options
+from runtime.engine import Engine
 from runtime.model_file.reader import GgufFile
+from runtime.options import RunOptions
 
 pytestmark = pytest.mark.numeric
 
@@ -66,7 +67,7 @@ def with_metadata(path: Path, ids: list[int], **changes: Any) -> Logits:
     """Our logits when the file's description is changed."""
     file = GgufFile(path)
     file.metadata.update({f"lazyneuron.{key.replace('__', '.')}": value for key, value in changes.items()})
-    engine = Engine(file, Options("exact", 2, N, "f32"))
+    engine = Engine(file, RunOptions(ffn="exact", threads=2, n_ctx=N, kv_type="f32").for_file(file))
     try:
         return engine.logits(ids)
     finally:

@@ -30,9 +30,11 @@ from runtime.hybrid.costs import (
 )
 from runtime.hybrid.planner import place
 from runtime.model_file.reader import GgufFile
+from runtime.options import RunOptions, SettledOptions
 
 ROOT = Path(__file__).parent.parent
-OPTIONS = PlanOptions("exact", 512, (1 << 20,), (1e12,), 1e9, sync=1e-6, n_positions=100, reserve=0, scattered=1.0)
+RUN = SettledOptions(ffn="exact", n_ctx=512)
+OPTIONS = PlanOptions(RUN, (1 << 20,), (1e12,), 1e9, sync=1e-6, n_positions=100, reserve=0, scattered=1.0)
 MACHINE = ("--vram-budget", 0.3, "--device-bandwidth", 1008, "--cpu-bandwidth", 60)
 
 
@@ -55,7 +57,7 @@ def test_without_a_device_it_reads_what_a_token_reads(fitted_gguf: Path, ffn: st
     """The time of a placement without a device is the traffic of a token over the bandwidth of main memory."""
     with GgufFile(fitted_gguf) as file:
         s = file.structure
-        found = plan_for(file, replace(OPTIONS, ffn=ffn, budgets=(0,)))
+        found = plan_for(file, replace(OPTIONS, run=replace(RUN, ffn=ffn), budgets=(0,)))
         traffic = bytes_per_token(s, file.tensors, expected(file, ffn, 0.0), kv_bytes(s, 100, 2))
     looked_up = 2 * s.embedding_length
     assert found.seconds * OPTIONS.cpu_bandwidth == pytest.approx(traffic.total - looked_up, rel=2e-3)
@@ -105,7 +107,7 @@ def test_candidates_are_as_many_as_predicted(share: float) -> None:
 def test_the_reserve_grows_with_what_it_is_for(tiny_gguf: Path) -> None:
     with GgufFile(tiny_gguf) as file:
         s = file.structure
-        small, large = reserve_of(s, OPTIONS), reserve_of(s, replace(OPTIONS, n_batch=2048))
+        small, large = (reserve_of(s, replace(OPTIONS, run=replace(RUN, n_batch=n))) for n in (128, 512))
         assert MARGIN < small < large
         assert plan_for(file, replace(OPTIONS, reserve=None, budgets=(small,))).bytes == (0,)
 
@@ -117,7 +119,7 @@ def test_a_file_without_the_down_projection_keeps_its_neurons_on_the_cpu(tmp_pat
         assert found.resident_from == 0
         assert not any(map(sum, found.hot))
         with pytest.raises(UserError, match="no ffn_down"):
-            plan_for(file, replace(OPTIONS, ffn="dense"))
+            RunOptions(ffn="dense").for_file(file)
 
 
 def test_options_that_make_no_sense_are_refused(tiny_gguf: Path) -> None:
@@ -127,10 +129,11 @@ def test_options_that_make_no_sense_are_refused(tiny_gguf: Path) -> None:
             ({"budgets": (), "device_bandwidths": ()}, "one of each per device"),
             ({"budgets": (-1,)}, "must not be negative"),
             ({"cpu_bandwidth": 0.0}, "must be positive"),
-            ({"ffn": "predicted"}, "no predictor"),
         ):
             with pytest.raises(UserError, match=text):
                 plan_for(file, replace(OPTIONS, **wrong))
+        with pytest.raises(UserError, match="no predictor"):
+            RunOptions(ffn="predicted").for_file(file)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -141,7 +144,7 @@ def test_it_plans_what_the_library_plans(fitted_gguf: Path) -> None:
     budget = int(0.3 * 2**30)
     options = replace(
         OPTIONS,
-        ffn="predicted",
+        run=replace(RUN, ffn="predicted"),
         budgets=(budget,),
         device_bandwidths=(1008e9,),
         cpu_bandwidth=60e9,
@@ -232,7 +235,7 @@ def test_mistakes_are_one_line(tiny_gguf: Path, arguments: tuple[object, ...], t
 def test_what_is_planned_for_a_file_is_the_optimum_of_its_blocks(fitted_gguf: Path) -> None:
     """Half of what everything takes: the planner uses it, and never more."""
     with GgufFile(fitted_gguf) as file:
-        options = replace(OPTIONS, ffn="predicted", device_bandwidths=(1e13,), sync=0.0)
+        options = replace(OPTIONS, run=replace(RUN, ffn="predicted"), device_bandwidths=(1e13,), sync=0.0)
         blocks, head = model_costs(file, options)
         everything = head + sum(b.stored + b.predictor + b.hot[-1] for b in blocks)
         found = plan_for(file, replace(options, budgets=(everything // 2,)))

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import runtime
+from runtime.base.processors import Threads, chosen_cpus, parse_cpus, physical_cores
 from runtime.base.worker import on_worker
-from runtime.compute.threads import Threads, chosen_cpus, parse_cpus, physical_cores
 from runtime.errors import UserError
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks the system for a thread's processors")

@@ -11,23 +11,22 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from runtime.base.atomic import check_target, new_path
 from runtime.base.closing import Handles
 from runtime.base.cpu_quota import cpu_quota
+from runtime.base.processors import PRIORITIES, parse_cpus
 from runtime.base.text_file import decoded, read_text, without_line_end
 from runtime.cli.completion import completed
 from runtime.cli.help import HelpParser
-from runtime.compute.threads import PRIORITIES, parse_cpus
-from runtime.engine import FFN_MODES, KV_TYPES
 from runtime.errors import UserError, printable
 from runtime.hub.locate import locate
 from runtime.hybrid.choose import Arrangement
-from runtime.hybrid.devices import AUTO
-from runtime.model import Model, load
+from runtime.model import Model, open_model
+from runtime.options import AUTO, FFN_MODES, KV_TYPES, RunOptions
 from runtime.text.sampling import Sampling
 
 
@@ -57,32 +56,17 @@ def check_verb(word: str, verbs: Sequence[str], prog: str) -> None:
         raise UserError(f"unknown command `{word}`", f"{did_you_mean(word, verbs)}`{prog}` lists the commands")
 
 
-@dataclass(frozen=True)
-class Loading:
-    """How a model is run: the parameters of `runtime.load` that commands offer, by name."""
-
-    ffn: str | None = None
-    threads: int | None = None
-    n_ctx: int | None = None
-    kv_type: str = "f16"
-    predictor_bias: float = 0.0
-    cpus: tuple[int, ...] = ()
-    priority: str = "normal"
-    device: str = AUTO
-    vram_budget: str | None = None
-    trace: Path | None = None
-
-    def open(self, path: Path) -> Model:
-        """The model `path`, run so. Raises UserError as `runtime.load` does."""
-        quota = cpu_quota()
-        if self.threads and self.threads > max(1, quota):
-            note(f"note: {self.threads} threads, on a CPU quota of {quota:g} processors: fewer are faster")
-        with Handles() as handles:
-            model = handles.enter_context(load(path, **vars(self)))
-            if model.arrangement:
-                note(where(model.arrangement))
-            handles.pop_all()
-        return model
+def open_noted(path: Path, options: RunOptions) -> Model:
+    """The model `path`, run so, with notes for people on stderr. Raises UserError as `runtime.load` does."""
+    quota = cpu_quota()
+    if options.threads and options.threads > max(1, quota):
+        note(f"note: {options.threads} threads, on a CPU quota of {quota:g} processors: fewer are faster")
+    with Handles() as handles:
+        model = handles.enter_context(open_model(path, options))
+        if model.arrangement:
+            note(where(model.arrangement))
+        handles.pop_all()
+    return model
 
 
 def where(arrangement: Arrangement) -> str:
@@ -133,8 +117,14 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# The fields of `RunOptions` that commands offer.
+_RUN_OPTIONS = {
+    *("ffn", "threads", "n_ctx", "kv_type", "predictor_bias", "cpus", "priority", "device", "vram_budget", "trace"),
+}
+
+
 def add_loading(parser: argparse.ArgumentParser) -> None:
-    """How the model is run: the fields of `Loading`."""
+    """How the model is run: the fields of `RunOptions`."""
     group = parser.add_argument_group("running the model")
     group.add_argument(
         "--ffn",
@@ -194,18 +184,22 @@ def add_sampling(parser: argparse.ArgumentParser, max_tokens: str) -> None:
 
 
 def arguments_of(options: dict[str, Any]) -> dict[str, Any]:
-    """The parsed options as keyword arguments of a command: those of a group become one `sampling` or `loading`, and `model` is located.
+    """The parsed options as keyword arguments of a command.
 
-    Before it is fetched, files to be written are known to be writable.
+    Those of a group become one `sampling` or one `run`, and `model` is located. Before a model is fetched, files to be
+    written are known to be writable.
     """
     check_outputs(options)
-    groups: dict[str, type[Sampling] | type[Loading]] = {"sampling": Sampling, "loading": Loading}
-    for name, group in groups.items():
-        names = {field.name for field in fields(group)}
-        if names <= options.keys():
-            value = group(**{key: options[key] for key in names})
-            options = {key: v for key, v in options.items() if key not in names} | {name: value}
+    options = _grouped(options, "sampling", Sampling, {field.name for field in fields(Sampling)})
+    options = _grouped(options, "run", RunOptions, _RUN_OPTIONS)
     return options | ({"model": locate(options["model"])} if "model" in options else {})
+
+
+def _grouped(options: dict[str, Any], name: str, group: type[Any], names: set[str]) -> dict[str, Any]:
+    if not names <= options.keys():
+        return options
+    value = group(**{key: options[key] for key in names})
+    return {key: v for key, v in options.items() if key not in names} | {name: value}
 
 
 def check_outputs(options: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from runtime.base.text_file import check_mark, decoded, without_line_end
 from runtime.cli.options import (
-    Loading,
     add_json,
     add_loading,
     add_model,
@@ -18,6 +17,7 @@ from runtime.cli.options import (
     cleaner,
     given_prompt,
     note,
+    open_noted,
     print_json,
     typed,
 )
@@ -25,6 +25,7 @@ from runtime.commands.conversation import Conversation
 from runtime.commands.session import Session, attempt
 from runtime.errors import UserError
 from runtime.model import Model
+from runtime.options import RunOptions
 from runtime.text.sampling import Sampling
 
 HELP = "talk to a model"
@@ -56,14 +57,14 @@ def chat(
     shift: bool = True,
     max_tokens: int | None = None,
     sampling: Sampling | None = None,
-    loading: Loading | None = None,
+    run: RunOptions | None = None,
     as_json: bool = False,
 ) -> None:
     """Talk to a model; with no terminal, each line of stdin is a prompt and stdout gets the replies."""
     first, system = given_prompt(prompt, prompt_file), typed(system, "--system")
     if first is not None and not first.strip():
         raise UserError("the prompt is blank", "give some text, or leave --prompt and --prompt-file out")
-    with (loading or Loading()).open(model) as loaded:
+    with open_noted(model, run or RunOptions()) as loaded:
         session = _session(loaded, system, max_tokens, sampling or Sampling(), shift)
         worked = _converse(session, first)
         if as_json:

@@ -9,7 +9,6 @@ from typing import Any
 
 from runtime.base.text_file import decoded, without_line_end
 from runtime.cli.options import (
-    Loading,
     add_json,
     add_loading,
     add_model,
@@ -17,6 +16,7 @@ from runtime.cli.options import (
     add_sampling,
     cleaner,
     given_prompt,
+    open_noted,
     print_json,
     stream,
 )
@@ -24,6 +24,7 @@ from runtime.commands.footer import print_footer
 from runtime.errors import UserError
 from runtime.generation import Generation
 from runtime.model import Model
+from runtime.options import RunOptions
 from runtime.text.sampling import Sampling
 
 HELP = "continue a prompt"
@@ -45,14 +46,14 @@ def complete(
     prompt_file: Path | None = None,
     max_tokens: int | None = None,
     sampling: Sampling | None = None,
-    loading: Loading | None = None,
+    run: RunOptions | None = None,
     as_json: bool = False,
 ) -> None:
     """Print the continuation of a prompt (`prompt`, else `prompt_file`, else stdin), or one JSON object about it."""
     text = given_prompt(prompt, prompt_file)
     text = _piped() if text is None else text
     sampling = (sampling or Sampling()).seeded()
-    with (loading or Loading()).open(model) as loaded:
+    with open_noted(model, run or RunOptions()) as loaded:
         with loaded.generate(text, max_tokens or DEFAULT_MAX_TOKENS, sampling) as generation:
             _show(generation, as_json)
         if as_json:

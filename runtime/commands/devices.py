@@ -9,8 +9,8 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
+from runtime.base.processors import default_threads
 from runtime.cli.options import add_json, count, print_json
-from runtime.compute.threads import default_threads
 from runtime.hybrid.bandwidth import speed_of
 from runtime.hybrid.devices import DeviceInfo, devices
 

@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from runtime.base.text_file import TextFile, read_text
-from runtime.cli.options import Loading, add_json, add_loading, add_model, count, print_json
+from runtime.cli.options import add_json, add_loading, add_model, count, open_noted, print_json
 from runtime.errors import UserError
 from runtime.model import Model
+from runtime.options import RunOptions
 
 HELP = "measure how well a model predicts a text"
 DEFAULT_WINDOW = 1024
@@ -48,12 +49,12 @@ def perplexity(
     window: int | None = None,
     stride: int | None = None,
     tokens: int | None = None,
-    loading: Loading | None = None,
+    run: RunOptions | None = None,
     as_json: bool = False,
 ) -> None:
     """Print the perplexity of a text, with the window and stride it was measured with."""
     text = read_text(file)  # one that cannot be read is noticed before the model is loaded
-    with (loading or Loading()).open(model) as loaded:
+    with open_noted(model, run or RunOptions()) as loaded:
         result = measure(loaded, text, window, stride, tokens)
     if as_json:
         print_json(result)

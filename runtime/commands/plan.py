@@ -14,17 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from runtime.base.sizes import parse_budgets
-from runtime.bindings import ggml
 from runtime.cli.options import add_json, add_model, count, print_json
-from runtime.compute.threads import default_threads
-from runtime.engine import BATCH, FFN_MODES, KV_TYPES
 from runtime.errors import UserError
 from runtime.hybrid.choose import machine_options, usable
 from runtime.hybrid.costs import Floats, PlanOptions, frequencies, machine_of, model_costs
 from runtime.hybrid.devices import find, parse_names
 from runtime.hybrid.planner import Device, Machine, Placement, place
-from runtime.model import DEFAULT_N_CTX
 from runtime.model_file.reader import GgufFile
+from runtime.options import FFN_MODES, KV_TYPES, RunOptions, SettledOptions
 
 HELP = "show what a device would hold, and the speed to expect"
 
@@ -79,14 +76,14 @@ def plan(
 ) -> None:
     """Print the split of each layer between device and CPU, bytes per device, the expected time per token and what limits it."""
     described = known(device_bandwidth, cpu_bandwidth, sync_us, positions)
+    wanted = RunOptions(ffn=ffn, threads=threads, n_ctx=n_ctx, kv_type=kv_type)
     with GgufFile(model) as file:
-        mode, context = ffn or usual_mode(file), context_of(file, n_ctx)
+        run = wanted.for_file(file)
         if device:
-            machine = measured(device, vram_budget, threads, mode, context, KV_TYPES[kv_type])
-            options = replace(machine, **described)
+            options = replace(measured(device, vram_budget, run), **described)
         else:
             _check_described(vram_budget, described)
-            options = PlanOptions(mode, context, vram_budget, kv_size=kv_size(kv_type), **described)
+            options = PlanOptions(run, vram_budget, **described)
         report = {"model": str(model), "kv_type": kv_type, **_report(file, options)}
     if as_json:
         print_json(report)
@@ -113,25 +110,12 @@ def known(
     return {name: value for name, value in given.items() if value is not None}
 
 
-def usual_mode(file: GgufFile) -> str:
-    """The FFN mode that a file is run in if nobody says."""
-    return "predicted" if any(file.structure.predictor_rank) else "exact"
-
-
-def kv_size(kv_type: str) -> int:
-    """Bytes of one element of keys and values."""
-    return int(ggml.ggml_row_size(KV_TYPES[kv_type], 1))
-
-
-def measured(
-    device: str, budgets: tuple[int, ...], threads: int | None, ffn: str, n_ctx: int, kv_type: int
-) -> PlanOptions:
+def measured(device: str, budgets: tuple[int, ...], run: SettledOptions) -> PlanOptions:
     """The planner's options for devices of this machine. Raises UserError for a device that is not there."""
     found = tuple(find(parse_names(device)))
     if not found:
         raise UserError(f"no device `{device}`", "`python -m runtime devices` lists them")
-    allowed = usable(budgets, found)
-    return machine_options(found, allowed, threads or default_threads(), ffn, n_ctx, kv_type, BATCH)
+    return machine_options(found, usable(budgets, found), run)
 
 
 def _check_described(budgets: tuple[int, ...], known: Mapping[str, Any]) -> None:
@@ -143,14 +127,6 @@ def _check_described(budgets: tuple[int, ...], known: Mapping[str, Any]) -> None
             f"{', '.join(missing)} missing",
             "describe a machine with these options, or name a device of this one: --device",
         )
-
-
-def context_of(file: GgufFile, n_ctx: int | None) -> int:
-    """Positions to plan for. Raises UserError for more than the model has."""
-    limit = file.structure.context_length
-    if n_ctx is not None and n_ctx > limit:
-        raise UserError(f"`{file.path}`: n_ctx {n_ctx}, expected 1 to {limit}, the model's own limit")
-    return n_ctx or min(limit, DEFAULT_N_CTX)
 
 
 def _report(file: GgufFile, options: PlanOptions) -> dict[str, Any]:

@@ -11,15 +11,14 @@ from typing import Any
 from runtime.base.atomic import check_target, new_path, replacing
 from runtime.cli.options import add_json, add_model, note, print_json
 from runtime.commands.inspect import size_text
-from runtime.commands.plan import add_machine, context_of, known, kv_size, measured, usual_mode
-from runtime.compute.threads import default_threads
-from runtime.engine import KV_TYPES
+from runtime.commands.plan import add_machine, known, measured
 from runtime.errors import UserError
 from runtime.hybrid.bandwidth import cpu, speed_of
 from runtime.hybrid.choose import usable
 from runtime.hybrid.costs import PlanOptions
-from runtime.hybrid.devices import AUTO, DeviceInfo, find, parse_names
+from runtime.hybrid.devices import DeviceInfo, find, parse_names
 from runtime.model_file.reader import GgufFile
+from runtime.options import AUTO, RunOptions, SettledOptions
 from runtime.report.budgets import placements
 from runtime.report.facts import bounds, facts_of, plain
 from runtime.report.page import write_page
@@ -70,15 +69,14 @@ def report(
     described = known(device_bandwidth, cpu_bandwidth, sync_us, positions)
     with GgufFile(model) as file:
         check_target(out, 0, force, inputs=[part.path for part in file.parts])
-        mode, context = ffn or usual_mode(file), context_of(file, n_ctx)
-        run = PlanOptions(mode, context, (0,), (ASSUMED,), 0.0)
-        options, machine, free = _machine(run, device, described, threads, kv_type)
+        run = RunOptions(ffn=ffn, threads=threads, n_ctx=n_ctx, kv_type=kv_type).for_file(file)
+        options, machine, free = _machine(run, device, described, threads)
         facts = facts_of(file)
         wanted = vram_budget[0] if vram_budget else None
         placement = placements(file, options, wanted, free)
     rates = {"cpu_tokens_per_s": options.cpu_bandwidth, "device_tokens_per_s": options.device_bandwidths[0]}
     facts |= {"machine": machine, "bounds": bounds(facts, rates)}
-    facts["placement"] = {"ffn": mode, "n_ctx": context, "kv_type": kv_type, **placement}
+    facts["placement"] = {"ffn": run.ffn, "n_ctx": run.n_ctx, "kv_type": kv_type, **placement}
     facts = plain(facts)
     page = write_page(facts).encode("utf-8")
     with replacing(out) as partial:
@@ -89,7 +87,7 @@ def report(
 
 
 def _machine(
-    run: PlanOptions, device: str | None, described: dict[str, Any], threads: int | None, kv_type: str
+    run: SettledOptions, device: str | None, described: dict[str, Any], threads: int | None
 ) -> tuple[PlanOptions, dict[str, Any], int | None]:
     """The planner's options, what the page says of the machine, and the bytes that are free on its device (None: it is not there).
 
@@ -98,11 +96,13 @@ def _machine(
     names = device or ("" if "device_bandwidths" in described else AUTO)
     found = find(parse_names(names)) if names else []
     if device or found:
-        options = measured(found[0].name if found else names, (), threads, run.ffn, run.n_ctx, KV_TYPES[kv_type])
+        options = measured(found[0].name if found else names, (), run)
         free, name, otherwise = usable((), found)[0], found[0].description or found[0].name, "measured"
     else:
-        rates = described if "cpu_bandwidth" in described else described | {"cpu_bandwidth": _cpu_bandwidth(threads)}
-        options = replace(run, **rates, kv_size=kv_size(kv_type))
+        rates = (
+            described if "cpu_bandwidth" in described else described | {"cpu_bandwidth": _cpu_bandwidth(run.threads)}
+        )
+        options = replace(PlanOptions(run, (0,), (ASSUMED,), 0.0), **rates)
         free, name, otherwise = None, "" if "device_bandwidths" in described else ASSUMED_AS, "assumed"
     options = replace(options, **described)
     figures = {
@@ -113,21 +113,19 @@ def _machine(
         "cpu": {"bandwidth": options.cpu_bandwidth, "source": _source("cpu_bandwidth", described, "measured")},
         "sync": {"seconds": options.sync, "source": _source("sync", described, otherwise)},
     }
-    return options, figures | {"name": name, "arguments": _arguments(options, found, described, threads, kv_type)}, free
+    return options, figures | {"name": name, "arguments": _arguments(options, found, described, threads)}, free
 
 
 def _source(name: str, described: dict[str, Any], otherwise: str) -> str:
     return "given" if name in described else otherwise
 
 
-def _cpu_bandwidth(threads: int | None) -> float:
+def _cpu_bandwidth(threads: int) -> float:
     """Measured once, in bytes/s: as many digits as the page's command repeats."""
-    return round(speed_of(cpu(), threads or default_threads()).bandwidth / 1e9, 1) * 1e9
+    return round(speed_of(cpu(), threads).bandwidth / 1e9, 1) * 1e9
 
 
-def _arguments(
-    options: PlanOptions, found: list[DeviceInfo], described: dict[str, Any], threads: int | None, kv_type: str
-) -> str:
+def _arguments(options: PlanOptions, found: list[DeviceInfo], described: dict[str, Any], threads: int | None) -> str:
     """Options that make `plan` find the page's placements, but for the budget."""
     shown = {name: value for name, value in vars(options).items() if not found or name in described}
     arguments = {
@@ -138,7 +136,7 @@ def _arguments(
         "--sync-us": _scaled(shown.get("sync"), 1e6) if "sync" in described else None,
         "--ffn": options.ffn,
         "--n-ctx": options.n_ctx,
-        "--kv-type": kv_type,
+        "--kv-type": options.run.kv_type,
         "--positions": described.get("n_positions"),
     }
     return " ".join(f"{name} {value}" for name, value in arguments.items() if value is not None)

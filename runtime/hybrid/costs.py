@@ -17,6 +17,7 @@ from runtime.errors import UserError
 from runtime.hybrid.planner import Block, Device, Machine, Placement, place
 from runtime.model_file.reader import GgufFile, TensorInfo
 from runtime.model_file.structure import Structure
+from runtime.options import SettledOptions
 
 # A byte of a row that is picked takes as long as this many bytes of a matrix read from end to end: 21 against 13 GB/s (docs/predictors.md).
 SCATTERED = 1.5
@@ -37,26 +38,42 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """How a model is to be run. budgets: bytes of each device, with bandwidths in bytes/s beside them; sync: seconds.
+    """What a model is planned for. budgets: bytes of each device, with bandwidths in bytes/s beside them; sync: seconds.
 
-    n_positions: how many positions a token is expected to see, None for half of n_ctx. kv_size: bytes of one element of keys and values.
+    n_positions: how many positions a token is expected to see, None for half of the context.
     reserve: bytes for compute buffers on each device that is used, None to estimate them. margin: part of the estimate, for what drivers take for themselves.
     scattered: how many times as long a row takes that is picked.
     """
 
-    ffn: str
-    n_ctx: int
+    run: SettledOptions
     budgets: tuple[int, ...]
     device_bandwidths: tuple[float, ...]
     cpu_bandwidth: float
     sync: float = 50e-6
-    kv_size: int = 2
-    n_batch: int = 512
     n_positions: int | None = None
-    predictor_bias: float = 0.0
     reserve: int | None = None
     margin: int = MARGIN
     scattered: float = SCATTERED
+
+    @property
+    def ffn(self) -> str:
+        """The mode."""
+        return self.run.ffn
+
+    @property
+    def n_ctx(self) -> int:
+        """Positions of the context."""
+        return self.run.n_ctx
+
+    @property
+    def n_batch(self) -> int:
+        """Tokens computed at once, at most."""
+        return min(self.run.n_batch, self.run.n_ctx)
+
+    @property
+    def kv_size(self) -> int:
+        """Bytes of one element of keys and values."""
+        return ggml.ggml_row_size(self.run.kv_type_id, 1)
 
 
 @dataclass(frozen=True)
@@ -109,25 +126,11 @@ def scratch_of(s: Structure, options: PlanOptions) -> int:
 def model_costs(file: GgufFile, options: PlanOptions) -> tuple[list[Block], int]:
     """The planner's blocks, and the bytes of the output head (its norm and projection included)."""
     s = file.structure
-    _check_mode(file, options.ffn)
-    gates = expected(file, options.ffn, options.predictor_bias).gates
+    gates = expected(file, options.ffn, options.run.predictor_bias).gates
     blocks = [_block(file, i, options, frequencies(file, i), float(gates[i])) for i in range(s.block_count)]
     output = "token_embd.weight" if s.tied_output else "output.weight"
     names = (output, *(name for name in file.tensors if name.startswith(("output_norm", "output_proj"))))
     return blocks, sum(_stored(file.tensors[name]) for name in names)
-
-
-def _check_mode(file: GgufFile, ffn: str) -> None:
-    if ffn == "dense" and file.structure.layout == "sparse":
-        raise UserError(
-            f"`{file.path}`: has no ffn_down tensors (layout `sparse`), which `dense` mode needs",
-            "use --ffn exact, or convert with --layout both",
-        )
-    if ffn == "predicted" and not any(file.structure.predictor_rank):
-        raise UserError(
-            f"`{file.path}`: has no predictor that pays, which `predicted` mode needs",
-            "use --ffn exact, or fit one: python -m predictors fit MODEL.gguf OUT.gguf",
-        )
 
 
 def frequencies(file: GgufFile, i: int) -> Floats:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from runtime.bindings import ggml
 from runtime.bindings import ggml_devices as gd
 from runtime.errors import UserError
+from runtime.options import AUTO
 
-NONE, AUTO = "none", "auto"
+NONE = "none"
 STAND_IN = "CPU"  # a second CPU backend in the place of a device: for tests, it makes nothing faster
 _INSTALL = (
     "llama-cpp-python must be built for the device: docs/install-gpu.md; `python -m runtime devices` lists what it sees"

@@ -1,8 +1,4 @@
-"""Which processors the computing threads run on, and how the system ranks them.
-
-ggml is an OpenMP build: a thread pool has no threads of its own here, its parameters are applied to the team that computes a graph.
-Knows nothing of models.
-"""
+"""The processors of this machine: how many threads compute, on which of them, and how the system ranks these threads."""
 
 from __future__ import annotations
 
@@ -17,13 +13,12 @@ from pathlib import Path
 
 from runtime.base.arguments import whole
 from runtime.base.cpu_quota import cpu_quota
-from runtime.bindings import ggml
 from runtime.errors import UserError
 
 MAX_THREADS = 512
 _RANGE = re.compile(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", re.ASCII)
 PRIORITIES = {"low": -1, "normal": 0, "medium": 1, "high": 2, "realtime": 3}  # enum ggml_sched_priority
-_FIFO = {"medium": 40, "high": 80, "realtime": 90}  # what ggml asks of the system for them
+FIFO = {"medium": 40, "high": 80, "realtime": 90}  # what ggml asks of the system for these priorities
 
 
 @dataclass(frozen=True)
@@ -48,27 +43,6 @@ class Threads:
             raise UserError(f"processor {min(missing)}: this process may use {_listed(_usable())}")
         _check_allowed(priority)
         return cls(n, tuple(sorted(set(cpus))), priority)
-
-    def pool(self) -> ggml.ThreadpoolP | None:
-        """A pool to be set on a CPU backend and freed by the caller; None where nothing was asked for. Call it on the thread that computes."""
-        if not self.cpus and self.priority == "normal":
-            return None
-        if self.n == 1:
-            self._apply()
-        params = ggml.ggml_threadpool_params_default(self.n)
-        for cpu in self.cpus:
-            params.cpumask[cpu] = True
-        params.prio = PRIORITIES[self.priority]
-        return ggml.ggml_threadpool_new(params)
-
-    def _apply(self) -> None:
-        # ggml does this for teams of two threads and more only.
-        if self.cpus and hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, self.cpus)
-        if self.priority == "low" and hasattr(os, "SCHED_BATCH"):
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        elif self.priority in _FIFO and hasattr(os, "SCHED_FIFO"):
-            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(_FIFO[self.priority]))
 
 
 def default_threads(among: Sequence[int] = (), per_processor: bool = False) -> int:
@@ -132,13 +106,13 @@ def _listed(cpus: set[int]) -> str:
 
 def _check_allowed(priority: str) -> None:
     """ggml only warns where the system refuses a priority: try it on a thread that ends at once."""
-    if priority not in _FIFO or sys.platform != "linux":
+    if priority not in FIFO or sys.platform != "linux":
         return
     refused: list[OSError] = []
 
     def attempt() -> None:
         try:
-            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(_FIFO[priority]))
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(FIFO[priority]))
         except OSError as error:
             refused.append(error)
 

@@ -1,0 +1,120 @@
+"""How a model is run: one value, from the command line and from Python to the graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from runtime.base.arguments import integer, integers, number, whole
+from runtime.base.arguments import path as as_path
+from runtime.base.processors import Threads, chosen_cpus
+from runtime.base.sizes import parse_budgets
+from runtime.bindings import ggml
+from runtime.errors import UserError
+from runtime.model_file.reader import GgufFile
+
+FFN_MODES = ("predicted", "exact", "dense")
+KV_TYPES = {"f16": ggml.F16, "f32": ggml.F32}
+AUTO = "auto"  # the first GPU, if there is one
+BATCH = 512  # tokens of a prompt computed at once
+MOST_TOKENS = 1 << 24  # at once
+DEFAULT_N_CTX = 8192  # at most, where nobody names one: keys and values are allocated when the model is loaded
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run a model. What is None is settled for a file by `for_file`.
+
+    ffn: one of FFN_MODES. threads: None for one per physical core, within the CPU quota. n_ctx: positions.
+    kv_type: one of KV_TYPES. flash_attention: False builds attention from plain products.
+    n_batch: tokens of a prompt computed at once. predictor_bias: added to the predictors' scores, in units of their
+    typical error; infinity makes every neuron a candidate. cpus: processors to compute on, () for all.
+    priority: as in runtime/base/processors.py. device: names as `python -m runtime devices` lists them, with commas.
+    vram_budget: bytes on each device, () for what is free. hot: neurons of every block, or of each, on the first device;
+    with it, all attention and the head are there too. trace: a file for Chrome's trace viewer.
+    Where the types are narrow, more is taken and turned into them: see `runtime.load`.
+    Raises UserError for values that no model allows, or this machine does not.
+    """
+
+    ffn: str | None = None
+    threads: int | None = None
+    n_ctx: int | None = None
+    kv_type: str = "f16"
+    flash_attention: bool = True
+    n_batch: int = BATCH
+    predictor_bias: float = 0.0
+    cpus: tuple[int, ...] = ()
+    priority: str = "normal"
+    device: str = AUTO
+    vram_budget: tuple[int, ...] = ()
+    hot: int | tuple[int, ...] | None = None
+    trace: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.ffn is not None and self.ffn not in FFN_MODES:
+            raise UserError(f"ffn mode `{self.ffn}`, expected one of {', '.join(FFN_MODES)}")
+        if self.kv_type not in list(KV_TYPES):  # of any type
+            raise UserError(f"kv_type `{self.kv_type}`, expected one of {', '.join(KV_TYPES)}")
+        team = Threads.of(self.threads, chosen_cpus(self.cpus), self.priority)
+        for name, value in {
+            "threads": None if self.threads is None else team.n,
+            "cpus": team.cpus,
+            "n_ctx": None if self.n_ctx is None else integer("n_ctx", self.n_ctx),
+            "n_batch": whole("n_batch", self.n_batch, 1, MOST_TOKENS),
+            "predictor_bias": number("predictor_bias", self.predictor_bias, -math.inf, math.inf),
+            "vram_budget": _bytes(self.vram_budget),
+            "hot": integers("hot", self.hot),
+            "trace": as_path("trace", self.trace) if self.trace else None,
+        }.items():
+            object.__setattr__(self, name, value)
+
+    def for_file(self, file: GgufFile) -> SettledOptions:
+        """The same with nothing left open, for a model. Raises UserError for what the file does not allow."""
+        s, limit = file.structure, file.structure.context_length
+        ffn = self.ffn or ("predicted" if any(s.predictor_rank) else "exact")
+        _check_mode(file, ffn)
+        n_ctx = min(limit, DEFAULT_N_CTX) if self.n_ctx is None else self.n_ctx
+        if not 1 <= n_ctx <= limit:
+            raise UserError(f"`{file.path}`: n_ctx {n_ctx}, expected 1 to {limit}, the model's own limit")
+        threads = Threads.of(self.threads, self.cpus, self.priority).n
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return SettledOptions(**given | {"ffn": ffn, "n_ctx": n_ctx, "threads": threads})
+
+
+@dataclass(frozen=True)
+class SettledOptions(RunOptions):
+    """Options with nothing left open; made by `RunOptions.for_file`."""
+
+    ffn: str = "exact"
+    threads: int = 1
+    n_ctx: int = 0
+
+    @property
+    def team(self) -> Threads:
+        """The computing threads."""
+        return Threads(self.threads, self.cpus, self.priority)
+
+    @property
+    def kv_type_id(self) -> int:
+        """The ggml type of keys and values."""
+        return KV_TYPES[self.kv_type]
+
+
+def _bytes(budgets: str | float | Sequence[int] | None) -> tuple[int, ...]:
+    """Bytes of each device; what is a sequence was parsed before."""
+    return tuple(budgets) if isinstance(budgets, tuple) else parse_budgets(budgets)  # type: ignore[arg-type]
+
+
+def _check_mode(file: GgufFile, ffn: str) -> None:
+    if ffn == "dense" and file.structure.layout == "sparse":
+        raise UserError(
+            f"`{file.path}`: has no ffn_down tensors (layout `sparse`), which `dense` mode needs",
+            "use --ffn exact, or convert with --layout both",
+        )
+    if ffn == "predicted" and not any(file.structure.predictor_rank):
+        raise UserError(
+            f"`{file.path}`: has no predictor that pays, which `predicted` mode needs",
+            "use --ffn exact, or fit one: python -m predictors fit MODEL.gguf OUT.gguf",
+        )
