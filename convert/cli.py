@@ -142,7 +142,7 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def _verb(name: str) -> tuple[Parser, Callable[..., None]]:
-    module = import_module(f"convert.{name}")
+    module = import_module(f"convert.publish.{name}")
     command: Callable[..., None] = getattr(module, name)
     parser = Parser(prog=f"python -m convert {name}", description=command.__doc__)
     module.configure_parser(parser)

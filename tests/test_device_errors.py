@@ -171,8 +171,8 @@ def test_names_of_devices_that_are_none(text: Any) -> None:
 
 BUSY = """
 import threading, time
-from runtime import ggml
-from runtime.native_ffn import exit_on_abort
+from runtime.bindings import ggml
+from runtime.bindings.sparse_ffn import exit_on_abort
 exit_on_abort()
 threading.Thread(target=lambda: time.sleep(3600)).start()
 """

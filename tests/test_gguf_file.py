@@ -195,7 +195,7 @@ FUZZ = """
 import random, sys
 from pathlib import Path
 from runtime.errors import UserError
-from runtime.gguf_file import GgufFile
+from runtime.model_file.reader import GgufFile
 whole, path, rng = bytearray(Path(sys.argv[1]).read_bytes()), Path(sys.argv[2]), random.Random(int(sys.argv[3]))
 opened = 0
 for _ in range(400):

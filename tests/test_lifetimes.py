@@ -309,8 +309,8 @@ def test_ctrl_c_is_not_lost_where_native_code_calls_back(path: Path) -> None:
     """Python passes over an interrupt that comes within a callback: libllama's log of a vocabulary is hundreds of them."""
     program = """
 import signal, sys, threading
-from runtime import logs
-from runtime.tokenizer import Tokenizer
+from runtime.bindings import logs
+from runtime.text.tokenizer import Tokenizer
 keep, main, presses = logs._print_or_keep, threading.main_thread().ident, [signal.SIGINT]
 def pressed(*arguments):
     if presses:

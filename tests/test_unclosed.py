@@ -31,7 +31,7 @@ def path(converted: Callable[..., Path]) -> Path:
 def test_a_finaliser_on_the_worker_does_not_wait_for_it(path: Path) -> None:
     program = """
 import gc, sys, runtime
-from runtime.worker import on_worker
+from runtime.base.worker import on_worker
 model = runtime.load(sys.argv[1])
 model.itself = model
 del model
@@ -183,7 +183,7 @@ model.logits([5])
 def test_ctrl_c_while_loading_ends_the_program_soon(path: Path) -> None:
     program = """
 import os, signal, sys, threading, time, runtime
-from runtime import repack
+from runtime.compute import repack
 fill = repack._fill
 def slow(*arguments):
     time.sleep(0.3)
