@@ -22,7 +22,8 @@ from bench.pool import GROUP, Bytes, ColumnPool, Floats, RowPool, choose_groups,
 from convert.formats import NUMBERS, encode, fitting, output_type, row_bytes
 from runtime.bindings import ggml
 from runtime.errors import UserError
-from runtime.model_file.structure import Structure, required_tensors
+from runtime.model_file.structure import Structure
+from runtime.model_file.tensor_shapes import required_tensors
 from runtime.model_file.writer import Stream
 
 POOL_ROWS = 4096

@@ -22,6 +22,7 @@ from convert.config import REQUIRED, Config, shown
 from runtime.bindings.ffn_shape import ACTIVATIONS
 from runtime.errors import UserError
 from runtime.model_file.structure import ARCHITECTURE, Structure
+from runtime.model_file.structure_reading import read_structure
 
 THRESHOLDED = "fatrelu"  # the activation that has a threshold
 _EXPECTED = {"per_layer_config": {}, "transformers_weights": "model.safetensors"}  # as `Arch.expect`, in every family
@@ -141,7 +142,7 @@ def describe(
         **values,
     )
     # Reading it back applies the reader's own checks before anything is written.
-    return Structure.from_metadata({"general.architecture": ARCHITECTURE, **structure.to_metadata()}, config.where)
+    return read_structure({"general.architecture": ARCHITECTURE, **structure.to_metadata()}, config.where)
 
 
 def _check_expected(arch: Arch, config: Config) -> None:

@@ -15,7 +15,7 @@ from convert.kept import Kept
 from convert.plan import Plan, PlannedTensor, Types
 from predictors.rewrite import REPLACED
 from runtime.model_file.reader import GgufFile
-from runtime.model_file.structure import required_tensors
+from runtime.model_file.tensor_shapes import required_tensors
 from runtime.model_file.writer import copied_keys
 
 

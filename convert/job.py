@@ -30,7 +30,8 @@ from runtime.base.processors import default_threads
 from runtime.base.workspace import Workspace
 from runtime.errors import UserError
 from runtime.model_file.shard_writer import check_shards, check_sizes, old_shards, shard_size, split_model
-from runtime.model_file.structure import ARCHITECTURE, required_tensors
+from runtime.model_file.structure import ARCHITECTURE
+from runtime.model_file.tensor_shapes import required_tensors
 from runtime.model_file.writer import Stream, write_parts
 
 Progress = Callable[[str, int, int], None]

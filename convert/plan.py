@@ -25,7 +25,8 @@ from convert.leftovers import common_prefix, explanation, is_buffer, listed, wit
 from convert.rewrites import IDENTITY, Heads, Rewrite, Shape, named
 from predictors.matrices import Tensor
 from runtime.errors import UserError
-from runtime.model_file.structure import Structure, required_tensors
+from runtime.model_file.structure import Structure
+from runtime.model_file.tensor_shapes import required_tensors
 
 _ALWAYS_F32 = ("position_embd.weight",)  # besides everything with one dimension: norms, biases, frequencies
 

@@ -56,7 +56,7 @@ class BlockFit:
     """What a fit adds to one block.
 
     order: int32 [n_ff], stored position -> position in the file that was read. freq: float32 [n_ff], in the new order.
-    rank: 0 for no predictor. tensors: in the new order, those of runtime.model_file.structure.neuron_tensors.
+    rank: 0 for no predictor. tensors: in the new order, those of runtime.model_file.tensor_shapes.neuron_tensors.
     """
 
     order: Order

@@ -33,7 +33,7 @@ from runtime.hybrid.device_queue import open_streams
 from runtime.hybrid.graph_cache import GraphCache
 from runtime.hybrid.schedule import SplitGraph
 from runtime.model_file.reader import GgufFile
-from runtime.model_file.structure import required_tensors
+from runtime.model_file.tensor_shapes import required_tensors
 from runtime.options import SettledOptions
 
 _KV_PAD = 256  # graphs are built for multiples of this many positions

@@ -17,7 +17,8 @@ from convert.config import Config
 from convert.plan import Plan, Types, make_plan
 from convert.rewrites import NAMES
 from runtime.errors import UserError
-from runtime.model_file.structure import Structure, required_tensors
+from runtime.model_file.structure import Structure
+from runtime.model_file.tensor_shapes import required_tensors
 
 Folder = Callable[[str], Path]
 

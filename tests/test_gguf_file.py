@@ -16,7 +16,8 @@ import pytest
 import runtime
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
-from runtime.model_file.structure import Structure, required_tensors
+from runtime.model_file.structure import Structure
+from runtime.model_file.tensor_shapes import required_tensors
 
 SMALL = Structure(
     source_architecture="test", vocab_size=64, context_length=32, embedding_length=32, block_count=2, feed_forward_length=64, head_count=2, head_count_kv=1, head_length=16,
@@ -111,12 +112,12 @@ def test_truncation_anywhere(tmp_path: Path) -> None:
 
 
 BAD_METADATA: list[tuple[dict[str, Any], str]] = [
-    ({"lazyneuron.schema_version": 3}, "schema version 3, expected 1 to 2"),
+    ({"lazyneuron.schema_version": 4}, "schema version 4, expected 1 to 3"),
     (
         {"lazyneuron.predictor.kind": "lowrank", "lazyneuron.predictor.rank": [8.0, math.inf]},
         "`lazyneuron.predictor.rank` is array([ 8., inf], dtype=float32), expected one int per block",
     ),
-    ({"lazyneuron.schema_version": [1, 2]}, "schema version [1 2], expected 1 to 2"),
+    ({"lazyneuron.schema_version": [1, 2]}, "schema version [1 2], expected 1 to 3"),
     ({"lazyneuron.rope.freq_base": math.inf}, "`lazyneuron.rope.freq_base` is inf, expected finite numbers"),
     ({"lazyneuron.embedding_scale": math.nan}, "`lazyneuron.embedding_scale` is nan, expected finite numbers"),
     (

@@ -28,7 +28,8 @@ from convert.tokenizer.vocabulary import filler
 from runtime.bindings import ggml
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile, TensorInfo
-from runtime.model_file.structure import ARCHITECTURE, Structure, required_tensors
+from runtime.model_file.structure import ARCHITECTURE, Structure
+from runtime.model_file.tensor_shapes import required_tensors
 from runtime.text.vocabulary import check_vocabulary
 
 MAGIC = b"PWRI"

@@ -22,7 +22,8 @@ from convert.powerinfer.model_file import threshold_bias, with_mlp
 from convert.rewrites import Shape
 from predictors.matrices import Floats
 from runtime.errors import UserError
-from runtime.model_file.structure import Structure, required_tensors
+from runtime.model_file.structure import Structure
+from runtime.model_file.tensor_shapes import required_tensors
 
 DEFAULT_TYPE = "q8_0"  # of the matrices, where `auto` is asked for
 _KEYS = ("fc1.weight", "fc2.weight")

@@ -20,7 +20,8 @@ from runtime.compute.graph import Graph, read
 from runtime.compute.weights import KvCache, Weights
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
-from runtime.model_file.structure import Structure, required_tensors
+from runtime.model_file.structure import Structure
+from runtime.model_file.tensor_shapes import required_tensors
 
 Floats = npt.NDArray[np.float32]
 _KV_PAD = 256

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from runtime.hybrid.planner import Placement
-from runtime.model_file.structure import Structure, required_tensors
+from runtime.model_file.structure import Structure
+from runtime.model_file.tensor_shapes import required_tensors
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.*)")
 _ROWS = ("ffn_gate.weight", "ffn_gate.bias", "ffn_up.weight", "ffn_up.bias")

@@ -192,7 +192,11 @@ class _Parsed:
         if kind == ggml.GGUF_TYPE_STRING:
             return [_text(ggml.gguf_get_arr_str(self._gguf, i, j)) for j in range(n)]
         address = ggml.gguf_get_arr_data(self._gguf, i)
-        return np.array((_SCALARS[kind][0] * n).from_address(address)) if n and address else np.zeros(0)
+        if not n or not address:
+            return np.zeros(0)
+        ctype, convert = _SCALARS[kind]
+        values = np.array((ctype * n).from_address(address))
+        return values.astype(np.bool_) if convert is bool else values
 
 
 def _parse_as_gguf(path: Path, params: ggml.gguf_init_params) -> ggml.GgufP:

@@ -17,7 +17,9 @@ from runtime.errors import UserError
 from runtime.model_file.container import MAGIC, GgufPart, TensorInfo
 from runtime.model_file.provenance import check_figures
 from runtime.model_file.shards import open_shards
-from runtime.model_file.structure import Structure, required_tensors
+from runtime.model_file.structure import Structure
+from runtime.model_file.structure_reading import read_structure
+from runtime.model_file.tensor_shapes import required_tensors
 
 __all__ = ["MAGIC", "GgufFile", "TensorInfo"]
 
@@ -47,7 +49,7 @@ class GgufFile(Closing):
     @functools.cached_property
     def structure(self) -> Structure:
         """The model's description, checked against the tensors: each required one present with its shape, neurons in the order it says; figures of its making in their range."""
-        structure = Structure.from_metadata(self.metadata, f"`{self.path}`")
+        structure = read_structure(self.metadata, f"`{self.path}`")
         self._check_tensors(structure)
         check_figures(self.metadata, structure.block_count, f"`{self.path}`")
         if structure.neuron_order == "hot":

@@ -1,24 +1,19 @@
-"""What a model file says of its own structure, and which tensors that requires.
+"""What a model file says of its own structure: the model as a whole, and its blocks one by one.
 
-The converter writes it, the runtime builds its graph from it: neither side knows an architecture's name. The keys and tensors are those of docs/format.md.
-This module knows nothing of files, graphs or checkpoints.
+The converter writes it, the runtime builds its graph from it: neither side knows an architecture's name. The keys are
+those of docs/format.md; the tensors that follow from them are in tensor_shapes.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from runtime.bindings.ffn_shape import ACTIVATIONS, FfnShape
-from runtime.errors import UserError
 
 ARCHITECTURE = "lazyneuron"
-SCHEMA_VERSION = 2  # the newest; a file names the oldest whose readers compute it rightly
-_VERSIONS = range(1, SCHEMA_VERSION + 1)
+SCHEMA_VERSION = 3  # the newest; a file names the oldest whose readers compute it rightly
 
 NORMS = ("rms", "layer")
 NORM_PLACEMENTS = ("pre", "post")
@@ -32,20 +27,28 @@ NEURON_ORDERS = ("original", "hot")
 PREDICTOR_KINDS = ("none", "lowrank", "mlp", "signbit")
 PREDICTOR_TAPS = ("ffn_norm", "residual")
 
+# Fields that may differ between blocks: an int for all, or a tuple of one for each. A tuple of equal ones becomes the int.
+PER_BLOCK = ("feed_forward_length", "head_count", "head_count_kv", "rope_dimension_count")
+MIXED = 3  # the first schema version whose readers know lists of such values
+
 
 def _key(name: str, choices: tuple[str, ...] = (), since: int = 1, **kwargs: Any) -> Any:
-    """since: the first schema version that knows the key; older readers would ignore it."""
+    """since: the first schema version that knows the key; older readers would ignore it. From 3 on, defaults are not written."""
     return field(metadata={"key": name, "choices": choices, "since": since}, **kwargs)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Causal self-attention of one block. window: how many positions a token sees, itself included; 0 for all. rope: whether positions rotate queries and keys."""
+    """Causal self-attention of one block. Lengths are in elements.
+
+    rope: how many elements of each query and key are rotated by its position; 0 for none.
+    window: how many positions a token sees, itself included; 0 for all.
+    """
 
     head_count: int
     head_count_kv: int
     head_length: int
-    rope: bool = True
+    rope: int = 0
     window: int = 0
 
     @property
@@ -69,9 +72,9 @@ class Block:
 
 @dataclass(frozen=True)
 class Structure:
-    """A decoder-only transformer with a ReLU-family FFN. One field per GGUF key `lazyneuron.<key>`.
+    """A decoder-only transformer with a ReLU-family FFN. One field per GGUF key `lazyneuron.<key>`; lengths are in elements.
 
-    Lengths are in elements: n_embd = embedding_length, n_ff = feed_forward_length.
+    What is computed is said block by block in `blocks`, made from the values that may differ between blocks.
     """
 
     source_architecture: str = _key("source_architecture")
@@ -79,9 +82,9 @@ class Structure:
     context_length: int = _key("context_length")
     embedding_length: int = _key("embedding_length")
     block_count: int = _key("block_count")
-    feed_forward_length: int = _key("feed_forward_length")
+    feed_forward_length: int = _key("feed_forward_length")  # 0: the block has no FFN
     head_count: int = _key("attention.head_count")
-    head_count_kv: int = _key("attention.head_count_kv")
+    head_count_kv: int = _key("attention.head_count_kv")  # 0: the block has no attention
     head_length: int = _key("attention.key_length")
     norm: str = _key("norm", NORMS)
     norm_epsilon: float = _key("norm_epsilon")
@@ -106,7 +109,10 @@ class Structure:
     qk_norm: str = _key("attention.qk_norm", QK_NORMS, since=2, default="none")
     attention_sub_norm: bool = _key("attention.sub_norm", since=2, default=False)
     ffn_sub_norm: bool = _key("ffn.sub_norm", since=2, default=False)
-    rope_dimension_count: int = _key("rope.dimension_count", default=0)
+    sliding_window: int = _key("attention.sliding_window", since=3, default=0)  # 0: none
+    # One per block: whether it has the window; (): all have.
+    sliding_window_pattern: tuple[bool, ...] = _key("attention.sliding_window_pattern", since=3, default=())
+    rope_dimension_count: int = _key("rope.dimension_count", default=0)  # 0: the block does not rotate
     rope_freq_base: float = _key("rope.freq_base", default=10000.0)
     rope_scaling: str = _key("rope.scaling.type", ROPE_SCALINGS, default="none")
     rope_scaling_factor: float = _key("rope.scaling.factor", default=1.0)
@@ -121,20 +127,56 @@ class Structure:
     # One per block: what the scores are typically off by; the unit of a shift of the threshold at run time.
     predictor_error: tuple[float, ...] = _key("predictor.error", default=())
 
+    def __post_init__(self) -> None:
+        for name in PER_BLOCK:
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) == self.block_count and len(set(value)) == 1:
+                object.__setattr__(self, name, value[0])
+        if len(self.sliding_window_pattern) == self.block_count and all(self.sliding_window_pattern):
+            object.__setattr__(self, "sliding_window_pattern", ())
+
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         """The blocks, each with sizes of its own."""
-        attention = Attention(self.head_count, self.head_count_kv, self.head_length, self.position.startswith("rope"))
+        windows = self.sliding_window_pattern or (True,) * self.block_count
+        columns = (self.each(name) for name in PER_BLOCK)
+        return tuple(self._block(*values) for values in zip(*columns, windows, strict=True))
+
+    def _block(self, n_ff: int, heads: int, heads_kv: int, rotated: int, windowed: bool) -> Block:
+        rope, window = rotated if self.position.startswith("rope") else 0, self.sliding_window if windowed else 0
         ffn = FfnShape(
             self.embedding_length,
-            self.feed_forward_length,
-            self.gated,
+            n_ff,
+            self.ffn_gate == "gated",
             self.ffn_activation,
             self.activation_threshold,
             self.ffn_bias,
             self.ffn_sub_norm,
         )
-        return (Block(attention, ffn),) * self.block_count
+        attention = Attention(heads, heads_kv, self.head_length, rope, window)
+        return Block(attention if heads_kv else None, ffn if n_ff else None)
+
+    def each(self, name: str) -> tuple[int, ...]:
+        """A field that may differ between blocks, for each of them."""
+        value: int | tuple[int, ...] = getattr(self, name)
+        return value if isinstance(value, tuple) else (value,) * self.block_count
+
+    @cached_property
+    def ffns(self) -> dict[int, FfnShape]:
+        """The FFN of each block that has one, by block."""
+        return {i: block.ffn for i, block in enumerate(self.blocks) if block.ffn}
+
+    @cached_property
+    def attentions(self) -> dict[int, Attention]:
+        """The attention of each block that has one, by block."""
+        return {i: block.mixer for i, block in enumerate(self.blocks) if block.mixer}
+
+    @property
+    def rope_dimensions(self) -> int:
+        """Elements of a head that are rotated, in the blocks that rotate any: one number wherever frequencies have factors."""
+        return max((a.rope for a in self.attentions.values()), default=0)
+
+    # --- of models whose blocks are all the same ---------------------------------------------------------------------
 
     @property
     def gated(self) -> bool:
@@ -144,7 +186,7 @@ class Structure:
     @property
     def kv_length(self) -> int:
         """Elements of one token's keys (and of its values) in one layer."""
-        return self.head_length * self.head_count_kv
+        return self.head_length * int(self.head_count_kv)
 
     @property
     def product_length(self) -> int:
@@ -162,193 +204,11 @@ class Structure:
 
     def to_metadata(self) -> dict[str, Any]:
         """The GGUF key-value pairs that describe this structure, schema version included; per-block values as lists."""
-        values = {f.metadata["key"]: getattr(self, f.name) for f in fields(self)}
         described = {
-            f"{ARCHITECTURE}.{key}": list(value) if isinstance(value, tuple) else value
-            for key, value in values.items()
-            if value != ()
+            f"{ARCHITECTURE}.{f.metadata['key']}": list(value) if isinstance(value, tuple) else value
+            for f in fields(self)
+            if (value := getattr(self, f.name)) != () and not (f.metadata["since"] >= MIXED and value == f.default)
         }
         needed = [f.metadata["since"] for f in fields(self) if getattr(self, f.name) != f.default]
-        return {f"{ARCHITECTURE}.schema_version": max(needed), **described}
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any], where: str) -> Structure:
-        """Read the structure back from GGUF key-value pairs; `where` names the file in errors.
-
-        Raises UserError for another architecture or schema version, a missing key, a value of the wrong type or out of its range.
-        """
-        check_schema(metadata, where)
-        structure = cls(**{f.name: _value(f, metadata, where) for f in fields(cls)})
-        _check(structure, where)
-        return structure
-
-
-def check_schema(metadata: Mapping[str, Any], where: str) -> None:
-    """Refuse a GGUF file that is not ours, or of another schema version."""
-    found = metadata.get("general.architecture")
-    if found != ARCHITECTURE:
-        raise UserError(
-            f"{where}: general.architecture is `{found}`, expected `{ARCHITECTURE}`",
-            "convert the original Hugging Face checkpoint: python -m convert REPO OUT.gguf",
-        )
-    version = metadata.get(f"{ARCHITECTURE}.schema_version")
-    if type(version) is not int or version not in _VERSIONS:
-        raise UserError(
-            f"{where}: schema version {version}, expected 1 to {SCHEMA_VERSION}",
-            "convert the checkpoint again with this version of lazyneuron, or use the version that wrote the file",
-        )
-
-
-def _value(f: Any, metadata: Mapping[str, Any], where: str) -> Any:
-    key = f"{ARCHITECTURE}.{f.metadata['key']}"
-    if key not in metadata:
-        if f.default is MISSING:
-            raise UserError(f"{where}: no key `{key}`", "the file is incomplete: convert the checkpoint again")
-        return f.default
-    if str(f.type).startswith("tuple"):
-        return _values(metadata[key], key, int if "int" in str(f.type) else float, where)
-    value, kind = metadata[key], {"int": int, "float": float, "bool": bool, "str": str}[str(f.type)]
-    if type(value) is not kind:
-        raise UserError(f"{where}: `{key}` is {value!r}, expected {kind.__name__}")
-    choices = f.metadata["choices"]
-    if choices and value not in choices:
-        raise UserError(f"{where}: `{key}` is `{value}`, expected one of {', '.join(choices)}")
-    return value
-
-
-def _values(found: Any, key: str, kind: type, where: str) -> tuple[Any, ...]:
-    values = found.tolist() if isinstance(found, np.ndarray) else found
-    fitting = (int,) if kind is int else (int, float)
-    if not isinstance(values, list) or not all(type(value) in fitting for value in values):
-        raise UserError(f"{where}: `{key}` is {found!r}, expected one {kind.__name__} per block")
-    return tuple(map(kind, values))
-
-
-# Lengths beyond these are taken for damage before anything is allocated.
-_LIMITS = {
-    "vocab_size": 1 << 24,
-    "context_length": 1 << 27,
-    "embedding_length": 1 << 20,
-    "block_count": 1 << 14,
-    "feed_forward_length": 1 << 24,
-    "head_count": 1 << 14,
-    "head_count_kv": 1 << 14,
-    "head_length": 1 << 16,
-}
-
-
-_LARGEST = 3.4e38  # of a number: what an F32 holds
-
-
-def _check(s: Structure, where: str) -> None:
-    for f in fields(s):
-        value = getattr(s, f.name)
-        if any(
-            isinstance(v, float) and not abs(v) <= _LARGEST for v in (value if isinstance(value, tuple) else (value,))
-        ):
-            raise UserError(f"{where}: `{ARCHITECTURE}.{f.metadata['key']}` is {value}, expected finite numbers")
-    for name, limit in _LIMITS.items():
-        if not 0 < getattr(s, name) <= limit:
-            raise UserError(f"{where}: {name} is {getattr(s, name)}, expected 1 to {limit}")
-    if s.head_count % s.head_count_kv:
-        raise UserError(f"{where}: {s.head_count} heads, expected a multiple of the {s.head_count_kv} key-value heads")
-    if s.position.startswith("rope") and not (
-        0 < s.rope_dimension_count <= s.head_length and s.rope_dimension_count % 2 == 0
-    ):
-        raise UserError(
-            f"{where}: rope.dimension_count is {s.rope_dimension_count}, expected an even number up to the head length {s.head_length}"
-        )
-    if s.predictor != "none" and not len(s.predictor_rank) == len(s.predictor_error) == s.block_count:
-        raise UserError(
-            f"{where}: predictor ranks and errors for {len(s.predictor_rank)} and {len(s.predictor_error)} blocks, expected {s.block_count}"
-        )
-    if any(not 0 <= rank <= 1 << 20 for rank in s.predictor_rank):
-        raise UserError(f"{where}: a predictor rank of {max(s.predictor_rank)}, expected 0 to {1 << 20}")
-    if not (0 < s.norm_epsilon < 1 and s.rope_freq_base > 0 and s.rope_scaling_factor > 0):
-        raise UserError(
-            f"{where}: norm_epsilon, rope.freq_base and rope.scaling.factor must be positive (norm_epsilon below 1)"
-        )
-    scales = (s.embedding_scale, s.residual_scale, s.logit_scale, s.rope_attention_factor)
-    if min(scales) <= 0 or min(s.logit_softcap, s.activation_threshold) < 0:
-        raise UserError(
-            f"{where}: the scales of embeddings, residuals, logits and rotation must be positive, "
-            "logit_softcap and ffn.activation_threshold 0 or more"
-        )
-    if s.residual == "parallel" and s.norm_placement != "pre":
-        raise UserError(
-            f"{where}: residual is `parallel`, expected norm_placement `pre` with it, found `{s.norm_placement}`"
-        )
-    if s.ffn_activation == "drelu" and not s.gated:
-        raise UserError(f"{where}: ffn.activation is `drelu`, expected ffn.gate `gated` with it, found `{s.ffn_gate}`")
-
-
-def block_tensors(s: Structure) -> dict[str, tuple[int, ...]]:
-    """Tensors of one block without their `blk.N.` prefix -> shape in ggml's order, contiguous dimension first."""
-    d, ff = s.embedding_length, s.feed_forward_length
-    q, kv = s.head_length * s.head_count, s.kv_length
-    tensors: dict[str, tuple[int, ...]] = {
-        **_norm(s, "attn_norm", d),
-        "attn_q.weight": (d, q),
-        "attn_k.weight": (d, kv),
-        "attn_v.weight": (d, kv),
-        "attn_output.weight": (q, d),
-        **_norm(s, "ffn_norm", d),
-        "ffn_up.weight": (d, ff),
-        "ffn_down_t.weight": (d, ff),
-    }
-    if s.attention_bias:
-        tensors |= {"attn_q.bias": (q,), "attn_k.bias": (kv,), "attn_v.bias": (kv,)}
-    if s.attention_output_bias:
-        tensors["attn_output.bias"] = (d,)
-    if s.qk_norm != "none":
-        tensors |= _norm(s, "attn_q_norm", s.head_length) | _norm(s, "attn_k_norm", s.head_length)
-    if s.attention_sub_norm:
-        tensors |= _norm(s, "attn_sub_norm", q)
-    if s.gated:
-        tensors["ffn_gate.weight"] = (d, ff)
-    if s.layout == "both":
-        tensors["ffn_down.weight"] = (ff, d)
-    if s.ffn_bias:
-        tensors |= {"ffn_up.bias": (ff,), "ffn_down.bias": (d,)} | ({"ffn_gate.bias": (ff,)} if s.gated else {})
-    return tensors
-
-
-def neuron_tensors(s: Structure, i: int) -> dict[str, tuple[int, ...]]:
-    """What block `i` stores of its neurons' order and their predictor, without its prefix -> shape in ggml's order."""
-    d, ff, r = s.embedding_length, s.feed_forward_length, s.rank(i)
-    tensors: dict[str, tuple[int, ...]] = {}
-    if s.neuron_order == "hot":
-        tensors |= {"ffn_neuron_index": (ff,), "ffn_neuron_freq": (ff,)}
-    if r and s.predictor == "signbit":
-        tensors |= {"predictor_sign": (d // 8, ff), "predictor_out.bias": (ff,)}
-    elif r:
-        tensors |= {"predictor_in.weight": (d, r), "predictor_out.weight": (r, ff), "predictor_out.bias": (ff,)}
-    return tensors
-
-
-def required_tensors(s: Structure) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a file of this structure must hold -> shape in ggml's order, contiguous dimension first."""
-    d = s.embedding_length
-    e = s.token_embedding_length or d
-    tensors: dict[str, tuple[int, ...]] = {"token_embd.weight": (e, s.vocab_size)}
-    if s.projected:
-        tensors |= {"token_embd_proj.weight": (e, d), "output_proj.weight": (d, e)}
-    if s.position == "learned":
-        tensors["position_embd.weight"] = (d, s.context_length)
-    if s.embedding_norm:
-        tensors |= _norm(s, "token_embd_norm", d)
-    if s.rope_freq_factors:
-        tensors["rope_freqs.weight"] = (s.rope_dimension_count // 2,)
-    for i in range(s.block_count):
-        block = block_tensors(s) | neuron_tensors(s, i)
-        tensors |= {f"blk.{i}.{name}": shape for name, shape in block.items()}
-    if s.output_norm:
-        tensors |= _norm(s, "output_norm", d)
-    if not s.tied_output:
-        tensors["output.weight"] = (e, s.vocab_size)
-    return tensors
-
-
-def _norm(s: Structure, name: str, width: int) -> dict[str, tuple[int, ...]]:
-    parts = ("weight", "bias") if s.norm == "layer" else ("weight",)
-    return {f"{name}.{part}": (width,) for part in parts}
+        mixed = any(isinstance(getattr(self, name), tuple) for name in PER_BLOCK)
+        return {f"{ARCHITECTURE}.schema_version": max(needed + [MIXED] * mixed), **described}

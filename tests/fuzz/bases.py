@@ -16,7 +16,8 @@ import numpy as np
 from convert.formats import NUMBERS, encode, fitting
 from runtime.model_file import structure
 from runtime.model_file.shard_writer import split_model
-from runtime.model_file.structure import Structure, required_tensors
+from runtime.model_file.structure import Structure
+from runtime.model_file.tensor_shapes import required_tensors
 from runtime.model_file.writer import Stream, write_files
 
 VOCAB = 300

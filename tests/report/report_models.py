@@ -11,7 +11,8 @@ import numpy as np
 
 from bench.make_model import tokenizer
 from bench.shapes import shape
-from runtime.model_file.structure import Structure, required_tensors
+from runtime.model_file.structure import Structure
+from runtime.model_file.tensor_shapes import required_tensors
 from runtime.model_file.writer import Stream, write_gguf
 
 

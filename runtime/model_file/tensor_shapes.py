@@ -1,0 +1,99 @@
+"""Which tensors a file must hold, and their shapes: what follows from its `Structure`.
+
+Shapes are in ggml's order, the contiguous dimension first.
+"""
+
+from __future__ import annotations
+
+from runtime.bindings.ffn_shape import FfnShape
+from runtime.model_file import tensor_names as n
+from runtime.model_file.structure import Attention, Structure
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def required_tensors(s: Structure) -> Shapes:
+    """Every tensor that a file of this structure must hold -> its shape, in the order of the file."""
+    d = s.embedding_length
+    e = s.token_embedding_length or d
+    tensors: Shapes = {n.weight(n.TOKEN_EMBD): (e, s.vocab_size)}
+    if s.projected:
+        tensors |= {n.weight(n.TOKEN_EMBD_PROJ): (e, d), n.weight(n.OUTPUT_PROJ): (d, e)}
+    if s.position == "learned":
+        tensors[n.weight(n.POSITION_EMBD)] = (d, s.context_length)
+    if s.embedding_norm:
+        tensors |= _norm(s, n.TOKEN_EMBD_NORM, d)
+    if s.rope_freq_factors:
+        tensors[n.weight(n.ROPE_FREQS)] = (s.rope_dimensions // 2,)
+    for i in range(s.block_count):
+        block = block_tensors(s, i) | neuron_tensors(s, i)
+        tensors |= {n.in_block(i, name): shape for name, shape in block.items()}
+    if s.output_norm:
+        tensors |= _norm(s, n.OUTPUT_NORM, d)
+    if not s.tied_output:
+        tensors[n.weight(n.OUTPUT)] = (e, s.vocab_size)
+    return tensors
+
+
+def block_tensors(s: Structure, i: int) -> Shapes:
+    """Short name -> shape of what block `i` computes with, its predictor aside."""
+    block = s.blocks[i]
+    mixer_first, mixer_rest = _attention(s, block.mixer) if block.mixer else ({}, {})
+    ffn_first, ffn_rest = _ffn(s, block.ffn) if block.ffn else ({}, {})
+    return mixer_first | ffn_first | mixer_rest | ffn_rest
+
+
+def _attention(s: Structure, a: Attention) -> tuple[Shapes, Shapes]:
+    """What every attention has, and the rest: a block's file order has the FFN's first part between them."""
+    d, q, kv = s.embedding_length, a.query_length, a.kv_length
+    rest: Shapes = {}
+    if s.attention_bias:
+        rest |= {n.bias(n.ATTN_Q): (q,), n.bias(n.ATTN_K): (kv,), n.bias(n.ATTN_V): (kv,)}
+    if s.attention_output_bias:
+        rest[n.bias(n.ATTN_OUTPUT)] = (d,)
+    if s.qk_norm != "none":
+        rest |= _norm(s, n.ATTN_Q_NORM, a.head_length) | _norm(s, n.ATTN_K_NORM, a.head_length)
+    if s.attention_sub_norm:
+        rest |= _norm(s, n.ATTN_SUB_NORM, q)
+    first = {
+        **_norm(s, n.ATTN_NORM, d),
+        n.weight(n.ATTN_Q): (d, q),
+        n.weight(n.ATTN_K): (d, kv),
+        n.weight(n.ATTN_V): (d, kv),
+        n.weight(n.ATTN_OUTPUT): (q, d),
+    }
+    return first, rest
+
+
+def _ffn(s: Structure, ffn: FfnShape) -> tuple[Shapes, Shapes]:
+    """What every FFN has, and the rest."""
+    d, ff = ffn.n_embd, ffn.n_ff
+    rest: Shapes = {n.weight(n.FFN_GATE): (d, ff)} if ffn.gated else {}
+    if s.layout == "both":
+        rest[n.weight(n.FFN_DOWN)] = (ff, d)
+    if ffn.bias:
+        rest |= {n.bias(n.FFN_UP): (ff,), n.bias(n.FFN_DOWN): (d,)}
+        rest |= {n.bias(n.FFN_GATE): (ff,)} if ffn.gated else {}
+    return {**_norm(s, n.FFN_NORM, d), n.weight(n.FFN_UP): (d, ff), n.weight(n.FFN_DOWN_T): (d, ff)}, rest
+
+
+def neuron_tensors(s: Structure, i: int) -> Shapes:
+    """Short name -> shape of what block `i` stores of its neurons' order and their predictor."""
+    ffn, r = s.blocks[i].ffn, s.rank(i)
+    if ffn is None:
+        return {}
+    d, ff = ffn.n_embd, ffn.n_ff
+    tensors: Shapes = {}
+    if s.neuron_order == "hot":
+        tensors |= {n.NEURON_INDEX: (ff,), n.NEURON_FREQ: (ff,)}
+    if r and s.predictor == "signbit":
+        tensors |= {n.PREDICTOR_SIGN: (d // 8, ff), n.bias(n.PREDICTOR_OUT): (ff,)}
+    elif r:
+        tensors |= {n.weight(n.PREDICTOR_IN): (d, r), n.weight(n.PREDICTOR_OUT): (r, ff)}
+        tensors[n.bias(n.PREDICTOR_OUT)] = (ff,)
+    return tensors
+
+
+def _norm(s: Structure, stem: str, width: int) -> Shapes:
+    parts = (n.weight, n.bias) if s.norm == "layer" else (n.weight,)
+    return {part(stem): (width,) for part in parts}
