@@ -18,7 +18,7 @@ from runtime.model_file.writer import write_gguf
 
 EQUAL = Structure(
     source_architecture="test", vocab_size=64, context_length=32, embedding_length=32, block_count=4,
-    feed_forward_length=64, head_count=4, head_count_kv=2, head_length=8, norm="layer", norm_epsilon=1e-5,
+    feed_forward_length=64, head_count=4, head_count_kv=2, head_length=8, norm="layer", norm_epsilon=2.0**-17,
     position="rope_neox", ffn_gate="gated", ffn_activation="relu", ffn_bias=True, attention_bias=True,
     rope_dimension_count=8,
 )  # fmt: skip
