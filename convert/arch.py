@@ -58,13 +58,17 @@ class Generated:
     make: Callable[[Config], npt.NDArray[np.float32]]
 
 
+Sources = Source | Generated | tuple[Source, ...]
+
+
 @dataclass(frozen=True)
 class Arch:
     """An architecture family: how its config.json and its tensors map to a GGUF file.
 
     keys: field of `Structure` -> a constant, a `Field`, or a function of the config.
-    tensors: GGUF name (`blk.{i}.` for those of a block) -> where it comes from, or a function of the config that says so. Those
-    that a checkpoint's structure does not require are not looked for.
+    tensors: GGUF name (`blk.{i}.` for those of a block) -> where it comes from, or a function of the config that says so.
+    Of several sources, the first that the checkpoint has in the expected shape. Those that a checkpoint's structure does
+    not require are not looked for.
     """
 
     family: str
@@ -72,12 +76,14 @@ class Arch:
     activation: Field  # where config.json names the activation
     activations: Mapping[str, str]  # config.json's value -> GGUF's
     keys: Mapping[str, Any]
-    tensors: Mapping[str, Source | Generated | Callable[[Config], Source]]
-    model_type: str = ""  # in config.json beside the first architecture; "" where transformers has no class for it
+    tensors: Mapping[str, Sources | Callable[[Config], Sources]]
+    # In config.json beside the first architecture; "" where nothing says what it must be. It decides between two
+    # families of one architecture.
+    model_type: str = ""
     threshold: Field = Field("hidden_act_param")  # of `fatrelu`
     renamed: Mapping[str, str] = field(default_factory=dict)  # config keys of older checkpoints -> today's
     base_prefix: str = ""  # of checkpoints with a head; those saved without one lack it in every name
-    skip: tuple[str, ...] = ()  # checkpoint tensors that carry no weights
+    skip: tuple[str, ...] = ()  # checkpoint tensors that carry no weights; `*` stands for anything
     # Config values that must be so, where present: one that is a list, each of its elements.
     expect: Mapping[str, Any] = field(default_factory=dict)
     # Methods of quantisation (`quant_method` of `quantization_config`) that its weights do not have when they are stored as floats.
@@ -92,7 +98,7 @@ def families() -> dict[str, Arch]:
 
 def find_arch(config: Config) -> Arch:
     """The family of a checkpoint. Raises UserError when none has the architecture that config.json names, or its weights are quantised."""
-    known = {name: arch for arch in families().values() for name in arch.architectures}
+    known = _known_names(config.values.get("model_type"))
     named = config.get("architectures", list, [])
     name = next((name for name in named if isinstance(name, str) and name in known), "")
     refuse_quantised(config, known[name].quantization if name else ())
@@ -104,6 +110,18 @@ def find_arch(config: Config) -> Arch:
         f"{config.where}: architecture {wanted}, expected {', '.join(sorted(known))}",
         "a new architecture is one file: see CONTRIBUTING.md",
     )
+
+
+def _known_names(model_type: Any) -> dict[str, Arch]:
+    """Architecture -> its family. Of several, the one of this model_type, else one that does not ask for another."""
+    known: dict[str, list[Arch]] = {}
+    for arch in families().values():
+        for name in arch.architectures:
+            known.setdefault(name, []).append(arch)
+    return {
+        name: max(archs, key=lambda arch, name=name: (arch.model_type == model_type, arch.architectures[0] != name))
+        for name, archs in known.items()
+    }
 
 
 def _check_model_type(config: Config, architecture: str, arch: Arch) -> None:

@@ -6,6 +6,7 @@ each tensor of the checkpoint is used or known to be of no use. Knows neither ho
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -194,21 +195,36 @@ def _planned(name: str, shape: Shape, source: Source | Generated, structure: Str
     wanted = (types.output or output_type(types.main)) if name == head else types.main
     if len(shape) == 1 or name in _ALWAYS_F32:
         wanted = "f32"
-    heads = Heads(structure.head_count, structure.head_count_kv, structure.head_length)
-    rewrite = named(source.rewrite, heads) if isinstance(source, Source) else IDENTITY
+    rewrite = named(source.rewrite, _heads(structure)) if isinstance(source, Source) else IDENTITY
     return PlannedTensor(name, source, shape, fitting(wanted, shape[0]), wanted, rewrite=rewrite)
+
+
+def _heads(structure: Structure) -> Heads:
+    return Heads(structure.head_count, structure.head_count_kv, structure.head_length)
 
 
 def _sources(arch: Arch, structure: Structure, checkpoint: Checkpoint) -> dict[str, Source | Generated]:
     """The architecture's table with its block numbers filled in, and its names as this checkpoint spells them."""
     prefix = _absent_prefix(arch, checkpoint)
     config = adapted(arch, checkpoint.config)
+    required, heads = required_tensors(structure), _heads(structure)
     table: dict[str, Source | Generated] = {}
-    for name, given in arch.tensors.items():
-        source = given if isinstance(given, Source | Generated) else given(config)
-        for i in range(structure.block_count if "{i}" in name else 1):
-            table[name.format(i=i)] = _numbered(source, i, prefix)
+    for template, given in arch.tensors.items():
+        found = given(config) if callable(given) else given
+        for i in range(structure.block_count if "{i}" in template else 1):
+            name = template.format(i=i)
+            choices = [_numbered(source, i, prefix) for source in (found if isinstance(found, tuple) else (found,))]
+            fitting_ones = (source for source in choices if _fits(source, required.get(name), heads, checkpoint))
+            table[name] = next(fitting_ones, choices[0])
     return table
+
+
+def _fits(source: Source | Generated, shape: Shape | None, heads: Heads, checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint has a source in the shape that a tensor of `shape` (in ggml's order) is made from."""
+    if isinstance(source, Generated) or shape is None or source.name not in checkpoint.tensors:
+        return False
+    expected = named(source.rewrite, heads).source_shape(shape[::-1])
+    return checkpoint.tensors[source.name].shape == expected
 
 
 def _absent_prefix(arch: Arch, checkpoint: Checkpoint) -> str:
@@ -225,7 +241,8 @@ def _numbered(source: Source | Generated, i: int, prefix: str) -> Source | Gener
 
 def _skipped(arch: Arch, structure: Structure, checkpoint: Checkpoint) -> set[str]:
     prefix = _absent_prefix(arch, checkpoint)
-    skipped = {name.format(i=i).removeprefix(prefix) for name in arch.skip for i in range(structure.block_count)}
+    patterns = {name.format(i=i).removeprefix(prefix) for name in arch.skip for i in range(structure.block_count)}
+    skipped = {name for pattern in patterns for name in fnmatch.filter(checkpoint.tensors, pattern)}
     head = arch.tensors.get("output.weight")
     if structure.tied_output and isinstance(head, Source):
         skipped.add(head.name)  # where it is stored as well, it is the same as the embeddings

@@ -146,6 +146,9 @@ _YARN = {
 _ONLINE = {
     "quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
 }
+_SPARSE_LLAMA = {
+    "architectures": ["SparseLlamaForCausalLM"], "model_type": "llama_sparse_relu", "sparsity_gated_mlp": True,
+}  # fmt: skip
 _BAMBOO = {"architectures": ["BambooForCausalLM"], "model_type": "bamboo"}
 _SCALES = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 48}
 _MINICPM = {"architectures": ["MiniCPMForCausalLM"], "hidden_act": "fatrelu", "hidden_act_param": 0.03, **_SCALES}
@@ -162,6 +165,13 @@ CASES = {
     ),
     "llama-drelu": Case("llama", "Llama", GQA, {}, drelu, ffn_type="drelu"),
     "llama-relu2": Case("llama", "Llama", {**_GATED, "hidden_act": "relu2"} | _TIED),
+    "sparse-llama-tied": Case("sparse_llama", "Llama", _GATED | _TIED, {**_SPARSE_LLAMA, "hidden_act": "silu"}),
+    "sparse-llama": Case(
+        "sparse_llama",
+        "Llama",
+        {**GQA, **_LLAMA3, "attention_bias": True, "mlp_bias": True},
+        {**_SPARSE_LLAMA, "intermediate_size": 999, "sparsity_new_intermediate_size": 224},
+    ),
     "opt-tied": Case(
         "opt", "OPT", {"hidden_size": 96, "ffn_dim": 352, "num_attention_heads": 6, "word_embed_proj_dim": 96} | _TIED
     ),
