@@ -17,8 +17,9 @@ from runtime.base import worker
 from runtime.base.closing import Handles
 from runtime.base.worker import OfWorker
 from runtime.bindings import ggml, sparse_ffn
-from runtime.compute.blocks import FFN_MATRICES, GraphSpec, staged_as
+from runtime.compute.builder import GraphSpec
 from runtime.compute.dense_threshold import dense_from, expected
+from runtime.compute.ffns.neurons import FFN_MATRICES, staged_as
 from runtime.compute.graph import Graph
 from runtime.compute.repack import Repacked, gains, repack
 from runtime.compute.threadpool import new_pool
@@ -33,6 +34,7 @@ from runtime.hybrid.device_queue import open_streams
 from runtime.hybrid.graph_cache import GraphCache
 from runtime.hybrid.schedule import SplitGraph
 from runtime.model_file.reader import GgufFile
+from runtime.model_file.tensor_names import weight_of
 from runtime.model_file.tensor_shapes import required_tensors
 from runtime.options import SettledOptions
 
@@ -119,7 +121,8 @@ class Engine(OfWorker):
         multiplied = [name for name in self.weights.tensors if self._every_token_multiplies(name)]
         handles.enter_context(repack(self.weights, self._backend, multiplied))
         worker.stop_if_unwanted()
-        self.kv = handles.enter_context(KvCache(self._backend, kv_type, s.kv_length, n_cells, self.resident_from))
+        lengths = {i: a.kv_length for i, a in s.attentions.items() if i < self.resident_from}
+        self.kv = handles.enter_context(KvCache(self._backend, kv_type, lengths, n_cells))
 
     def _every_token_multiplies(self, name: str) -> bool:
         """Whether the CPU multiplies with all of a matrix for every token."""
@@ -237,8 +240,8 @@ class Engine(OfWorker):
         if not any(spec.n_tokens >= n for n in spec.dense_from[: self.resident_from]):
             return None
         dense = [i for i, n in enumerate(spec.dense_from[: self.resident_from]) if n < math.inf]
-        names = [f"blk.{i}.{name}.weight" for i in dense for name in FFN_MATRICES]
-        held = {staged_as(n.split(".")[2], t.type): n for n in names if (t := self.weights.get(n))}
+        names = [(stem, weight_of(i, stem)) for i in dense for stem in FFN_MATRICES]
+        held = {staged_as(stem, t.type): name for stem, name in names if (t := self.weights.get(name))}
         return self._graphs.scratch(lambda: Repacked(self.weights, self._backend, held))
 
     def _count(self, graph: Graph | SplitGraph) -> None:

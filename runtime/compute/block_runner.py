@@ -15,7 +15,7 @@ import numpy.typing as npt
 from runtime.base.closing import Handles
 from runtime.base.worker import OfWorker
 from runtime.bindings import ggml
-from runtime.compute.blocks import GraphSpec
+from runtime.compute.builder import GraphSpec
 from runtime.compute.graph import Graph, read
 from runtime.compute.weights import KvCache, Weights
 from runtime.errors import UserError
@@ -60,7 +60,6 @@ class BlockRunner(OfWorker):
         self._backend = handles.add(ggml.ggml_backend_cpu_init(), ggml.ggml_backend_free)
         ggml.ggml_backend_cpu_set_n_threads(self._backend, self._threads)
         self._weights = handles.enter_context(Weights(self._file, required_tensors(s)))
-        self._kv = handles.enter_context(KvCache(self._backend, ggml.F32, s.kv_length, self._n_kv, 1))
 
     def embed(self, ids: npt.NDArray[np.int32]) -> Floats:
         """Hidden states before block 0: float32 [len(ids), n_embd]."""
@@ -80,13 +79,17 @@ class BlockRunner(OfWorker):
         spec = GraphSpec(n_tokens, self._n_kv, n_tokens, self._ffn, self._threads, first=first, end=end, tapped=True)
         if self._graph is None or self._graph.spec != spec:
             self._close_graph()
-            self._kv.first = first or 0  # one cache for whichever block
-            self._graph = Graph(spec, self.structure, self._weights, self._kv, self._backend)
+            with Handles() as handles:
+                attention = self.structure.attentions.get(-1 if first is None else first)
+                lengths = {first: attention.kv_length} if first is not None and attention else {}
+                kv = handles.enter_context(KvCache(self._backend, ggml.F32, lengths, self._n_kv))
+                self._graph = handles.enter_context(Graph(spec, self.structure, self._weights, kv, self._backend))
+                self._graph_handles = handles.pop_all()
         return self._graph
 
     def _close_graph(self) -> None:
         if self._graph is not None:
-            self._graph.close()
+            self._graph_handles.close()
             self._graph = None
 
     def rows(self, name: str, first: int, end: int) -> Floats:

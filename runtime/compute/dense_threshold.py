@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from runtime.compute.blocks import FFN_MATRICES
+from runtime.compute.ffns.neurons import FFN_MATRICES
 from runtime.compute.traffic import Activity
 from runtime.model_file.reader import GgufFile, TensorInfo
 from runtime.model_file.structure import Structure

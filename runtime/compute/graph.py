@@ -5,6 +5,7 @@ Knows how a graph is allocated, filled and run; knows nothing of what it compute
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +13,8 @@ import numpy.typing as npt
 
 from runtime.base.closing import Closing, Handles
 from runtime.bindings import ggml, sparse_ffn
-from runtime.compute.blocks import Blocks, GraphSpec, Inputs
+from runtime.compute.blocks import Blocks
+from runtime.compute.builder import Builder, GraphSpec, Inputs
 from runtime.compute.repack import Repacked
 from runtime.compute.weights import KvCache, Tensors, check_status, new_context
 from runtime.errors import UserError
@@ -61,8 +63,8 @@ class Graph(Closing):
         self.inputs = Inputs(
             positions=self._input(b"positions", ggml.I32, n),
             cells=self._input(b"cells", ggml.I64, n),
-            mask=self._input(b"mask", ggml.F16, spec.n_kv, n),
             outputs=self._input(b"outputs", ggml.I32, spec.n_outputs),
+            masks={w: self._input(b"mask %d" % w, ggml.F16, spec.n_kv, n) for w in self.structure.windows},
         )
 
     def _input(self, name: bytes, type_id: int, ne0: int, ne1: int = 1) -> ggml.TensorP:
@@ -76,22 +78,23 @@ class Graph(Closing):
     def _build(self) -> ggml.TensorP:
         """Add every operation; returns the logits [n_vocab, n_outputs], or hidden states [n_embd, n_tokens]."""
         device = ggml.ggml_backend_get_device(self.backend)
-        blocks = Blocks(
+        builder = Builder(
             self.ctx, self.structure, self.weights, self.kv, self.spec, self.inputs, device, self.scratch, self.ffns
         )
+        blocks = Blocks(builder)
         x = blocks.embeddings(self.input) if self.spec.first is None else self.input
         end = self.structure.block_count if self.spec.end is None else self.spec.end
         for i in range(self.spec.first or 0, end):
-            residual, normed = blocks.until_ffn(x, i)
-            if self.spec.tapped:
-                self._tap("ffn_input", normed)
-                self._tap("residual", blocks.streams.get(i, residual))
-            x = blocks.after_ffn(residual, normed, blocks.ffn(normed, residual, i), i)
+            x = self._tapped(blocks, x, i) if self.spec.tapped and i in self.structure.ffns else blocks.block(x, i)
         return blocks.head(x) if self.spec.end is None else x
 
-    def _tap(self, name: str, x: ggml.TensorP) -> None:
-        ggml.ggml_set_output(x)
-        self.taps[name] = x
+    def _tapped(self, blocks: Blocks, x: ggml.TensorP, i: int) -> ggml.TensorP:
+        """Block `i`, with what its FFN sees kept."""
+        at = blocks.until_ffn(x, i)
+        for name, inner in (("ffn_input", at.x), ("residual", at.stream)):
+            ggml.ggml_set_output(inner)
+            self.taps[name] = inner
+        return blocks.after_ffn(at, blocks.ffn(i).product(at.x, at.stream), i)
 
     def run(self, data: npt.NDArray[np.int32] | npt.NDArray[np.float32], start: int) -> npt.NDArray[np.float32]:
         """Compute the tokens at positions start.. and return logits, float32 [n_outputs, n_vocab].
@@ -100,7 +103,9 @@ class Graph(Closing):
         A graph that ends before the last block returns hidden states. Raises UserError where ggml fails.
         """
         write(self.input, data)
-        for tensor, values in zip(vars(self.inputs).values(), input_values(self.spec, start), strict=True):
+        for tensor, values in zip(
+            self.inputs.tensors, input_values(self.spec, self.structure.windows, start), strict=True
+        ):
             write(tensor, values)
         check_status(ggml.ggml_backend_graph_compute(self.backend, self.graph), "the CPU")
         if self.scratch:
@@ -117,13 +122,22 @@ class Graph(Closing):
         self._handles.close()
 
 
-def input_values(spec: GraphSpec, start: int) -> tuple[npt.NDArray[np.generic], ...]:
-    """What a graph's `Inputs` hold, in their order, for tokens at positions start.. ."""
+def input_values(spec: GraphSpec, windows: Sequence[int], start: int) -> tuple[npt.NDArray[np.generic], ...]:
+    """What a graph's `Inputs` hold, in the order of `Inputs.tensors`, for tokens at positions start.. ."""
     n = spec.n_tokens
     positions = np.arange(start, start + n, dtype=np.int32)
-    mask = np.zeros((n, spec.n_kv), np.float16)
-    mask[np.arange(spec.n_kv)[None, :] > positions[:, None]] = -np.inf
-    return positions, positions.astype(np.int64), mask, np.arange(n - spec.n_outputs, n, dtype=np.int32)
+    masks = (_mask(positions, spec.n_kv, window) for window in windows)
+    return positions, positions.astype(np.int64), np.arange(n - spec.n_outputs, n, dtype=np.int32), *masks
+
+
+def _mask(positions: npt.NDArray[np.int32], n_kv: int, window: int) -> npt.NDArray[np.float16]:
+    """float16 [n_tokens, n_kv]: 0 where a token sees a position, else minus infinity."""
+    mask = np.zeros((len(positions), n_kv), np.float16)
+    behind = positions[:, None] - np.arange(n_kv)[None, :]
+    mask[behind < 0] = -np.inf
+    if window:
+        mask[behind >= window] = -np.inf
+    return mask
 
 
 def check_supported(graph: ggml.GraphP, device: ggml.DeviceP) -> None:

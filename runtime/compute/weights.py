@@ -79,22 +79,21 @@ class Weights(Tensors, Closing):
 
 
 class KvCache(Closing):
-    """Keys and values of `n_layers` blocks from block `first` on, [kv_length, n_ctx] each; zeroed, since masked positions are multiplied too."""
+    """Keys and values of some blocks, [kv_length, n_ctx] each; zeroed, since masked positions are multiplied too. lengths: kv_length of each block."""
 
-    def __init__(
-        self, backend: ggml.BackendP, type_id: int, kv_length: int, n_ctx: int, n_layers: int, first: int = 0
-    ) -> None:
-        self.first, self._buffer = first, ggml.BufferP()
+    def __init__(self, backend: ggml.BackendP, type_id: int, lengths: Mapping[int, int], n_ctx: int) -> None:
+        self._buffer, n = ggml.BufferP(), len(lengths)
         with Handles() as handles:
-            context = handles.add(new_context(2 * n_layers), ggml.ggml_free)
-            self.keys, self.values = (
-                [ggml.ggml_new_tensor_2d(context, type_id, kv_length, n_ctx) for _ in range(n_layers)] for _ in range(2)
+            context = handles.add(new_context(2 * n), ggml.ggml_free)
+            self._keys, self._values = (
+                {i: ggml.ggml_new_tensor_2d(context, type_id, length, n_ctx) for i, length in lengths.items()}
+                for _ in range(2)
             )
-            if n_layers:
+            if n:
                 self._buffer = ggml.ggml_backend_alloc_ctx_tensors(context, backend)
                 handles.add(self._buffer, ggml.ggml_backend_buffer_free)
                 if not self._buffer:
-                    size = 2 * n_layers * n_ctx * ggml.ggml_row_size(type_id, kv_length)
+                    size = 2 * n_ctx * sum(ggml.ggml_row_size(type_id, length) for length in lengths.values())
                     raise UserError(
                         f"not enough memory for {size / 1e9:.1f} GB of keys and values", "use a smaller --n-ctx"
                     )
@@ -103,7 +102,7 @@ class KvCache(Closing):
 
     def of(self, i: int) -> tuple[ggml.TensorP, ggml.TensorP]:
         """Keys and values of block `i`."""
-        return self.keys[i - self.first], self.values[i - self.first]
+        return self._keys[i], self._values[i]
 
     @property
     def nbytes(self) -> int:

@@ -46,13 +46,11 @@ class Hybrid(Closing):
         self.tensors: list[Tensors] = []
         self._sizes: list[int] = []
         s = residence.structure
-        resident = s.block_count - residence.first
         with Handles() as handles:
             for d in range(len(streams)):
                 self._place(handles, d)
-            self.kv = handles.enter_context(
-                KvCache(streams[0].backend, kv_type, s.kv_length, n_cells, resident, residence.first)
-            )
+            lengths = {i: a.kv_length for i, a in s.attentions.items() if i >= residence.first}
+            self.kv = handles.enter_context(KvCache(streams[0].backend, kv_type, lengths, n_cells))
             self.memories = [
                 handles.enter_context(Memory(f"device {t.info.name}", device_kinds(t.info.handle))) for t in streams
             ]

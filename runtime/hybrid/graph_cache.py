@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from runtime.base.closing import Closing
-from runtime.compute.blocks import GraphSpec
+from runtime.compute.builder import GraphSpec
 from runtime.compute.graph import Graph
 from runtime.compute.repack import Repacked
 from runtime.hybrid.schedule import SplitGraph

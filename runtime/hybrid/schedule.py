@@ -16,7 +16,9 @@ import numpy.typing as npt
 
 from runtime.base.closing import Closing, Handles
 from runtime.bindings import ggml, sparse_ffn
-from runtime.compute.blocks import Blocks, GraphSpec, Inputs
+from runtime.compute.blocks import AtFfn, Blocks
+from runtime.compute.builder import Builder, GraphSpec, Inputs
+from runtime.compute.ffns import ffn_of
 from runtime.compute.graph import Graph, check_supported, input_values, read, write
 from runtime.compute.repack import Repacked
 from runtime.compute.weights import KvCache, check_status
@@ -104,7 +106,7 @@ class SplitGraph(Closing):
         device, host = self.devices[0], self.host
         arriving = self.spec.n_outputs if self._residence.first == s.block_count else n
         self.hidden, self.host_hidden = device.tensor(d, arriving), host.tensor(d, arriving)
-        self.inputs, self.host_inputs = _inputs(device, self.spec), _inputs(host, self.spec)
+        self.inputs, self.host_inputs = (_inputs(side, self.spec, s.windows) for side in (device, host))
         self.crossing, self.host_crossing = self._crossing(device), self._crossing(host)
         width = s.vocab_size if self._head is None else d
         self.result, self.host_result = (side.tensor(width, self.spec.n_outputs) for side in (device, host))
@@ -136,10 +138,8 @@ class SplitGraph(Closing):
         write(self.host_hidden, self._front.run(data, start))
         self._traced("front", began)
         main.upload(self.hidden, self.host_hidden)
-        values = input_values(self.spec, start)
-        for device, host, array in zip(
-            vars(self.inputs).values(), vars(self.host_inputs).values(), values, strict=True
-        ):
+        values = input_values(self.spec, self._s.windows, start)
+        for device, host, array in zip(self.inputs.tensors, self.host_inputs.tensors, values, strict=True):
             write(host, array)
             main.upload(device, host)
         for block in self.blocks:
@@ -192,13 +192,13 @@ class SplitGraph(Closing):
         self._handles.close()
 
 
-def _inputs(side: Side, spec: GraphSpec) -> Inputs:
+def _inputs(side: Side, spec: GraphSpec, windows: tuple[int, ...]) -> Inputs:
     n = spec.n_tokens
     return Inputs(
         positions=side.tensor(n, 1, ggml.I32),
         cells=side.tensor(n, 1, ggml.I64),
-        mask=side.tensor(spec.n_kv, n, ggml.F16),
         outputs=side.tensor(spec.n_outputs, 1, ggml.I32),
+        masks={window: side.tensor(spec.n_kv, n, ggml.F16) for window in windows},
     )
 
 
@@ -216,12 +216,12 @@ class _Build:
         part, begun, x = self._part(), self.residence.first, g.hidden
         for i in range(self.residence.first, s.block_count):
             blocks = self._on_device(part)
-            residual, normed = blocks.until_ffn(x, i)
             if self.residence.whole(i):
-                x = blocks.after_ffn(residual, normed, blocks.ffn_dense(normed, i), i)
+                x = blocks.block(x, i)
                 continue
+            at = blocks.until_ffn(x, i)
             part.name = f"blocks {begun}-{i}" if begun < i else f"block {i}"
-            g.blocks.append(self._split(part, blocks, residual, normed, i))
+            g.blocks.append(self._split(part, blocks, at, i))
             part, begun = self._part(), i + 1
             x = self._joined(part, g.blocks[-1])
         blocks = self._on_device(part)
@@ -236,23 +236,23 @@ class _Build:
 
     def _on_device(self, part: Part, d: int = 0) -> Blocks:
         g, device = self.g, self.g._streams[d].info.handle
-        return Blocks(part.ctx, self.s, self.hybrid.tensors[d], self.hybrid.kv, self.device_spec, g.inputs, device)
+        tensors, kv = self.hybrid.tensors[d], self.hybrid.kv
+        return Blocks(Builder(part.ctx, self.s, tensors, kv, self.device_spec, g.inputs, device))
 
-    def _split(self, part: Part, blocks: Blocks, residual: ggml.TensorP, normed: ggml.TensorP, i: int) -> SplitBlock:
-        g, n = self.g, normed.ne[1]
+    def _split(self, part: Part, blocks: Blocks, at: AtFfn, i: int) -> SplitBlock:
+        g, n = self.g, at.x.ne[1]
         device, host = (
             self._sized(side, c, n, i) for side, c in ((g.devices[0], g.crossing), (g.host, g.host_crossing))
         )
-        part.keep(residual, device.residual)
-        part.keep(normed, device.x)
+        part.keep(at.residual, device.residual)
+        part.keep(at.x, device.x)
         downloads = [(device.x, host.x)]
-        stream = blocks.streams.get(i, residual)
         sees_stream = self.s.predictor_tap == "residual"
         if self.residence.scored_on_device(i):
-            part.keep(blocks.scores(stream if sees_stream else normed, i), device.scores)
+            part.keep(blocks.ffn(i).scores(at.stream if sees_stream else at.x), device.scores)
             downloads.append((device.scores, host.scores))
         elif sees_stream and self.residence.predicted and self.residence.cold(i) and self.s.rank(i):
-            part.keep(ggml.ggml_cont(part.ctx, stream), device.stream)
+            part.keep(ggml.ggml_cont(part.ctx, at.stream), device.stream)
             downloads.append((device.stream, host.stream))
         return SplitBlock(
             i=i,
@@ -281,7 +281,7 @@ class _Build:
         if not self._has(0, i):
             return None
         part = self.g.devices[0].part(f"hot {i}")
-        part.keep(self._on_device(part).ffn_dense(at.x, i), at.hot)
+        part.keep(self._on_device(part).ffn(i).dense(at.x), at.hot)
         return part
 
     def _piece(self, d: int, n: int, i: int) -> Elsewhere:
@@ -289,7 +289,7 @@ class _Build:
         x, y = side.reshaped(x, self.s.embedding_length, n), side.reshaped(y, made, n)
         host_y = self.g.host.reshaped(host_y, made, n)
         part = side.part(f"hot {i}")
-        part.keep(self._on_device(part, d).ffn_dense(x, i), y)
+        part.keep(self._on_device(part, d).ffn(i).dense(x), y)
         return Elsewhere(self.g._streams[d], part, x, y, host_y)
 
     def _cold(self, at: Crossing, i: int) -> Part:
@@ -297,11 +297,12 @@ class _Build:
         part = g.host.part(f"cold {i}")
         cpu = ggml.ggml_backend_get_device(g._backend)
         spec = replace(g.spec, dense_from=())
-        blocks = Blocks(part.ctx, cold.structure, cold.tensors, None, spec, g.host_inputs, cpu, None, g.ffns)
+        builder = Builder(part.ctx, cold.structure, cold.tensors, None, spec, g.host_inputs, cpu, None, g.ffns)
+        ffn = ffn_of(builder, i)
         if self.residence.scored_on_device(i):
-            y = blocks.ffn_native(at.x, blocks.chosen(at.scores, i), i)
+            y = ffn.native(at.x, ffn.chosen(at.scores))
         else:
-            y = blocks.ffn(at.x, at.stream, i)
+            y = ffn.product(at.x, at.stream)
         part.keep(y, at.y)
         check_supported(part.graph, cpu)
         return part
@@ -311,4 +312,4 @@ class _Build:
         g, n = self.g, b.y.ne[1]
         at = self._sized(g.devices[0], g.crossing, n, b.i)
         product = ggml.ggml_add(part.ctx, at.hot, at.y) if b.hot else at.y
-        return self._on_device(part).after_ffn(at.residual, at.x, product, b.i)
+        return self._on_device(part).after_ffn(AtFfn(at.x, at.residual, at.stream), product, b.i)

@@ -172,6 +172,11 @@ class Structure:
         return {i: block.mixer for i, block in enumerate(self.blocks) if block.mixer}
 
     @property
+    def windows(self) -> tuple[int, ...]:
+        """The distinct windows of attention, 0 for none."""
+        return tuple(sorted({a.window for a in self.attentions.values()}))
+
+    @property
     def rope_dimensions(self) -> int:
         """Elements of a head that are rotated, in the blocks that rotate any: one number wherever frequencies have factors."""
         return max((a.rope for a in self.attentions.values()), default=0)

@@ -1,0 +1,90 @@
+"""What the parts of a ggml graph are added with: a context, a model's tensors, and the operations that all kinds of layers use.
+
+Shapes in comments are ggml's: the contiguous dimension first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from runtime.bindings import ggml, sparse_ffn
+from runtime.compute.repack import Repacked
+from runtime.compute.weights import KvCache, Tensors
+from runtime.model_file import tensor_names as n
+from runtime.model_file.structure import Structure
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """What distinguishes one graph of a model from another."""
+
+    n_tokens: int
+    n_kv: int  # positions that attention reads, padded
+    n_outputs: int  # the last token (1) or all of them
+    ffn: str  # "dense", "exact" or "predicted"
+    n_threads: int
+    flash_attention: bool = True
+    predictor_bias: float = 0.0  # in units of each block's predictor_error
+    dense_from: tuple[float, ...] = ()  # by block: so many tokens at once go through every neuron, whatever `ffn` says
+    # A part of the model: from the hidden states before block `first` (None: from token ids) to those before block `end`
+    # (None: to logits).
+    first: int | None = None
+    end: int | None = None
+    tapped: bool = False  # keep inner results
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What blocks read beside hidden states.
+
+    positions: I32 [n_tokens]. cells: rows of the KV cache, I64 [n_tokens]. outputs: I32 [n_outputs].
+    masks: of each distinct window of the model's attentions (0: none), F16 [n_kv, n_tokens].
+    """
+
+    positions: ggml.TensorP
+    cells: ggml.TensorP
+    outputs: ggml.TensorP
+    masks: dict[int, ggml.TensorP]
+
+    @property
+    def tensors(self) -> tuple[ggml.TensorP, ...]:
+        """All of them, masks by rising window: the order in which `input_values` gives what they hold."""
+        return self.positions, self.cells, self.outputs, *(self.masks[window] for window in sorted(self.masks))
+
+
+@dataclass(frozen=True)
+class Builder:
+    """One ggml context, and what is added to it: of a whole model, or of a part.
+
+    device: what will compute it. scratch: where matrices of one block are repacked, for blocks that are computed densely
+    without being copied. ffns: the userdata of our own operators, by block; must live as long as the graph.
+    """
+
+    ctx: ggml.ContextP
+    s: Structure
+    w: Tensors
+    kv: KvCache | None
+    spec: GraphSpec
+    inputs: Inputs
+    device: ggml.DeviceP
+    scratch: Repacked | None = None
+    ffns: dict[int, sparse_ffn.Ffn] = field(default_factory=dict)
+
+    def norm(self, x: ggml.TensorP, stem: str) -> ggml.TensorP:
+        """RMS or layer norm over the first dimension, scaled (and shifted)."""
+        normalise = ggml.ggml_rms_norm if self.s.norm == "rms" else ggml.ggml_norm
+        x = ggml.ggml_mul(self.ctx, normalise(self.ctx, x, self.s.norm_epsilon), self.w[n.weight(stem)])
+        return self.biased(x, stem)
+
+    def linear(self, x: ggml.TensorP, stem: str) -> ggml.TensorP:
+        """[n_in, n] -> [n_out, n]."""
+        return self.biased(ggml.ggml_mul_mat(self.ctx, self.w.matrix(n.weight(stem)), x), stem)
+
+    def biased(self, x: ggml.TensorP, stem: str) -> ggml.TensorP:
+        """x plus the bias of that stem, where there is one."""
+        bias = self.w.get(n.bias(stem))
+        return ggml.ggml_add(self.ctx, x, bias) if bias else x
+
+    def scaled(self, x: ggml.TensorP, factor: float) -> ggml.TensorP:
+        """x times a factor; x itself where that is 1."""
+        return x if factor == 1 else ggml.ggml_scale_bias(self.ctx, x, factor, 0.0)

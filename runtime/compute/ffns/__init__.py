@@ -1,0 +1,19 @@
+"""What is computed of each token by itself: one file for each kind of FFN, and here the table of kinds.
+
+A new kind is a frozen value beside `FfnShape` (runtime/bindings/ffn_shape.py), its tensors (runtime/model_file/tensor_shapes.py), a class in a file here, and its row below.
+"""
+
+from __future__ import annotations
+
+from runtime.bindings.ffn_shape import FfnShape
+from runtime.compute.builder import Builder
+from runtime.compute.ffns.neurons import NeuronFfn
+
+KINDS = {FfnShape: NeuronFfn}
+
+
+def ffn_of(b: Builder, i: int) -> NeuronFfn:
+    """The FFN of block `i`, which has one."""
+    shape = b.s.blocks[i].ffn
+    assert shape, f"block {i} has no FFN"
+    return KINDS[type(shape)](b, shape, i)

@@ -1,0 +1,159 @@
+"""An FFN of neurons, each a row of the up (and gate) and of the transposed down projection: all of them, those that fire, or those that a predictor names.
+
+Shapes in comments are ggml's: the contiguous dimension first.
+"""
+
+from __future__ import annotations
+
+import math
+
+from runtime.bindings import ggml, sparse_ffn
+from runtime.bindings.ffn_shape import FfnShape
+from runtime.compute.builder import Builder
+from runtime.compute.operators import NativeTensors, add_choice, add_native_ffn, add_predictor
+from runtime.compute.repack import Fill
+from runtime.model_file import tensor_names as n
+
+FFN_MATRICES = (n.FFN_GATE, n.FFN_UP, n.FFN_DOWN)  # of ggml's products
+
+
+class NeuronFfn:
+    """The FFN of block `i`, or of its neurons whose rows the builder's tensors hold.
+
+    A product is [n_embd, n], without the bias of the down projection. Where neurons are normalised before they are projected
+    (`sub_norm`) it is [n_embd + 1, n]: the last row holds the sum of their squares, and `finished` divides. So the products of two
+    parts of the neurons add up to the product of all, element by element.
+    """
+
+    def __init__(self, b: Builder, shape: FfnShape, i: int) -> None:
+        self.b, self.shape, self.i = b, shape, i
+        self.norm = n.in_block(i, n.FFN_NORM)
+
+    def product(self, x: ggml.TensorP, stream: ggml.TensorP) -> ggml.TensorP:
+        """The product of its input x [n_embd, n], in the way that the graph's spec asks for. stream: see `AtFfn`."""
+        b, spec = self.b, self.b.spec
+        if spec.ffn == "dense" or (spec.dense_from and x.ne[1] >= spec.dense_from[self.i]):
+            return self.dense(x)
+        if spec.ffn == "predicted" and b.s.rank(self.i):
+            return self.native(x, self.candidates(x if b.s.predictor_tap == "ffn_norm" else stream))
+        return self.native(x, None)
+
+    def finished(self, y: ggml.TensorP) -> ggml.TensorP:
+        """What is added to the residual stream, from the product of all neurons: [n_embd, n]."""
+        y = self._normalised(y) if self.shape.sub_norm else y
+        return self.b.scaled(self.b.biased(y, self._named(n.FFN_DOWN)), self.b.s.residual_scale)
+
+    def _normalised(self, y: ggml.TensorP) -> ggml.TensorP:
+        """[n_embd + 1, n] -> [n_embd, n]: a product divided by the root mean square of the neurons that made it."""
+        ctx, d, row = self.b.ctx, self.shape.n_embd, y.nb[1]
+        squares = ggml.ggml_cont(ctx, ggml.ggml_view_2d(ctx, y, 1, y.ne[1], row, d * 4))
+        mean = ggml.ggml_scale_bias(ctx, squares, 1 / self.shape.n_ff, self.b.s.norm_epsilon)
+        product = ggml.ggml_cont(ctx, ggml.ggml_view_2d(ctx, y, d, y.ne[1], row, 0))
+        return ggml.ggml_div(ctx, product, ggml.ggml_sqrt(ctx, mean))
+
+    def _named(self, stem: str) -> str:
+        return n.in_block(self.i, stem)
+
+    # --- all neurons, with ggml's operations -------------------------------------------------------------------------
+
+    def dense(self, x: ggml.TensorP) -> ggml.TensorP:
+        """The product through ggml's own products of every neuron."""
+        b, staged = self.b, self._staged()
+        if staged and b.scratch:
+            # No other mode reads `ffn_down`: its pages are released again.
+            fills = [
+                Fill(staged_as(stem, tensor.type), n.weight_of(self.i, stem), release=stem == n.FFN_DOWN)
+                for stem, tensor in staged.items()
+            ]
+            x = b.scratch.add_fill(b.ctx, x, self.i, fills)
+
+        def times(x: ggml.TensorP, stem: str) -> ggml.TensorP:
+            return ggml.ggml_mul_mat(b.ctx, staged.get(stem) or b.w.matrix(n.weight_of(self.i, stem)), x)
+
+        h = b.biased(times(x, n.FFN_UP), self._named(n.FFN_UP))
+        if self.shape.gated:
+            gate = self._activated(b.biased(times(x, n.FFN_GATE), self._named(n.FFN_GATE)))
+            h = ggml.ggml_mul(b.ctx, gate, ggml.ggml_relu(b.ctx, h) if self.shape.activation == "drelu" else h)
+        else:
+            h = self._activated(h)
+        y = times(h, n.FFN_DOWN)
+        if self.shape.sub_norm:
+            y = ggml.ggml_concat(b.ctx, y, ggml.ggml_sum_rows(b.ctx, ggml.ggml_sqr(b.ctx, h)), 0)
+        return y
+
+    def _staged(self) -> dict[str, ggml.TensorP]:
+        """By stem, the scratch tensors that can hold this block's matrices."""
+        b = self.b
+        if not b.scratch:
+            return {}
+        held = {stem: tensor for stem in FFN_MATRICES if (tensor := b.w.get(n.weight_of(self.i, stem)))}
+        places = {stem: b.scratch.tensors.get(staged_as(stem, tensor.type)) for stem, tensor in held.items()}
+        return {stem: tensor for stem, tensor in places.items() if tensor}
+
+    def _activated(self, gate: ggml.TensorP) -> ggml.TensorP:
+        """What a neuron's gate (ungated: its only) product is turned into."""
+        ctx = self.b.ctx
+        if self.shape.activation == "relu2":
+            return ggml.ggml_sqr(ctx, ggml.ggml_relu(ctx, gate))
+        if self.shape.activation == "fatrelu":  # gate where it is above the threshold, else 0
+            above = ggml.ggml_step(ctx, ggml.ggml_scale_bias(ctx, gate, 1.0, -self.shape.threshold))
+            return ggml.ggml_mul(ctx, gate, above)
+        return ggml.ggml_relu(ctx, gate)
+
+    # --- those that fire, with our own operators ---------------------------------------------------------------------
+
+    def native(self, x: ggml.TensorP, candidates: ggml.TensorP | None) -> ggml.TensorP:
+        """The product through gate rows of every neuron (or of the candidates), up and down rows of those that fire."""
+        return add_native_ffn(self.b.ctx, x, self._description(), self._rows(), candidates)
+
+    def _rows(self) -> NativeTensors:
+        w, first = self.b.w, n.deciding(self.shape)
+        return NativeTensors(
+            gate=w[n.weight_of(self.i, first)],
+            down=w[n.weight_of(self.i, n.FFN_DOWN_T)],
+            up=w[n.weight_of(self.i, n.FFN_UP)] if self.shape.gated else None,
+            gate_bias=w.get(n.bias_of(self.i, first)),
+            up_bias=w.get(n.bias_of(self.i, n.FFN_UP)) if self.shape.gated else None,
+        )
+
+    def _description(self) -> sparse_ffn.Ffn:
+        """The userdata of the block's operators, kept as long as the graph."""
+        ffns = self.b.ffns
+        if self.i not in ffns:
+            ffns[self.i] = sparse_ffn.describe(self.shape, self._rows().types, self.b.spec.n_threads)
+        return ffns[self.i]
+
+    # --- its predictor -----------------------------------------------------------------------------------------------
+
+    def candidates(self, x: ggml.TensorP) -> ggml.TensorP:
+        """The neurons that the predictor expects to fire, from its input x [n_embd, n]."""
+        b, bias = self.b, self.b.w[n.bias_of(self.i, n.PREDICTOR_OUT)]
+        if b.s.predictor == "signbit":
+            rows = b.w[self._named(n.PREDICTOR_SIGN)]
+        else:
+            x, rows = self._narrowed(x), b.w[n.weight_of(self.i, n.PREDICTOR_OUT)]
+        return add_predictor(b.ctx, x, self._description(), rows, bias, self._shift())
+
+    def scores(self, x: ggml.TensorP) -> ggml.TensorP:
+        """What a predictor of two matrices says of its rows, without bias: [n_embd, n] -> [rows, n]. With ggml's operations alone."""
+        return ggml.ggml_mul_mat(self.b.ctx, self.b.w[n.weight_of(self.i, n.PREDICTOR_OUT)], self._narrowed(x))
+
+    def chosen(self, scores: ggml.TensorP) -> ggml.TensorP:
+        """The candidates that scores [n_ff, n] computed elsewhere name."""
+        bias = self.b.w[n.bias_of(self.i, n.PREDICTOR_OUT)]
+        return add_choice(self.b.ctx, scores, self._description(), bias, self._shift())
+
+    def _narrowed(self, x: ggml.TensorP) -> ggml.TensorP:
+        """The first half of a predictor of two matrices: [n_embd, n] -> [rank, n]."""
+        z = ggml.ggml_mul_mat(self.b.ctx, self.b.w.matrix(n.weight_of(self.i, n.PREDICTOR_IN)), x)
+        return ggml.ggml_relu(self.b.ctx, z) if self.b.s.predictor == "mlp" else z
+
+    def _shift(self) -> float:
+        """What is added to the predictor's scores."""
+        bias = self.b.spec.predictor_bias
+        return bias * self.b.s.predictor_error[self.i] if math.isfinite(bias) else bias
+
+
+def staged_as(stem: str, type_id: int) -> str:
+    """What the scratch memory calls a matrix: blocks need not have the same formats."""
+    return f"{stem}, type {type_id}"
