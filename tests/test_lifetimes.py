@@ -99,8 +99,8 @@ def test_a_block_runner_that_fails_leaves_nothing(path: Path, handles: Handles) 
     for name in ("ggml_backend_cpu_set_n_threads", "ggml_backend_alloc_ctx_tensors", "ggml_backend_buffer_clear"):
         handles.calls.clear()
         handles.fails = name, 1
-        with pytest.raises(Injected):
-            BlockRunner(GgufFile(path), 1, 32)
+        with pytest.raises(Injected), BlockRunner(GgufFile(path), 1, 32) as runner:
+            runner.block(0, np.zeros((5, 256), np.float32))
         assert handles.live == {}
         assert not is_mapped(path)
     with BlockRunner(GgufFile(path), 1, 32) as runner:

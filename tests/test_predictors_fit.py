@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,7 @@ def test_tokens_are_bounded_for_wide_models(tiny_gguf: Path) -> None:
         s = file.structure
     assert default_tokens(s) == 24576
     for n_embd in (4096, 8192, 16384):
-        wide = type(s)(**{**s.__dict__, "embedding_length": n_embd})
+        wide = replace(s, embedding_length=n_embd)
         assert default_tokens(wide) * n_embd * 2 * 4 <= 1 << 29
 
 
