@@ -11,6 +11,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -118,10 +119,11 @@ def _known_names(model_type: Any) -> dict[str, Arch]:
     for arch in families().values():
         for name in arch.architectures:
             known.setdefault(name, []).append(arch)
-    return {
-        name: max(archs, key=lambda arch, name=name: (arch.model_type == model_type, arch.architectures[0] != name))
-        for name, archs in known.items()
-    }
+
+    def fit(arch: Arch, name: str) -> tuple[bool, bool]:
+        return arch.model_type == model_type, arch.architectures[0] != name
+
+    return {name: max(archs, key=partial(fit, name=name)) for name, archs in known.items()}
 
 
 def _check_model_type(config: Config, architecture: str, arch: Arch) -> None:
