@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.compute.block_runner import BlockRunner
+from runtime.model_file import tensor_names as names
 from runtime.model_file.structure import Structure
 
 Floats = npt.NDArray[np.float32]
@@ -64,17 +65,16 @@ class LayerSamples:
     """One layer on the calibration text, in three parts that share no window."""
 
     def __init__(self, runner: BlockRunner, i: int, parts: tuple[Part, Part, Part]) -> None:
-        self.structure, self.i, self._runner = runner.structure, i, runner
+        self.structure, self.ffn, self.i, self._runner = runner.structure, runner.structure.ffns[i], i, runner
         self.fit, self.validation, self.test = parts
-        self._first = "ffn_gate" if self.structure.gated else "ffn_up"
+        self._first = names.row_matrices(self.ffn)[0]
         self._mean_squares: dict[int, Floats] = {}  # by part: see _weight
 
     def chunks(self, n_tokens: int) -> Iterator[tuple[int, int]]:
         """Ranges of neurons, first and end, small enough for a few matrices [n_tokens, neurons]."""
-        n_ff = self.structure.feed_forward_length
-        step = max(64, _CHUNK_BYTES // (4 * max(n_tokens, self.structure.embedding_length)))
-        for first in range(0, n_ff, step):
-            yield first, min(first + step, n_ff)
+        step = max(64, _CHUNK_BYTES // (4 * max(n_tokens, self.ffn.n_embd)))
+        for first in range(0, self.ffn.n_ff, step):
+            yield first, min(first + step, self.ffn.n_ff)
 
     def gate_rows(self, first: int, end: int) -> Floats:
         """Rows whose product with the FFN's input decides who fires: float32 [end - first, n_embd]."""
@@ -88,7 +88,7 @@ class LayerSamples:
     @cached_property
     def down_norm2(self) -> Floats:
         """Squared norms of the down rows, float32 [n_ff]."""
-        parts = [(self._rows("ffn_down_t", *c) ** 2).sum(1) for c in self.chunks(1)]
+        parts = [(self._rows(names.FFN_DOWN_T, *c) ** 2).sum(1) for c in self.chunks(1)]
         return np.concatenate(parts)
 
     def gate(self, part: Part, first: int, end: int) -> Floats:
@@ -104,43 +104,43 @@ class LayerSamples:
 
     def _strengths(self, part: Part, gate: Floats, first: int, end: int) -> tuple[npt.NDArray[np.bool_], Floats]:
         """Which of the neurons first .. end - 1 fire, and what each is multiplied with its down row by: [n_tokens, end - first] both."""
-        s = self.structure
-        fired = gate > s.activation_threshold
-        h = np.where(fired, gate**2 if s.ffn_activation == "relu2" else gate, np.float32(0))
-        if s.gated:
-            up = part.x @ self._rows("ffn_up", first, end).T + self._bias("ffn_up")[first:end]
-            h *= np.maximum(up, 0) if s.ffn_activation == "drelu" else up
+        ffn = self.ffn
+        fired = gate > ffn.threshold
+        h = np.where(fired, gate**2 if ffn.activation == "relu2" else gate, np.float32(0))
+        if ffn.gated:
+            up = part.x @ self._rows(names.FFN_UP, first, end).T + self._bias(names.FFN_UP)[first:end]
+            h *= np.maximum(up, 0) if ffn.activation == "drelu" else up
         return fired, h
 
     def _weight(self, part: Part) -> Floats:
         """A part's `weight`, with what the block itself multiplies the FFN's product by: float32 [n_tokens]."""
         s = self.structure
         scaled = part.weight * np.float32(s.residual_scale**2)
-        if not s.ffn_sub_norm:
+        if not self.ffn.sub_norm:
             return scaled
         if id(part) not in self._mean_squares:
             chunks = self.chunks(len(part))
             squares = sum((self._strengths(part, self.gate(part, *c), *c)[1] ** 2).sum(1) for c in chunks)
-            self._mean_squares[id(part)] = squares / np.float32(s.feed_forward_length) + np.float32(s.norm_epsilon)
+            self._mean_squares[id(part)] = squares / np.float32(self.ffn.n_ff) + np.float32(s.norm_epsilon)
         return np.asarray(scaled / self._mean_squares[id(part)])
 
     @cached_property
     def frequency(self) -> Floats:
         """Share of all calibration tokens at which each neuron fires, float32 [n_ff]."""
-        counts = np.zeros(self.structure.feed_forward_length, np.int64)
+        counts = np.zeros(self.ffn.n_ff, np.int64)
         parts = (self.fit, self.validation, self.test)
         for first, end in self.chunks(1):
-            rows, least = self.gate_rows(first, end).T, self.structure.activation_threshold - self.gate_bias[first:end]
+            rows, least = self.gate_rows(first, end).T, self.ffn.threshold - self.gate_bias[first:end]
             for x in (part.x[at : at + _CACHED] for part in parts for at in range(0, len(part), _CACHED)):
                 counts[first:end] += np.count_nonzero(x @ rows > least, axis=0)
         return (counts / sum(len(p) for p in parts)).astype(np.float32)
 
-    def _rows(self, name: str, first: int, end: int) -> Floats:
-        return self._runner.rows(f"blk.{self.i}.{name}.weight", first, end)
+    def _rows(self, stem: str, first: int, end: int) -> Floats:
+        return self._runner.rows(names.weight_of(self.i, stem), first, end)
 
-    def _bias(self, name: str) -> Floats:
-        bias = self._runner.vector(f"blk.{self.i}.{name}.bias")
-        return np.zeros(self.structure.feed_forward_length, np.float32) if bias is None else bias
+    def _bias(self, stem: str) -> Floats:
+        bias = self._runner.vector(names.bias_of(self.i, stem))
+        return np.zeros(self.ffn.n_ff, np.float32) if bias is None else bias
 
 
 def split(n_windows: int) -> tuple[slice, slice, slice]:
@@ -162,7 +162,7 @@ def calibrate(
     residual: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[LayerSamples]:
-    """Run windows [n_windows, length] through the model and yield its layers in turn; each is valid until the next.
+    """Run windows [n_windows, length] through the model and yield its layers in turn, those that have an FFN; each is valid until the next.
 
     parts: which windows fit, validate and test (default: 70, 15 and 15 %). residual: keep the stream before the FFN's norm as well.
     progress: called with (layer, n_layers, share of it that is done).
@@ -174,6 +174,10 @@ def calibrate(
     residuals = np.empty_like(hidden) if residual else None
     weight = np.empty(windows.shape, np.float32)
     for i in range(n):
+        if i not in runner.structure.ffns:
+            for k in range(len(windows)):
+                hidden[k] = runner.output(i, hidden[k])
+            continue
         for k in range(len(windows)):
             result = runner.block(i, hidden[k])
             hidden[k], inputs[k] = result.output, result.ffn_input

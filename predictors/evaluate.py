@@ -18,12 +18,12 @@ import numpy.typing as npt
 from predictors import text
 from predictors.calibrate import LayerSamples, Progress, all_test, calibrate
 from predictors.choose import Cost, predicted_bytes
-from predictors.fit import Figures, cost_of
+from predictors.fit import NO_FFN, Figures, cost_of
 from predictors.stored import stored_predictor
 from runtime.base.processors import default_threads
 from runtime.commands.perplexity import token_losses
 from runtime.compute.block_runner import BlockRunner
-from runtime.compute.traffic import Activity, ffn_bytes_of_block
+from runtime.compute.traffic import Activity, ffn_bytes
 from runtime.errors import UserError
 from runtime.model import Model, load
 from runtime.model_file.reader import GgufFile
@@ -100,13 +100,14 @@ def _layers(
     with GgufFile(model) as file:
         s = file.structure
         with BlockRunner(file, threads, windows.shape[1]) as runner:
-            for layer in calibrate(runner, windows, all_test(windows), s.predictor_tap == "residual", progress):
-                yield layer_figures(file, layer, predictor_bias)
+            layers = calibrate(runner, windows, all_test(windows), s.predictor_tap == "residual", progress)
+            figures = {layer.i: layer_figures(file, layer, predictor_bias) for layer in layers}
+        yield from (figures.get(i, NO_FFN.figures) for i in range(s.block_count))
 
 
 def layer_figures(file: GgufFile, layer: LayerSamples, predictor_bias: float = 0.0) -> Figures:
     """Figures of one layer's stored predictor on the test part."""
-    cost, found = cost_of(file, layer.structure, layer.i), stored_predictor(file, layer.i)
+    cost, found = cost_of(file, layer.ffn, layer.i), stored_predictor(file, layer.i)
     n = cost.n_ff * len(layer.test)
     prepared = found[0].prepare(layer.test.seen) if found else layer.test.x
     fired = predicted = hits = 0
@@ -173,8 +174,7 @@ def _bytes(model: Model) -> float:
     did = Activity(model.ffn, model.layer_shares(), model.gate_shares())
     everything = Activity("exact", [1.0] * s.block_count, [1.0] * s.block_count)
     read, dense = (
-        sum(ffn_bytes_of_block(s, model.tensors, activity, i) for i in range(s.block_count))
-        for activity in (did, everything)
+        sum(ffn_bytes(ffn, model.tensors, activity, i) for i, ffn in s.ffns.items()) for activity in (did, everything)
     )
     return read / dense
 

@@ -5,7 +5,7 @@ Returns what is to be stored; writes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -25,11 +25,13 @@ from predictors.predictor import Candidate, FitOptions
 from predictors.registry import KINDS, METHODS
 from runtime.base.processors import default_threads
 from runtime.base.text_file import TextFile
+from runtime.bindings.ffn_shape import FfnShape
 from runtime.compute.block_runner import BlockRunner
-from runtime.compute.traffic import Activity, ffn_bytes_of_block
+from runtime.compute.traffic import Activity, ffn_bytes
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import ARCHITECTURE, Structure
+from runtime.model_file.tensor_names import PREDICTOR_OUT, bias
 from runtime.text.tokenizer import Tokenizer
 
 DEFAULT_ENERGY = 0.997  # 0.995 costs the bundled model 0.6 % of perplexity: see docs/predictors.md
@@ -68,9 +70,15 @@ class BlockFit:
     figures: Figures
 
 
+NO_FFN = BlockFit(
+    np.zeros(0, np.int32), np.zeros(0, np.float32), 0, "none", 0.0, (), Figures(0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
+)
+"""Of a block without an FFN: it has no neurons, and misses none."""
+
+
 @dataclass(frozen=True)
 class ModelFit:
-    """What a fit adds to a model. metadata: every key of predictors, calibration and neuron order."""
+    """What a fit adds to a model, block by block. metadata: every key of predictors, calibration and neuron order."""
 
     kind: str
     neuron_order: str
@@ -112,8 +120,8 @@ class Candidates:
         """The predictors that keep a share `energy` of the output energy; reorder: as in `fit_model`."""
         chosen = allocate([layer.options for layer in self.layers], energy)
         order = "hot" if reorder else self.structure.neuron_order
-        blocks = tuple(_block(layer, choice, reorder) for layer, choice in zip(self.layers, chosen, strict=True))
-        fit = ModelFit(self.kind, order, blocks, {})
+        fits = (_block(layer, choice, reorder) for layer, choice in zip(self.layers, chosen, strict=True))
+        fit = ModelFit(self.kind, order, of_blocks(self.structure, fits), {})
         keys = fit_metadata(self.structure, fit, self.calibration)
         if self.kind != "none":
             keys[f"{ARCHITECTURE}.predictor.energy"] = float(energy)
@@ -194,7 +202,7 @@ def _types(predictor_type: str, s: Structure) -> tuple[str, ...]:
 def _fit_layer(
     layer: LayerSamples, file: GgufFile, kind: str, options: FitOptions, counts: Sequence[Floats] | None
 ) -> _Layer:
-    cost = cost_of(file, layer.structure, layer.i)
+    cost = cost_of(file, layer.ffn, layer.i)
     known = LayerOptions([], cost, float(layer.frequency.mean()))
     for batch in _batches(KINDS[kind](layer, options), cost.n_ff):
         new = [judge(c, m, cost) for c, m in zip(batch, measure(layer, batch), strict=True)]
@@ -209,13 +217,13 @@ def frequency(layer: LayerSamples, counts: Sequence[Floats] | None) -> Floats:
     return as_frequencies(counts[layer.i], float(layer.frequency.mean()))
 
 
-def cost_of(file: GgufFile, s: Structure, i: int) -> Cost:
-    """Bytes of block `i`'s neurons."""
+def cost_of(file: GgufFile, ffn: FfnShape, i: int) -> Cost:
+    """Bytes of the neurons of block `i`, whose FFN is `ffn`."""
     nothing, gates, rest = (
-        ffn_bytes_of_block(s, file.tensors, Activity("exact", [fired] * (i + 1), [gate] * (i + 1)), i)
+        ffn_bytes(ffn, file.tensors, Activity.uniform("exact", i + 1, fired, gate), i)
         for fired, gate in ((0, 0), (0, 1), (1, 0))
     )
-    n = s.feed_forward_length
+    n = ffn.n_ff
     return Cost((gates - nothing) / n, (rest - nothing) / n, n, nothing)
 
 
@@ -232,14 +240,14 @@ def _block(layer: _Layer, choice: tuple[Judged, int] | None, reorder: bool) -> B
         return BlockFit(hot.order, hot.freq, 0, "none", 0.0, hot.tensors, _exact_figures(layer))
     judged, price = choice
     *shared, rows = judged.candidate.tensors
-    bias = plain("predictor_out.bias", "f32", judged.bias(price)[hot.order])
+    thresholds = plain(bias(PREDICTOR_OUT), "f32", judged.bias(price)[hot.order])
     return BlockFit(
         order=hot.order,
         freq=hot.freq,
         rank=judged.candidate.rank,
         type=judged.candidate.type,
         error=float(np.median(judged.scale.error)),
-        tensors=(*hot.tensors, *shared, rows.reordered(hot.order), bias),
+        tensors=(*hot.tensors, *shared, rows.reordered(hot.order), thresholds),
         figures=_figures(layer.options.cost, judged, price),
     )
 
@@ -263,6 +271,12 @@ def _exact_figures(layer: _Layer) -> Figures:
     cost, known = layer.options.cost, layer.options.candidates
     fired = known[0].test.fired if known else float(layer.frequency.mean())
     return Figures(fired, 1.0, 1.0, fired, 1.0, cost.exact(fired), cost.exact(fired), cost.dense)
+
+
+def of_blocks(s: Structure, fits: Iterable[BlockFit]) -> tuple[BlockFit, ...]:
+    """Fits of the blocks that have an FFN, in their order, with `NO_FFN` for the others."""
+    found = iter(fits)
+    return tuple(next(found) if i in s.ffns else NO_FFN for i in range(s.block_count))
 
 
 def fit_metadata(s: Structure, fit: ModelFit, calibration: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from predictors.matrices import Floats, Tensor, plain
 from runtime.model_file.structure import ARCHITECTURE
+from runtime.model_file.tensor_names import NEURON_FREQ, NEURON_INDEX
 
 Order = npt.NDArray[np.int32]
 _HALVINGS = 60  # of the interval in which a scale is sought: to the last bit of a float
@@ -47,7 +48,7 @@ def hottest_first(frequency: Floats) -> BlockOrder:
     """Neurons by falling frequency (share of tokens at which each fires), float32 [n_ff]; equal ones as they were."""
     order = np.argsort(-frequency, kind="stable").astype(np.int32)
     freq = frequency[order]
-    return BlockOrder(order, freq, (plain("ffn_neuron_index", "i32", order), plain("ffn_neuron_freq", "f32", freq)))
+    return BlockOrder(order, freq, (plain(NEURON_INDEX, "i32", order), plain(NEURON_FREQ, "f32", freq)))
 
 
 def as_it_is(frequency: Floats) -> BlockOrder:

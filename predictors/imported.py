@@ -14,7 +14,7 @@ import numpy as np
 from predictors import text
 from predictors.calibrate import LayerSamples, Progress, all_test, calibrate
 from predictors.evaluate import layer_figures
-from predictors.fit import BlockFit, ModelFit, calibration_windows, fit_metadata, frequency
+from predictors.fit import BlockFit, ModelFit, calibration_windows, fit_metadata, frequency, of_blocks
 from predictors.hot_order import as_it_is, hottest_first
 from predictors.margins import scale_of
 from predictors.matrices import Floats
@@ -49,7 +49,7 @@ def adopt_model(
         windows = calibration_windows(corpus, path, s, tokens, seed)
         with BlockRunner(file, threads or default_threads(), windows.shape[1]) as runner:
             layers = calibrate(runner, windows, all_test(windows), s.predictor_tap == "residual", progress)
-            blocks = tuple(_adopted(file, s, layer, counts, reorder) for layer in layers)
+            blocks = of_blocks(s, (_adopted(file, s, layer, counts, reorder) for layer in layers))
     calibrated = {"corpus": corpus.name, "sha256": corpus.sha256, "tokens": int(windows.size), "seed": seed}
     fit = ModelFit(s.predictor, "hot" if reorder else s.neuron_order, blocks, {}, s.predictor_tap)
     return replace(fit, metadata=fit_metadata(s, fit, calibrated | {"method": METHOD}))
@@ -68,8 +68,8 @@ def _adopted(
 
 def _error(candidate: Candidate, layer: LayerSamples) -> float:
     """What the block's scores are typically off by, as for fitted predictors: the median over its neurons."""
-    prepared, threshold = candidate.prepare(layer.test.seen), np.float32(layer.structure.activation_threshold)
-    errors = np.empty(layer.structure.feed_forward_length, np.float32)
+    prepared, threshold = candidate.prepare(layer.test.seen), np.float32(layer.ffn.threshold)
+    errors = np.empty(layer.ffn.n_ff, np.float32)
     for first, end in layer.chunks(len(layer.test)):
         goal = layer.gate(layer.test, first, end) - threshold
         errors[first:end] = scale_of(goal, candidate.scores(prepared, first, end), candidate.unit_slope).error

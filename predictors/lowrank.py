@@ -16,6 +16,7 @@ import numpy.typing as npt
 from predictors.calibrate import LayerSamples
 from predictors.matrices import Floats, Tensor, block_size, matrix
 from predictors.predictor import FitOptions
+from runtime.model_file import tensor_names as names
 
 RIDGE = 1e-2  # added to the covariance, times its mean diagonal: directions that the text hardly shows count a little
 _RANKS = (32, 64, 96, 128, 192, 256, 512, 1024)
@@ -46,7 +47,7 @@ class LowRank:
 
 def fit(layer: LayerSamples, options: FitOptions) -> Iterator[LowRank]:
     """One candidate for each rank and matrix type."""
-    if not ranks(layer.structure.embedding_length, layer.structure.feed_forward_length, 32):
+    if not ranks(layer.ffn.n_embd, layer.ffn.n_ff, 32):
         return
     spread = covariance(layer.fit.x)
     directions = basis(layer, spread)
@@ -70,14 +71,13 @@ def covariance(x: Floats) -> Matrix:
 
 def basis(layer: LayerSamples, covariance: Matrix) -> Floats:
     """Rows A [r_max, n_embd], the most important direction first, such that A (x - mean x) are the leading components of the pre-activations, each with its own variance."""
-    s = layer.structure
     gram = np.zeros_like(covariance, np.float32)
     for chunk in layer.chunks(1):
         rows = layer.gate_rows(*chunk)
         gram += rows.T @ rows
     lower = np.linalg.cholesky(covariance)
     values, vectors = np.linalg.eigh(lower.astype(np.float32).T @ gram @ lower.astype(np.float32))
-    n = max(ranks(s.embedding_length, s.feed_forward_length, 32))
+    n = max(ranks(layer.ffn.n_embd, layer.ffn.n_ff, 32))
     leading, scale = vectors[:, ::-1][:, :n], np.sqrt(np.maximum(values[::-1][:n], 0))
     rows = np.linalg.solve(lower.T, leading.astype(np.float64)).T * scale[:, None]
     scaled: Floats = rows.astype(np.float32)
@@ -85,10 +85,10 @@ def basis(layer: LayerSamples, covariance: Matrix) -> Floats:
 
 
 def _candidates(layer: LayerSamples, covariance: Matrix, basis: Floats, type_name: str) -> Iterator[LowRank]:
-    s = layer.structure
-    if s.embedding_length % block_size(type_name):
+    n_embd, n_ff = layer.ffn.n_embd, layer.ffn.n_ff
+    if n_embd % block_size(type_name):
         return
-    inner = matrix("predictor_in.weight", type_name, basis, np.diag(covariance).astype(np.float32))
+    inner = matrix(names.weight(names.PREDICTOR_IN), type_name, basis, np.diag(covariance).astype(np.float32))
     stored = inner.floats()
     spread = covariance.astype(np.float32) @ stored.T  # [n_embd, r_max]: of inputs with components
     moments = (stored @ spread).astype(np.float64)
@@ -97,9 +97,11 @@ def _candidates(layer: LayerSamples, covariance: Matrix, basis: Floats, type_nam
     )  # directions beyond the rows' own rank are noise
     mixed = np.concatenate([layer.gate_rows(*chunk) @ spread for chunk in layer.chunks(1)])  # [n_ff, r_max]
     row = inner.nbytes // len(basis)
-    for r in ranks(s.embedding_length, s.feed_forward_length, block_size(type_name)):
+    for r in ranks(n_embd, n_ff, block_size(type_name)):
         # The best outer matrix for the inner one as it was rounded, not for the one that was meant.
         outer_rows = np.linalg.solve(moments[:r, :r], mixed[:, :r].T.astype(np.float64)).T.astype(np.float32)
-        outer = matrix("predictor_out.weight", type_name, outer_rows, np.diag(moments)[:r].astype(np.float32))
-        first = Tensor(inner.name, type_name, (s.embedding_length, r), inner.data[: r * row])
+        outer = matrix(
+            names.weight(names.PREDICTOR_OUT), type_name, outer_rows, np.diag(moments)[:r].astype(np.float32)
+        )
+        first = Tensor(inner.name, type_name, (n_embd, r), inner.data[: r * row])
         yield LowRank((first, outer), r, type_name, (stored[:r], outer.floats()))

@@ -68,7 +68,7 @@ class Margins:
 
 def measure(layer: LayerSamples, candidates: list[Candidate]) -> list[tuple[Scale, Margins, Margins]]:
     """For each candidate its scale and margins on the validation part, and the margins on the test part."""
-    n, parts = layer.structure.feed_forward_length, (layer.validation, layer.test)
+    n, parts = layer.ffn.n_ff, (layer.validation, layer.test)
     found = [(Scale.empty(n), Margins.empty(n), Margins.empty(n)) for _ in candidates]
     prepared = [[c.prepare(part.x) for part in parts] for c in candidates]
     for first, end in layer.chunks(max(len(part) for part in parts)):
@@ -77,7 +77,7 @@ def measure(layer: LayerSamples, candidates: list[Candidate]) -> list[tuple[Scal
             activity = layer.activity(part, first, end)
             active = np.flatnonzero(activity.fired)
             energy = activity.energy.ravel()[active]
-            goal = activity.gate - np.float32(layer.structure.activation_threshold)
+            goal = activity.gate - np.float32(layer.ffn.threshold)
             for c, x, (scale, *margins) in zip(candidates, prepared, found, strict=True):
                 scores = c.scores(x[k], first, end)
                 if k == 0:

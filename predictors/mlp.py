@@ -17,6 +17,7 @@ from predictors.calibrate import LayerSamples
 from predictors.matrices import Floats, Tensor, block_size, matrix
 from predictors.predictor import FitOptions
 from runtime.errors import UserError
+from runtime.model_file import tensor_names as names
 
 EPOCHS = 24
 BATCH = 256
@@ -49,14 +50,14 @@ class Mlp:
 def fit(layer: LayerSamples, options: FitOptions) -> Iterator[Mlp]:
     """One candidate for each of a few ranks and each matrix type."""
     torch = _torch()
-    s = layer.structure
-    allowed = lowrank.ranks(s.embedding_length, s.feed_forward_length, 32)
+    ffn = layer.ffn
+    allowed = lowrank.ranks(ffn.n_embd, ffn.n_ff, 32)
     weights = _weights(layer) if allowed else np.zeros((0, 0), np.float16)
     basis = lowrank.basis(layer, lowrank.covariance(layer.fit.x)) if allowed else np.zeros((0, 0), np.float32)
     for r in (r for r in _RANKS if r in allowed):
         inner, outer = _train(torch, layer.fit.x, weights, basis[: r // 2], options)
         for type_name in options.types:
-            if s.embedding_length % block_size(type_name) == 0 and r % block_size(type_name) == 0:
+            if ffn.n_embd % block_size(type_name) == 0 and r % block_size(type_name) == 0:
                 yield _stored(layer, inner, outer, type_name)
 
 
@@ -72,7 +73,7 @@ def _torch() -> Any:
 
 def _weights(layer: LayerSamples) -> Any:
     """float16 [n_tokens, n_ff]: 0 where a neuron does not fire, else how much that counts (1 on average over the layer, plus 1)."""
-    n_tokens, n_ff = len(layer.fit), layer.structure.feed_forward_length
+    n_tokens, n_ff = len(layer.fit), layer.ffn.n_ff
     weights = np.zeros((n_tokens, n_ff), np.float16)
     for first, end in layer.chunks(n_tokens):
         activity = layer.activity(layer.fit, first, end)
@@ -113,7 +114,7 @@ def _batches(n: int, seed: int) -> Iterator[Any]:
 
 def _stored(layer: LayerSamples, inner: Floats, outer: Floats, type_name: str) -> Mlp:
     x = layer.fit.x
-    first = matrix("predictor_in.weight", type_name, inner, (x**2).mean(0))
+    first = matrix(names.weight(names.PREDICTOR_IN), type_name, inner, (x**2).mean(0))
     z = np.maximum(x @ first.floats().T, 0)
-    second = matrix("predictor_out.weight", type_name, outer, (z**2).mean(0) + np.float32(1e-12))
+    second = matrix(names.weight(names.PREDICTOR_OUT), type_name, outer, (z**2).mean(0) + np.float32(1e-12))
     return Mlp((first, second), len(inner), type_name, (first.floats(), second.floats()))

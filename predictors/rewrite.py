@@ -13,6 +13,7 @@ from predictors.matrices import Tensor
 from runtime.bindings import ggml
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import ARCHITECTURE
+from runtime.model_file.tensor_names import in_block, parsed
 from runtime.model_file.writer import NewFile, Stream, copied, copied_keys, write_files
 
 REPLACED = (f"{ARCHITECTURE}.predictor.", f"{ARCHITECTURE}.calibration.")
@@ -41,8 +42,9 @@ def _streams(file: GgufFile, blocks: Sequence[Sequence[Tensor]]) -> Iterator[Str
         block = _block_of(name)
         if block is not None and _block_of(following) != block:
             for new in blocks[block]:
-                yield Stream(f"blk.{block}.{new.name}", new.shape, ggml.TYPES[new.type], new.nbytes, (new.data,))
+                yield Stream(in_block(block, new.name), new.shape, ggml.TYPES[new.type], new.nbytes, (new.data,))
 
 
 def _block_of(name: str) -> int | None:
-    return int(name.split(".")[1]) if name.startswith("blk.") else None
+    found = parsed(name)
+    return found[0] if found else None

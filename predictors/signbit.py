@@ -14,6 +14,7 @@ import numpy as np
 from predictors.calibrate import LayerSamples
 from predictors.matrices import Bytes, Floats, Tensor, plain
 from predictors.predictor import FitOptions
+from runtime.model_file import tensor_names as names
 
 
 def pack(rows: Floats) -> Bytes:
@@ -48,7 +49,7 @@ class SignBit:
 
 def fit(layer: LayerSamples, options: FitOptions) -> Iterator[SignBit]:
     """The one candidate there is; none where n_embd is no multiple of 8."""
-    d = layer.structure.embedding_length
+    d = layer.ffn.n_embd
     if d % 8 == 0:
         bits = np.concatenate([pack(layer.gate_rows(*chunk)) for chunk in layer.chunks(1)])
-        yield SignBit((plain("predictor_sign", "i8", bits.view(np.int8)),), d)
+        yield SignBit((plain(names.PREDICTOR_SIGN, "i8", bits.view(np.int8)),), d)

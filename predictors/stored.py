@@ -10,6 +10,7 @@ from predictors.matrices import Floats, Tensor
 from predictors.mlp import Mlp
 from predictors.predictor import Candidate
 from predictors.signbit import SignBit
+from runtime.model_file import tensor_names as names
 from runtime.model_file.reader import GgufFile
 
 
@@ -18,14 +19,14 @@ def stored_predictor(file: GgufFile, i: int) -> tuple[Candidate, Floats] | None:
     s = file.structure
     if s.rank(i) == 0:
         return None
-    bias = _tensor(file, i, "predictor_out.bias").floats()
+    bias = _tensor(file, i, names.bias(names.PREDICTOR_OUT)).floats()
     if s.predictor == "signbit":
-        return SignBit((_tensor(file, i, "predictor_sign"),), s.rank(i)), bias
-    tensors = tuple(_tensor(file, i, f"predictor_{part}.weight") for part in ("in", "out"))
+        return SignBit((_tensor(file, i, names.PREDICTOR_SIGN),), s.rank(i)), bias
+    tensors = tuple(_tensor(file, i, names.weight(stem)) for stem in (names.PREDICTOR_IN, names.PREDICTOR_OUT))
     kind = Mlp if s.predictor == "mlp" else LowRank
     return kind(tensors, s.rank(i), tensors[1].type, (tensors[0].floats(), tensors[1].floats())), bias
 
 
-def _tensor(file: GgufFile, i: int, name: str) -> Tensor:
-    info = file.tensors[f"blk.{i}.{name}"]
-    return Tensor(name, info.type, info.ne, file.read(info.name))
+def _tensor(file: GgufFile, i: int, short: str) -> Tensor:
+    info = file.tensors[names.in_block(i, short)]
+    return Tensor(short, info.type, info.ne, file.read(info.name))

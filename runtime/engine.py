@@ -19,7 +19,7 @@ from runtime.base.worker import OfWorker
 from runtime.bindings import ggml, sparse_ffn
 from runtime.compute.builder import GraphSpec
 from runtime.compute.dense_threshold import dense_from, expected
-from runtime.compute.ffns.neurons import FFN_MATRICES, staged_as
+from runtime.compute.ffns.neurons import staged_as
 from runtime.compute.graph import Graph
 from runtime.compute.repack import Repacked, gains, repack
 from runtime.compute.threadpool import new_pool
@@ -34,7 +34,7 @@ from runtime.hybrid.device_queue import open_streams
 from runtime.hybrid.graph_cache import GraphCache
 from runtime.hybrid.schedule import SplitGraph
 from runtime.model_file.reader import GgufFile
-from runtime.model_file.tensor_names import weight_of
+from runtime.model_file.tensor_names import FFN_MATRICES, weight_of
 from runtime.model_file.tensor_shapes import required_tensors
 from runtime.options import SettledOptions
 
@@ -249,7 +249,8 @@ class Engine(OfWorker):
             # A device computes every neuron that it has.
             hot = self.arrangement.residence.hot(i) if self.arrangement else 0
             ffn = graph.ffns.get(i)
-            seen = ffn.seen if ffn else (graph.spec.n_tokens if hot == self.structure.feed_forward_length else 0)
+            shape = self.structure.ffns.get(i)
+            seen = ffn.seen if ffn else (graph.spec.n_tokens if shape and hot == shape.n_ff else 0)
             count.fired += (ffn.fired if ffn else 0) + hot * seen
             count.gates += (ffn.gates if ffn else 0) + hot * seen
             count.seen += seen
@@ -271,8 +272,8 @@ class Engine(OfWorker):
     def _shares(self, what: str) -> list[float]:
         if self.options.ffn == "dense":
             return [1.0] * len(self.counts)
-        n_ff = self.structure.feed_forward_length
-        return [getattr(c, what) / (c.seen * n_ff) if c.seen else 0.0 for c in self.counts]
+        ffns = self.structure.ffns
+        return [getattr(c, what) / (c.seen * ffns[i].n_ff) if c.seen else 0.0 for i, c in enumerate(self.counts)]
 
 
 def _padded(n: int) -> int:

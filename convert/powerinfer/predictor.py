@@ -60,7 +60,8 @@ def read_counts(source: str, s: Structure) -> tuple[list[Floats], str]:
     patterns = ["activation/activation_*.pt", "activation_*.pt"]
     folder, repo = fetch_files(source, patterns, "a folder with activation_0.pt, activation_1.pt, ...")
     inner = folder / "activation" if (folder / "activation").is_dir() else folder
-    counts = [_counts(file, s.feed_forward_length) for file in _by_layer(inner, "activation", s.block_count)]
+    files = _by_layer(inner, "activation", s.block_count)
+    counts = [_counts(files[i], ffn.n_ff) for i, ffn in s.ffns.items()]
     return counts, repo or folder.resolve().name
 
 

@@ -66,14 +66,21 @@ class BlockRunner(OfWorker):
         return self._do(lambda: self._part(len(ids), None, 0).run(ids, 0))
 
     def block(self, i: int, hidden: Floats) -> BlockResult:
-        """Block `i` over one whole sequence of hidden states [n_tokens, n_embd]."""
+        """Block `i`, which has an FFN, over one whole sequence of hidden states [n_tokens, n_embd]."""
 
         def compute() -> BlockResult:
-            graph = self._part(len(hidden), i, i + 1)
-            output = graph.run(np.ascontiguousarray(hidden, np.float32), 0)
+            output, graph = self._computed(i, hidden)
             return BlockResult(output, read(graph.taps["ffn_input"]), read(graph.taps["residual"]))
 
         return self._do(compute)
+
+    def output(self, i: int, hidden: Floats) -> Floats:
+        """The hidden states after block `i`, of any kind."""
+        return self._do(lambda: self._computed(i, hidden)[0])
+
+    def _computed(self, i: int, hidden: Floats) -> tuple[Floats, Graph]:
+        graph = self._part(len(hidden), i, i + 1)
+        return graph.run(np.ascontiguousarray(hidden, np.float32), 0), graph
 
     def _part(self, n_tokens: int, first: int | None, end: int) -> Graph:
         spec = GraphSpec(n_tokens, self._n_kv, n_tokens, self._ffn, self._threads, first=first, end=end, tapped=True)

@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from runtime.compute.ffns.neurons import FFN_MATRICES
+from runtime.bindings.ffn_shape import FfnShape
 from runtime.compute.traffic import Activity
 from runtime.model_file.reader import GgufFile, TensorInfo
 from runtime.model_file.structure import Structure
+from runtime.model_file.tensor_names import FFN_MATRICES, NEURON_FREQ, in_block, row_matrices, weight_of
 
 # Share of an FFN's rows from which on whole matrices are faster, by format: time per token and row of ggml's product over that of the row kernels, many tokens at once.
 # Measured on two Zen 4 cores by `python -m bench.batches` (docs/performance.md). In formats that have row kernels of ggml's only, the whole is faster from a few percent on.
@@ -32,21 +33,23 @@ def dense_from(
 
     repacked: whether matrices of a ggml type have to be repacked for every batch. Blocks need not have the same types.
     """
-    if s.layout == "sparse" or activity.ffn == "dense":
-        return (math.inf,) * s.block_count
-    return tuple(_dense_from(s, tensors, activity, i, _fill(tensors, i, repacked)) for i in range(s.block_count))
+    found = [math.inf] * s.block_count
+    if s.layout == "both" and activity.ffn != "dense":
+        for i, ffn in s.ffns.items():
+            found[i] = _dense_from(ffn, tensors, activity, i, _fill(tensors, i, repacked))
+    return tuple(found)
 
 
 def _fill(tensors: Mapping[str, TensorInfo], i: int, repacked: Callable[[int], bool]) -> float:
     """Tokens whose products take as long as repacking those matrices of block `i` that have to be."""
-    found = [tensor for name in FFN_MATRICES if (tensor := tensors.get(f"blk.{i}.{name}.weight"))]
+    found = [tensor for stem in FFN_MATRICES if (tensor := tensors.get(weight_of(i, stem)))]
     return _FILL * sum(repacked(tensor.type_id) for tensor in found) / len(found)
 
 
-def _dense_from(s: Structure, tensors: Mapping[str, TensorInfo], activity: Activity, i: int, fill: float) -> float:
-    names = ("ffn_gate", "ffn_up", "ffn_down_t") if s.gated else ("ffn_up", "ffn_down_t")
-    limit = min(_LIMITS.get(tensors[f"blk.{i}.{name}.weight"].type, _OTHER_LIMIT) for name in names)
-    share = (activity.gates[i] + (len(names) - 1) * activity.fired[i]) / len(names)
+def _dense_from(ffn: FfnShape, tensors: Mapping[str, TensorInfo], activity: Activity, i: int, fill: float) -> float:
+    types = [tensors[weight_of(i, stem)].type for stem in row_matrices(ffn)]
+    limit = min(_LIMITS.get(type_, _OTHER_LIMIT) for type_ in types)
+    share = (activity.gates[i] + (len(types) - 1) * activity.fired[i]) / len(types)
     if share <= limit:
         return math.inf
     return max(_FEWEST, math.ceil(fill / (share / limit - 1)))
@@ -57,7 +60,9 @@ def expected(file: GgufFile, ffn: str, predictor_bias: float) -> Activity:
     s = file.structure
     if s.neuron_order != "hot":
         return Activity.uniform(ffn, s.block_count, 1.0)
-    fired = [float(file.read(f"blk.{i}.ffn_neuron_freq").view(np.float32).mean()) for i in range(s.block_count)]
+    fired = [0.0] * s.block_count
+    for i in s.ffns:
+        fired[i] = float(file.read(in_block(i, NEURON_FREQ)).view(np.float32).mean())
     if ffn != "predicted" or predictor_bias > 0:
         return Activity(ffn, fired, [1.0] * s.block_count)
     stored = file.metadata.get("lazyneuron.predictor.predicted_share", ())

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from runtime.bindings.ffn_shape import FfnShape
+from runtime.model_file import tensor_names as names
 from runtime.model_file.reader import TensorInfo
 from runtime.model_file.structure import Structure
 
@@ -30,7 +32,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Activity:
-    """Which share of each block's neurons is read. fired: up and down rows (ungated: down rows); gates: gate (up) rows."""
+    """Which share of each block's neurons is read; of blocks without an FFN it says nothing. fired: up and down rows (ungated: down rows); gates: gate (up) rows."""
 
     ffn: str  # the mode
     fired: Sequence[float]
@@ -46,37 +48,33 @@ def bytes_per_token(
     s: Structure, tensors: Mapping[str, TensorInfo], activity: Activity, kv_bytes: float = 0.0
 ) -> Traffic:
     """Bytes that one token reads. kv_bytes: those of keys and values, see `kv_bytes`."""
-    ffn_bytes = sum(ffn_bytes_of_block(s, tensors, activity, i) for i in range(s.block_count))
-    head = tensors["token_embd.weight" if s.tied_output else "output.weight"].nbytes
+    ffn = sum(ffn_bytes(shape, tensors, activity, i) for i, shape in s.ffns.items())
+    head = tensors[names.weight(names.TOKEN_EMBD if s.tied_output else names.OUTPUT)].nbytes
     attention = sum(t.nbytes for name, t in tensors.items() if ".attn_" in name)
-    looked_up = [tensors[name] for name in ("token_embd.weight", "position_embd.weight") if name in tensors]
-    other = sum(t.nbytes / t.ne[1] for t in looked_up)
-    always = ("output_norm", "output_proj", "token_embd_proj", "rope_freqs")
-    other += sum(t.nbytes for name, t in tensors.items() if name.startswith(always) or ".ffn_norm" in name)
-    return Traffic(ffn=ffn_bytes, attention=attention, head=head, other=other, kv=kv_bytes)
+    by_row = (names.weight(stem) for stem in (names.TOKEN_EMBD, names.POSITION_EMBD))
+    other = sum(tensors[name].nbytes / tensors[name].ne[1] for name in by_row if name in tensors)
+    always = (names.OUTPUT_NORM, names.OUTPUT_PROJ, names.TOKEN_EMBD_PROJ, names.ROPE_FREQS)
+    other += sum(t.nbytes for name, t in tensors.items() if name.startswith(always) or f".{names.FFN_NORM}" in name)
+    return Traffic(ffn=ffn, attention=attention, head=head, other=other, kv=kv_bytes)
 
 
 def kv_bytes(s: Structure, n_positions: float, element_size: int) -> float:
-    """Bytes of keys and values that attention reads at `n_positions` positions, all layers."""
-    return 2 * s.block_count * n_positions * s.kv_length * element_size
+    """Bytes of keys and values that attention reads at `n_positions` positions, all layers; within their windows."""
+    seen = ((a.kv_length, min(n_positions, a.window or n_positions)) for a in s.attentions.values())
+    return 2 * element_size * sum(length * n for length, n in seen)
 
 
-def ffn_bytes_of_block(s: Structure, tensors: Mapping[str, TensorInfo], activity: Activity, i: int) -> float:
+def ffn_bytes(ffn: FfnShape, tensors: Mapping[str, TensorInfo], activity: Activity, i: int) -> float:
     """Bytes of block `i`'s FFN, predictor included, that one token reads."""
 
-    def size(name: str) -> int:
-        tensor = tensors.get(f"blk.{i}.{name}")
-        return tensor.nbytes if tensor else 0
+    def size(*short: str) -> int:
+        found = (tensors.get(names.in_block(i, name)) for name in short)
+        return sum(tensor.nbytes for tensor in found if tensor)
 
-    always = size("ffn_gate.bias") + size("ffn_up.bias") + size("ffn_down.bias")
+    always = size(*(names.bias(stem) for stem in names.FFN_MATRICES))
     if activity.ffn == "dense":
-        return size("ffn_gate.weight") + size("ffn_up.weight") + size("ffn_down.weight") + always
+        return size(*(names.weight(stem) for stem in names.FFN_MATRICES)) + always
     if activity.ffn == "predicted":
-        names = ("predictor_in.weight", "predictor_out.weight", "predictor_out.bias", "predictor_sign")
-        always += sum(size(name) for name in names)
-    first, rest = (
-        ("ffn_gate.weight", ("ffn_up.weight", "ffn_down_t.weight"))
-        if s.gated
-        else ("ffn_up.weight", ("ffn_down_t.weight",))
-    )
-    return always + activity.gates[i] * size(first) + activity.fired[i] * sum(size(name) for name in rest)
+        always += size(names.weight(names.PREDICTOR_IN), *names.PREDICTOR_ROWS)
+    first, *rest = (names.weight(stem) for stem in names.row_matrices(ffn))
+    return always + activity.gates[i] * size(first) + activity.fired[i] * size(*rest)

@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from runtime.bindings import ggml
+from runtime.bindings.ffn_shape import FfnShape
 from runtime.compute.dense_threshold import expected
 from runtime.errors import UserError
 from runtime.hybrid.planner import Block, Device, Machine, Placement, place
+from runtime.model_file import tensor_names as names
 from runtime.model_file.reader import GgufFile, TensorInfo
 from runtime.model_file.structure import Structure
 from runtime.options import SettledOptions
@@ -109,9 +111,9 @@ def reserve_of(s: Structure, options: PlanOptions) -> int:
 
     An upper estimate: a graph's allocator reuses buffers of which it here gets one each.
     """
-    batch, d, ff = options.n_batch, s.embedding_length, s.feed_forward_length
-    activations = 4 * batch * (4 * d + 3 * s.head_length * s.head_count + 3 * ff)
-    mask = 2 * batch * _padded(options.n_ctx, _KV_PAD)
+    batch, d, (ff, q) = options.n_batch, s.embedding_length, _widest(s)
+    activations = 4 * batch * (4 * d + 3 * q + 3 * ff)
+    mask = 2 * batch * _padded(options.n_ctx, _KV_PAD) * len(s.windows)
     logits = 4 * s.vocab_size * min(batch, LOGITS)
     staging = 4 * 2 * batch * (2 * d + ff)  # two blocks in flight: states both ways, scores
     return activations + mask + logits + staging + scratch_of(s, options)
@@ -119,8 +121,13 @@ def reserve_of(s: Structure, options: PlanOptions) -> int:
 
 def scratch_of(s: Structure, options: PlanOptions) -> int:
     """Bytes that a device's backend takes beside the buffers that it is asked for: the largest matrix turned into F16, and the margin."""
-    largest = 2 * s.embedding_length * max(s.feed_forward_length, s.head_length * s.head_count)
+    largest = 2 * s.embedding_length * max(_widest(s))
     return (largest if options.n_batch >= _FEWEST_BATCH else 0) + options.margin
+
+
+def _widest(s: Structure) -> tuple[int, int]:
+    """The most neurons of a block, and the longest queries of one."""
+    return max(ffn.n_ff for ffn in s.ffns.values()), max(a.query_length for a in s.attentions.values())
 
 
 def model_costs(file: GgufFile, options: PlanOptions) -> tuple[list[Block], int]:
@@ -128,16 +135,18 @@ def model_costs(file: GgufFile, options: PlanOptions) -> tuple[list[Block], int]
     s = file.structure
     gates = expected(file, options.ffn, options.run.predictor_bias).gates
     blocks = [_block(file, i, options, frequencies(file, i), float(gates[i])) for i in range(s.block_count)]
-    output = "token_embd.weight" if s.tied_output else "output.weight"
-    names = (output, *(name for name in file.tensors if name.startswith(("output_norm", "output_proj"))))
-    return blocks, sum(_stored(file.tensors[name]) for name in names)
+    output = names.weight(names.TOKEN_EMBD if s.tied_output else names.OUTPUT)
+    ends = (names.OUTPUT_NORM, names.OUTPUT_PROJ)
+    head = (output, *(name for name in file.tensors if name.startswith(ends)))
+    return blocks, sum(_stored(file.tensors[name]) for name in head)
 
 
 def frequencies(file: GgufFile, i: int) -> Floats:
-    """How often each neuron of block `i` fires, hottest first; 1 for all where the file was not calibrated."""
-    if file.structure.neuron_order != "hot":
-        return np.ones(file.structure.feed_forward_length)
-    return file.read(f"blk.{i}.ffn_neuron_freq").view(np.float32).astype(np.float64)
+    """How often each neuron of block `i` fires, hottest first; 1 for all where the file was not calibrated; empty without an FFN."""
+    ffn = file.structure.blocks[i].ffn
+    if ffn is None or file.structure.neuron_order != "hot":
+        return np.ones(ffn.n_ff if ffn else 0)
+    return file.read(names.in_block(i, names.NEURON_FREQ)).view(np.float32).astype(np.float64)
 
 
 def candidates(freq: Floats, share: float) -> Floats:
@@ -186,22 +195,34 @@ def cold_bytes(
 
 
 def _block(file: GgufFile, i: int, options: PlanOptions, freq: Floats, share: float) -> Block:
-    s, n_ff = file.structure, file.structure.feed_forward_length
-    tensors = {name.split(".", 2)[2]: t for name, t in file.tensors.items() if name.startswith(f"blk.{i}.")}
-    predicted = options.ffn == "predicted" and s.rank(i) > 0
-    neuron = _neuron(s, tensors)
-    sign = tensors["predictor_sign"].nbytes / n_ff if predicted and "predictor_sign" in tensors else 0.0
-    cuts = (0,) if s.layout == "sparse" else cuts_of(n_ff, _block_size(tensors["ffn_down.weight"]))
-    candidate = candidates(freq, share) if predicted else np.ones(n_ff)
-    cold = cold_bytes(
-        "predicted" if predicted else _exact(options.ffn), neuron, freq, candidate, cuts, options.scattered
-    )
-    always = [t for name, t in tensors.items() if name.startswith(("attn_", "ffn_norm")) or name == "ffn_down.bias"]
-    kv = 2 * s.kv_length * options.kv_size
+    attention, ffn, tensors = file.structure.blocks[i].mixer, file.structure.blocks[i].ffn, _tensors(file, i)
+    always = [t for name, t in tensors.items() if name.startswith(_ALWAYS_READ)]
+    kv = 2 * attention.kv_length * options.kv_size if attention else 0
     positions = options.n_ctx / 2 if options.n_positions is None else options.n_positions
-    return Block(
-        stored=sum(map(_stored, always)) + _slack(tensors) + kv * _padded(options.n_ctx, _KV_PAD),
-        read=sum(t.nbytes for t in always) + kv * positions,
+    if attention and attention.window:
+        positions = min(positions, attention.window)
+    stored = sum(map(_stored, always)) + _slack(tensors) + kv * _padded(options.n_ctx, _KV_PAD)
+    read = sum(t.nbytes for t in always) + kv * positions
+    block = Block(stored=stored, read=read, predictor=0, neurons=0, cuts=(0,), hot=(0,), cold=(0.0,))
+    return _with_neurons(block, ffn, file, i, options, freq, share) if ffn else block
+
+
+_ALWAYS_READ = ("attn_", names.FFN_NORM, names.bias(names.FFN_DOWN))
+
+
+def _with_neurons(
+    block: Block, ffn: FfnShape, file: GgufFile, i: int, options: PlanOptions, freq: Floats, share: float
+) -> Block:
+    tensors, n_ff = _tensors(file, i), ffn.n_ff
+    predicted = options.ffn == "predicted" and file.structure.rank(i) > 0
+    sign = tensors[names.PREDICTOR_SIGN].nbytes / n_ff if predicted and names.PREDICTOR_SIGN in tensors else 0.0
+    down = tensors.get(names.weight(names.FFN_DOWN)) if file.structure.layout == "both" else None
+    cuts = cuts_of(n_ff, _block_size(down)) if down else (0,)
+    neuron, candidate = _neuron(ffn, tensors), candidates(freq, share) if predicted else np.ones(n_ff)
+    mode = "predicted" if predicted else _exact(options.ffn)
+    cold = cold_bytes(mode, neuron, freq, candidate, cuts, options.scattered)
+    return replace(
+        block,
         predictor=_predictor(tensors) if predicted and not sign else 0,
         neurons=n_ff,
         cuts=cuts,
@@ -210,19 +231,23 @@ def _block(file: GgufFile, i: int, options: PlanOptions, freq: Floats, share: fl
     )
 
 
+def _tensors(file: GgufFile, i: int) -> dict[str, TensorInfo]:
+    """Those of block `i`, by short name."""
+    return {at[1]: t for name, t in file.tensors.items() if (at := names.parsed(name)) and at[0] == i}
+
+
 def _exact(ffn: str) -> str:
     return "exact" if ffn == "predicted" else ffn
 
 
-def _neuron(s: Structure, tensors: Mapping[str, TensorInfo]) -> NeuronBytes:
-    n_ff = s.feed_forward_length
+def _neuron(ffn: FfnShape, tensors: Mapping[str, TensorInfo]) -> NeuronBytes:
+    def row(*short: str) -> float:
+        return sum(tensors[name].nbytes for name in short if name in tensors) / ffn.n_ff
 
-    def row(*names: str) -> float:
-        return sum(tensors[name].nbytes for name in names if name in tensors) / n_ff
-
-    biases = row("ffn_gate.bias", "ffn_up.bias")
-    first, rest = (row("ffn_gate.weight"), row("ffn_up.weight")) if s.gated else (row("ffn_up.weight"), 0.0)
-    return NeuronBytes(first + biases, rest + row("ffn_down_t.weight"), first + rest + biases + row("ffn_down.weight"))
+    first, *rest = (names.weight(stem) for stem in names.row_matrices(ffn))
+    biases = row(names.bias(names.FFN_GATE), names.bias(names.FFN_UP))
+    device = row(*(names.weight(stem) for stem in names.FFN_MATRICES))
+    return NeuronBytes(row(first) + biases, row(*rest), device + biases)
 
 
 def _predictor(tensors: Mapping[str, TensorInfo]) -> int:
@@ -231,8 +256,8 @@ def _predictor(tensors: Mapping[str, TensorInfo]) -> int:
 
 def _slack(tensors: Mapping[str, TensorInfo]) -> int:
     """Alignment and padding of the pieces of the FFN's tensors on a device."""
-    pieces = [t for name, t in tensors.items() if name.startswith(("ffn_gate.", "ffn_up.", "ffn_down."))]
-    return sum(_ALIGNMENT + _padding(t) for t in pieces)
+    stems = tuple(f"{stem}." for stem in names.FFN_MATRICES)
+    return sum(_ALIGNMENT + _padding(t) for name, t in tensors.items() if name.startswith(stems))
 
 
 def _stored(t: TensorInfo) -> int:

@@ -53,10 +53,12 @@ def parsed(name: str) -> tuple[int, str] | None:
     return (int(found[1]), found[2]) if found else None
 
 
-def deciding(ffn: FfnShape) -> str:
-    """Stem of the matrix whose rows decide which neurons fire."""
-    return FFN_GATE if ffn.gated else FFN_UP
+def row_matrices(ffn: FfnShape) -> tuple[str, ...]:
+    """Stems of the matrices that have a row for each neuron: first the one that decides which fire, then those read of these."""
+    return (FFN_GATE, FFN_UP, FFN_DOWN_T) if ffn.gated else (FFN_UP, FFN_DOWN_T)
 
+
+FFN_MATRICES = (FFN_GATE, FFN_UP, FFN_DOWN)  # what ggml multiplies with
 
 # Of an FFN, what has neurons as its rows (vectors: as its elements), in the matrices that every file has.
 NEURON_ROWS = (weight(FFN_GATE), bias(FFN_GATE), weight(FFN_UP), bias(FFN_UP), weight(FFN_DOWN_T))

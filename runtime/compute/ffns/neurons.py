@@ -14,8 +14,6 @@ from runtime.compute.operators import NativeTensors, add_choice, add_native_ffn,
 from runtime.compute.repack import Fill
 from runtime.model_file import tensor_names as n
 
-FFN_MATRICES = (n.FFN_GATE, n.FFN_UP, n.FFN_DOWN)  # of ggml's products
-
 
 class NeuronFfn:
     """The FFN of block `i`, or of its neurons whose rows the builder's tensors hold.
@@ -86,7 +84,7 @@ class NeuronFfn:
         b = self.b
         if not b.scratch:
             return {}
-        held = {stem: tensor for stem in FFN_MATRICES if (tensor := b.w.get(n.weight_of(self.i, stem)))}
+        held = {stem: tensor for stem in n.FFN_MATRICES if (tensor := b.w.get(n.weight_of(self.i, stem)))}
         places = {stem: b.scratch.tensors.get(staged_as(stem, tensor.type)) for stem, tensor in held.items()}
         return {stem: tensor for stem, tensor in places.items() if tensor}
 
@@ -107,7 +105,7 @@ class NeuronFfn:
         return add_native_ffn(self.b.ctx, x, self._description(), self._rows(), candidates)
 
     def _rows(self) -> NativeTensors:
-        w, first = self.b.w, n.deciding(self.shape)
+        w, first = self.b.w, n.row_matrices(self.shape)[0]
         return NativeTensors(
             gate=w[n.weight_of(self.i, first)],
             down=w[n.weight_of(self.i, n.FFN_DOWN_T)],
