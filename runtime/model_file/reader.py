@@ -53,7 +53,7 @@ class GgufFile(Closing):
         self._check_tensors(structure)
         check_figures(self.metadata, structure.block_count, f"`{self.path}`")
         if structure.neuron_order == "hot":
-            for i in range(structure.block_count):
+            for i in structure.ffns:
                 self._check_order(i)
         return structure
 
