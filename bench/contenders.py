@@ -83,23 +83,23 @@ class Ours:
             s.path, ffn=s.kind, threads=s.threads, n_ctx=s.n_ctx, n_batch=BATCH, device=s.device,
             vram_budget=None if s.device == NONE else f"{s.budget // 1024}KiB",
         )  # fmt: skip
-        self._engine = self._model._engine
+        self._sequence, self._counters = self._model._sequence, self._model._engine.counters
 
     def start(self, ids: Sequence[int]) -> None:
         """Forget the context and compute `ids` as a prompt."""
-        self._engine.reset()
+        self._sequence.clear()
         self._ids = list(ids)
-        self._engine.logits(self._ids, 1).argmax()
-        self._engine.reset_counts()
+        self._sequence.logits(self._ids).argmax()
+        self._counters.reset()
 
     def step(self, token: int) -> None:
         """Compute one more token."""
         self._ids.append(token)
-        self._engine.logits(self._ids, 1).argmax()
+        self._sequence.logits(self._ids).argmax()
 
     def facts(self) -> dict[str, Any]:
         """Shares of neurons per block since `start`."""
-        return {"fired": self._engine.layer_shares(), "gates": self._engine.gate_shares()}
+        return {"fired": self._counters.layer_shares(), "gates": self._counters.gate_shares()}
 
     def on_device(self) -> dict[str, Any]:
         """Blocks whose attention is there, the share of all neurons, and whether the head is."""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +17,18 @@ from runtime.base import worker
 from runtime.base.closing import Handles
 from runtime.base.worker import OfWorker
 from runtime.bindings import ggml, sparse_ffn
+from runtime.compute.batch import Batch, GraphInputs
 from runtime.compute.builder import GraphSpec
+from runtime.compute.counters import Counters, LayerCount
 from runtime.compute.dense_threshold import dense_from, expected
 from runtime.compute.ffns.neurons import staged_as
 from runtime.compute.graph import Graph
+from runtime.compute.kv_cache import CellTable, KvCache, padded_cells
 from runtime.compute.repack import Repacked, gains, repack
 from runtime.compute.threadpool import new_pool
 from runtime.compute.trace import Trace
 from runtime.compute.traffic import kv_bytes
-from runtime.compute.weights import KvCache, Weights
+from runtime.compute.weights import Weights
 from runtime.errors import UserError
 from runtime.hybrid.choose import Arrangement
 from runtime.hybrid.costs import LOGITS
@@ -38,7 +41,7 @@ from runtime.model_file.tensor_names import FFN_MATRICES, weight_of
 from runtime.model_file.tensor_shapes import required_tensors
 from runtime.options import SettledOptions
 
-_KV_PAD = 256  # graphs are built for multiples of this many positions
+T = TypeVar("T")
 
 # By mode: matrices that every token is multiplied with as a whole, beside the head.
 _BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -48,15 +51,6 @@ _EVERY_TOKEN_MULTIPLIES = {
     "predicted": re.compile(rf"\b({_ALWAYS}|predictor_in)\.weight$"),
     "dense": re.compile(rf"\b({_ALWAYS}|ffn_(gate|up|down))\.weight$"),
 }
-
-
-@dataclass
-class Counts:
-    """FFN activity of one layer since it was last reset: neurons fired, gate rows read, and tokens."""
-
-    fired: int = 0
-    gates: int = 0
-    seen: int = 0
 
 
 class Engine(OfWorker):
@@ -81,8 +75,8 @@ class Engine(OfWorker):
         self._graphs = GraphCache()
         self._hybrid: Hybrid | None = None
         self._device_bytes: tuple[int, ...] = ()
-        self._cached: list[int] = []  # the ids whose keys and values are in the cache
-        self.counts = [Counts() for _ in range(self.structure.block_count)]
+        self.cells = CellTable(options.n_ctx)
+        self.counters = Counters(self.structure, options.ffn)  # of all that is computed
         activity = expected(file, options.ffn, options.predictor_bias)
         self._dense_from = dense_from(self.structure, file.tensors, activity, gains)
         self._open(lambda handles: self._collect(file, handles))
@@ -112,7 +106,7 @@ class Engine(OfWorker):
 
     def _allocate(self, handles: Handles) -> None:
         s = self.structure
-        n_cells, kv_type = _padded(self.options.n_ctx), self.options.kv_type_id
+        n_cells, kv_type = padded_cells(self.options.n_ctx), self.options.kv_type_id
         if self.arrangement:
             streams = open_streams(handles, self.arrangement.devices, self.options.threads, self._trace)
             hybrid = Hybrid(self.weights, self.arrangement.residence, streams, n_cells, kv_type)
@@ -134,52 +128,51 @@ class Engine(OfWorker):
             return False
         return _EVERY_TOKEN_MULTIPLIES[self.options.ffn].search(name) is not None
 
-    def reset(self) -> None:
-        """Forget the sequence in the cache."""
-        self._do(self._cached.clear)
+    def exclusively(self, work: Callable[[], T]) -> T:
+        """Run something on the worker, where nothing else is computed meanwhile, and return what it returns."""
+        return self._do(work)
 
-    def logits(self, ids: Sequence[int], n_outputs: int | None = None) -> npt.NDArray[np.float32]:
-        """Logits after `ids`, continuing from the longest prefix that is in the cache.
+    def compute(self, batch: Batch, counters: Counters | None = None) -> npt.NDArray[np.float32]:
+        """Logits of the tokens that `batch.outputs` names: float32 [n_outputs, n_vocab]. All tokens are in the cache afterwards.
 
-        n_outputs: 1 for the last position only, None for every position (then nothing cached is reused).
-        Returns float32 [n_outputs, n_vocab].
+        A batch of more than n_batch tokens is computed in pieces. counters: what the FFNs did is added to them.
+        After an error the cache holds what it held before. Raises UserError where it is full, and ValueError for tokens
+        that do not continue their sequences.
         """
-        # What is cached is asked where it is changed: another thread's batch, or one whose caller was interrupted, may still be running.
-        return self._do(lambda: self._logits(ids, n_outputs))
+        return self._do(lambda: self._compute(batch, counters))
 
-    def _logits(self, ids: Sequence[int], n_outputs: int | None) -> npt.NDArray[np.float32]:
-        start = 0 if n_outputs is None else self._reusable(ids)
-        del self._cached[start:]
-        parts = []
-        # A device has room for the logits of few positions.
-        n_batch = min(self.options.n_batch, LOGITS) if self.arrangement and not n_outputs else self.options.n_batch
-        for at in range(start, len(ids), n_batch):
-            worker.stop_if_unwanted()
-            batch = ids[at : at + n_batch]
-            parts.append(self._batch(batch, at, 1 if n_outputs else len(batch)))
-        return parts[-1] if n_outputs else np.concatenate(parts)
+    def _compute(self, batch: Batch, counters: Counters | None) -> npt.NDArray[np.float32]:
+        before = self.cells.snapshot()
+        try:
+            step = self.options.n_batch
+            if self.arrangement and len(batch.outputs) > LOGITS:  # more than a device has room for
+                step = min(step, LOGITS)
+            parts = []
+            for first in range(0, len(batch), step):
+                worker.stop_if_unwanted()
+                parts.append(self._piece(batch.part(first, first + step), counters))
+        except BaseException:
+            self.cells.restore(before)
+            raise
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def reusable(self, ids: Sequence[int]) -> int:
-        """How many of `ids` need not be computed again: the cached prefix, without the last id, whose logits are wanted."""
-        return self._do(lambda: self._reusable(ids))
+    def _piece(self, batch: Batch, counters: Counters | None) -> npt.NDArray[np.float32]:
+        cells = self.cells.take(batch)
+        # A graph has an output: where none is wanted, the last token's is not looked at.
+        outputs = batch.outputs if len(batch.outputs) else np.array([len(batch) - 1], np.int32)
+        graph = self._graph(len(batch), padded_cells(self.cells.end), len(outputs))
+        masks = self.cells.masks(batch, graph.spec.n_kv, self.structure.windows)
+        logits = graph.run(GraphInputs(batch.tokens, batch.positions, cells, outputs, masks))
+        counted = self._counted(graph)
+        for each in (self.counters, counters):
+            if each:
+                each.add(counted)
+        return logits[: len(batch.outputs)]
 
-    def _reusable(self, ids: Sequence[int]) -> int:
-        known = list(ids[: min(len(self._cached), len(ids) - 1)])
-        if self._cached[: len(known)] == known:
-            return len(known)
-        return next(n for n, (a, b) in enumerate(zip(self._cached, known, strict=False)) if a != b)
-
-    def _batch(self, ids: Sequence[int], start: int, n_outputs: int) -> npt.NDArray[np.float32]:
-        graph = self._graph(len(ids), start + len(ids), n_outputs)
-        logits = graph.run(np.asarray(ids, np.int32), start)
-        self._count(graph)
-        self._cached += ids
-        return logits
-
-    def _graph(self, n_tokens: int, n_positions: int, n_outputs: int) -> Graph | SplitGraph:
+    def _graph(self, n_tokens: int, n_kv: int, n_outputs: int) -> Graph | SplitGraph:
         spec = GraphSpec(
             n_tokens,
-            _padded(n_positions),
+            n_kv,
             n_outputs,
             self.options.ffn,
             self.options.threads,
@@ -213,7 +206,7 @@ class Engine(OfWorker):
         """Ask for the memory of the largest prompt at once, so that nothing has to grow later, and a budget that is too small is told now."""
         n = min(self.options.n_batch, self.options.n_ctx)
         spec = GraphSpec(
-            n, _padded(self.options.n_ctx), 1, self.options.ffn, self.options.threads, self.options.flash_attention
+            n, padded_cells(self.options.n_ctx), 1, self.options.ffn, self.options.threads, self.options.flash_attention
         )
         self._split_graph(hybrid, spec, None).close()
 
@@ -244,37 +237,16 @@ class Engine(OfWorker):
         held = {staged_as(stem, t.type): name for stem, name in names if (t := self.weights.get(name))}
         return self._graphs.scratch(lambda: Repacked(self.weights, self._backend, held))
 
-    def _count(self, graph: Graph | SplitGraph) -> None:
-        for i, count in enumerate(self.counts):
+    def _counted(self, graph: Graph | SplitGraph) -> dict[int, LayerCount]:
+        """What each FFN did in the graph's last run."""
+        counted = {}
+        for i, shape in self.structure.ffns.items():
             # A device computes every neuron that it has.
             hot = self.arrangement.residence.hot(i) if self.arrangement else 0
             ffn = graph.ffns.get(i)
-            shape = self.structure.ffns.get(i)
-            seen = ffn.seen if ffn else (graph.spec.n_tokens if shape and hot == shape.n_ff else 0)
-            count.fired += (ffn.fired if ffn else 0) + hot * seen
-            count.gates += (ffn.gates if ffn else 0) + hot * seen
-            count.seen += seen
+            seen = ffn.seen if ffn else (graph.spec.n_tokens if hot == shape.n_ff else 0)
+            fired, gates = (ffn.fired, ffn.gates) if ffn else (0, 0)
+            counted[i] = LayerCount(fired + hot * seen, gates + hot * seen, seen)
             if ffn:
                 ffn.fired = ffn.gates = ffn.seen = 0
-
-    def reset_counts(self) -> None:
-        """Start counting FFN activity anew."""
-        self.counts = [Counts() for _ in self.counts]
-
-    def layer_shares(self) -> list[float]:
-        """Share of each layer's neurons computed since `reset_counts`; 1.0 in dense mode, 0.0 before any token."""
-        return self._shares("fired")
-
-    def gate_shares(self) -> list[float]:
-        """Share of each layer's neurons whose gate rows (ungated: up rows) were read; below 1.0 where there is a predictor."""
-        return self._shares("gates")
-
-    def _shares(self, what: str) -> list[float]:
-        if self.options.ffn == "dense":
-            return [1.0] * len(self.counts)
-        ffns = self.structure.ffns
-        return [getattr(c, what) / (c.seen * ffns[i].n_ff) if c.seen else 0.0 for i, c in enumerate(self.counts)]
-
-
-def _padded(n: int) -> int:
-    return (n + _KV_PAD - 1) // _KV_PAD * _KV_PAD
+        return counted

@@ -19,10 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.base.closing import Closing
+from runtime.compute.counters import Counters
 from runtime.compute.traffic import Activity, bytes_per_token
-from runtime.engine import Engine
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
+from runtime.sequence import CachedSequence
 from runtime.text.sampling import Sampler, Sampling
 from runtime.text.tokenizer import Tokenizer
 
@@ -129,14 +130,14 @@ class Generation(Closing):
 
     def __init__(
         self,
-        engine: Engine,
+        sequence: CachedSequence,
         tokenizer: Tokenizer,
         file: GgufFile,
         request: Request,
         turns: Turns,
         done: Callable[[Stats], None] = lambda _: None,
     ) -> None:
-        prompt = request.prompt
+        prompt, engine = request.prompt, sequence.engine
         if not prompt:
             raise UserError("the prompt has no tokens", "give some text: this model has no start token of its own")
         if len(prompt) >= engine.options.n_ctx:
@@ -148,7 +149,8 @@ class Generation(Closing):
         self.text = ""
         self.stop_reason: str | None = None
         self.stats = Stats(prompt_tokens=len(prompt))
-        self._engine, self._tokenizer, self._file = engine, tokenizer, file
+        self._sequence, self._engine, self._tokenizer, self._file = sequence, engine, tokenizer, file
+        self._counters = Counters(engine.structure, engine.options.ffn)
         self._request, self._turns, self._done = request, turns, done
         self._ids = list(prompt)
         self._sampling = request.sampling.seeded()
@@ -237,9 +239,8 @@ class Generation(Closing):
 
     def _tokens(self) -> Iterator[int]:
         if not self._request.cache_prompt:
-            self._engine.reset()
+            self._sequence.clear()
         logits = self._prefill()
-        self._engine.reset_counts()
         started = time.perf_counter()
         if logits is None or self._is_complete():
             return
@@ -257,16 +258,16 @@ class Generation(Closing):
                 return
             if self._is_complete() or self._cancelled:
                 return
-            logits = self._engine.logits(self._ids, n_outputs=1)
+            logits = self._sequence.logits(self._ids, counters=self._counters)
 
     def _prefill(self) -> Floats | None:
         """Compute the prompt batch by batch; float32 [1, n_vocab] after its last token, None where it was stopped before."""
         stats, engine, n = self.stats, self._engine, len(self._ids)
-        started, done = time.perf_counter(), engine.reusable(self._ids)
+        started, done = time.perf_counter(), self._sequence.reusable(self._ids)
         stats.cached_tokens = done
         while True:
             done = min(done + engine.options.n_batch, n)
-            logits = engine.logits(self._ids[:done], n_outputs=1)
+            logits = self._sequence.logits(self._ids[:done])
             stats.prompt_seconds = time.perf_counter() - started
             if self._request.on_prompt and self._request.on_prompt(done, n) is False:
                 self.stop_reason = "callback"
@@ -308,7 +309,7 @@ class Generation(Closing):
 
     def _measure(self) -> None:
         stats, engine = self.stats, self._engine
-        stats.layer_shares, stats.gate_shares = engine.layer_shares(), engine.gate_shares()
+        stats.layer_shares, stats.gate_shares = self._counters.layer_shares(), self._counters.gate_shares()
         positions = stats.prompt_tokens + (stats.tokens + 1) / 2
         activity = Activity(engine.options.ffn, stats.layer_shares, stats.gate_shares)
         stats.bytes_per_token = bytes_per_token(

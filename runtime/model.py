@@ -30,6 +30,7 @@ from runtime.hub.locate import locate
 from runtime.hybrid.choose import arrange
 from runtime.model_file.reader import GgufFile
 from runtime.options import AUTO, BATCH, RunOptions
+from runtime.sequence import CachedSequence
 from runtime.text.chat_template import SPECIAL_TOKENS
 from runtime.text.sampling import Sampling
 from runtime.text.tokenizer import Tokenizer
@@ -111,6 +112,7 @@ class Model(Closing):
 
     def __init__(self, file: GgufFile, engine: Engine, tokenizer: Tokenizer) -> None:
         self._file, self._engine, self.tokenizer = file, engine, tokenizer
+        self._sequence = CachedSequence(engine)
         self.path, self.metadata, self.structure = file.path, file.metadata, engine.structure
         self.tensors = file.tensors
         options = engine.options
@@ -153,13 +155,14 @@ class Model(Closing):
 
         Raises UserError when there are none, too many for the context, or one out of the vocabulary.
         """
-        engine, known = self._open_engine(), token_ids("ids", ids, self.structure.vocab_size)
+        known = token_ids("ids", ids, self.structure.vocab_size)
+        self._open_engine()
         if not 1 <= len(known) <= self.n_ctx:
             raise UserError(
                 f"{len(known)} tokens, expected 1 to the context of {self.n_ctx}",
                 "split the text, or raise n_ctx if the model allows",
             )
-        return engine.logits(known)
+        return self._sequence.logits(known, every=True)
 
     def generate(
         self,
@@ -182,7 +185,8 @@ class Model(Closing):
         Asynchronous generations of one model run one after the other. Raises UserError for a prompt that is empty, longer than the context or with ids out of the vocabulary,
         and for an argument that is not of its kind or out of range.
         """
-        engine, _ = self._open_engine(), self._totals()
+        self._open_engine()
+        self._totals()
         if not isinstance(sampling, Sampling | None):
             raise UserError(f"sampling is a {type(sampling).__name__}, expected runtime.Sampling")
         n, either = self.structure.vocab_size, "a text or a list of token ids"
@@ -196,7 +200,7 @@ class Model(Closing):
             function("on_token", on_token),
             function("on_prompt", on_prompt),
         )
-        return Generation(engine, self.tokenizer, self._file, request, self._turns, self._ended.put)
+        return Generation(self._sequence, self.tokenizer, self._file, request, self._turns, self._ended.put)
 
     def _totals(self) -> tuple[Stats, int]:
         """The figures of all generations that have ended, and their number."""
@@ -224,15 +228,15 @@ class Model(Closing):
 
     def layer_shares(self) -> list[float]:
         """Share of each layer's neurons computed since `reset_counts`."""
-        return self._open_engine().layer_shares()
+        return self._open_engine().counters.layer_shares()
 
     def gate_shares(self) -> list[float]:
         """Share of each layer's neurons whose gate rows (ungated: up rows) were read since `reset_counts`."""
-        return self._open_engine().gate_shares()
+        return self._open_engine().counters.gate_shares()
 
     def reset_counts(self) -> None:
         """Count FFN activity anew from here."""
-        self._open_engine().reset_counts()
+        self._open_engine().counters.reset()
 
     def close(self) -> None:
         """Free the model, when what is being computed has ended; generations of other threads then raise UserError. Calling it twice does no harm."""

@@ -211,21 +211,22 @@ def test_a_prompt_begun_while_another_is_computed_is_not_taken_for_cached(
     ]
     third = model.tokenize(" trees", False)
     expected = model.logits([*second, *third])[-1]
-    engine, resetting = model._engine, threading.Thread(target=model._engine.reset)
-    graph = engine._graph
+    engine, resetting = model._engine, threading.Thread(target=model._sequence.clear)
+    graph, asked = engine._graph, []
 
-    def reset_meanwhile(n_tokens: int, n_positions: int, n_outputs: int) -> Any:
-        if n_positions == 32:
+    def reset_meanwhile(n_tokens: int, n_kv: int, n_outputs: int) -> Any:
+        asked.append(n_tokens)
+        if len(asked) == 2:
             resetting.start()
             resetting.join(0.5)
-        return graph(n_tokens, n_positions, n_outputs)
+        return graph(n_tokens, n_kv, n_outputs)
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_graph", reset_meanwhile)
-        engine.logits([*first, *second], 1)
+        model._sequence.logits([*first, *second])
     resetting.join()
     # F16 keys and values in other batches; another context differs by more than 1.
-    np.testing.assert_allclose(engine.logits([*second, *third], 1)[0], expected, atol=0.05)
+    np.testing.assert_allclose(model._sequence.logits([*second, *third])[0], expected, atol=0.05)
 
 
 # --- callbacks --------------------------------------------------------------------------------------------------------

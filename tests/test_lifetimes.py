@@ -69,7 +69,7 @@ def test_a_load_that_fails_at_any_call_leaves_nothing(
     def load_and_compute() -> None:
         with runtime.load(one_block, **options) as model:
             model._engine._dense_from = (2.0,)
-            model._engine.logits(list(range(5, 25)), 1)
+            model._sequence.logits(list(range(5, 25)))
             assert np.isfinite(model.logits([5])).all()
 
     everywhere = os.sched_getaffinity(0)

@@ -13,6 +13,7 @@ from checkpoints import CHECKPOINTS
 from oracle import Logits, kl, max_difference, random_ids, same_argmax, transformers_logits
 
 import runtime
+from runtime.compute.batch import Batch
 from runtime.engine import Engine
 from runtime.model_file.reader import GgufFile
 from runtime.options import RunOptions
@@ -69,7 +70,7 @@ def with_metadata(path: Path, ids: list[int], **changes: Any) -> Logits:
     file.metadata.update({f"lazyneuron.{key.replace('__', '.')}": value for key, value in changes.items()})
     engine = Engine(file, RunOptions(ffn="exact", threads=2, n_ctx=N, kv_type="f32").for_file(file))
     try:
-        return engine.logits(ids)
+        return engine.compute(Batch.of(ids, outputs=range(len(ids))))
     finally:
         engine.close()
 

@@ -32,8 +32,8 @@ def after(model: runtime.Model, ids: list[int], from_tokens: float) -> Logits:
     """Logits after a prompt whose FFNs are dense from so many tokens on."""
     engine = model._engine
     engine._dense_from = (from_tokens,) * engine.structure.block_count
-    engine.reset()
-    return engine.logits(ids, 1)
+    model._sequence.clear()
+    return model._sequence.logits(ids)
 
 
 @pytest.mark.parametrize("name", ["bundled", "llama-gqa", "opt-pre-norm", "opt-post-norm"])
@@ -63,7 +63,7 @@ def test_decoding_goes_on_from_a_dense_prompt(converted: Converted) -> None:
         ids = random_ids(64, 4000)
         after(model, ids[:-1], 2)
         assert model._engine._graphs._scratch is not None
-        last = model._engine.logits(ids, 1)
+        last = model._sequence.logits(ids)
         assert model._engine._graphs._scratch is None  # what only prompts need is freed
         assert relative(after(model, ids, NOWHERE), last) < 0.2
 
@@ -72,10 +72,10 @@ def test_dense_tokens_are_not_counted_as_sparse(converted: Converted) -> None:
     with runtime.load(converted("bundled", "q4_0"), ffn="exact") as model:
         engine = model._engine
         after(model, random_ids(64, 4000), 2)
-        assert [c.seen for c in engine.counts] == [0] * 5 + [1]  # the last block sees the last token only
-        engine.reset_counts()
+        assert [c.seen for c in engine.counters.layers] == [0] * 5 + [1]  # the last block sees the last token only
+        engine.counters.reset()
         after(model, random_ids(64, 4000), NOWHERE)
-        assert [c.seen for c in engine.counts] == [64] * 5 + [1]
+        assert [c.seen for c in engine.counters.layers] == [64] * 5 + [1]
 
 
 def test_logits_of_every_position_are_the_modes_own(fitted_gguf: Path) -> None:
@@ -85,15 +85,15 @@ def test_logits_of_every_position_are_the_modes_own(fitted_gguf: Path) -> None:
         wanted = model.logits(ids)
         model._engine._dense_from = (EVERYWHERE,) * 6
         assert np.array_equal(model.logits(ids), wanted)
-        assert all(c.seen == 128 for c in model._engine.counts)
+        assert all(c.seen == 128 for c in model._engine.counters.layers)
 
 
 def test_a_file_without_ffn_down_keeps_the_sparse_kernels(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     convert(checkpoint("bundled"), tmp_path / "sparse.gguf", type="q4_0", calibration="none", layout="sparse")
     with runtime.load(tmp_path / "sparse.gguf", ffn="exact") as model:
         assert model._engine._dense_from == (math.inf,) * 6
-        model._engine.logits(random_ids(300, 4000), 1)
-        assert [c.seen for c in model._engine.counts] == [300] * 5 + [1]
+        model._sequence.logits(random_ids(300, 4000))
+        assert [c.seen for c in model._engine.counters.layers] == [300] * 5 + [1]
 
 
 def test_what_is_expected(converted: Converted, fitted_gguf: Path) -> None:

@@ -169,7 +169,7 @@ def test_released_pages_are_given_back_and_can_be_read_again(converted: Converte
 def test_pages_of_repacked_matrices_are_not_resident(converted: Converted) -> None:
     path = converted("bundled", "q4_0")
     with runtime.load(path, ffn="dense") as model:
-        model._engine.logits(random_ids(10, 4000), 1)
+        model._sequence.logits(random_ids(10, 4000))
         copied = sum(model.tensors[name].nbytes for name in model._engine.weights.copies)
         assert copied > 0.3 * path.stat().st_size
         assert resident_pages(path) < path.stat().st_size - 0.8 * copied
@@ -182,7 +182,7 @@ def test_closing_frees_the_copies(converted: Converted) -> None:
     def use() -> None:
         with runtime.load(path, ffn="exact") as model:
             model._engine._dense_from = (2.0,) * 6
-            model._engine.logits(ids, 1)
+            model._sequence.logits(ids)
 
     use()
     gc.collect()

@@ -15,16 +15,17 @@ import numpy.typing as npt
 from runtime.base.closing import Handles
 from runtime.base.worker import OfWorker
 from runtime.bindings import ggml
+from runtime.compute.batch import Batch, GraphInputs
 from runtime.compute.builder import GraphSpec
 from runtime.compute.graph import Graph, read
-from runtime.compute.weights import KvCache, Weights
+from runtime.compute.kv_cache import CellTable, KvCache, padded_cells
+from runtime.compute.weights import Weights
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import Structure
 from runtime.model_file.tensor_shapes import required_tensors
 
 Floats = npt.NDArray[np.float32]
-_KV_PAD = 256
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class BlockRunner(OfWorker):
             )
         self._file, self._threads = file, threads
         self._graph: Graph | None = None
-        self._n_kv = (max_tokens + _KV_PAD - 1) // _KV_PAD * _KV_PAD
+        self._n_kv = padded_cells(max_tokens)
         self._ffn = "exact" if self.structure.layout == "sparse" else "dense"
         self._open(self._collect)
 
@@ -63,7 +64,7 @@ class BlockRunner(OfWorker):
 
     def embed(self, ids: npt.NDArray[np.int32]) -> Floats:
         """Hidden states before block 0: float32 [len(ids), n_embd]."""
-        return self._do(lambda: self._part(len(ids), None, 0).run(ids, 0))
+        return self._do(lambda: self._part(len(ids), None, 0).run(self._inputs(ids)))
 
     def block(self, i: int, hidden: Floats) -> BlockResult:
         """Block `i`, which has an FFN, over one whole sequence of hidden states [n_tokens, n_embd]."""
@@ -80,7 +81,15 @@ class BlockRunner(OfWorker):
 
     def _computed(self, i: int, hidden: Floats) -> tuple[Floats, Graph]:
         graph = self._part(len(hidden), i, i + 1)
-        return graph.run(np.ascontiguousarray(hidden, np.float32), 0), graph
+        return graph.run(self._inputs(np.ascontiguousarray(hidden, np.float32))), graph
+
+    def _inputs(self, data: npt.NDArray[np.int32] | Floats) -> GraphInputs:
+        """A whole sequence, by its ids or its hidden states, in a cache that held nothing."""
+        n, table = len(data), CellTable(self._n_kv)
+        batch = Batch.of([0] * n, outputs=range(n))
+        cells = table.take(batch)
+        masks = table.masks(batch, self._n_kv, self.structure.windows)
+        return GraphInputs(data, batch.positions, cells, batch.outputs, masks)
 
     def _part(self, n_tokens: int, first: int | None, end: int) -> Graph:
         spec = GraphSpec(n_tokens, self._n_kv, n_tokens, self._ffn, self._threads, first=first, end=end, tapped=True)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from runtime.bindings import ggml, sparse_ffn
+from runtime.compute.kv_cache import KvCache
 from runtime.compute.repack import Repacked
-from runtime.compute.weights import KvCache, Tensors
+from runtime.compute.weights import Tensors
 from runtime.model_file import tensor_names as n
 from runtime.model_file.structure import Structure
 

@@ -5,7 +5,6 @@ Knows how a graph is allocated, filled and run; knows nothing of what it compute
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,10 +12,12 @@ import numpy.typing as npt
 
 from runtime.base.closing import Closing, Handles
 from runtime.bindings import ggml, sparse_ffn
+from runtime.compute.batch import GraphInputs
 from runtime.compute.blocks import Blocks
 from runtime.compute.builder import Builder, GraphSpec, Inputs
+from runtime.compute.kv_cache import KvCache
 from runtime.compute.repack import Repacked
-from runtime.compute.weights import KvCache, Tensors, check_status, new_context
+from runtime.compute.weights import Tensors, check_status, new_context
 from runtime.errors import UserError
 from runtime.model_file.structure import Structure
 
@@ -96,16 +97,13 @@ class Graph(Closing):
             self.taps[name] = inner
         return blocks.after_ffn(at, blocks.ffn(i).product(at.x, at.stream), i)
 
-    def run(self, data: npt.NDArray[np.int32] | npt.NDArray[np.float32], start: int) -> npt.NDArray[np.float32]:
-        """Compute the tokens at positions start.. and return logits, float32 [n_outputs, n_vocab].
+    def run(self, inputs: GraphInputs) -> npt.NDArray[np.float32]:
+        """Compute the tokens and return logits, float32 [n_outputs, n_vocab]; hidden states where the graph ends before the last block.
 
-        data: ids, int32 [n_tokens]; or hidden states, float32 [n_tokens, n_embd], where the graph starts from them.
-        A graph that ends before the last block returns hidden states. Raises UserError where ggml fails.
+        Raises UserError where ggml fails.
         """
-        write(self.input, data)
-        for tensor, values in zip(
-            self.inputs.tensors, input_values(self.spec, self.structure.windows, start), strict=True
-        ):
+        write(self.input, inputs.data)
+        for tensor, values in zip(self.inputs.tensors, inputs.arrays, strict=True):
             write(tensor, values)
         check_status(ggml.ggml_backend_graph_compute(self.backend, self.graph), "the CPU")
         if self.scratch:
@@ -120,24 +118,6 @@ class Graph(Closing):
     def close(self) -> None:
         """Free the graph and its compute buffer."""
         self._handles.close()
-
-
-def input_values(spec: GraphSpec, windows: Sequence[int], start: int) -> tuple[npt.NDArray[np.generic], ...]:
-    """What a graph's `Inputs` hold, in the order of `Inputs.tensors`, for tokens at positions start.. ."""
-    n = spec.n_tokens
-    positions = np.arange(start, start + n, dtype=np.int32)
-    masks = (_mask(positions, spec.n_kv, window) for window in windows)
-    return positions, positions.astype(np.int64), np.arange(n - spec.n_outputs, n, dtype=np.int32), *masks
-
-
-def _mask(positions: npt.NDArray[np.int32], n_kv: int, window: int) -> npt.NDArray[np.float16]:
-    """float16 [n_tokens, n_kv]: 0 where a token sees a position, else minus infinity."""
-    mask = np.zeros((len(positions), n_kv), np.float16)
-    behind = positions[:, None] - np.arange(n_kv)[None, :]
-    mask[behind < 0] = -np.inf
-    if window:
-        mask[behind >= window] = -np.inf
-    return mask
 
 
 def check_supported(graph: ggml.GraphP, device: ggml.DeviceP) -> None:

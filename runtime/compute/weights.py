@@ -76,39 +76,3 @@ class Weights(Tensors, Closing):
         """Release the tensors and the mapping."""
         self.tensors, self.copies = {}, {}
         self._handles.close()
-
-
-class KvCache(Closing):
-    """Keys and values of some blocks, [kv_length, n_ctx] each; zeroed, since masked positions are multiplied too. lengths: kv_length of each block."""
-
-    def __init__(self, backend: ggml.BackendP, type_id: int, lengths: Mapping[int, int], n_ctx: int) -> None:
-        self._buffer, n = ggml.BufferP(), len(lengths)
-        with Handles() as handles:
-            context = handles.add(new_context(2 * n), ggml.ggml_free)
-            self._keys, self._values = (
-                {i: ggml.ggml_new_tensor_2d(context, type_id, length, n_ctx) for i, length in lengths.items()}
-                for _ in range(2)
-            )
-            if n:
-                self._buffer = ggml.ggml_backend_alloc_ctx_tensors(context, backend)
-                handles.add(self._buffer, ggml.ggml_backend_buffer_free)
-                if not self._buffer:
-                    size = 2 * n_ctx * sum(ggml.ggml_row_size(type_id, length) for length in lengths.values())
-                    raise UserError(
-                        f"not enough memory for {size / 1e9:.1f} GB of keys and values", "use a smaller --n-ctx"
-                    )
-                ggml.ggml_backend_buffer_clear(self._buffer, 0)
-            self._handles = handles.pop_all()
-
-    def of(self, i: int) -> tuple[ggml.TensorP, ggml.TensorP]:
-        """Keys and values of block `i`."""
-        return self._keys[i], self._values[i]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory."""
-        return ggml.ggml_backend_buffer_get_size(self._buffer) if self._buffer else 0
-
-    def close(self) -> None:
-        """Release the memory."""
-        self._handles.close()

@@ -15,7 +15,8 @@ from runtime.base import worker
 from runtime.base.closing import Closing, Handles
 from runtime.bindings import ggml
 from runtime.bindings import ggml_devices as gd
-from runtime.compute.weights import KvCache, Tensors, Weights, new_context
+from runtime.compute.kv_cache import KvCache
+from runtime.compute.weights import Tensors, Weights, new_context
 from runtime.errors import UserError
 from runtime.hybrid.device_queue import Stream
 from runtime.hybrid.sides import Memory, device_kinds, host_kinds

@@ -16,12 +16,14 @@ import numpy.typing as npt
 
 from runtime.base.closing import Closing, Handles
 from runtime.bindings import ggml, sparse_ffn
+from runtime.compute.batch import GraphInputs
 from runtime.compute.blocks import AtFfn, Blocks
 from runtime.compute.builder import Builder, GraphSpec, Inputs
 from runtime.compute.ffns import ffn_of
-from runtime.compute.graph import Graph, check_supported, input_values, read, write
+from runtime.compute.graph import Graph, check_supported, read, write
+from runtime.compute.kv_cache import KvCache
 from runtime.compute.repack import Repacked
-from runtime.compute.weights import KvCache, check_status
+from runtime.compute.weights import check_status
 from runtime.hybrid.device_memory import Hybrid
 from runtime.hybrid.device_queue import Mark, Stream
 from runtime.hybrid.sides import Part, Side
@@ -123,23 +125,22 @@ class SplitGraph(Closing):
 
     # --- running -----------------------------------------------------------------------------------------------------
 
-    def run(self, data: npt.NDArray[np.int32], start: int) -> npt.NDArray[np.float32]:
-        """Compute the tokens at positions start.. and return logits, float32 [n_outputs, n_vocab]. data: ids, int32 [n_tokens]."""
+    def run(self, inputs: GraphInputs) -> npt.NDArray[np.float32]:
+        """Compute the tokens and return logits, float32 [n_outputs, n_vocab]."""
         try:
-            return self._run(data, start)
+            return self._run(inputs)
         except BaseException:
             for stream in self._streams:
                 stream.settle()  # it may still write to what is about to be freed
             raise
 
-    def _run(self, data: npt.NDArray[np.int32], start: int) -> npt.NDArray[np.float32]:
+    def _run(self, inputs: GraphInputs) -> npt.NDArray[np.float32]:
         main = self._streams[0]
         began = self._trace.now() if self._trace else 0.0
-        write(self.host_hidden, self._front.run(data, start))
+        write(self.host_hidden, self._front.run(inputs))
         self._traced("front", began)
         main.upload(self.hidden, self.host_hidden)
-        values = input_values(self.spec, self._s.windows, start)
-        for device, host, array in zip(self.inputs.tensors, self.host_inputs.tensors, values, strict=True):
+        for device, host, array in zip(self.inputs.tensors, self.host_inputs.tensors, inputs.arrays, strict=True):
             write(host, array)
             main.upload(device, host)
         for block in self.blocks:
@@ -151,7 +152,7 @@ class SplitGraph(Closing):
         if self._trace:
             self._trace.step += 1
         result = read(self.host_result)
-        return result if self._head is None else self._head.run(result, start)
+        return result if self._head is None else self._head.run(inputs.wanted(result))
 
     def _run_block(self, b: SplitBlock) -> None:
         main = self._streams[0]
