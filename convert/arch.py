@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -60,6 +60,18 @@ class Generated:
 
 
 Sources = Source | Generated | tuple[Source, ...]
+Tensors = Mapping[str, Sources | Callable[[Config], Sources]]
+
+
+@dataclass(frozen=True)
+class BlockKind:
+    """What is different in blocks of one kind, in a family that mixes several: `keys` and `tensors` as in `Arch`.
+
+    Keys that say how large a half is may be 0 there: `feed_forward_length` (no FFN), `head_count_kv` (no attention).
+    """
+
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,8 @@ class Arch:
     tensors: GGUF name (`blk.{i}.` for those of a block) -> where it comes from, or a function of the config that says so.
     Of several sources, the first that the checkpoint has in the expected shape. Those that a checkpoint's structure does
     not require are not looked for.
+    kinds: of a family that mixes kinds of blocks, what is different in each; kind_of: the kind of each block, where
+    config.json has a list of them (a `Field`, such as `Field("layer_types")`), or a function of the config that gives one.
     """
 
     family: str
@@ -77,7 +91,9 @@ class Arch:
     activation: Field  # where config.json names the activation
     activations: Mapping[str, str]  # config.json's value -> GGUF's
     keys: Mapping[str, Any]
-    tensors: Mapping[str, Sources | Callable[[Config], Sources]]
+    tensors: Tensors
+    kinds: Mapping[str, BlockKind] = field(default_factory=dict)
+    kind_of: Field | Callable[[Config], Sequence[str]] = Field("layer_types")
     # In config.json beside the first architecture; "" where nothing says what it must be. It decides between two
     # families of one architecture.
     model_type: str = ""
@@ -148,11 +164,7 @@ def describe(
     """
     config = adapted(arch, config)
     _check_expected(arch, config)
-    kinds = {
-        f.name: {"int": int, "float": float, "bool": bool, "str": str}.get(str(f.type), tuple)
-        for f in fields(Structure)
-    }
-    values = {name: _resolve(value, config, kinds[name]) for name, value in arch.keys.items()}
+    values = _values(arch, config)
     activation, threshold = _activation(arch, config, ffn_type, known)
     structure = Structure(
         source_architecture=_source_architecture(arch, config),
@@ -163,6 +175,43 @@ def describe(
     )
     # Reading it back applies the reader's own checks before anything is written.
     return read_structure({"general.architecture": ARCHITECTURE, **structure.to_metadata()}, config.where)
+
+
+def _values(arch: Arch, config: Config) -> dict[str, Any]:
+    """The fields of the structure that a family's keys say, those that its kinds of blocks change with one value per block."""
+    types = {
+        f.name: {"int": int, "float": float, "bool": bool, "str": str}.get(str(f.type), bool) for f in fields(Structure)
+    }
+    values = {name: _resolve(value, config, types[name]) for name, value in arch.keys.items()}
+    kinds = [arch.kinds[kind] for kind in block_kinds(arch, config, values["block_count"])]
+    for name in {name: None for kind in arch.kinds.values() for name in kind.keys}:
+        common = values.get(name, types[name]())
+        each = common if isinstance(common, tuple) else (common,) * len(kinds)
+        values[name] = tuple(
+            _resolve(kind.keys[name], config, types[name]) if name in kind.keys else value
+            for kind, value in zip(kinds, each, strict=True)
+        )
+    return values
+
+
+def block_kinds(arch: Arch, config: Config, block_count: int) -> tuple[str, ...]:
+    """The kind of each block, one of `arch.kinds`; none of a family whose blocks are all the same.
+
+    Raises UserError for a kind that the family does not have, and for another number of them than of blocks.
+    """
+    if not arch.kinds:
+        return ()
+    of = arch.kind_of
+    if isinstance(of, Field):
+        named = config.list_of(of.name, str, [] if of.default is REQUIRED else of.default)
+    else:
+        named = list(of(config))
+    if len(named) != block_count:
+        raise UserError(f"{config.where}: kinds of {len(named)} blocks, expected {block_count}")
+    for i, kind in enumerate(named):
+        if kind not in arch.kinds:
+            raise UserError(f"{config.where}: block {i} is {shown(kind)}, expected one of {', '.join(arch.kinds)}")
+    return tuple(named)
 
 
 def _check_expected(arch: Arch, config: Config) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -16,20 +16,21 @@ import numpy as np
 import numpy.typing as npt
 
 from convert.already_quantized import refuse_quantised_tensors
-from convert.arch import Arch, Generated, Source, adapted, describe, find_arch
+from convert.arch import Arch, Generated, Source, Sources, adapted, block_kinds, describe, find_arch
 from convert.checkpoint import FLOATS, Checkpoint
 from convert.config import Config
 from convert.formats import fitting, output_type, row_bytes
 from convert.head import settle_head
 from convert.kept import Kept, Readable
 from convert.leftovers import common_prefix, explanation, is_buffer, listed, without_head
-from convert.rewrites import IDENTITY, Heads, Rewrite, Shape, named
+from convert.rewrites import IDENTITY, Rewrite, Shape, named
 from predictors.matrices import Tensor
 from runtime.errors import UserError
-from runtime.model_file.structure import Structure
+from runtime.model_file import tensor_names as names
+from runtime.model_file.structure import Attention, Structure
 from runtime.model_file.tensor_shapes import required_tensors
 
-_ALWAYS_F32 = ("position_embd.weight",)  # besides everything with one dimension: norms, biases, frequencies
+_ALWAYS_F32 = (names.weight(names.POSITION_EMBD),)  # besides everything with one dimension: norms, biases, frequencies
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class PlannedTensor:
     @property
     def neuron_axis(self) -> int:
         """Which axis of the (row-major) tensor runs over neurons."""
-        return 1 if self.name.endswith(".ffn_down.weight") else 0
+        return 1 if self.name.endswith(names.NEURON_COLUMNS) else 0
 
     @property
     def row_bytes(self) -> int:
@@ -155,15 +156,7 @@ def outline(
     return arch, describe(arch, config, layout, ffn_type, known)
 
 
-_NEURON_TENSORS = (
-    "ffn_gate.weight",
-    "ffn_up.weight",
-    "ffn_down_t.weight",
-    "ffn_down.weight",
-    "ffn_gate.bias",
-    "ffn_up.bias",
-    "predictor_out.weight",
-)
+_NEURON_TENSORS = (*names.NEURON_ROWS, *names.NEURON_COLUMNS, names.weight(names.PREDICTOR_OUT))
 
 
 def with_neurons(plan: Plan, fit: NewBlocks) -> Plan:
@@ -172,58 +165,66 @@ def with_neurons(plan: Plan, fit: NewBlocks) -> Plan:
     tensors = {t.name: _reordered(t, fit) for t in plan.tensors}
     for i, block in enumerate(fit.blocks):
         for made in block.tensors:
-            name = f"blk.{i}.{made.name}"
+            name = names.in_block(i, made.name)
             tensors[name] = PlannedTensor(name, Given(made.data), made.shape, made.type, made.type)
     ordered = tuple(tensors[name] for name in required_tensors(structure))
     return replace(plan, structure=structure, tensors=ordered)
 
 
 def _reordered(tensor: PlannedTensor, fit: NewBlocks) -> PlannedTensor:
-    if not tensor.name.startswith("blk."):
+    at = names.parsed(tensor.name)
+    if at is None or at[1] not in _NEURON_TENSORS:
         return tensor
-    _, block, part = tensor.name.split(".", 2)
-    if part not in _NEURON_TENSORS:
-        return tensor
-    order = fit.blocks[int(block)].order
+    order = fit.blocks[at[0]].order
     if np.array_equal(order, np.arange(len(order))):
         return tensor
     return replace(tensor, order=order if tensor.order is None else tensor.order[order])
 
 
 def _planned(name: str, shape: Shape, source: Source | Generated, structure: Structure, types: Types) -> PlannedTensor:
-    head = "token_embd.weight" if structure.tied_output else "output.weight"
+    head = names.weight(names.TOKEN_EMBD if structure.tied_output else names.OUTPUT)
     wanted = (types.output or output_type(types.main)) if name == head else types.main
     if len(shape) == 1 or name in _ALWAYS_F32:
         wanted = "f32"
-    rewrite = named(source.rewrite, _heads(structure)) if isinstance(source, Source) else IDENTITY
+    rewrite = named(source.rewrite, attention_of(structure, name)) if isinstance(source, Source) else IDENTITY
     return PlannedTensor(name, source, shape, fitting(wanted, shape[0]), wanted, rewrite=rewrite)
 
 
-def _heads(structure: Structure) -> Heads:
-    return Heads(structure.head_count, structure.head_count_kv, structure.head_length)
+def attention_of(structure: Structure, name: str) -> Attention | None:
+    """The attention of the block that a tensor belongs to."""
+    at = names.parsed(name)
+    return structure.blocks[at[0]].mixer if at else None
 
 
 def _sources(arch: Arch, structure: Structure, checkpoint: Checkpoint) -> dict[str, Source | Generated]:
     """The architecture's table with its block numbers filled in, and its names as this checkpoint spells them."""
     prefix = _absent_prefix(arch, checkpoint)
     config = adapted(arch, checkpoint.config)
-    required, heads = required_tensors(structure), _heads(structure)
+    required = required_tensors(structure)
     table: dict[str, Source | Generated] = {}
-    for template, given in arch.tensors.items():
-        found = given(config) if callable(given) else given
-        for i in range(structure.block_count if "{i}" in template else 1):
-            name = template.format(i=i)
-            choices = [_numbered(source, i, prefix) for source in (found if isinstance(found, tuple) else (found,))]
-            fitting_ones = (source for source in choices if _fits(source, required.get(name), heads, checkpoint))
-            table[name] = next(fitting_ones, choices[0])
+    for template, i, found in _templates(arch, config, structure.block_count):
+        name = template.format(i=i)
+        choices = [_numbered(source, i, prefix) for source in (found if isinstance(found, tuple) else (found,))]
+        attention, shape = attention_of(structure, name), required.get(name)
+        fitting_ones = (source for source in choices if _fits(source, shape, attention, checkpoint))
+        table[name] = next(fitting_ones, choices[0])
     return table
 
 
-def _fits(source: Source | Generated, shape: Shape | None, heads: Heads, checkpoint: Checkpoint) -> bool:
+def _templates(arch: Arch, config: Config, block_count: int) -> Iterator[tuple[str, int, Sources]]:
+    """Each tensor of the model and of each block, as the block's kind has it: its GGUF name, the block, and its sources."""
+    kinds = [arch.kinds[kind].tensors for kind in block_kinds(arch, config, block_count)] or [{}] * block_count
+    for i, kind in enumerate(kinds):
+        for template, given in {**arch.tensors, **kind}.items():
+            if i == 0 or "{i}" in template:
+                yield template, i, given(config) if callable(given) else given
+
+
+def _fits(source: Source | Generated, shape: Shape | None, attention: Attention | None, checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint has a source in the shape that a tensor of `shape` (in ggml's order) is made from."""
     if isinstance(source, Generated) or shape is None or source.name not in checkpoint.tensors:
         return False
-    expected = named(source.rewrite, heads).source_shape(shape[::-1])
+    expected = named(source.rewrite, attention).source_shape(shape[::-1])
     return checkpoint.tensors[source.name].shape == expected
 
 
@@ -243,7 +244,7 @@ def _skipped(arch: Arch, structure: Structure, checkpoint: Checkpoint) -> set[st
     prefix = _absent_prefix(arch, checkpoint)
     patterns = {name.format(i=i).removeprefix(prefix) for name in arch.skip for i in range(structure.block_count)}
     skipped = {name for pattern in patterns for name in fnmatch.filter(checkpoint.tensors, pattern)}
-    head = arch.tensors.get("output.weight")
+    head = arch.tensors.get(names.weight(names.OUTPUT))
     if structure.tied_output and isinstance(head, Source):
         skipped.add(head.name)  # where it is stored as well, it is the same as the embeddings
     return skipped | {name for name, stored in checkpoint.tensors.items() if is_buffer(name, stored.shape)}

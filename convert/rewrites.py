@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from runtime.model_file.structure import Attention
+
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
 
@@ -42,20 +44,12 @@ def _skip_rows(count: int) -> Rewrite:
     )
 
 
-@dataclass(frozen=True)
-class Heads:
-    """Heads of an attention: queries, keys (and values), and the elements of one."""
-
-    count: int
-    count_kv: int
-    length: int
-
-
-def _fused(part: str, heads: Heads) -> Rewrite:
+def _fused(part: str, attention: Attention | None) -> Rewrite:
     """The rows of queries, keys or values in a matrix that holds all three: by key-value head, its queries first, then its key and its value."""
-    group = heads.count // heads.count_kv
+    assert attention, "queries, keys and values are those of a block with attention"
+    group = attention.head_count // attention.head_count_kv
     own, before = {"q": (group, 0), "k": (1, group), "v": (1, group + 1)}[part]
-    block, stride, offset = (n * heads.length for n in (own, group + 2, before))
+    block, stride, offset = (n * attention.head_length for n in (own, group + 2, before))
 
     def rows(source: Sliceable, start: int, stop: int) -> Array:
         # One slice per key-value head: a tensor in a file cannot be read at scattered rows.
@@ -65,7 +59,7 @@ def _fused(part: str, heads: Heads) -> Rewrite:
         moved = [(a - g * block + g * stride + offset, b - g * block + g * stride + offset) for a, b, g in runs]
         return np.concatenate([np.asarray(source[a:b]) for a, b in moved])
 
-    total = heads.count_kv * stride
+    total = attention.head_count_kv * stride
     return Rewrite(f"fused_{part}", source_shape=lambda shape: (total, *shape[1:]), rows=rows)
 
 
@@ -76,16 +70,16 @@ _FIXED = (
     _skip_rows(2),
 )
 IDENTITY = _FIXED[0]
-_MADE: dict[str, Callable[[Heads], Rewrite]] = {
-    **{fixed.name: lambda _heads, fixed=fixed: fixed for fixed in _FIXED},  # type: ignore[misc]
-    **{f"fused_{part}": lambda heads, part=part: _fused(part, heads) for part in "qkv"},  # type: ignore[misc]
+_MADE: dict[str, Callable[[Attention | None], Rewrite]] = {
+    **{fixed.name: lambda _attention, fixed=fixed: fixed for fixed in _FIXED},  # type: ignore[misc]
+    **{f"fused_{part}": lambda attention, part=part: _fused(part, attention) for part in "qkv"},  # type: ignore[misc]
 }
 NAMES = frozenset(_MADE)
 
 
-def named(name: str, heads: Heads) -> Rewrite:
-    """The rewrite called `name`, one of NAMES, in a model with these heads."""
-    return _MADE[name](heads)
+def named(name: str, attention: Attention | None = None) -> Rewrite:
+    """The rewrite called `name`, one of NAMES, of a tensor in a block with this attention."""
+    return _MADE[name](attention)
 
 
 def ternary(source: Sliceable) -> Array:

@@ -9,11 +9,12 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from convert.rewrites import NAMES, Heads, ScaledColumns, named, ternary
+from convert.rewrites import NAMES, ScaledColumns, named, ternary
+from runtime.model_file.structure import Attention
 
 MATRIX = np.arange(16 * 5, dtype=np.float32).reshape(16, 5)
-HEADS = Heads(
-    count=4, count_kv=2, length=2
+HEADS = Attention(
+    head_count=4, head_count_kv=2, head_length=2
 )  # in rows: queries 0-3, key 4-5, value 6-7, then the same of the other key-value head
 EXPECTED = {
     "identity": MATRIX,

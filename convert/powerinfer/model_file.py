@@ -19,16 +19,16 @@ from convert.arch import Arch, Source, describe
 from convert.config import Config
 from convert.formats import fitting
 from convert.kept import Decoded, Kept, Readable
-from convert.plan import Given, Plan, PlannedTensor, Types
+from convert.plan import Given, Plan, PlannedTensor, Types, attention_of
 from convert.powerinfer.bodies import ACTIVATION, BODIES, INSTEAD, TIED, TOKENIZERS
-from convert.rewrites import Heads, Shape, named
+from convert.rewrites import Shape, named
 from convert.tokenizer import spm
 from convert.tokenizer.self_check import opened
 from convert.tokenizer.vocabulary import filler
 from runtime.bindings import ggml
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile, TensorInfo
-from runtime.model_file.structure import ARCHITECTURE, Structure
+from runtime.model_file.structure import ARCHITECTURE, Attention, Structure
 from runtime.model_file.tensor_shapes import required_tensors
 from runtime.text.vocabulary import check_vocabulary
 
@@ -155,9 +155,10 @@ def _listed(names: list[str]) -> str:
 
 def _planned(file: PowerInferFile, name: str, shape: Shape, source: Source | None, s: Structure) -> PlannedTensor:
     if source is None:
-        return PlannedTensor(name, threshold_bias(file.threshold, s.feed_forward_length), shape, "f32", "f32")
+        return PlannedTensor(name, threshold_bias(file.threshold, *shape), shape, "f32", "f32")
     info = file.tensors[source.name]
-    first, expected = _rows(source.rewrite, shape, s)
+    attention = attention_of(s, name)
+    first, expected = _rows(source.rewrite, shape, attention)
     if info.ne != expected:
         raise UserError(
             f"`{file.path}`: tensor `{info.name}` has shape {list(info.ne)}, expected {list(expected)} from the file's own keys",
@@ -172,8 +173,7 @@ def _planned(file: PowerInferFile, name: str, shape: Shape, source: Source | Non
         return PlannedTensor(name, Kept(file.path, info, first), shape, kind, kind)
     made: Readable = Decoded(file.path, info, source.rewrite)
     wanted = DOWN_TYPE if source.rewrite == "transpose" else "f32"
-    heads = Heads(s.head_count, s.head_count_kv, s.head_length)
-    rewrite = named(source.rewrite, heads)
+    rewrite = named(source.rewrite, attention)
     return PlannedTensor(name, made, shape, fitting(wanted, shape[0]), wanted, rewrite=rewrite)
 
 
@@ -182,9 +182,9 @@ def _multiplies(info: TensorInfo) -> bool:
     return info.type in ggml.TYPES and bool(ggml.ggml_get_type_traits_cpu(info.type_id).contents.vec_dot)
 
 
-def _rows(rewrite: str, shape: Shape, s: Structure) -> tuple[int | None, Shape]:
+def _rows(rewrite: str, shape: Shape, attention: Attention | None) -> tuple[int | None, Shape]:
     """From which row on a tensor is kept (None: it is decoded), and the shape of the one that it is taken from."""
-    q, kv = s.head_length * s.head_count, s.kv_length
+    q, kv = (attention.query_length, attention.kv_length) if attention else (0, 0)
     parts = {"identity": 0, "query_rows": 0, "key_rows": q, "value_rows": q + kv}
     if rewrite == "identity":
         return 0, shape

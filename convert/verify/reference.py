@@ -85,22 +85,28 @@ class Reference:
         return np.asarray(np.tanh(logits / cap) * cap) if cap else logits
 
     def _block(self, x: Floats, i: int) -> Floats:
-        s, scale = self.s, np.float32(self.s.residual_scale)
+        s, block, scale = self.s, self.s.blocks[i], np.float32(self.s.residual_scale)
         names = f"blk.{i}.attn_norm", f"blk.{i}.ffn_norm"
         if s.norm_placement == "post":
-            h = self._norm(x + scale * self._attention(x, i), names[0])
-            return self._norm(h + scale * self._ffn(h, i), names[1])
-        h = x + scale * self._attention(self._norm(x, names[0]), i)
+            h = self._norm(x + scale * self._attention(x, i), names[0]) if block.mixer else x
+            return self._norm(h + scale * self._ffn(h, i), names[1]) if block.ffn else h
+        mixed = self._attention(self._norm(x, names[0]), i) if block.mixer else np.float32(0)
+        h = x + scale * mixed
+        if not block.ffn:
+            return h
         return h + scale * self._ffn(self._norm(x if s.residual == "parallel" else h, names[1]), i)
 
     def _attention(self, x: Floats, i: int) -> Floats:
-        s, n = self.s, len(x)
-        q, k = (self._placed(self._heads(x, f"blk.{i}.attn_{part}"), f"blk.{i}.attn_{part}_norm") for part in "qk")
+        s, a, n = self.s, self.s.attentions[i], len(x)
+        q, k = (
+            self._placed(self._heads(x, f"blk.{i}.attn_{part}"), f"blk.{i}.attn_{part}_norm", a.rope) for part in "qk"
+        )
         v = self._heads(x, f"blk.{i}.attn_v")
-        group = s.head_count // s.head_count_kv
+        group = a.head_count // a.head_count_kv
         k, v = np.repeat(k, group, axis=0), np.repeat(v, group, axis=0)
-        scores = q @ k.transpose(0, 2, 1) / np.float32(np.sqrt(s.head_length))
-        scores[:, np.triu(np.ones((n, n), bool), 1)] = -np.inf
+        scores = q @ k.transpose(0, 2, 1) / np.float32(np.sqrt(a.head_length))
+        behind = np.subtract.outer(np.arange(n), np.arange(n))
+        scores[:, (behind < 0) | (behind >= (a.window or n))] = -np.inf
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         mixed = weights / weights.sum(-1, keepdims=True) @ v
         mixed = mixed.transpose(1, 0, 2).reshape(n, -1)
@@ -112,17 +118,16 @@ class Reference:
         """[n_heads, n_tokens, head_length]"""
         return self._linear(x, name).reshape(len(x), -1, self.s.head_length).transpose(1, 0, 2)
 
-    def _placed(self, x: Floats, norm: str) -> Floats:
+    def _placed(self, x: Floats, norm: str, rotated: int) -> Floats:
         if self.s.qk_norm == "before_rope":
             x = self._norm(x, norm)
-        if self.s.position != "learned":
-            x = self._rotated(x)
+        if rotated:
+            x = self._rotated(x, rotated)
         return self._norm(x, norm) if self.s.qk_norm == "after_rope" else x
 
-    def _rotated(self, x: Floats) -> Floats:
-        """The first elements of each head turned, those half as many apart in pairs."""
-        s = self.s
-        half = s.rope_dimension_count // 2
+    def _rotated(self, x: Floats, n: int) -> Floats:
+        """The first n elements of each head turned, those half as many apart in pairs."""
+        s, half = self.s, n // 2
         frequencies = s.rope_freq_base ** (-np.arange(half) / half) / s.rope_scaling_factor
         if s.rope_freq_factors:
             frequencies = frequencies / self._tensor("rope_freqs.weight")
@@ -132,14 +137,15 @@ class Reference:
         return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1, dtype=np.float32)
 
     def _ffn(self, x: Floats, i: int) -> Floats:
-        s, activate = self.s, _activation(self.s.ffn_activation, self.s.activation_threshold)
+        s, ffn = self.s, self.s.ffns[i]
+        activate = _activation(ffn.activation, ffn.threshold)
         h = self._linear(x, f"blk.{i}.ffn_up")
-        if s.gated:
-            up = np.maximum(h, 0) if s.ffn_activation == "drelu" else h
+        if ffn.gated:
+            up = np.maximum(h, 0) if ffn.activation == "drelu" else h
             h = activate(self._linear(x, f"blk.{i}.ffn_gate")) * up
         else:
             h = activate(h)
-        if s.ffn_sub_norm:
+        if ffn.sub_norm:
             h = h / np.sqrt((h**2).mean(-1, keepdims=True) + np.float32(s.norm_epsilon))
         return self._biased(h @ self._down(i).T, f"blk.{i}.ffn_down")
 
