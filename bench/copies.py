@@ -45,9 +45,9 @@ class Prepared:
         return seconds
 
     def fired(self, n_ff: int) -> float:
-        """Share of neurons whose up and down rows were read in all runs."""
-        seen = sum(ffn.seen for ffn in self.ffns)
-        return sum(ffn.fired for ffn in self.ffns) / (seen * n_ff) if seen else 1.0
+        """Share of neurons whose up and down rows the last run read."""
+        seen = sum(len(ffn.fired) for ffn in self.ffns)
+        return sum(int(ffn.fired.sum()) for ffn in self.ffns) / (seen * n_ff) if seen else 1.0
 
 
 class Copies:

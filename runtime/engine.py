@@ -244,9 +244,7 @@ class Engine(OfWorker):
             # A device computes every neuron that it has.
             hot = self.arrangement.residence.hot(i) if self.arrangement else 0
             ffn = graph.ffns.get(i)
-            seen = ffn.seen if ffn else (graph.spec.n_tokens if hot == shape.n_ff else 0)
-            fired, gates = (ffn.fired, ffn.gates) if ffn else (0, 0)
+            seen = len(ffn.fired) if ffn else (graph.spec.n_tokens if hot == shape.n_ff else 0)
+            fired, gates = (int(ffn.fired.sum()), int(ffn.gates.sum())) if ffn else (0, 0)
             counted[i] = LayerCount(fired + hot * seen, gates + hot * seen, seen)
-            if ffn:
-                ffn.fired = ffn.gates = ffn.seen = 0
         return counted

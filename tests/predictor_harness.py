@@ -52,8 +52,8 @@ def _run(kind: str, tensors: tuple[Tensor, ...], bias: Array, x: Array, threads:
     *inner, outer = [tensor(t.data, t.type, t.shape) for t in tensors]
     z = ggml.ggml_mul_mat(ctx, inner[0], source) if inner else source
     z = ggml.ggml_relu(ctx, z) if kind == "mlp" else z
-    chosen = add_predictor(ctx, z, ffn, outer, offsets, 0.0)
-    y = add_native_ffn(ctx, source, ffn, rows, chosen)
+    candidates = add_predictor(ctx, z, ffn, outer, offsets, 0.0)
+    y = add_native_ffn(ctx, source, ffn, rows, candidates)
     graph = ggml.ggml_new_graph_custom(ctx, 64, False)
     ggml.ggml_build_forward_expand(graph, y)
     memory = ExactMemory(graph)
@@ -65,7 +65,9 @@ def _run(kind: str, tensors: tuple[Tensor, ...], bias: Array, x: Array, threads:
     memory.close()
     ggml.ggml_free(ctx)
     ggml.ggml_backend_free(backend)
-    return result[:, :n_ff] > 0.5
+    chosen = result[:, :n_ff] > 0.5
+    assert np.array_equal(ffn.gates, chosen.sum(1))
+    return chosen
 
 
 @dataclass

@@ -12,6 +12,9 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from runtime.bindings import ggml
 from runtime.bindings import ggml_devices as gd
 from runtime.bindings.ffn_shape import ACTIVATIONS, FfnShape
@@ -42,7 +45,9 @@ class Rows(ctypes.Structure):
 
 
 class Ffn(ctypes.Structure):
-    """`struct lzn_ffn`: one FFN, the userdata of its operators; counts what fired."""
+    """`struct lzn_ffn`: one FFN, the userdata of its operators. See `count` for what they count."""
+
+    _counted: npt.NDArray[np.int32]
 
     _fields_ = [
         ("n_embd", ctypes.c_int32),
@@ -62,10 +67,18 @@ class Ffn(ctypes.Structure):
         ("up", Rows),
         ("down", Rows),
         ("predictor", Rows),
-        ("fired", ctypes.c_uint64),
-        ("gates", ctypes.c_uint64),
-        ("seen", ctypes.c_uint64),
+        ("counts", ctypes.c_void_p),
     ]
+
+    @property
+    def fired(self) -> npt.NDArray[np.int32]:
+        """Neurons whose up and down rows the last run read, for each token: int32 [n_tokens]."""
+        return self._counted[0]
+
+    @property
+    def gates(self) -> npt.NDArray[np.int32]:
+        """Neurons whose gate rows the last run read, for each token: int32 [n_tokens]."""
+        return self._counted[1]
 
 
 @functools.cache
@@ -171,6 +184,12 @@ def describe(shape: FfnShape, types: tuple[int, int, int], n_threads: int) -> Ff
         up=up,
         down=down,
     )
+
+
+def count(ffn: Ffn, n_tokens: int) -> None:
+    """Make room for what the operators count for each of `n_tokens`: `ffn.fired` and `ffn.gates`, written by every run."""
+    ffn._counted = np.zeros((2, n_tokens), np.int32)
+    ffn.counts = ffn._counted.ctypes.data
 
 
 def predict(ffn: Ffn, rank: int, type_id: int | None, shift: float) -> None:

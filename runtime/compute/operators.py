@@ -31,9 +31,10 @@ def add_native_ffn(
 ) -> ggml.TensorP:
     """Add the operators of one sparse FFN: F32 [n_embd, n_tokens] -> its product, as long (see Structure.product_length).
 
-    candidates: from `add_predictor`, or None for every neuron. `ffn` must outlive the graph.
+    candidates: from `add_predictor`, or None for every neuron. `ffn` must outlive the graph, and counts its tokens.
     """
     n = x.ne[1]
+    sparse_ffn.count(ffn, n)
     quantized = _custom(ctx, ffn, "quantize", ggml.I8, (ffn.x_stride, n), x)
     gate = _custom(
         ctx, ffn, "gate", ggml.I8, (sparse_ffn.gate_size(ffn, n), 1), quantized, t.gate, t.gate_bias, candidates

@@ -25,27 +25,35 @@ struct fired_neuron {
     float gate;
 };
 
-// What one thread found: n neurons, listed from `start` on, after reading `rows` of them.
+// What one thread found: n neurons, listed from `start` on.
 struct part {
     int64_t n;
     int64_t start;
-    int64_t rows;
 };
 
-// The result of `gate`: what each thread found, then
+// What one thread did for one token.
+struct count {
+    int32_t fired;  // neurons that fired
+    int32_t gates;  // gate rows read
+};
+
+size_t aligned(size_t size) { return (size + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE; }
+
+// The result of `gate`: what each thread found (one token only), what it counted for each token, then
 //   for one token    the fired neurons, one thread's after `start`
 //   for several      F32 [n_tokens, n_ff], 0 where a neuron did not fire
 struct gate_result {
     char * base;
     int32_t n_threads;
+    int64_t n_tokens;
 
-    part & of(int ith) const { return *reinterpret_cast<part *>(base + ith * CACHE_LINE); }
-    char * body() const { return base + n_threads * CACHE_LINE; }
+    size_t thread_size() const { return CACHE_LINE + aligned(n_tokens * sizeof(count)); }
+    part & of(int ith) const { return *reinterpret_cast<part *>(base + ith * thread_size()); }
+    count * counts(int ith) const { return reinterpret_cast<count *>(base + ith * thread_size() + CACHE_LINE); }
+    char * body() const { return base + n_threads * thread_size(); }
     fired_neuron * list() const { return reinterpret_cast<fired_neuron *>(body()); }
     float * matrix() const { return reinterpret_cast<float *>(body()); }
 };
-
-size_t aligned(size_t size) { return (size + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE; }
 
 // ggml aligns its tensors to less than our loops like: operators' results are longer by a cache line.
 char * aligned_data(const ggml_tensor * t) { return reinterpret_cast<char *>(aligned(reinterpret_cast<uintptr_t>(t->data))); }
@@ -159,7 +167,7 @@ void choose(const lzn_ffn & f, const candidates & out, int64_t n_tokens, int ith
             }
         }
     }
-    out.of(ith) = {n, first, last - first};
+    out.of(ith) = {n, first};
 }
 
 // The signs of eight numbers, the first one's in the lowest bit; 1 is negative, and zero is not, whatever its sign.
@@ -283,7 +291,8 @@ void gate_every(const gate_rows & gate, const gate_result & out, int ith, int nt
         const int32_t neuron = static_cast<int32_t>(r);
         found.look(&neuron, 1, nullptr);
     }
-    out.of(ith) = {found.n, first, last - first};
+    out.of(ith) = {found.n, first};
+    out.counts(ith)[0] = {static_cast<int32_t>(found.n), static_cast<int32_t>(last - first)};
 }
 
 void gate_candidates(const gate_rows & gate, const candidates & chosen, const gate_result & out, int ith, int nth) {
@@ -298,13 +307,15 @@ void gate_candidates(const gate_rows & gate, const candidates & chosen, const ga
         std::copy(ahead, ahead + n_ahead, now);
         n = n_ahead;
     }
-    out.of(ith) = {found.n, first, mine.size()};
+    out.of(ith) = {found.n, first};
+    out.counts(ith)[0] = {static_cast<int32_t>(found.n), static_cast<int32_t>(mine.size())};
 }
 
 // Several tokens: a few rows against every token of a tile; a row that no token of the tile wants is not read.
 void gate_tokens(const gate_rows & gate, const candidates * chosen, const gate_result & out, int64_t n_tokens, int ith, int nth) {
     const lzn_ffn & f = gate.f;
-    part found = {0, 0, 0};
+    count * found = out.counts(ith);
+    std::fill(found, found + n_tokens, count{0, 0});
     for (int64_t t0 = 0; t0 < n_tokens; t0 += TOKEN_TILE) {
         const int64_t t1 = std::min(t0 + TOKEN_TILE, n_tokens);
         for (int64_t block = ith * ROW_BLOCK; block < f.n_ff; block += nth * ROW_BLOCK) {
@@ -324,15 +335,14 @@ void gate_tokens(const gate_rows & gate, const candidates * chosen, const gate_r
                     for (int j = 0; j < count; j++) {
                         if (fires(f, gates[j])) {
                             out.matrix()[neurons[k + j] * n_tokens + t] = gates[j];
-                            found.n++;
+                            found[t].fired++;
                         }
                     }
                 }
-                found.rows += n;
+                found[t].gates += n;
             }
         }
     }
-    out.of(ith) = found;
 }
 
 // Floats that the kernels may use of one token's sums; behind them stands the sum of squares.
@@ -479,7 +489,8 @@ size_t lzn_predict_size(const lzn_ffn * ffn, int64_t n_tokens) {
 }
 
 size_t lzn_gate_size(const lzn_ffn * ffn, int64_t n_tokens) {
-    return ffn->n_threads * CACHE_LINE + ffn->n_ff * (n_tokens == 1 ? sizeof(fired_neuron) : n_tokens * sizeof(float));
+    const size_t head = ffn->n_threads * gate_result{nullptr, ffn->n_threads, n_tokens}.thread_size();
+    return head + ffn->n_ff * (n_tokens == 1 ? sizeof(fired_neuron) : n_tokens * sizeof(float));
 }
 
 // Fewer threads than there is room for have more tokens each.
@@ -573,7 +584,7 @@ void lzn_ffn_gate(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const lzn_ffn & f = *static_cast<const lzn_ffn *>(userdata);
     const int64_t n_tokens = dst->src[0]->ne[1];
     const gate_rows gate{f, dst->src[1], f.gate_bias ? dst->src[2] : nullptr, aligned_data(dst->src[0])};
-    const gate_result out{static_cast<char *>(dst->data), f.n_threads};
+    const gate_result out{static_cast<char *>(dst->data), f.n_threads, n_tokens};
     candidates chosen{};
     if (f.predicted) {
         chosen = candidates_of(f, dst->src[f.gate_bias ? 3 : 2], n_tokens);
@@ -595,7 +606,7 @@ void lzn_ffn_down(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const int64_t first = dealt.first_token(crew), last = dealt.first_token(crew + 1);
     float * sums = reinterpret_cast<float *>(aligned_data(dst) + ith * partial_size(f, dealt));
     float * scratch = sums + (last - first) * y_stride(f);
-    const gate_result gates{static_cast<char *>(dst->src[1]->data), f.n_threads};
+    const gate_result gates{static_cast<char *>(dst->src[1]->data), f.n_threads, n_tokens};
     const accumulator a{f, dst->src[2], f.gated ? dst->src[3] : nullptr, f.gated && f.up_bias ? dst->src[4] : nullptr, aligned_data(dst->src[0]), sums, first, last, scratch};
     std::memset(sums, 0, (scratch - sums) * sizeof(float));
     if (n_tokens == 1) {
@@ -607,7 +618,7 @@ void lzn_ffn_down(ggml_tensor * dst, int ith, int nth, void * userdata) {
 }
 
 void lzn_ffn_reduce(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    lzn_ffn & f = *static_cast<lzn_ffn *>(userdata);
+    const lzn_ffn & f = *static_cast<const lzn_ffn *>(userdata);
     const int64_t n_tokens = dst->ne[1], first = split(f.n_embd, ith, nth), last = split(f.n_embd, ith + 1, nth);
     const crews dealt(n_tokens, nth);
     const char * partial = aligned_data(dst->src[0]);
@@ -626,12 +637,14 @@ void lzn_ffn_reduce(ggml_tensor * dst, int ith, int nth, void * userdata) {
             }
         }
     }
-    if (ith == 0) {
-        const gate_result gates{static_cast<char *>(dst->src[1]->data), f.n_threads};
+    const gate_result gates{static_cast<char *>(dst->src[1]->data), f.n_threads, n_tokens};
+    for (int64_t t = split(n_tokens, ith, nth); t < split(n_tokens, ith + 1, nth); t++) {
+        count total{0, 0};
         for (int i = 0; i < nth; i++) {
-            f.fired += gates.of(i).n;
-            f.gates += gates.of(i).rows;
+            total.fired += gates.counts(i)[t].fired;
+            total.gates += gates.counts(i)[t].gates;
         }
-        f.seen += n_tokens;
+        f.counts[t] = total.fired;
+        f.counts[n_tokens + t] = total.gates;
     }
 }

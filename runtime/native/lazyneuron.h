@@ -38,7 +38,7 @@ enum lzn_variant { LZN_PORTABLE = 0, LZN_AVX2 = 1, LZN_AVX512 = 2, LZN_NEON = 3 
 
 enum lzn_activation { LZN_RELU = 0, LZN_RELU2 = 1, LZN_FATRELU = 2, LZN_DRELU = 3 };
 
-// One FFN: the userdata of its operators. Only `fired` and `seen` are written, by one thread.
+// One FFN: the userdata of its operators. Nothing of it is written but what `counts` points to.
 struct lzn_ffn {
     int32_t n_embd;
     int32_t n_ff;
@@ -57,9 +57,9 @@ struct lzn_ffn {
     struct lzn_rows up;
     struct lzn_rows down;
     struct lzn_rows predictor;  // rows of `rank` elements
-    uint64_t fired;             // neurons whose up and down rows were read, summed over tokens since the caller last set it
-    uint64_t gates;             // neurons whose gate rows were read
-    uint64_t seen;              // tokens
+    // I32 [n_tokens, 2], the caller's memory, written anew by every run: for each token the neurons whose up and down
+    // rows were read, then for each token those whose gate rows were.
+    int32_t * counts;
 };
 
 // ggml's version that the headers belonged to, e.g. "0.25.3"; and the size of the one struct that is shared with it.
