@@ -47,7 +47,8 @@ class Rows(ctypes.Structure):
 class Ffn(ctypes.Structure):
     """`struct lzn_ffn`: one FFN, the userdata of its operators. See `count` for what they count."""
 
-    _counted: npt.NDArray[np.int32]
+    fired: npt.NDArray[np.int32]  # [n_tokens], neurons whose up and down rows the last run read
+    gates: npt.NDArray[np.int32]  # [n_tokens], neurons whose gate rows it read
 
     _fields_ = [
         ("n_embd", ctypes.c_int32),
@@ -69,16 +70,6 @@ class Ffn(ctypes.Structure):
         ("predictor", Rows),
         ("counts", ctypes.c_void_p),
     ]
-
-    @property
-    def fired(self) -> npt.NDArray[np.int32]:
-        """Neurons whose up and down rows the last run read, for each token: int32 [n_tokens]."""
-        return self._counted[0]
-
-    @property
-    def gates(self) -> npt.NDArray[np.int32]:
-        """Neurons whose gate rows the last run read, for each token: int32 [n_tokens]."""
-        return self._counted[1]
 
 
 @functools.cache
@@ -188,8 +179,9 @@ def describe(shape: FfnShape, types: tuple[int, int, int], n_threads: int) -> Ff
 
 def count(ffn: Ffn, n_tokens: int) -> None:
     """Make room for what the operators count for each of `n_tokens`: `ffn.fired` and `ffn.gates`, written by every run."""
-    ffn._counted = np.zeros((2, n_tokens), np.int32)
-    ffn.counts = ffn._counted.ctypes.data
+    counts = np.zeros((2, n_tokens), np.int32)
+    ffn.fired, ffn.gates = counts
+    ffn.counts = counts.ctypes.data
 
 
 def predict(ffn: Ffn, rank: int, type_id: int | None, shift: float) -> None:
