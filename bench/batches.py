@@ -67,7 +67,7 @@ def main() -> None:
     for kind, n, share in ((k, n, a) for k in args.type for n in args.tokens for a in args.active):
         case = Case(s, kind, share, args.threads, copies=1)
         results.append({"type": kind, "tokens": n, "active": share, **measure(case, n)})
-    found = limits(results, 3 if s.gated else 2)
+    found = limits(results, 3 if s.ffns[0].gated else 2)
     rows = [
         (
             f"{r['type']}, {r['tokens']}, {r['active']:.0%}",

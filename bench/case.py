@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from convert.formats import row_bytes
+from runtime.bindings.ffn_shape import FfnShape
 from runtime.model_file.structure import Structure
 
 VARIANTS = ("plain", "repacked", "exact", "listed", "predictor")
@@ -25,9 +26,14 @@ class Case:
     copies: int = 6
 
     @property
+    def ffn(self) -> FfnShape:
+        """The FFN of every block."""
+        return self.structure.ffns[0]
+
+    @property
     def fires(self) -> npt.NDArray[np.bool_]:
         """Which neurons fire, [n_ff]: a fixed number, scattered, more of them among the first."""
-        n = self.structure.feed_forward_length
+        n = self.ffn.n_ff
         weights = 1 / (np.arange(n) + n / 8)  # hot ones first, as in a file
         chosen = np.random.default_rng(0).choice(n, round(n * self.active), replace=False, p=weights / weights.sum())
         fires = np.zeros(n, bool)
@@ -41,11 +47,11 @@ class Case:
 
     def nbytes(self, variant: str) -> float:
         """Bytes of weights that one FFN has to read."""
-        s = self.structure
-        matrix = row_bytes(self.type, s.embedding_length) * s.feed_forward_length
-        rest = matrix * (2 if s.gated else 1)
+        ffn = self.ffn
+        matrix = row_bytes(self.type, ffn.n_embd) * ffn.n_ff
+        rest = matrix * (2 if ffn.gated else 1)
         if variant == "predictor":
             per_row = row_bytes(self.predictor_type, RANK) + 4
-            return per_row * s.feed_forward_length + RANK * row_bytes(self.predictor_type, s.embedding_length)
+            return per_row * ffn.n_ff + RANK * row_bytes(self.predictor_type, ffn.n_embd)
         share = {"exact": (1.0, self.active), "listed": (self.active, self.active)}.get(variant, (1.0, 1.0))
         return share[0] * matrix + share[1] * rest

@@ -107,7 +107,7 @@ class Ours:
         if self._model.arrangement:
             placement, s = self._model.arrangement.residence.placement, self._model.structure
             found["blocks"] = s.block_count - placement.resident_from
-            found["hot_share"] = sum(map(sum, placement.hot)) / (s.block_count * s.feed_forward_length)
+            found["hot_share"] = sum(map(sum, placement.hot)) / sum(ffn.n_ff for ffn in s.ffns.values())
             found["head"] = placement.head
         return found
 

@@ -57,15 +57,12 @@ class Copies:
     """
 
     def __init__(self, case: Case, tokens: int = 1) -> None:
-        self.case, self.s, self._tokens = case, replace(case.structure, ffn_bias=True), tokens
-        ffn = self.s.blocks[0].ffn
-        assert ffn
-        self._ffn = ffn
+        self.case, self._ffn, self._tokens = case, replace(case.ffn, bias=True), tokens
         self._closing: list[Callable[[], None]] = []
         self.backend = ggml.ggml_backend_cpu_init()
         ggml.ggml_backend_cpu_set_n_threads(self.backend, case.threads)
         self._bytes: dict[tuple[str, int, int], Bytes] = {}
-        self.names = ("gate", "up") if self.s.gated else ("gate",)  # ungated: the up rows decide who fires
+        self.names = ("gate", "up") if self._ffn.gated else ("gate",)  # ungated: the up rows decide who fires
         plain = self._weights((*self.names, "down", "down_t", "gate_bias", "up_bias", "predictor_in", "predictor_out"))
         assert plain
         self.prepared = {"plain": self._products(plain)}
@@ -86,7 +83,7 @@ class Copies:
 
     def _shape(self, name: str) -> tuple[str, int, int]:
         """Format, elements of a row, rows."""
-        d, ff, kind = self.s.embedding_length, self.s.feed_forward_length, self.case.type
+        d, ff, kind = self._ffn.n_embd, self._ffn.n_ff, self.case.type
         return {
             "down": (kind, ff, d),
             "gate_bias": ("f32", ff, 1),
@@ -132,7 +129,7 @@ class Copies:
         if name == "gate_bias":
             return np.where(self.case.fires, _CERTAIN, -_CERTAIN).astype(np.float32).view(np.uint8)
         if name == "up_bias":
-            return np.zeros(self.s.feed_forward_length * 4, np.uint8)
+            return np.zeros(self._ffn.n_ff * 4, np.uint8)
         kind, length, rows = self._shape(name)
         if (kind, length, rows) not in self._bytes:
             some = np.random.default_rng(1).standard_normal((64, length), np.float32) / np.float32(math.sqrt(length))
@@ -148,13 +145,13 @@ class Copies:
         size = self.case.copies * _NODES
         context = new_context(2 * size, ggml.ggml_graph_overhead_custom(size, False))
         graph = ggml.ggml_new_graph_custom(context, size, False)
-        x = ggml.ggml_new_tensor_2d(context, ggml.F32, self.s.embedding_length, self._tokens)
+        x = ggml.ggml_new_tensor_2d(context, ggml.F32, self._ffn.n_embd, self._tokens)
         results = [build(context, x, i) for i in range(self.case.copies)]
         for result in results:
             ggml.ggml_build_forward_expand(graph, result)
         buffer = ggml.ggml_backend_alloc_ctx_tensors(context, self.backend)
         self._closing += [lambda: ggml.ggml_free(context), lambda: ggml.ggml_backend_buffer_free(buffer)]
-        values = np.random.default_rng(2).standard_normal(self.s.embedding_length * self._tokens, np.float32)
+        values = np.random.default_rng(2).standard_normal(self._ffn.n_embd * self._tokens, np.float32)
         ggml.ggml_backend_tensor_set(x, values.ctypes.data, 0, values.nbytes)
         return Prepared(self.backend, graph), results
 
@@ -164,7 +161,7 @@ class Copies:
         def build(ctx: ggml.ContextP, x: ggml.TensorP, i: int) -> ggml.TensorP:
             w = weights[i]
             h = ggml.ggml_relu(ctx, ggml.ggml_mul_mat(ctx, w["gate"], x))
-            if self.s.gated:
+            if self._ffn.gated:
                 h = ggml.ggml_mul(ctx, h, ggml.ggml_mul_mat(ctx, w["up"], x))
             return ggml.ggml_mul_mat(ctx, w["down"], h)
 
@@ -190,7 +187,7 @@ class Copies:
         return prepared
 
     def _rows(self, w: dict[str, ggml.TensorP]) -> NativeTensors:
-        gated = self.s.gated
+        gated = self._ffn.gated
         return NativeTensors(
             gate=w["gate"],
             down=w["down_t"],

@@ -41,18 +41,16 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         for _ in range(rounds + 1):
             for variant, prepared in copies.prepared.items():
                 seconds[variant].append(on_worker(prepared.run) / case.copies)
-        n_ff = case.structure.feed_forward_length
-        fired = {variant: copies.prepared[variant].fired(n_ff) for variant in ("exact", "listed")}
+        fired = {variant: copies.prepared[variant].fired(case.ffn.n_ff) for variant in ("exact", "listed")}
     finally:
         on_worker(copies.close)
     return {"seconds": {variant: times[1:] for variant, times in seconds.items()}, "fired": fired}
 
 
 def _check(case: Case) -> None:
-    s = case.structure
     number = NUMBERS.get(case.type)
     usable = number is not None and ggml.ggml_get_type_traits_cpu(number).contents.vec_dot
-    if not usable or any(fitting(case.type, n) != case.type for n in (s.embedding_length, s.feed_forward_length)):
+    if not usable or any(fitting(case.type, n) != case.type for n in (case.ffn.n_embd, case.ffn.n_ff)):
         raise UserError(f"--type {case.type}: expected a type of matrices whose blocks fit the shape's rows")
     if not 0 < case.active <= 1:
         raise UserError(f"--active {case.active}: expected more than 0 and at most 1")

@@ -30,10 +30,17 @@ def write(source: Path, target: Path) -> None:
 
 def architecture(s: Structure, where: str) -> str:
     """llama.cpp's architecture with the same matrices."""
-    same = s.layout == "both" and s.norm_placement == "pre" and s.output_norm and not s.projected
-    if same and s.gated and s.norm == "rms" and s.position.startswith("rope"):
+    gated = s.ffn_gate == "gated"
+    same = (
+        len(set(s.blocks)) == 1
+        and s.layout == "both"
+        and s.norm_placement == "pre"
+        and s.output_norm
+        and not s.projected
+    )
+    if same and gated and s.norm == "rms" and s.position.startswith("rope"):
         return "llama"
-    if same and not s.gated and s.norm == "layer":
+    if same and not gated and s.norm == "layer":
         return "nemotron"
     raise UserError(
         f"{where}: no stock counterpart in llama.cpp for this structure",
@@ -45,23 +52,24 @@ def _streams(file: GgufFile, s: Structure) -> Iterator[Stream]:
     for name in file.tensors:
         if not any(part in name for part in _OURS):
             yield copied(file, name)
-    if s.tied_output and not s.gated:  # nemotron has a head of its own
+    if s.tied_output and s.ffn_gate == "none":  # nemotron has a head of its own
         yield copied(file, "token_embd.weight", "output.weight")
 
 
 def _keys(s: Structure) -> dict[str, int | float]:
+    a = s.attentions[0]
     epsilon = "rms_epsilon" if s.norm == "rms" else "epsilon"
     return {
         "vocab_size": s.vocab_size,
         "context_length": s.context_length,
         "embedding_length": s.embedding_length,
         "block_count": s.block_count,
-        "feed_forward_length": s.feed_forward_length,
-        "attention.head_count": s.head_count,
-        "attention.head_count_kv": s.head_count_kv,
-        "attention.key_length": s.head_length,
-        "attention.value_length": s.head_length,
+        "feed_forward_length": s.ffns[0].n_ff,
+        "attention.head_count": a.head_count,
+        "attention.head_count_kv": a.head_count_kv,
+        "attention.key_length": a.head_length,
+        "attention.value_length": a.head_length,
         f"attention.layer_norm_{epsilon}": s.norm_epsilon,
-        "rope.dimension_count": s.rope_dimension_count or s.head_length,
+        "rope.dimension_count": a.rope or a.head_length,
         "rope.freq_base": s.rope_freq_base,
     }

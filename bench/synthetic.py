@@ -22,6 +22,7 @@ from bench.pool import GROUP, Bytes, ColumnPool, Floats, RowPool, choose_groups,
 from convert.formats import NUMBERS, encode, fitting, output_type, row_bytes
 from runtime.bindings import ggml
 from runtime.errors import UserError
+from runtime.model_file import tensor_names as names
 from runtime.model_file.structure import Structure
 from runtime.model_file.tensor_shapes import required_tensors
 from runtime.model_file.writer import Stream
@@ -42,7 +43,8 @@ class Synthetic:
     """
 
     def __init__(self, shape: Structure, active: float, type_name: str, seed: int = 0) -> None:
-        d, ff = shape.embedding_length, shape.feed_forward_length
+        self.ffn, self.attention = shape.ffns[0], shape.attentions[0]  # of every block
+        d, ff = self.ffn.n_embd, self.ffn.n_ff
         self.type, self.seed = type_name, seed
         self.predictor_type = "q4_0" if type_name in _SMALL_TYPES else "q8_0"
         self.firing = plan_firing(ff, active)
@@ -70,12 +72,12 @@ class Synthetic:
         if self.constant:
             embedding[:, 0] = math.sqrt(d)
         self.embedding = RowPool(embedding, head if s.tied_output else main)
-        attended = s.head_count * s.head_length
+        attended = self.attention.query_length
         scale = math.sqrt(ATTENTION_GROWTH / s.block_count / attended)
         self.output = RowPool(self._normal(rng, attended, scale), fitting(self.type, attended))
         down = self._normal(rng, d, self._down_scale())
         self.down_t = RowPool(down, main)
-        self.down = ColumnPool(down, fitting(self.type, s.feed_forward_length))
+        self.down = ColumnPool(down, fitting(self.type, self.ffn.n_ff))
         self.noise = self._normal(rng, d, NOISE / math.sqrt(d - self.constant))
 
     def _normal(self, rng: np.random.Generator, length: int, scale: float) -> Floats:
@@ -86,7 +88,7 @@ class Synthetic:
 
     def _down_scale(self) -> float:
         """Standard deviation of the down projection's elements: the growth is as wanted."""
-        energy = self.firing.energies - (0 if self.structure.gated else self.firing.outputs**2)
+        energy = self.firing.energies - (0 if self.ffn.gated else self.firing.outputs**2)
         return math.sqrt(FFN_GROWTH / self.structure.block_count / max(float(energy.sum()), 1e-9))
 
     def streams(self) -> list[Stream]:
@@ -133,7 +135,7 @@ class Synthetic:
         s = self.structure
         d = s.embedding_length
         if not name.endswith("norm.weight"):
-            return np.zeros(s.kv_length if name.startswith(("attn_k.", "attn_v.")) else d, np.float32)
+            return np.zeros(self.attention.kv_length if name.startswith(("attn_k.", "attn_v.")) else d, np.float32)
         if not self.constant:
             return np.ones(d, np.float32)
         variance = 1 + (depth * FFN_GROWTH + math.ceil(depth) * _TYPICAL_ATTENTION * ATTENTION_GROWTH) / s.block_count
@@ -148,9 +150,9 @@ class Block:
     """What is planted in one block: predictor, biases, and which groups of the pools its matrices consist of."""
 
     def __init__(self, model: Synthetic, i: int) -> None:
-        self.m, self.i, s = model, i, model.structure
+        self.m, self.i = model, i
         self.rng = np.random.default_rng([model.seed, i])
-        d, ff, rank, kind = s.embedding_length, s.feed_forward_length, s.rank(i), model.predictor_type
+        d, ff, rank, kind = model.ffn.n_embd, model.ffn.n_ff, model.structure.rank(i), model.predictor_type
         inner = self.rng.standard_normal((rank, d), np.float32) / np.float32(math.sqrt(d - model.constant))
         inner[:, : model.constant] = 0
         outer = self.rng.standard_normal((ff, rank), np.float32) * np.float32(math.sqrt((1 - NOISE**2) / rank))
@@ -159,14 +161,14 @@ class Block:
         explained = ((self.outer @ (self.inner @ self.inner.T)) * self.outer).sum(1)
         self.bias = (model.firing.means * np.sqrt(explained + NOISE**2)).astype(np.float32)
         self.groups = {
-            name: choose_groups(self.rng, model.pool_rows, max(ff, s.head_count * s.head_length))
+            name: choose_groups(self.rng, model.pool_rows, max(ff, model.attention.query_length))
             for name in ("gate", "up", "down", "attn_q", "attn_k", "attn_v", "attn_output")
         }
         self.ids = self.rng.permutation(ff).astype(np.int32)
 
     def pieces(self, part: str, shape: tuple[int, ...]) -> Iterator[Bytes]:
         """The bytes of the block's tensor `part`, e.g. "ffn_up.weight"."""
-        m, first = self.m, "ffn_gate" if self.m.structure.gated else "ffn_up"
+        m, first = self.m, names.row_matrices(self.m.ffn)[0]
         kind, _, _ = part.partition(".")
         if part == f"{first}.weight":
             yield from self._gate_rows()
@@ -203,7 +205,7 @@ class Block:
 
     def _centring(self) -> npt.NDArray[np.float64]:
         """Ungated outputs are positive, so that their mean is a vector of its own: this bias takes it away."""
-        ids = row_ids(self.groups["down"], self.m.structure.feed_forward_length)
+        ids = row_ids(self.groups["down"], self.m.ffn.n_ff)
         share = np.zeros(self.m.pool_rows)
         np.add.at(share, ids, self.m.firing.outputs)
         return -share @ self.m.down_t.floats()
@@ -211,7 +213,7 @@ class Block:
     def _gate_rows(self) -> Iterator[Bytes]:
         """Low-rank part, noise and bias, encoded by several threads and delivered in order."""
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
-            yield from threads.map(self._gate_group, range(self.m.structure.feed_forward_length // GROUP))
+            yield from threads.map(self._gate_group, range(self.m.ffn.n_ff // GROUP))
 
     def _gate_group(self, group: int) -> Bytes:
         m, rows = self.m, slice(group * GROUP, (group + 1) * GROUP)

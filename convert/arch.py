@@ -22,7 +22,7 @@ from convert.already_quantized import refuse_quantised
 from convert.config import REQUIRED, Config, shown
 from runtime.bindings.ffn_shape import ACTIVATIONS
 from runtime.errors import UserError
-from runtime.model_file.structure import ARCHITECTURE, Structure
+from runtime.model_file.structure import ARCHITECTURE, Structure, item_type
 from runtime.model_file.structure_reading import read_structure
 
 THRESHOLDED = "fatrelu"  # the activation that has a threshold
@@ -179,9 +179,7 @@ def describe(
 
 def _values(arch: Arch, config: Config) -> dict[str, Any]:
     """The fields of the structure that a family's keys say, those that its kinds of blocks change with one value per block."""
-    types = {
-        f.name: {"int": int, "float": float, "bool": bool, "str": str}.get(str(f.type), bool) for f in fields(Structure)
-    }
+    types = {f.name: item_type(f) for f in fields(Structure)}
     values = {name: _resolve(value, config, types[name]) for name, value in arch.keys.items()}
     kinds = [arch.kinds[kind] for kind in block_kinds(arch, config, values["block_count"])]
     for name in {name: None for kind in arch.kinds.values() for name in kind.keys}:

@@ -88,7 +88,7 @@ class Ffn:
 
 def make(s: Structure, type_name: str, active: float, rng: np.random.Generator) -> Ffn:
     """Random weights; with biases, the gate's is set so that about `active` of the neurons fire."""
-    names = ["up", "down"] + (["gate"] if s.gated else [])
+    names = ["up", "down"] + (["gate"] if s.ffns[0].gated else [])
     pairs = {n: quantize(rng.normal(0, 0.5, (s.feed_forward_length, s.embedding_length)), type_name) for n in names}
     packed, exact = {n: p[0] for n, p in pairs.items()}, {n: p[1] for n, p in pairs.items()}
     if s.ffn_bias:
@@ -109,10 +109,10 @@ def _normal_quantile(p: float) -> float:
 def reference(f: Ffn, x: Array) -> tuple[Array, Array]:
     """float64: the product [n_tokens, product_length] and which neurons fire [n_tokens, n_ff]."""
     w, s = f.exact, f.s
-    first = x @ w["gate" if s.gated else "up"].T + w.get("gate_bias", 0.0)
+    first = x @ w["gate" if s.ffns[0].gated else "up"].T + w.get("gate_bias", 0.0)
     fires = first > s.activation_threshold
     h = np.where(fires, first**2 if s.ffn_activation == "relu2" else first, 0.0)
-    if s.gated:
+    if s.ffns[0].gated:
         up = x @ w["up"].T + w.get("up_bias", 0.0)
         h = h * (np.maximum(up, 0) if s.ffn_activation == "drelu" else up)
     y = h @ w["down"]
@@ -139,16 +139,16 @@ def _run_native(f: Ffn, x: Array, threads: int, room: int) -> tuple[Array, spars
     def bias(name: str) -> ggml.TensorP | None:
         return ggml.ggml_new_tensor_1d(ctx, ggml.F32, s.feed_forward_length) if name in f.packed else None
 
-    first = "gate" if s.gated else "up"
+    first = "gate" if s.ffns[0].gated else "up"
     tensors = NativeTensors(
         gate=rows(first),
         down=rows("down"),
-        up=rows("up") if s.gated else None,
+        up=rows("up") if s.ffns[0].gated else None,
         gate_bias=bias("gate_bias"),
-        up_bias=bias("up_bias") if s.gated else None,
+        up_bias=bias("up_bias") if s.ffns[0].gated else None,
     )
     data = {first: tensors.gate, "down": tensors.down, "gate_bias": tensors.gate_bias} | (
-        {"up": tensors.up, "up_bias": tensors.up_bias} if s.gated else {}
+        {"up": tensors.up, "up_bias": tensors.up_bias} if s.ffns[0].gated else {}
     )
     source = ggml.ggml_new_tensor_2d(ctx, ggml.F32, s.embedding_length, len(x))
     ffn = sparse_ffn.describe(s.blocks[0].ffn, tensors.types, room)
@@ -161,7 +161,7 @@ def _run_native(f: Ffn, x: Array, threads: int, room: int) -> tuple[Array, spars
             ggml.ggml_backend_tensor_set(tensor, f.packed[name].ctypes.data, 0, f.packed[name].nbytes)
     ggml.ggml_backend_tensor_set(source, x.ctypes.data, 0, x.nbytes)
     assert ggml.ggml_backend_graph_compute(backend, graph) == ggml.STATUS_SUCCESS
-    result = np.empty((len(x), s.product_length), np.float32)
+    result = np.empty((len(x), s.ffns[0].product_length), np.float32)
     ggml.ggml_backend_tensor_get(ggml.ConstTensorP(y.value), result.ctypes.data, 0, result.nbytes)
     memory.close()
     ggml.ggml_free(ctx)

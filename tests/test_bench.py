@@ -69,7 +69,7 @@ def test_stored_frequencies_are_those_that_are_measured(models: dict[str, Path],
     with GgufFile(models[name]) as file, BlockRunner(file, 2, 256) as runner:
         s = file.structure
         hidden = runner.embed(np.array(random_ids(s.vocab_size, 256), np.int32))
-        first = "ffn_gate" if s.gated else "ffn_up"
+        first = "ffn_gate" if s.ffns[0].gated else "ffn_up"
         for i in range(s.block_count):
             result = runner.block(i, hidden)
             gate = result.ffn_input @ runner.rows(f"blk.{i}.{first}.weight", 0, s.feed_forward_length).T

@@ -81,7 +81,7 @@ def test_a_device_that_holds_all_neurons_holds_their_tensors(
             rest = [
                 t.nbytes for name, t in file.tensors.items() if name.startswith((f"blk.{i}.attn_", f"blk.{i}.ffn_norm"))
             ]
-            kv = 4 * file.structure.kv_length * 512
+            kv = 4 * file.structure.attentions[0].kv_length * 512
             assert sum(rest) + kv <= b.stored <= sum(rest) + kv + 64 * 1024
         assert head >= file.tensors["token_embd.weight" if file.structure.tied_output else "output.weight"].nbytes
 

@@ -76,7 +76,7 @@ def where(arrangement: Arrangement) -> str:
         return f"on {names}: nothing, the CPU computes all of it (the budget is too small, or the device would not be faster)"
     residence, placement = arrangement.residence, arrangement.residence.placement
     s = residence.structure
-    hot = sum(residence.hot(i) for i in range(s.block_count)) / (s.block_count * s.feed_forward_length)
+    hot = sum(residence.hot(i) for i in s.ffns) / sum(ffn.n_ff for ffn in s.ffns.values())
     head = ", the output head" if placement.head else ""
     return f"on {names}: attention of {s.block_count - residence.first} of {s.block_count} layers, {hot:.1%} of the neurons{head}; the rest on the CPU"
 

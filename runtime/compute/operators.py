@@ -29,7 +29,7 @@ class NativeTensors:
 def add_native_ffn(
     ctx: ggml.ContextP, x: ggml.TensorP, ffn: sparse_ffn.Ffn, t: NativeTensors, candidates: ggml.TensorP | None = None
 ) -> ggml.TensorP:
-    """Add the operators of one sparse FFN: F32 [n_embd, n_tokens] -> its product, as long (see Structure.product_length).
+    """Add the operators of one sparse FFN: F32 [n_embd, n_tokens] -> its product, as long (see FfnShape.product_length).
 
     candidates: from `add_predictor`, or None for every neuron. `ffn` must outlive the graph, and counts its tokens.
     """

@@ -79,6 +79,7 @@ class SplitGraph(Closing):
     ) -> None:
         self.spec, self.scratch, self._hybrid, self._backend = spec, scratch, hybrid, backend
         self._residence, self._s = hybrid.residence, hybrid.residence.structure
+        self._made = next(iter(self._s.ffns.values())).product_length
         self._streams, self._trace = hybrid.streams, hybrid.streams[0].trace
         self.ffns: dict[int, sparse_ffn.Ffn] = {}  # by block
         self.blocks: list[SplitBlock] = []
@@ -112,7 +113,7 @@ class SplitGraph(Closing):
         self.crossing, self.host_crossing = self._crossing(device), self._crossing(host)
         width = s.vocab_size if self._head is None else d
         self.result, self.host_result = (side.tensor(width, self.spec.n_outputs) for side in (device, host))
-        made = s.product_length
+        made = self._made
         self.pieces = [(side.tensor(d, n), side.tensor(made, n), host.tensor(made, n)) for side in self.devices[1:]]
         for side in (*self.devices, host):
             side.allocate_tensors()
@@ -120,8 +121,8 @@ class SplitGraph(Closing):
     def _crossing(self, side: Side) -> Crossing:
         s, n = self._s, self.spec.n_tokens
         x, residual, stream = (side.tensor(s.embedding_length, n) for _ in range(3))
-        hot, y = (side.tensor(s.product_length, n) for _ in range(2))
-        return Crossing(x, residual, stream, hot, y, side.tensor(s.feed_forward_length, n))
+        hot, y = (side.tensor(self._made, n) for _ in range(2))
+        return Crossing(x, residual, stream, hot, y, side.tensor(max(ffn.n_ff for ffn in s.ffns.values()), n))
 
     # --- running -----------------------------------------------------------------------------------------------------
 
@@ -269,7 +270,7 @@ class _Build:
 
     def _sized(self, side: Side, c: Crossing, n: int, i: int) -> Crossing:
         """The crossing tensors for n tokens."""
-        d, made = self.s.embedding_length, self.s.product_length
+        d, made = self.s.embedding_length, self.g._made
         x, residual, stream = (side.reshaped(t, d, n) for t in (c.x, c.residual, c.stream))
         hot, y = (side.reshaped(t, made, n) for t in (c.hot, c.y))
         return Crossing(x, residual, stream, hot, y, side.reshaped(c.scores, max(1, self.residence.cold(i)), n))
@@ -286,7 +287,7 @@ class _Build:
         return part
 
     def _piece(self, d: int, n: int, i: int) -> Elsewhere:
-        side, (x, y, host_y), made = self.g.devices[d], self.g.pieces[d - 1], self.s.product_length
+        side, (x, y, host_y), made = self.g.devices[d], self.g.pieces[d - 1], self.g._made
         x, y = side.reshaped(x, self.s.embedding_length, n), side.reshaped(y, made, n)
         host_y = self.g.host.reshaped(host_y, made, n)
         part = side.part(f"hot {i}")

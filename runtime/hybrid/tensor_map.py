@@ -46,13 +46,18 @@ class Residence:
         """Neurons of block `i` on all devices together: a prefix of them."""
         return sum(self.placement.hot[i])
 
+    def neurons(self, i: int) -> int:
+        """Neurons of block `i`, 0 without an FFN."""
+        ffn = self.structure.blocks[i].ffn
+        return ffn.n_ff if ffn else 0
+
     def cold(self, i: int) -> int:
         """Neurons of block `i` that the CPU computes."""
-        return self.structure.feed_forward_length - self.hot(i)
+        return self.neurons(i) - self.hot(i)
 
     def whole(self, i: int) -> bool:
         """Whether block `i` is wholly on the first device."""
-        return self.placement.hot[i][0] == self.structure.feed_forward_length
+        return self.placement.hot[i][0] == self.neurons(i)
 
     def scored_on_device(self, i: int) -> bool:
         """Whether the device computes the scores of block `i`'s cold neurons. Sign bits are the CPU's: no device has an operation for them."""
@@ -100,7 +105,7 @@ class Residence:
             if short == "predictor_in.weight":
                 yield Part(name)
             elif short == "predictor_out.weight":
-                yield Part(name, 1, self.hot(i), self.structure.feed_forward_length)
+                yield Part(name, 1, self.hot(i), self.neurons(i))
 
     def _is_global_part(self, name: str) -> bool:
         if name == "rope_freqs.weight":
@@ -110,7 +115,7 @@ class Residence:
 
     def cold_parts(self, i: int) -> list[Part]:
         """The rows of block `i` that the CPU computes with."""
-        n_ff, k, names = self.structure.feed_forward_length, self.hot(i), required_tensors(self.structure)
+        n_ff, k, names = self.neurons(i), self.hot(i), required_tensors(self.structure)
         rows = (*_ROWS, "ffn_down_t.weight", "predictor_out.weight", "predictor_out.bias", "predictor_sign")
         parts = [Part(f"blk.{i}.{name}", 1, k, n_ff) for name in rows]
         parts += [Part(f"blk.{i}.{name}", 0, k, n_ff) for name in _COLUMNS]

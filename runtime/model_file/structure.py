@@ -37,6 +37,11 @@ def _key(name: str, choices: tuple[str, ...] = (), since: int = 1, **kwargs: Any
     return field(metadata={"key": name, "choices": choices, "since": since}, **kwargs)
 
 
+def item_type(f: Any) -> type:
+    """The type of a field's value, or of each of its values where it has one per block."""
+    return next(kind for kind in (int, float, bool, str) if kind.__name__ in str(f.type))
+
+
 @dataclass(frozen=True)
 class Attention:
     """Causal self-attention of one block. Lengths are in elements.
@@ -82,9 +87,9 @@ class Structure:
     context_length: int = _key("context_length")
     embedding_length: int = _key("embedding_length")
     block_count: int = _key("block_count")
-    feed_forward_length: int = _key("feed_forward_length")  # 0: the block has no FFN
-    head_count: int = _key("attention.head_count")
-    head_count_kv: int = _key("attention.head_count_kv")  # 0: the block has no attention
+    feed_forward_length: int | tuple[int, ...] = _key("feed_forward_length")  # 0: the block has no FFN
+    head_count: int | tuple[int, ...] = _key("attention.head_count")
+    head_count_kv: int | tuple[int, ...] = _key("attention.head_count_kv")  # 0: the block has no attention
     head_length: int = _key("attention.key_length")
     norm: str = _key("norm", NORMS)
     norm_epsilon: float = _key("norm_epsilon")
@@ -112,7 +117,9 @@ class Structure:
     sliding_window: int = _key("attention.sliding_window", since=3, default=0)  # 0: none
     # One per block: whether it has the window; (): all have.
     sliding_window_pattern: tuple[bool, ...] = _key("attention.sliding_window_pattern", since=3, default=())
-    rope_dimension_count: int = _key("rope.dimension_count", default=0)  # 0: the block does not rotate
+    rope_dimension_count: int | tuple[int, ...] = _key(
+        "rope.dimension_count", default=0
+    )  # 0: the block does not rotate
     rope_freq_base: float = _key("rope.freq_base", default=10000.0)
     rope_scaling: str = _key("rope.scaling.type", ROPE_SCALINGS, default="none")
     rope_scaling_factor: float = _key("rope.scaling.factor", default=1.0)
@@ -180,23 +187,6 @@ class Structure:
     def rope_dimensions(self) -> int:
         """Elements of a head that are rotated, in the blocks that rotate any: one number wherever frequencies have factors."""
         return max((a.rope for a in self.attentions.values()), default=0)
-
-    # --- of models whose blocks are all the same ---------------------------------------------------------------------
-
-    @property
-    def gated(self) -> bool:
-        """Whether a neuron has a gate row beside its up row."""
-        return self.ffn_gate == "gated"
-
-    @property
-    def kv_length(self) -> int:
-        """Elements of one token's keys (and of its values) in one layer."""
-        return self.head_length * int(self.head_count_kv)
-
-    @property
-    def product_length(self) -> int:
-        """Elements of an FFN's product for one token: n_embd, and the sum of its neurons' squares where they are normalised."""
-        return self.embedding_length + self.ffn_sub_norm
 
     def rank(self, i: int) -> int:
         """Rank of block `i`'s predictor, 0 where it has none."""

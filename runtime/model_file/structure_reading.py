@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from runtime.errors import UserError
-from runtime.model_file.structure import ARCHITECTURE, PER_BLOCK, SCHEMA_VERSION, Block, Structure
+from runtime.model_file.structure import ARCHITECTURE, PER_BLOCK, SCHEMA_VERSION, Block, Structure, item_type
 
 
 def read_structure(metadata: Mapping[str, Any], where: str) -> Structure:
@@ -45,13 +45,11 @@ def _value(f: Any, metadata: Mapping[str, Any], where: str) -> Any:
         if f.default is MISSING:
             raise UserError(f"{where}: no key `{key}`", "the file is incomplete: convert the checkpoint again")
         return f.default
-    found, wanted = metadata[key], str(f.type)
-    if wanted.startswith("tuple"):
-        item = next(kind for kind in (int, float, bool) if kind.__name__ in wanted)
-        return _values(found, key, item, f"one {item.__name__} per block", where)
+    found, kind = metadata[key], item_type(f)
+    if str(f.type).startswith("tuple"):
+        return _values(found, key, kind, f"one {kind.__name__} per block", where)
     if f.name in PER_BLOCK and type(found) is not int:
         return _values(found, key, int, "int, or one int per block", where)
-    kind = {"int": int, "float": float, "bool": bool, "str": str}[wanted]
     if type(found) is not kind:
         raise UserError(f"{where}: `{key}` is {found!r}, expected {kind.__name__}")
     choices = f.metadata["choices"]
