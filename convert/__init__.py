@@ -6,6 +6,13 @@
 Knows nothing of graphs or kernels.
 """
 
-from convert.job import Report, convert
+from typing import TYPE_CHECKING
+
+from runtime.base.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from convert.job import Report, convert
 
 __all__ = ["Report", "convert"]
+
+__getattr__ = lazy_names(__name__, dict.fromkeys(__all__, "convert.job"))

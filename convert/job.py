@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,14 +27,13 @@ from predictors.matrices import Floats
 from runtime.base.atomic import check_space, check_target, new_path, writing
 from runtime.base.home import expanded
 from runtime.base.processors import default_threads
+from runtime.base.progress import Progress, silent
 from runtime.base.workspace import Workspace
 from runtime.errors import UserError
 from runtime.model_file.shard_writer import check_shards, check_sizes, old_shards, shard_size, split_model
 from runtime.model_file.structure import ARCHITECTURE
 from runtime.model_file.tensor_shapes import required_tensors
 from runtime.model_file.writer import Stream, write_parts
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def convert(
     verify: bool = False,
     dry_run: bool = False,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Report:
     """Convert `source` to the GGUF file `out`: a checkpoint (a folder, a Hub id, or a short name of the catalogue), a PowerInfer file, or a file of ours that is to get other predictors.
 
@@ -146,7 +145,7 @@ def _obsolete(target: Path, names: Sequence[str]) -> list[Path]:
 
 
 def _with_neurons(
-    job: Job, fitting: Fitting | None, activations: str | None, work: Workspace, progress: Progress | None
+    job: Job, fitting: Fitting | None, activations: str | None, work: Workspace, progress: Progress
 ) -> Job:
     """The job with neurons in order and predictors fitted or measured, by calibration (or without) and by counts (or not)."""
     counts, counted = read_counts(activations, job.plan.structure) if activations else (None, "")
@@ -170,21 +169,16 @@ class Fitting:
     seed: int
     threads: int
 
-    def run(self, file: Path, job: Job, counts: Sequence[Floats] | None, progress: Progress | None) -> ModelFit:
+    def run(self, file: Path, job: Job, counts: Sequence[Floats] | None, progress: Progress) -> ModelFit:
         """Fit the model in `file`, which is the job's; or measure the predictors that it came with. counts: what to order neurons by."""
-
-        def layers(layer: int, n_layers: int, share: float) -> None:
-            if progress:
-                progress(f"calibrating layer {layer}", round((layer + share) * 1000), n_layers * 1000)
-
         if job.imported:
             shared = (self.calibration, self.tokens, self.seed, self.threads)
-            return adopt_model(file, *shared, progress=layers, counts=counts, reorder=job.reorder)
-        return fit_model(file, **self.__dict__, progress=layers, counts=counts)
+            return adopt_model(file, *shared, progress=progress, counts=counts, reorder=job.reorder)
+        return fit_model(file, **self.__dict__, progress=progress, counts=counts)
 
 
 @contextmanager
-def _unordered(job: Job, work: Workspace, threads: int, progress: Progress | None) -> Iterator[Path]:
+def _unordered(job: Job, work: Workspace, threads: int, progress: Progress) -> Iterator[Path]:
     """The model with its neurons in the source's order, for as long as it is calibrated."""
     sparse = replace(job.plan.structure, layout="sparse")
     tensors = tuple(t for t in job.plan.tensors if t.name in required_tensors(sparse))
@@ -213,9 +207,7 @@ def _files(source: Path) -> list[Path]:
     return [source]
 
 
-def _write(
-    job: Job, work: Workspace, threads: int, progress: Progress | None, max_bytes: int = 0
-) -> tuple[int, list[Path]]:
+def _write(job: Job, work: Workspace, threads: int, progress: Progress, max_bytes: int = 0) -> tuple[int, list[Path]]:
     """Write the job's file, or its shards of at most `max_bytes`, into the workspace; returns their bytes and their paths."""
     count = _Count(job.plan.nbytes, progress)
     with Encoder(job.checkpoint, threads) as encoder:
@@ -232,15 +224,14 @@ class _Count:
     """Adds up the bytes of all streams and reports the sum."""
 
     total: int
-    progress: Progress | None
+    progress: Progress
     done: int = 0
 
     def watch(self, name: str, pieces: Iterator[Bytes]) -> Iterator[Bytes]:
         for piece in pieces:
             yield piece
             self.done += piece.nbytes
-            if self.progress:
-                self.progress(name, self.done, self.total)
+            self.progress(name, self.done, self.total)
 
 
 def _report(job: Job, files: list[str], size: int, verdict: Verdict | None, dry_run: bool, seconds: float) -> Report:

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
-from predictors.fit import BlockFit, Figures, ModelFit, fit_model
+from typing import TYPE_CHECKING
+
+from runtime.base.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from predictors.fit import BlockFit, Figures, ModelFit, fit_model
 
 __all__ = ["BlockFit", "Figures", "ModelFit", "fit_model"]
+
+__getattr__ = lazy_names(__name__, dict.fromkeys(__all__, "predictors.fit"))

@@ -1,14 +1,27 @@
-"""`python -m predictors`."""
+"""The command line `python -m predictors`: the table of its verbs."""
 
-import os
+from __future__ import annotations
+
 import sys
 
-# Before ggml loads OpenMP: threads that wait longer than this sleep, or a machine with other work stalls at every operator (docs/predictors.md).
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+from runtime.cli.verbs import BUSY_MACHINE, Program, Verb
 
-from predictors.cli import configure_parser, main
-from runtime.cli.completion import offer_completions
+PROGRAM = Program(
+    name="predictors",
+    help="fit and judge activation predictors",
+    about="Fit and judge activation predictors.",
+    start="""\
+Fit other predictors to a converted model, or see what a model's predictors are worth:
+
+    python -m predictors fit MODEL.gguf OUT.gguf --kind lowrank
+    python -m predictors evaluate MODEL.gguf TEXT""",
+    verbs=(
+        Verb("fit", "write a model file again with other predictors", "predictors.commands.fit"),
+        Verb("evaluate", "measure a model's predictors on a text", "predictors.commands.evaluate", "show_evaluation"),
+    ),
+    environment=BUSY_MACHINE,
+)
+main = PROGRAM.main
 
 if __name__ == "__main__":
-    offer_completions(configure_parser)
     sys.exit(main())

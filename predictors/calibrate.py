@@ -6,19 +6,19 @@ Knows how an FFN computes; knows nothing of predictors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
+from runtime.base.progress import Progress, silent
 from runtime.compute.block_runner import BlockRunner
 from runtime.model_file import tensor_names as names
 from runtime.model_file.structure import Structure
 
 Floats = npt.NDArray[np.float32]
-Progress = Callable[[int, int, float], None]
 
 DEFAULT_TOKENS = 24576
 SHARES = (0.7, 0.15, 0.15)  # of the windows: to fit predictors, to choose among them, to say what they achieve
@@ -160,15 +160,14 @@ def calibrate(
     windows: npt.NDArray[np.int32],
     parts: tuple[slice, slice, slice] | None = None,
     residual: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Iterator[LayerSamples]:
     """Run windows [n_windows, length] through the model and yield its layers in turn, those that have an FFN; each is valid until the next.
 
     parts: which windows fit, validate and test (default: 70, 15 and 15 %). residual: keep the stream before the FFN's norm as well.
-    progress: called with (layer, n_layers, share of it that is done).
+    progress: told layers, with the share of the last one that is done.
     """
     n = runner.structure.block_count
-    shown = progress or (lambda *_: None)
     hidden = np.stack([runner.embed(window) for window in windows])
     inputs = np.empty_like(hidden)
     residuals = np.empty_like(hidden) if residual else None
@@ -184,10 +183,10 @@ def calibrate(
             weight[k] = 1 / np.maximum((result.output**2).sum(-1), np.finfo(np.float32).tiny)
             if residuals is not None:
                 residuals[k] = result.residual
-            shown(i, n, (k + 1) / len(windows) / 2)
+            progress(f"calibrating layer {i}", i + (k + 1) / len(windows) / 2, n)
         fit, validation, test = (_part(inputs, weight, residuals, at) for at in parts or split(len(windows)))
         yield LayerSamples(runner, i, (fit, validation, test))
-        shown(i, n, 1.0)
+        progress(f"calibrating layer {i}", i + 1, n)
 
 
 def _part(x: Floats, weight: Floats, residual: Floats | None, at: slice) -> Part:

@@ -1,7 +1,4 @@
-"""What a file's predictors are worth on a text: layer by layer in numpy, and end to end as the runtime computes.
-
-Knows the runtime and the stored predictors; fits nothing.
-"""
+"""What a file's predictors are worth on a text: layer by layer in numpy, and end to end as the runtime computes."""
 
 from __future__ import annotations
 
@@ -16,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from predictors import text
-from predictors.calibrate import LayerSamples, Progress, all_test, calibrate
+from predictors.calibrate import LayerSamples, all_test, calibrate
 from predictors.choose import Cost, predicted_bytes
 from predictors.fit import NO_FFN, Figures, cost_of
 from predictors.stored import stored_predictor
+from runtime.analysis.likelihood import LARGEST_EXPONENT, divergence, token_losses
 from runtime.base.processors import default_threads
-from runtime.commands.perplexity import token_losses
+from runtime.base.progress import Progress, silent
 from runtime.compute.block_runner import BlockRunner
 from runtime.compute.traffic import Activity, ffn_bytes
 from runtime.errors import UserError
@@ -31,7 +29,6 @@ from runtime.options import BATCH
 from runtime.text.tokenizer import Tokenizer
 
 DEFAULT_TOKENS = 16384
-_ROWS = 64  # float64 copies of logits are made for this many positions at a time
 
 Ids = npt.NDArray[np.int32]
 
@@ -67,7 +64,7 @@ def evaluate(
     tokens: int | None = None,
     threads: int | None = None,
     predictor_bias: float = 0.0,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Evaluation:
     """Judge the predictors of `model` on the UTF-8 text `file`.
 
@@ -94,9 +91,7 @@ def _windows(model: Path, file: Path, tokens: int | None) -> Ids:
         return text.cut(ids, bos, length)[:n]
 
 
-def _layers(
-    model: Path, windows: Ids, threads: int, predictor_bias: float, progress: Progress | None
-) -> Iterator[Figures]:
+def _layers(model: Path, windows: Ids, threads: int, predictor_bias: float, progress: Progress) -> Iterator[Figures]:
     with GgufFile(model) as file:
         s = file.structure
         with BlockRunner(file, threads, windows.shape[1]) as runner:
@@ -165,7 +160,7 @@ def _modes(path: Path, windows: Ids, threads: int, predictor_bias: float) -> Ite
                 kls[k] += divergence(logits[0][:-1], found[:-1])
         n = len(windows) * (n_ctx - 1)
         for name, model, loss, kl in zip(names, models, losses, kls, strict=True):
-            yield ModeResult(name, math.exp(min(loss / n, 700)), kl / n, _bytes(model))
+            yield ModeResult(name, math.exp(min(loss / n, LARGEST_EXPONENT)), kl / n, _bytes(model))
 
 
 def _bytes(model: Model) -> float:
@@ -177,22 +172,6 @@ def _bytes(model: Model) -> float:
         sum(ffn_bytes(ffn, model.tensors, activity, i) for i, ffn in s.ffns.items()) for activity in (did, everything)
     )
     return read / dense
-
-
-def divergence(reference: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> float:
-    """Sum over positions of KL(reference || found), from logits [n, n_vocab], in nats."""
-    total = 0.0
-    for start in range(0, len(reference), _ROWS):
-        p, q = (_log_softmax(x[start : start + _ROWS]) for x in (reference, found))
-        total += float((np.exp(p) * (p - q)).sum())
-    return total
-
-
-def _log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    x = logits.astype(np.float64)
-    x -= x.max(-1, keepdims=True)
-    normalised: npt.NDArray[np.float64] = x - np.log(np.exp(x).sum(-1, keepdims=True))
-    return normalised
 
 
 def total_bytes(layers: Sequence[Figures]) -> dict[str, float]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from predictors import text
 from predictors.allocate import LayerOptions, allocate
-from predictors.calibrate import LayerSamples, Progress, calibrate, default_tokens
+from predictors.calibrate import LayerSamples, calibrate, default_tokens
 from predictors.candidate_store import shelve
 from predictors.choose import Cost, Judged, judge, predicted_bytes
 from predictors.hot_order import Order, as_frequencies, as_it_is, hottest_first
@@ -24,6 +24,7 @@ from predictors.matrices import MATRIX_TYPES, Floats, Tensor, block_size, plain
 from predictors.predictor import Candidate, FitOptions
 from predictors.registry import KINDS, METHODS
 from runtime.base.processors import default_threads
+from runtime.base.progress import Progress, silent
 from runtime.base.text_file import TextFile
 from runtime.bindings.ffn_shape import FfnShape
 from runtime.compute.block_runner import BlockRunner
@@ -137,7 +138,7 @@ def fit_model(
     predictor_type: str = "auto",
     seed: int = 0,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     reorder: bool = True,
     counts: Sequence[Floats] | None = None,
 ) -> ModelFit:
@@ -147,7 +148,7 @@ def fit_model(
     calibration: a UTF-8 text, None for the one in the package; tokens: how many of its tokens (default: 24,576, fewer for very wide models).
     predictor_type: ggml type of the matrices, "auto" for the cheaper of q4_0 and q8_0 in each layer.
     reorder: put neurons hottest first; else they stay as they are. counts: of each block's neurons, [n_ff]: what to order them by, in place of the text.
-    progress: called with (layer, n_layers, share of it that is done).
+    progress: told layers, with the share of the last one that is done.
     Raises UserError for options out of range, and for calibration text that is too short, empty or not UTF-8.
     """
     if not 0 < energy <= 1:
@@ -164,7 +165,7 @@ def fit_candidates(
     predictor_type: str = "auto",
     seed: int = 0,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     counts: Sequence[Floats] | None = None,
 ) -> Candidates:
     """All of `fit_model` but the choice: parameters and errors are the same."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from predictors import text
-from predictors.calibrate import LayerSamples, Progress, all_test, calibrate
+from predictors.calibrate import LayerSamples, all_test, calibrate
 from predictors.evaluate import layer_figures
 from predictors.fit import BlockFit, ModelFit, calibration_windows, fit_metadata, frequency, of_blocks
 from predictors.hot_order import as_it_is, hottest_first
@@ -21,6 +21,7 @@ from predictors.matrices import Floats
 from predictors.predictor import Candidate
 from predictors.stored import stored_predictor
 from runtime.base.processors import default_threads
+from runtime.base.progress import Progress, silent
 from runtime.compute.block_runner import BlockRunner
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import Structure
@@ -34,7 +35,7 @@ def adopt_model(
     tokens: int | None = None,
     seed: int = 0,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     counts: Sequence[Floats] | None = None,
     reorder: bool = True,
 ) -> ModelFit:

@@ -10,10 +10,15 @@ Knows nothing of checkpoints, families or how a file was made: everything is rea
 
 from __future__ import annotations
 
-from runtime.errors import UserError
-from runtime.generation import Generation, LogitsProcessor, Stats, Token
-from runtime.model import Model, ModelStats, load
-from runtime.text.sampling import Sampling
+from typing import TYPE_CHECKING
+
+from runtime.base.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from runtime.errors import UserError
+    from runtime.generation import Generation, LogitsProcessor, Stats, Token
+    from runtime.model import Model, ModelStats, load
+    from runtime.text.sampling import Sampling
 
 __all__ = [
     "Generation",
@@ -26,3 +31,13 @@ __all__ = [
     "UserError",
     "load",
 ]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "UserError": "runtime.errors",
+        **dict.fromkeys(("Generation", "LogitsProcessor", "Stats", "Token"), "runtime.generation"),
+        **dict.fromkeys(("Model", "ModelStats", "load"), "runtime.model"),
+        "Sampling": "runtime.text.sampling",
+    },
+)

@@ -89,12 +89,12 @@ def moments(n: int, seconds: float, seed: int) -> list[float]:
 
 
 def serve() -> None:
-    import convert.cli
+    import convert.__main__
     import convert.publish.push
-    import predictors.cli
+    import predictors.__main__
     import runtime.__main__
 
-    mains = {"convert": convert.cli.main, "predictors": predictors.cli.main, "runtime": runtime.__main__.main}
+    mains = {"convert": convert.__main__.main, "predictors": predictors.__main__.main, "runtime": runtime.__main__.main}
     mains["files"] = _write_files
     for line in sys.stdin:
         print(json.dumps(_run(mains, **json.loads(line))), flush=True)

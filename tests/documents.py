@@ -19,7 +19,7 @@ PAGES = ROOT / "docs/commands"
 SHELL = ("", "sh")  # languages of blocks that hold commands; output stands in `text` blocks
 _EMBEDDED = re.compile(r"(<!-- help: (?P<command>.+?) -->\n```\n).*?(```\n<!-- end of help -->)", re.DOTALL)
 _FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-_MAINS = {"runtime": "runtime.__main__", "convert": "convert.cli", "predictors": "predictors.cli"}
+_MAINS = {"runtime": "runtime.__main__", "convert": "convert.__main__", "predictors": "predictors.__main__"}
 
 
 def documents() -> list[Path]:
@@ -60,14 +60,10 @@ def options_in(text: str) -> set[str]:
 
 def commands() -> dict[str, Path]:
     """Each command that the programs know -> the page that it must have."""
-    from convert.cli import VERBS
-
-    found = {"python -m convert": "convert", **{f"python -m convert {verb}": f"convert-{verb}" for verb in VERBS}}
-    for program in ("runtime", "predictors"):
-        listed = re.search(r"^  COMMAND\n(.*?)\n\n", help_of(f"python -m {program}"), re.MULTILINE | re.DOTALL)
-        assert listed, f"`python -m {program} --help` lists no commands"
-        verbs = re.findall(r"^    (\w+)", listed[1], re.MULTILINE)
-        found |= {f"python -m {program} {verb}": f"{program}-{verb}" for verb in verbs}
+    found = {"python -m convert": "convert"}
+    for name, main in _MAINS.items():
+        verbs = importlib.import_module(main).PROGRAM.verbs
+        found |= {f"python -m {name} {verb.name}": f"{name}-{verb.name}" for verb in verbs}
     benches = [path for path in (ROOT / "bench").glob("*.py") if 'prog="python -m ' in path.read_text("utf-8")]
     found |= {f"python -m bench.{path.stem}": "bench" for path in sorted(benches)}
     return {command: PAGES / f"{page}.md" for command, page in found.items()}

@@ -72,8 +72,8 @@ class Client:
 
 
 def _main(commands: list[list[str]], stdin: str) -> list[tuple[int, str, str]]:
-    from convert.cli import main as convert
-    from predictors.cli import main as predictors
+    from convert.__main__ import main as convert
+    from predictors.__main__ import main as predictors
     from runtime.__main__ import main as runtime
 
     mains = {"convert": convert, "predictors": predictors, "runtime": runtime}

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 from unittest import mock
 
-_MAINS = {"convert": "convert.cli", "predictors": "predictors.cli", "runtime": "runtime.__main__"}
+_MAINS = {"convert": "convert.__main__", "predictors": "predictors.__main__", "runtime": "runtime.__main__"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def command(program: str, *arguments: object, stdin: str = "", env: Mapping[str,
     with (
         tempfile.TemporaryFile() as out,
         tempfile.TemporaryFile() as err,
-        mock.patch("runtime.__main__.exit_on_abort"),  # which is for a whole process: here the tests' own
+        mock.patch("runtime.bindings.sparse_ffn.exit_on_abort"),  # which is for a whole process: here the tests' own
         mock.patch.dict(os.environ, env or {}),
         mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()))),
     ):

@@ -11,9 +11,9 @@ import pytest
 from checkpoints import copy_checkpoint
 from plain import PLAIN, convert
 
+from convert.__main__ import main
 from convert.arch import families, parse_ffn_type
 from convert.catalogue import catalogue, named, recognise
-from convert.cli import main
 from convert.config import Config
 from runtime.errors import UserError
 

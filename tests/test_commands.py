@@ -15,8 +15,9 @@ import pytest
 from in_process import Done, command, result_of
 
 import runtime
-from runtime.commands.inspect import kind_of
-from runtime.commands.perplexity import Plan, token_losses
+from runtime.analysis.contents import kind_of
+from runtime.analysis.likelihood import token_losses
+from runtime.analysis.perplexity import Windows
 from runtime.model_file.reader import GgufFile
 
 ROOT = Path(__file__).parent.parent
@@ -215,7 +216,7 @@ def test_tensor_groups(name: str, kind: str) -> None:
 def test_windows_predict_every_token_once(bos: tuple[int, ...], window: int, stride: int, n: int) -> None:
     ids = list(range(100, 100 + n))
     predicted: list[int] = []
-    for i, (seen, counted) in enumerate(Plan(ids, bos, window, stride).windows()):
+    for i, (seen, counted) in enumerate(Windows(ids, bos, window, stride)):
         assert len(seen) <= window
         assert tuple(seen[: len(bos)]) == bos
         text = seen[len(bos) :]

@@ -90,7 +90,9 @@ def test_what_is_offered(line: str, some: set[str], none: set[str]) -> None:
     assert not none & words
 
 
-@pytest.mark.parametrize("module", ["runtime.__main__", "convert.cli", "predictors.cli"])
+@pytest.mark.parametrize(
+    "module", ["runtime.__main__", "convert.__main__", "predictors.__main__", "lazyneuron.__main__"]
+)
 def test_what_is_slow_to_import_is_not_imported_for_an_answer(module: str) -> None:
     code = (
         f"import sys, {module}; print([m for m in ('huggingface_hub', 'prompt_toolkit', 'torch') if m in sys.modules])"

@@ -13,7 +13,7 @@ import runtime
 from runtime.base import processors
 from runtime.base.cpu_quota import cpu_quota
 from runtime.base.processors import Threads, default_threads
-from runtime.cli.options import open_noted
+from runtime.cli.running import open_noted
 from runtime.options import RunOptions
 
 V2 = "31 23 0:28 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup rw,nsdelegate"
@@ -156,7 +156,7 @@ def test_no_more_threads_than_processors_allowed() -> None:
 def test_too_many_threads_are_said(
     tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("runtime.cli.options.cpu_quota", lambda: 1.5)
+    monkeypatch.setattr("runtime.cli.running.cpu_quota", lambda: 1.5)
     for n, said in ((None, False), (1, False), (2, True)):
         with open_noted(tiny_gguf, RunOptions(threads=n, device="none")) as model:
             assert n in (None, model.threads)

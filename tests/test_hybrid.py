@@ -18,7 +18,7 @@ from splits import SPLITS, hot
 
 import runtime
 from convert import convert
-from predictors.cli import main
+from predictors.__main__ import main
 from runtime.bindings import ggml
 from runtime.errors import UserError
 from runtime.hybrid import choose

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from convert import convert
-from convert.cli import main as convert_main
-from predictors.cli import main as predictors_main
+from convert.__main__ import main as convert_main
+from predictors.__main__ import main as predictors_main
 from runtime.__main__ import main as runtime_main
 from runtime.base import workspace as module
 from runtime.base.atomic import check_target, new_path, replacing, writing

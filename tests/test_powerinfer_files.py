@@ -422,7 +422,7 @@ def test_the_command_line(source: Source, tmp_path: Path) -> None:
 
 
 def test_a_dry_run(source: Source, capfd: pytest.CaptureFixture[str]) -> None:
-    from convert.cli import main
+    from convert.__main__ import main
 
     assert main([str(source("opt", "q4_0")[0]), "--dry-run"]) == 0
     shown = capfd.readouterr().out

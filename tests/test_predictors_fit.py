@@ -20,8 +20,8 @@ from plain import convert
 
 import runtime
 from predictors import fit_model, text
+from predictors.__main__ import main
 from predictors.calibrate import calibrate, default_tokens, split
-from predictors.cli import main
 from predictors.evaluate import Evaluation, evaluate
 from predictors.fit import fit_candidates
 from predictors.rewrite import rewrite

@@ -21,8 +21,8 @@ from huggingface_hub import ModelCard
 
 import runtime
 from convert import convert
-from convert.cli import main as convert_main
-from convert.publish.card import Options, examine, make_card
+from convert.__main__ import main as convert_main
+from convert.publish.card import CardOptions, examine, make_card
 from convert.publish.card_text import MARK, FileEntry
 from runtime.model_file.reader import GgufFile
 
@@ -177,7 +177,7 @@ def card_of(path: Path, **options: Any) -> ModelCard:
     with GgufFile(path) as file:
         return ModelCard(
             make_card(
-                file, "user/repo", [FileEntry("m.gguf", 1, "0" * 64)], examine(file, Options(plot=False, **options))
+                file, "user/repo", [FileEntry("m.gguf", 1, "0" * 64)], examine(file, CardOptions(plot=False, **options))
             )
         )
 

@@ -13,7 +13,7 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 import runtime
 from convert import convert
-from convert.cli import main as convert_main
+from convert.__main__ import main as convert_main
 from predictors.rewrite import rewrite
 from runtime.__main__ import main as runtime_main
 from runtime.errors import UserError

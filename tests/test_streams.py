@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from runtime.cli import standard_streams
-from runtime.cli.options import print_json
+from runtime.cli.output import print_json
 from runtime.cli.standard_streams import StdoutError, _Descriptor
 
 ROOT = Path(__file__).parent.parent

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from runtime.cli.options import printable
 from runtime.commands.footer import print_layers
+from runtime.errors import printable
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import runtime
-from convert.publish.card import Options, examine
+from convert.publish.card import CardOptions, examine
 from predictors import text
 from predictors.evaluate import evaluate
 from runtime.__main__ import main
@@ -171,7 +171,9 @@ def test_perplexity_of_a_pipe(tiny_gguf: Path, tmp_path: Path, fifo: Any, capsys
 @posix
 def test_a_card_reads_its_text_once(tiny_gguf: Path, fifo: Any) -> None:
     with GgufFile(tiny_gguf) as file:
-        found = examine(file, Options(perplexity=fifo(LONG), perplexity_tokens=60, threads=1, plot=False)).perplexity
+        found = examine(
+            file, CardOptions(perplexity=fifo(LONG), perplexity_tokens=60, threads=1, plot=False)
+        ).perplexity
     assert found is not None
     assert (found.sha256, set(found.modes)) == (hashlib.sha256(LONG).hexdigest(), {"dense", "exact"})
 

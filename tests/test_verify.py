@@ -17,10 +17,10 @@ from oracle import kl, max_difference, random_ids, transformers_logits
 from plain import convert
 
 from convert import rewrites, source
+from convert.__main__ import main
 from convert.arch import Source
 from convert.archs import llama, nemotron
 from convert.checkpoint import open_checkpoint
-from convert.cli import main
 from convert.formats import TYPES
 from convert.plan import Types, make_plan
 from convert.rewrites import Rewrite

@@ -1,41 +1,30 @@
-"""`python -m convert card`: the model card of a converted file, with its figures and its plot.
+"""The model card of a converted file, with its figures and its plot: what it shows is collected and measured here.
 
-Collects and measures; the text is `convert.publish.card_text`'s.
+The text is `convert.publish.card_text`'s.
 """
 
 from __future__ import annotations
 
-import argparse
-import io
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from convert.publish.card_text import PLOT, Facts, FileEntry, Perplexity, write_card
-from runtime.base.atomic import check_target, folder_made, new_path, replacing
+from convert.publish.card_text import PLOT, CardFacts, FileEntry, TextPerplexity, write_card
+from runtime.analysis.drawing import draw_curves, drawn, new_figure
+from runtime.analysis.firing import Frequencies, layer_firing, predictor_figures, read_frequencies
+from runtime.analysis.perplexity import measure_perplexity
+from runtime.base.atomic import check_target, folder_made, replacing
 from runtime.base.text_file import read_text
-from runtime.cli.options import add_json, count, note, print_json
-from runtime.commands.perplexity import measure
-from runtime.commands.sparsity import (
-    Frequencies,
-    draw_curves,
-    layer_facts,
-    new_figure,
-    predictor_facts,
-    read_frequencies,
-)
 from runtime.hub.download import sha256_of
 from runtime.model import load
 from runtime.model_file.reader import GgufFile
 
-_CARD = "README.md"
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
-class Options:
+class CardOptions:
     """What may be asked of a card. perplexity: a UTF-8 text to measure it on, or its first `perplexity_tokens`; plot: whether to draw."""
 
     perplexity: Path | None = None
@@ -49,77 +38,37 @@ class Findings:
     """What a card shows of a model, besides what its keys say. plot: a PNG, None where there is nothing to draw or none was wanted."""
 
     frequencies: Sequence[Frequencies]
-    perplexity: Perplexity | None
+    perplexity: TextPerplexity | None
     plot: bytes | None
 
 
-def configure_parser(parser: argparse.ArgumentParser) -> None:
-    """Options of `card`."""
-    parser.add_argument("file", metavar="OUT.gguf", type=Path, help="a file made by `python -m convert`")
-    parser.add_argument(
-        "-o",
-        "--out",
-        type=_out,
-        metavar="PATH",
-        help=f"a folder, or README.md in one; {PLOT} is put beside (default: stdout, no plot)",
-    )
-    parser.add_argument(
-        "--repo", metavar="USER/REPO", help="where it will be, for the commands on the card (default: a file)"
-    )
-    parser.add_argument("--force", action="store_true", help="replace files that exist")
-    add_json(parser)
-    add_card_options(parser)
+@dataclass(frozen=True)
+class WrittenCard:
+    """A card, and where it and its plot were written, if anywhere."""
+
+    text: str
+    path: Path | None
+    plot: Path | None
+    perplexity: TextPerplexity | None
 
 
-def add_card_options(parser: argparse.ArgumentParser) -> None:
-    """What `card` and `push` share: the fields of `Options`."""
-    group = parser.add_argument_group("the model card")
-    group.add_argument(
-        "--perplexity", type=Path, metavar="TEXT", help="measure it on this text, in every FFN mode (default: left out)"
-    )
-    group.add_argument("--perplexity-tokens", type=count, metavar="N", help="use only the first N tokens of the text")
-    group.add_argument("--threads", "-t", type=count, metavar="N", help="default: one per physical core")
-    group.add_argument("--no-plot", dest="plot", action="store_false", help="no drawing (it needs matplotlib)")
+def write_model_card(file: Path, path: Path | None, repo: str | None, force: bool, options: CardOptions) -> WrittenCard:
+    """Make the card of a converted file, and write it to `path` with its plot beside, or nowhere.
 
-
-def card(
-    file: Path,
-    out: Path | None = None,
-    repo: str | None = None,
-    force: bool = False,
-    as_json: bool = False,
-    **options: Any,
-) -> None:
-    """Write the model card of a converted file, as `push` would."""
-    folder_target = out is not None and (out.is_dir() or not out.suffix)
-    path = out / _CARD if out and folder_target else out
-    wanted = Options(**options | ({} if path else {"plot": False}))
-    plot = path.with_name(PLOT) if path and wanted.plot else None
+    repo: where the file will be, for the commands on the card. Raises UserError as `examine` does, and for files that exist,
+    unless forced.
+    """
+    plot = path.with_name(PLOT) if path and options.plot else None
     with GgufFile(file) as opened, folder_made(path.parent) if path else nullcontext():
         for target in filter(None, (path, plot)):
-            check_target(target, 0, force, _CARD, [part.path for part in opened.parts])
+            check_target(target, 0, force, CARD, [part.path for part in opened.parts])
         entries = [FileEntry(part.path.name, part.size, sha256_of(part.path)) for part in opened.parts]
-        found = examine(opened, wanted)
+        found = examine(opened, options)
         text = make_card(opened, repo or file.name, entries, found)
-        drawn = plot if found.plot else None
+        plot = plot if found.plot else None
         if path:
-            _put(path, text, drawn, found.plot or b"")
-    if not path and not as_json:
-        print(text, end="")
-    if as_json:
-        print_json(
-            {
-                "card": text,
-                "path": path and str(path),
-                "plot": drawn and str(drawn),
-                "perplexity": found.perplexity and found.perplexity.modes,
-            }
-        )
-
-
-def _out(text: str) -> Path:
-    """A folder, or a card in one, as an argparse type."""
-    return Path(text) / _CARD if text.endswith(("/", os.sep)) else new_path(text, _CARD)
+            _put(path, text, plot, found.plot or b"")
+    return WrittenCard(text, path, plot, found.perplexity)
 
 
 def _put(path: Path, text: str, plot: Path | None, drawing: bytes) -> None:
@@ -127,10 +76,9 @@ def _put(path: Path, text: str, plot: Path | None, drawing: bytes) -> None:
         card_file.write_text(text, encoding="utf-8")
         if plot_file:
             plot_file.write_bytes(drawing)
-    note(f"`{path}`: written" + (f", with {plot.name}" if plot else ""))
 
 
-def examine(file: GgufFile, options: Options) -> Findings:
+def examine(file: GgufFile, options: CardOptions) -> Findings:
     """Read, draw and measure what a card shows of an open model.
 
     Raises UserError where a plot is wanted and matplotlib is missing, and for a text that cannot be measured.
@@ -143,34 +91,31 @@ def examine(file: GgufFile, options: Options) -> Findings:
 def make_card(file: GgufFile, name: str, files: Sequence[FileEntry], found: Findings) -> str:
     """The card of an open model. name: how the commands on it shall call it; files: those to be listed."""
     drawn = found.plot is not None
-    return str(write_card(Facts.of(file, name, files, found.frequencies, perplexity=found.perplexity, plot=drawn)))
+    return str(write_card(CardFacts.of(file, name, files, found.frequencies, perplexity=found.perplexity, plot=drawn)))
 
 
-def _perplexity(file: GgufFile, options: Options) -> Perplexity:
+def _perplexity(file: GgufFile, options: CardOptions) -> TextPerplexity:
     assert options.perplexity
     s, modes, text = file.structure, {}, read_text(options.perplexity)
     names = [*([] if s.layout == "sparse" else ["dense"]), "exact", *(["predicted"] if any(s.predictor_rank) else [])]
     for mode in names:
         with load(file.path, mode, options.threads) as model:
-            found = measure(model, text, tokens=options.perplexity_tokens)
-        modes[mode] = found | {"limit": options.perplexity_tokens}
-    return Perplexity(text.name, text.sha256, modes)
+            modes[mode] = measure_perplexity(model, text, tokens=options.perplexity_tokens)
+    return TextPerplexity(text.name, text.sha256, options.perplexity_tokens, modes)
 
 
-def _plot(file: GgufFile, frequencies: list[Frequencies]) -> bytes:
+def _plot(file: GgufFile, frequencies: Sequence[Frequencies]) -> bytes:
     """Two drawings side by side: active and predicted neurons by layer, and the hot/cold curves."""
     figure = new_figure(11, 4)
     bars, curves = figure.subplots(1, 2)
     n = len(frequencies)
-    bars.bar(range(n), [layer_facts(freq)["active"] for freq in frequencies], label="active")
-    predicted = [facts.get("predicted_share") for facts in predictor_facts(file.metadata, n)]
-    shown = [(i, share) for i, share in enumerate(predicted) if share is not None and file.structure.rank(i)]
+    bars.bar(range(n), [layer_firing(freq).active for freq in frequencies], label="active")
+    predictors = predictor_figures(file.metadata, n) or ()
+    shown = [(i, found.predicted_share) for i, found in enumerate(predictors) if file.structure.rank(i)]
     if shown:
         bars.plot(*zip(*shown, strict=True), "o", color="black", markersize=4, label="predicted")
     bars.set(title="Active neurons, by layer", xlabel="layer", ylabel="share of the neurons")
     bars.legend()
     draw_curves(curves, frequencies)
     curves.set_title("Hot and cold neurons")
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    return image.getvalue()
+    return drawn(figure, "png", 120)

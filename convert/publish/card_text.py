@@ -8,13 +8,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from convert.metadata import HUB
-from runtime.commands.sparsity import Frequencies, layer_facts, predictor_facts
+from runtime.analysis.firing import Frequencies, PredictorFigures, layer_firing, predictor_figures
+from runtime.analysis.perplexity import Perplexity
+from runtime.base.figures import share
 from runtime.hub.names import Reference, parse
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import ARCHITECTURE, Structure
@@ -35,16 +37,21 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
-class Perplexity:
-    """Results of `runtime.commands.perplexity.measure` on one text, by FFN mode; the text's file name and sha256."""
+class TextPerplexity:
+    """Perplexities of one text, by FFN mode; the text's file name and sha256. limit: how many of its tokens were used, None for all."""
 
     text: str
     sha256: str
-    modes: Mapping[str, Mapping[str, Any]]
+    limit: int | None
+    modes: Mapping[str, Perplexity]
+
+    def as_json(self) -> dict[str, Any]:
+        """The modes as plain values."""
+        return {mode: asdict(found) | {"limit": self.limit} for mode, found in self.modes.items()}
 
 
 @dataclass(frozen=True)
-class Facts:
+class CardFacts:
     """What a card says. name: how commands call the model; frequencies: per layer, empty where the file has none."""
 
     name: str
@@ -53,13 +60,13 @@ class Facts:
     types: Mapping[str, int]  # bytes of matrices by type, most first
     files: Sequence[FileEntry]
     frequencies: Sequence[Frequencies] = field(repr=False)
-    perplexity: Perplexity | None = None
+    perplexity: TextPerplexity | None = None
     plot: bool = False
 
     @classmethod
     def of(
         cls, file: GgufFile, name: str, files: Sequence[FileEntry], frequencies: Sequence[Frequencies], **more: Any
-    ) -> Facts:
+    ) -> CardFacts:
         """Facts of an open file."""
         types: Counter[str] = Counter()
         for info in file.tensors.values():
@@ -78,14 +85,14 @@ class Facts:
         return repo if url.startswith(HUB) and parse(repo) == Reference(repo) else ""
 
 
-def write_card(facts: Facts) -> ModelCard:
+def write_card(facts: CardFacts) -> ModelCard:
     """The card; its metadata is well-formed by huggingface_hub's own parser."""
     parts = (_title, _run, _files, _sparsity, _predictors, _perplexity, _origin)
     body = "\n\n".join("\n".join(part(facts)) for part in parts if any(part(facts)))
     return ModelCard(f"---\n{_data(facts).to_yaml()}\n---\n\n{body}\n\n{MARK}\n")
 
 
-def _data(facts: Facts) -> ModelCardData:
+def _data(facts: CardFacts) -> ModelCardData:
     licence, name = facts.general("license").lower(), facts.general("license.name")
     if licence and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
         licence, name = "other", re.sub(r"[^a-z0-9.]+", "-", licence).strip("-")  # no word of the Hub's
@@ -104,7 +111,7 @@ def _data(facts: Facts) -> ModelCardData:
     )
 
 
-def _title(facts: Facts) -> Iterator[str]:
+def _title(facts: CardFacts) -> Iterator[str]:
     name = facts.general("name") or facts.name
     base = f"[{facts.base}]({HUB}/{facts.base})" if facts.base else f"`{name}`"
     s = facts.structure
@@ -117,7 +124,7 @@ def _title(facts: Facts) -> Iterator[str]:
     )
 
 
-def _run(facts: Facts) -> Iterator[str]:
+def _run(facts: CardFacts) -> Iterator[str]:
     yield "## Run it\n"
     yield f"```\npython -m runtime chat {facts.name}"
     yield f'python -m runtime complete {facts.name} -p "Once upon a time" -n 64'
@@ -128,55 +135,57 @@ def _run(facts: Facts) -> Iterator[str]:
     yield '        print(piece, end="", flush=True)\n```'
 
 
-def _files(facts: Facts) -> Iterator[str]:
+def _files(facts: CardFacts) -> Iterator[str]:
     yield "## Files\n"
     yield from _table(
         ("file", "bytes", "sha256"), ((f.name, f"{f.size:,}", f"`{f.sha256}`" if f.sha256 else "") for f in facts.files)
     )
 
 
-def _sparsity(facts: Facts) -> Iterator[str]:
+def _sparsity(facts: CardFacts) -> Iterator[str]:
     if not facts.frequencies:
         return
-    layers = [layer_facts(freq) for freq in facts.frequencies]
+    layers = [layer_firing(freq) for freq in facts.frequencies]
     n = len(layers)
-    active, hot = (sum(layer[key] for layer in layers) / n for key in ("active", "hot"))
+    active, hot = sum(layer.active for layer in layers) / n, sum(layer.hot for layer in layers) / n
     yield "## Sparsity\n"
     yield (
-        f"On the calibration text {active:.1%} of a layer's FFN neurons fire for a token; "
-        f"{hot:.1%} of them carry 80 % of the activations (means over the layers)."
+        f"On the calibration text {share(active)} of a layer's FFN neurons fire for a token; "
+        f"{share(hot)} of them carry 80 % of the activations (means over the layers)."
     )
     if facts.plot:
         yield f"\n![Active neurons per layer, and how unevenly neurons fire]({PLOT})"
 
 
-def _predictors(facts: Facts) -> Iterator[str]:
-    layers = [layer_facts(freq) for freq in facts.frequencies]
+def _predictors(facts: CardFacts) -> Iterator[str]:
     s = facts.structure
-    found = predictor_facts(dict(facts.metadata), s.block_count)
-    if not layers and not any(found):
+    found = predictor_figures(facts.metadata, s.block_count)
+    if not facts.frequencies and not found:
         return
-    kept = facts.metadata.get(f"{ARCHITECTURE}.predictor.energy_kept", ())
-    types = facts.metadata.get(f"{ARCHITECTURE}.predictor.type", ())
     yield "## Layers and predictors\n"
     yield _predictor_line(facts)
-    rows = []
-    for i in range(s.block_count):
-        has = s.rank(i) > 0
-        measured = [
-            f"{found[i][key]:.1%}" if has and key in found[i] else ""
-            for key in ("predicted_share", "recall", "precision")
-        ]
-        shares = [f"{layers[i][key]:.1%}" if layers else "" for key in ("active", "hot")]
-        kind = " ".join([str(types[i]) if len(types) else "", f"rank {s.rank(i)}"]).strip() if has else "none"
-        energy = f"{float(kept[i]):.2%}" if has and len(kept) else ""
-        rows.append((str(i), *shares, kind, *measured, energy))
     yield "\n<details><summary>Layer by layer</summary>\n"
-    yield from _table(("layer", *_PER_LAYER), rows)
+    yield from _table(
+        ("layer", *_PER_LAYER), [_layer_row(facts, i, found[i] if found else None) for i in range(s.block_count)]
+    )
     yield "\n</details>"
 
 
-def _predictor_line(facts: Facts) -> str:
+def _layer_row(facts: CardFacts, i: int, found: PredictorFigures | None) -> tuple[str, ...]:
+    shares, rank = ["", ""], facts.structure.rank(i)
+    if facts.frequencies:
+        layer = layer_firing(facts.frequencies[i])
+        shares = [share(layer.active), share(layer.hot)]
+    if not rank:
+        return (str(i), *shares, "none", "", "", "", "")
+    if not found:
+        return (str(i), *shares, f"rank {rank}", "", "", "", "")
+    kind = f"{found.type} rank {rank}" if found.type else f"rank {rank}"
+    measured = [share(value) for value in (found.predicted_share, found.recall, found.precision)]
+    return (str(i), *shares, kind, *measured, "" if found.energy_kept is None else share(found.energy_kept, 2))
+
+
+def _predictor_line(facts: CardFacts) -> str:
     s, budget = facts.structure, facts.metadata.get(f"{ARCHITECTURE}.predictor.energy")
     n = sum(s.rank(i) > 0 for i in range(s.block_count))
     if not n:
@@ -188,7 +197,7 @@ def _predictor_line(facts: Facts) -> str:
     )
 
 
-def _perplexity(facts: Facts) -> Iterator[str]:
+def _perplexity(facts: CardFacts) -> Iterator[str]:
     if facts.perplexity is None:
         return
     measured = facts.perplexity.modes
@@ -196,18 +205,18 @@ def _perplexity(facts: Facts) -> Iterator[str]:
     yield "## Perplexity\n"
     yield from _table(
         ("FFN mode", "perplexity"),
-        ((mode, f"{found['perplexity']:.4f} ± {found['perplexity_error']:.4f}") for mode, found in measured.items()),
+        ((mode, f"{found.perplexity:.4f} ± {found.perplexity_error:.4f}") for mode, found in measured.items()),
     )
     yield (
-        f"\nOn `{facts.perplexity.text}` (sha256 `{facts.perplexity.sha256}`): {one['tokens']:,} tokens, "
-        f"windows of {one['window']:,}, stride {one['stride']:,}, KV {one['kv_type']}. To repeat it:\n"
+        f"\nOn `{facts.perplexity.text}` (sha256 `{facts.perplexity.sha256}`): {one.tokens:,} tokens, "
+        f"windows of {one.window:,}, stride {one.stride:,}, KV {one.kv_type}. To repeat it:\n"
     )
     command = f"python -m runtime perplexity {facts.name} {facts.perplexity.text}"
-    limit = f" --tokens {one['limit']}" if one.get("limit") else ""
+    limit = f" --tokens {facts.perplexity.limit}" if facts.perplexity.limit else ""
     yield "```\n" + "\n".join(f"{command} --ffn {mode}{limit}" for mode in measured) + "\n```"
 
 
-def _origin(facts: Facts) -> Iterator[str]:
+def _origin(facts: CardFacts) -> Iterator[str]:
     calibration = {
         key: facts.metadata.get(f"{ARCHITECTURE}.calibration.{key}")
         for key in ("corpus", "sha256", "tokens", "method", "seed")

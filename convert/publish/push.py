@@ -1,24 +1,21 @@
-"""`python -m convert push`: a converted file to the Hugging Face Hub, with its card, in one commit.
+"""A converted file to the Hugging Face Hub, with its card, in one commit.
 
 Large files go first, one after the other; what the Hub has already is not sent again. huggingface_hub does the sending.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
-from convert.publish.card import Options, add_card_options, examine, make_card
+from convert.publish.card import CARD, CardOptions, examine, make_card
 from convert.publish.card_text import MARK, PLOT, FileEntry
 from runtime.base.atomic import check_space
 from runtime.base.workspace import workspace
-from runtime.cli.options import add_json, note, print_json
 from runtime.errors import UserError
 from runtime.hub.download import fetch, hub_errors, list_files, prepare, understood
 from runtime.hub.names import Listing, Reference, parse
@@ -28,54 +25,6 @@ from runtime.model_file.shard_writer import shard_size, split_model
 from runtime.model_file.writer import copied, copied_keys, write_parts
 
 DEFAULT_SHARD = "45G"  # the Hub takes files up to 50 GB
-_CARD = "README.md"
-
-
-def configure_parser(parser: argparse.ArgumentParser) -> None:
-    """Options of `push`."""
-    parser.add_argument("file", metavar="OUT.gguf", type=Path, help="a file made by `python -m convert`")
-    parser.add_argument("repo", metavar="USER/REPO", help="where to; it is made if it does not exist")
-    parser.add_argument("--private", action="store_true", help="make a private repository")
-    parser.add_argument("--revision", metavar="BRANCH", help="a branch, made if it does not exist (main)")
-    parser.add_argument(
-        "--split-max-size", default=DEFAULT_SHARD, metavar="SIZE", help=f"send larger files as shards ({DEFAULT_SHARD})"
-    )
-    parser.add_argument("--replace-card", action="store_true", help="even one that was changed by hand")
-    add_card_options(parser)
-    add_json(parser)
-
-
-def push(
-    file: Path,
-    repo: str,
-    private: bool = False,
-    revision: str | None = None,
-    split_max_size: str = DEFAULT_SHARD,
-    replace_card: bool = False,
-    as_json: bool = False,
-    **options: Any,
-) -> None:
-    """Send a converted file to the Hub, with a model card. Sent again after an interrupt, it goes on with what is missing."""
-    if parse(repo) != Reference(repo):
-        raise UserError(f"`{repo}`: expected a name on the Hub such as user/repo", "--revision names a branch")
-    max_bytes, wanted = shard_size(split_max_size), Options(**options)
-    prepare()
-    with GgufFile(file) as opened, _fitting(opened, max_bytes) as paths:
-        found = examine(opened, wanted)  # before anything is made on the Hub
-        sent = [CommitOperationAdd(path.name, path) for path in paths]
-        target = Target(Reference(repo, revision), private)
-        with hub_errors(repo), understood(repo):
-            listing = target.open()
-        old, others = _other_models(listing, sent)
-        name = f"{target.reference}:{sent[0].path_in_repo}" if others else str(target.reference)
-        card = make_card(opened, name, [*map(_entry, sent), *others], found)
-        with hub_errors(repo), understood(repo):
-            small = _card_files(card, found.plot, listing, replace_card)
-            commit = target.commit(sent, small, old)
-    files = [asdict(_entry(addition)) for addition in sent]
-    note(f"{commit.url}: {len(files)} GGUF files, {sum(f['size'] for f in files):,} bytes; use it as {name}")
-    if as_json:
-        print_json({"model": name, "commit": commit.oid, "url": commit.url, "files": files})
 
 
 @dataclass(frozen=True)
@@ -84,6 +33,50 @@ class Commit:
 
     oid: str
     url: str
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What is on the Hub now. name: how to call the model."""
+
+    name: str
+    commit: Commit
+    files: Sequence[FileEntry]
+
+
+def push_model(
+    file: Path,
+    repo: str,
+    options: CardOptions,
+    private: bool = False,
+    revision: str | None = None,
+    split_max_size: str = DEFAULT_SHARD,
+    replace_card: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Pushed:
+    """Send a converted file to the Hub, with a model card; what is there already is not sent again.
+
+    options: of the card. private: make the repository so; revision: a branch. split_max_size: send larger files as shards.
+    replace_card: even one that was changed by hand. tell: called with lines on what is done.
+    Raises UserError for what the Hub refuses, and for wrong options.
+    """
+    if parse(repo) != Reference(repo):
+        raise UserError(f"`{repo}`: expected a name on the Hub such as user/repo", "--revision names a branch")
+    max_bytes = shard_size(split_max_size)
+    prepare()
+    with GgufFile(file) as opened, _fitting(opened, max_bytes, tell) as paths:
+        found = examine(opened, options)  # before anything is made on the Hub
+        sent = [CommitOperationAdd(path.name, path) for path in paths]
+        target = Target(Reference(repo, revision), private)
+        with hub_errors(repo), understood(repo):
+            listing = target.open()
+        old, others = _other_models(listing, sent)
+        name = f"{target.reference}:{sent[0].path_in_repo}" if others else str(target.reference)
+        card = make_card(opened, name, [*map(_entry, sent), *others], found)
+        with hub_errors(repo), understood(repo):
+            small = _card_files(card, found.plot, listing, replace_card, tell)
+            commit = target.commit(sent, small, old)
+    return Pushed(name, commit, [_entry(addition) for addition in sent])
 
 
 @dataclass(frozen=True)
@@ -111,7 +104,7 @@ class Target:
         """Upload files, then put them into the repository at once, and those called `old` out of it."""
         api, repo, branch = HfApi(), self.reference.repo, self.reference.revision
         for addition in small:
-            if addition.path_in_repo == _CARD:
+            if addition.path_in_repo == CARD:
                 _validate(repo, addition)
         for addition in large:
             _upload(api, repo, addition, branch)
@@ -140,7 +133,7 @@ def _validate(repo: str, card: CommitOperationAdd) -> None:
 
 
 @contextmanager
-def _fitting(file: GgufFile, max_bytes: int) -> Iterator[list[Path]]:
+def _fitting(file: GgufFile, max_bytes: int, tell: Callable[[str], None]) -> Iterator[list[Path]]:
     """The model's files, split anew into a temporary folder beside it where one is too large."""
     if all(sum(info.nbytes for info in part.tensors.values()) <= max_bytes for part in file.parts):
         yield [part.path for part in file.parts]
@@ -151,7 +144,7 @@ def _fitting(file: GgufFile, max_bytes: int) -> Iterator[list[Path]]:
     files = split_model(out, copied_keys(file.path), [copied(file, name) for name in file.tensors], max_bytes)
     with workspace(files[0].path, file.path) as work:
         made = [replace(new, path=work.folder / new.path.name) for new in files]
-        note(f"splitting into {len(files)} shards")
+        tell(f"splitting into {len(files)} shards")
         write_parts(made)
         yield [new.path for new in made]
 
@@ -176,14 +169,16 @@ def _entry(addition: CommitOperationAdd) -> FileEntry:
     return FileEntry(addition.path_in_repo, addition.upload_info.size, addition.upload_info.sha256.hex())
 
 
-def _card_files(card: str, plot: bytes | None, listing: Listing, replace: bool) -> list[CommitOperationAdd]:
+def _card_files(
+    card: str, plot: bytes | None, listing: Listing, replace: bool, tell: Callable[[str], None]
+) -> list[CommitOperationAdd]:
     """Card and plot, unless the repository has a card that somebody changed by hand."""
-    if _CARD in listing.files and not replace and MARK not in _remote_card(listing):
-        note(f"`{listing.reference}`: has a card of its own, which is kept: --replace-card replaces it")
+    if CARD in listing.files and not replace and MARK not in _remote_card(listing):
+        tell(f"`{listing.reference}`: has a card of its own, which is kept: --replace-card replaces it")
         return []
-    return [CommitOperationAdd(_CARD, card.encode()), *([CommitOperationAdd(PLOT, plot)] if plot else [])]
+    return [CommitOperationAdd(CARD, card.encode()), *([CommitOperationAdd(PLOT, plot)] if plot else [])]
 
 
 def _remote_card(listing: Listing) -> str:
-    folder, _ = fetch(listing.reference, lambda _: [_CARD])
-    return (folder / _CARD).read_text(encoding="utf-8", errors="replace")
+    folder, _ = fetch(listing.reference, lambda _: [CARD])
+    return (folder / CARD).read_text(encoding="utf-8", errors="replace")

@@ -1,36 +1,30 @@
-"""What a shell offers when Tab is pressed on one of our command lines: argcomplete's work, told which files an argument takes.
-
-Knows argparse's parsers; knows nothing of commands, and opens no file.
-"""
+"""What a shell offers when Tab is pressed on one of our command lines: argcomplete's work, told which files an argument takes."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-Make = Callable[[], argparse.ArgumentParser]
 
-
-def offer_completions(parser: Make, verbs: Mapping[str, Make] | None = None) -> None:
-    """Answer the shell and leave, where it is a shell that asks; else do nothing.
-
-    verbs: the parsers of first words whose options are not those of `parser`.
-    """
+def asked() -> tuple[int, list[str]] | None:
+    """Where a shell asks: which word of its line is the program, from 1, and the words after it before the one being typed."""
     if "_ARGCOMPLETE" not in os.environ:
-        return
+        return None
+    program, line = int(os.environ["_ARGCOMPLETE"]), os.environ["COMP_LINE"]
+    words = line.split()[program:]
+    return program, words if line[-1:].isspace() else words[:-1]
+
+
+def answer(parser: argparse.ArgumentParser, program: int) -> None:
+    """Tell the shell what `parser` takes after word `program` of its line, and leave."""
     import argcomplete  # noqa: PLC0415  (needed for nothing else)
 
-    # Which word of the line is the program, from 1; where a verb has a parser of its own, the verb is.
-    program = int(os.environ["_ARGCOMPLETE"])
-    first, *others = os.environ["COMP_LINE"].split()[program:] or [""]
-    if verbs and first in verbs and (others or os.environ["COMP_LINE"][-1:].isspace()):
-        os.environ["_ARGCOMPLETE"] = str(program + 1)
-        parser = verbs[first]
+    os.environ["_ARGCOMPLETE"] = str(program)
     by_type: Any = _by_type  # declared to be one of argcomplete's classes, used as a function
-    argcomplete.autocomplete(parser(), default_completer=by_type, always_complete_options="long")
+    argcomplete.autocomplete(parser, default_completer=by_type, always_complete_options="long")
 
 
 def completed(action: argparse.Action, suffix: str = "", names: Callable[[], Sequence[str]] = tuple) -> None:

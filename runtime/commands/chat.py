@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from runtime.base.text_file import check_mark, decoded, without_line_end
-from runtime.cli.options import (
-    add_json,
-    add_loading,
-    add_model,
-    add_prompt,
-    add_sampling,
-    cleaner,
-    given_prompt,
-    note,
-    open_noted,
-    print_json,
-    typed,
-)
+from runtime.cli.options import add_json, add_model, add_prompt, given_prompt, typed
+from runtime.cli.output import cleaner, note, print_json
+from runtime.cli.parser import Parser
+from runtime.cli.running import add_loading, add_sampling, open_noted
 from runtime.commands.conversation import Conversation
 from runtime.commands.session import Session, attempt
 from runtime.errors import UserError
@@ -28,12 +18,10 @@ from runtime.model import Model
 from runtime.options import RunOptions
 from runtime.text.sampling import Sampling
 
-HELP = "talk to a model"
-ALIASES = ("run",)
 PLAIN_MAX_TOKENS = 256  # a model without chat template seldom ends by itself
 
 
-def configure_parser(parser: argparse.ArgumentParser) -> None:
+def configure_parser(parser: Parser) -> None:
     """Options of `chat`."""
     add_model(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="the system prompt")

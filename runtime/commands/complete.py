@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 from runtime.base.text_file import decoded, without_line_end
-from runtime.cli.options import (
-    add_json,
-    add_loading,
-    add_model,
-    add_prompt,
-    add_sampling,
-    cleaner,
-    given_prompt,
-    open_noted,
-    print_json,
-    stream,
-)
+from runtime.cli.options import add_json, add_model, add_prompt, given_prompt
+from runtime.cli.output import cleaner, print_json, stream
+from runtime.cli.parser import Parser
+from runtime.cli.running import add_loading, add_sampling, open_noted
 from runtime.commands.footer import print_footer
 from runtime.errors import UserError
 from runtime.generation import Generation
@@ -27,11 +18,10 @@ from runtime.model import Model
 from runtime.options import RunOptions
 from runtime.text.sampling import Sampling
 
-HELP = "continue a prompt"
 DEFAULT_MAX_TOKENS = 256
 
 
-def configure_parser(parser: argparse.ArgumentParser) -> None:
+def configure_parser(parser: Parser) -> None:
     """Options of `complete`."""
     add_model(parser)
     add_prompt(parser, "default: read from stdin")

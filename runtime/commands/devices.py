@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
+from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from runtime.base.processors import default_threads
-from runtime.cli.options import add_json, count, print_json
-from runtime.hybrid.bandwidth import speed_of
-from runtime.hybrid.devices import DeviceInfo, devices
+from runtime.analysis.devices import DeviceSpeed, device_speeds
+from runtime.base.figures import NONE, duration, memory, number
+from runtime.cli.options import add_json, count
+from runtime.cli.output import console, new_table, print_json
+from runtime.cli.parser import Parser
 
-HELP = "list the devices that a model can be put on"
 
-
-def configure_parser(parser: argparse.ArgumentParser) -> None:
+def configure_parser(parser: Parser) -> None:
     """Options of `devices`."""
     parser.add_argument(
         "--measure", action="store_true", help="measure how fast they are, and remember it for placing models"
@@ -28,43 +26,34 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
 
 def show_devices(measure: bool = False, threads: int | None = None, as_json: bool = False) -> None:
     """Print each device's name for --device, its backend, memory and abilities; with measure, how fast it reads weights and exchanges hidden states."""
-    found = devices()
-    rows = [asdict(d) | (_speed(d, threads) if measure and d.kind != "ACCEL" else {}) for d in found]
+    found = device_speeds(measure, threads)
     if as_json:
-        print_json({"devices": rows})
+        print_json({"devices": [_row(speed) for speed in found]})
         return
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(_table(rows))
-    if all(d.is_stand_in or d.kind == "ACCEL" for d in found):
-        console.print(
+    out = console()
+    out.print(_table(found))
+    if all(speed.device.is_stand_in or speed.device.kind == "ACCEL" for speed in found):
+        out.print(
             "No GPU: either there is none, or llama-cpp-python was installed without support for it (docs/install-gpu.md)."
         )
 
 
-def _speed(device: DeviceInfo, threads: int | None) -> dict[str, float]:
-    speed = speed_of(device, threads or default_threads(), anew=True)
-    return {"bandwidth": speed.bandwidth, "sync": speed.sync}
+def _row(found: DeviceSpeed) -> dict[str, Any]:
+    speed = {} if found.bandwidth is None else {"bandwidth": found.bandwidth, "sync": found.sync}
+    return asdict(found.device) | speed
 
 
-def _table(rows: list[dict[str, object]]) -> Table:
-    measured = any("bandwidth" in row for row in rows)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    columns = ("name", "backend", "type", "free", "of", "async", "events", *(("GB/s", "sync us") if measured else ()))
-    for name in (*columns, "description"):
-        table.add_column(name, justify="left" if name in ("name", "backend", "type", "description") else "right")
-    for row in rows:
-        cells = [str(row["name"]), str(row["backend"]), str(row["kind"])]
-        cells += [_gib(row["memory_free"]), _gib(row["memory_total"])]
-        cells += ["yes" if row[ability] else "no" for ability in ("asynchronous", "events")]
+def _table(found: Sequence[DeviceSpeed]) -> Table:
+    measured = any(speed.bandwidth is not None for speed in found)
+    texts = ("name", "backend", "type", "description")
+    columns = ("name", "backend", "type", "free", "of", "async", "events", *(("GB/s", "sync") if measured else ()))
+    table = new_table(*columns, "description", left=texts)
+    for speed in found:
+        d = speed.device
+        cells = [d.name, d.backend, d.kind, memory(d.memory_free), memory(d.memory_total)]
+        cells += ["yes" if able else "no" for able in (d.asynchronous, d.events)]
         if measured:
-            cells += [_scaled(row.get("bandwidth"), 1e-9), _scaled(row.get("sync"), 1e6)]
-        table.add_row(*cells, str(row["description"]))
+            cells += [NONE if speed.bandwidth is None else number(speed.bandwidth * 1e-9)]
+            cells += [NONE if speed.sync is None else duration(speed.sync)]
+        table.add_row(*cells, d.description)
     return table
-
-
-def _gib(n: object) -> str:
-    return f"{n / 2**30:.1f} GiB" if isinstance(n, int) else "-"
-
-
-def _scaled(n: object, factor: float) -> str:
-    return f"{n * factor:.1f}" if isinstance(n, float) else "-"

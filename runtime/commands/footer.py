@@ -11,6 +11,7 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
+from runtime.base.figures import number, share, size
 from runtime.generation import Stats
 
 _REASONS = {None: "stopped", "length": "length limit reached", "context": "context full"}
@@ -22,9 +23,9 @@ def footer(stats: Stats, stop_reason: str | None) -> str:
     """Speed, share of the FFN neurons computed, bytes read per token; and why the reply ended, if not by itself."""
     parts = [
         f"{stats.tokens} tokens",
-        f"{stats.tokens_per_s:.1f} tokens/s",
-        f"{stats.computed_share:.1%} of neurons computed",
-        f"{stats.bytes_per_token / 1e6:.2f} MB per token",
+        f"{number(stats.tokens_per_s)} tokens/s",
+        f"{share(stats.computed_share)} of neurons computed",
+        f"{size(stats.bytes_per_token)} per token",
     ]
     return " · ".join([*parts, _REASONS[stop_reason]] if stop_reason in _REASONS else parts)
 
@@ -47,10 +48,10 @@ def print_layers(title: str, shares: Sequence[float]) -> None:
     for first in range(rows):
         cells: list[str | Bar] = []
         for layer in range(first, len(shares), rows):
-            share, scale = shares[layer], largest or 1.0
-            plain = "#" * round(share / scale * width)  # rich's own bar has no form in ASCII
-            bar = plain.ljust(width) if console.options.ascii_only else Bar(scale, 0, share, width=width, color="cyan")
-            cells += [f"{layer:>{n_digits}}", bar, f"{share:6.1%}"]
+            value, scale = shares[layer], largest or 1.0
+            plain = "#" * round(value / scale * width)  # rich's own bar has no form in ASCII
+            bar = plain.ljust(width) if console.options.ascii_only else Bar(scale, 0, value, width=width, color="cyan")
+            cells += [f"{layer:>{n_digits}}", bar, f"{share(value):>6}"]
         table.add_row(*cells)
-    console.print(f"{title} (the longest bar: {largest:.1%})")
+    console.print(f"{title} (the longest bar: {share(largest)})")
     console.print(table)

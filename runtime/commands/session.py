@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from runtime.base.atomic import new_path
+from runtime.base.figures import number, share, size
 from runtime.base.home import expanded
-from runtime.cli.options import did_you_mean, note
+from runtime.cli.output import note
+from runtime.cli.parser import did_you_mean
 from runtime.cli.standard_streams import StdoutError
 from runtime.commands.conversation import Conversation
 from runtime.commands.footer import print_layers
@@ -174,10 +176,10 @@ class Session:
         total, last = self.totals(), self.replies[-1]
         dropped = f", without the {self.conversation.dropped} oldest messages" if self.conversation.dropped else ""
         note(f"replies             {len(self.replies)}")
-        note(f"tokens              {total['tokens']} at {total['tokens_per_s']:.1f} per second")
+        note(f"tokens              {total['tokens']} at {number(total['tokens_per_s'])} per second")
         note(f"prompt tokens       {total['prompt_tokens']}, {total['cached_tokens']} of them cached")
-        note(f"neurons computed    {total['computed_share']:.1%} ({self.model.ffn})")
-        note(f"bytes per token     {total['bytes_per_token'] / 1e6:.2f} MB")
+        note(f"neurons computed    {share(total['computed_share'])} ({self.model.ffn})")
+        note(f"bytes per token     {size(total['bytes_per_token'])}")
         note(f"context             {last.positions} of {self.model.n_ctx} tokens after the last reply{dropped}")
         print_layers("last reply, neurons computed by layer", last.stats.layer_shares)
 

@@ -23,7 +23,7 @@ from prompt_toolkit.output.plain_text import PlainTextOutput
 from prompt_toolkit.utils import is_dumb_terminal
 
 from runtime.base.home import expanded, home
-from runtime.cli.options import note
+from runtime.cli.output import note
 from runtime.commands.footer import print_footer
 from runtime.commands.session import COMMANDS, Session, attempt
 from runtime.errors import printable

@@ -7,7 +7,7 @@ const layers = facts.layers;
 const byId = (id) => document.getElementById(id);
 
 const DASH = "-";
-const percent = (share, digits = 1) => (share === null || share === undefined ? DASH : `${(100 * share).toFixed(digits)} %`);
+const percent = (share, digits = 1) => (share === null || share === undefined ? DASH : `${(100 * share).toFixed(digits)}%`);
 const memory = (n) => (n >= 2 ** 30 ? `${(n / 2 ** 30).toFixed(2)} GiB` : `${(n / 2 ** 20).toFixed(1)} MiB`);
 const sum = (values) => values.reduce((total, value) => total + value, 0);
 const side = (onDevice) => (onDevice ? "device" : "CPU");

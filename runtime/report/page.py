@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from runtime.commands.inspect import size_text
+from runtime.base import figures
 from runtime.report import tables as tables_of
 
 
@@ -26,11 +26,11 @@ def write_page(facts: Mapping[str, Any]) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "size": size_text,
-        "percent": tables_of.percent,
-        "memory": tables_of.memory,
-        "number": tables_of.number,
-        "duration": tables_of.duration,
+        "size": figures.size,
+        "share": figures.share,
+        "memory": figures.memory,
+        "number": figures.number,
+        "duration": figures.duration,
     }
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     now = tables_of.beginning(facts)

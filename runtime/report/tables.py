@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.commands.inspect import LITTLE_TO_GAIN, size_text
-from runtime.report.facts import POINTS
+from runtime.analysis.contents import LITTLE_TO_GAIN
+from runtime.analysis.page_facts import POINTS
+from runtime.base.figures import memory, number, share, size
 
 _CARRY = (1, 5, 10, 20, 50)  # percent of the neurons whose activations the table shows
 _NOT_SHOWN = ("predictor_rank", "predictor_error")  # of the structure: they stand in the table of predictors
 _SHOWN_ELSEWHERE = ("name", "license", "license.name", "base_model.0.name")
-_DASH = "-"
 
 Facts = Mapping[str, Any]
 
@@ -66,27 +66,27 @@ def _structure(facts: Facts) -> Iterator[tuple[str, ...]]:
 
 def _parts(facts: Facts) -> Iterator[tuple[str, ...]]:
     for group in facts["groups"]:
-        share = group["bytes"] / facts["bytes"]
-        yield group["kind"], str(group["tensors"]), ", ".join(group["types"]), size_text(group["bytes"]), percent(share)
+        part = group["bytes"] / facts["bytes"]
+        yield group["kind"], str(group["tensors"]), ", ".join(group["types"]), size(group["bytes"]), share(part)
 
 
 def _modes(facts: Facts) -> Iterator[tuple[str, ...]]:
     for mode in facts["modes"]:
-        parts = [size_text(mode["parts"][name]) for name in ("ffn", "attention", "head", "other")]
-        yield mode["mode"], *parts, size_text(mode["bytes"]), percent(mode["bytes"] / most_read(facts))
+        parts = [size(mode["parts"][name]) for name in ("ffn", "attention", "head", "other")]
+        yield mode["mode"], *parts, size(mode["bytes"]), share(mode["bytes"] / most_read(facts))
 
 
 def _neurons(facts: Facts) -> Iterator[tuple[str, ...]]:
     for i, (layer, curve) in enumerate(zip(facts["layers"], facts["curves"], strict=True)):
         shares = [layer["active"], layer["hot"], layer["rare"], *(curve[n * POINTS // 100] for n in _CARRY)]
-        yield str(i), *map(percent, shares)
+        yield str(i), *map(share, shares)
 
 
 def _predictors(facts: Facts) -> Iterator[tuple[str, ...]]:
     for i, layer in enumerate(facts["layers"]):
         kind = " ".join((*filter(None, [layer.get("type")]), f"rank {layer['rank']}")) if layer["rank"] else "none"
-        shares = [percent(layer.get(name)) for name in ("recall", "precision", "predicted_share", "active")]
-        yield str(i), kind, *shares, percent(layer.get("energy_kept"), 2)
+        shares = [share(layer.get(name)) for name in ("recall", "precision", "predicted_share", "active")]
+        yield str(i), kind, *shares, share(layer.get("energy_kept"), 2)
 
 
 def _layers(facts: Facts) -> Iterator[tuple[str, ...]]:
@@ -96,7 +96,7 @@ def _layers(facts: Facts) -> Iterator[tuple[str, ...]]:
     sides = {"d": "device", "c": "CPU"}
     for i, hot in enumerate(row["hot"]):
         attention = "device" if i >= row["resident_from"] else "CPU"
-        shares = percent(hot / placement["neurons"]), percent(row["activations"][i])
+        shares = share(hot / placement["neurons"]), share(row["activations"][i])
         yield str(i), attention, f"{hot:,}", *shares, number(row["us"][i]), sides[row["waits"][i]]
 
 
@@ -104,12 +104,12 @@ def _budgets(facts: Facts) -> Iterator[tuple[str, ...]]:
     n = facts["structure"]["block_count"]
     for row in facts["placement"]["budgets"]:
         attention, head = f"{n - row['resident_from']} layers", "device" if row["head_on_device"] else "CPU"
-        share = percent(hot_share(facts, row))
+        neurons = share(hot_share(facts, row))
         yield (
             memory(row["budget"]),
             memory(row["bytes"]),
             attention,
-            share,
+            neurons,
             head,
             number(row["tokens_per_s"]),
             row["limit"],
@@ -119,7 +119,7 @@ def _budgets(facts: Facts) -> Iterator[tuple[str, ...]]:
 def _bounds(facts: Facts) -> Iterator[tuple[str, ...]]:
     for bound in facts["bounds"]:
         rates = number(bound["cpu_tokens_per_s"]), number(bound["device_tokens_per_s"])
-        yield bound["mode"], size_text(bound["bytes"]), *rates
+        yield bound["mode"], size(bound["bytes"]), *rates
 
 
 def title(facts: Facts) -> str:
@@ -142,7 +142,7 @@ def subtitle(facts: Facts) -> list[str]:
         f"licence {licence}" if licence else "no licence stated",
         f"{_counted(facts['parameters'])} parameters",
         types.most_common(1)[0][0],
-        size_text(facts["bytes"]),
+        size(facts["bytes"]),
     ]
 
 
@@ -197,10 +197,10 @@ def origin(facts: Facts) -> list[tuple[str, str]]:
 
 def verdict(facts: Facts) -> dict[str, Any]:
     """What there is to gain, as far as the file says it. ratio: bytes of a token that reads all, over those of the mode that reads fewest."""
-    share, modes = facts["sparsity"]["share"], {mode["mode"]: mode["bytes"] for mode in facts["modes"]}
+    active, modes = facts["sparsity"]["share"], {mode["mode"]: mode["bytes"] for mode in facts["modes"]}
     return {
-        "share": share,
-        "little": share is not None and share >= LITTLE_TO_GAIN,
+        "share": active,
+        "little": active is not None and active >= LITTLE_TO_GAIN,
         "all": most_read(facts),
         "none": facts["bytes_per_token"]["exact_none"],
         "modes": {name: modes[name] for name in ("exact", "predicted") if name in modes},
@@ -230,29 +230,6 @@ def hot_share(facts: Facts, row: Mapping[str, Any]) -> float:
 def most_read(facts: Facts) -> float:
     """Bytes of weights that a token reads if it reads every neuron."""
     return float(facts["bytes_per_token"]["exact_all"])
-
-
-def percent(share: float | None, digits: int = 1) -> str:
-    """A share for people; a dash where there is none."""
-    return _DASH if share is None else f"{100 * share:.{digits}f} %"
-
-
-def memory(n: int) -> str:
-    """Bytes of a device's memory for people, in the units of --vram-budget."""
-    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"
-
-
-def number(value: float | None) -> str:
-    """A number with three digits, or all of those before the point; a dash where there is none."""
-    if value is None:
-        return _DASH
-    digits = next((n for n, limit in ((0, 100), (1, 10), (2, 1)) if abs(value) >= limit), 3)
-    return f"{value:,.{digits}f}"
-
-
-def duration(seconds: float) -> str:
-    """Time for people, in milliseconds or less."""
-    return f"{number(seconds * 1e3)} ms" if seconds >= 1e-3 else f"{number(seconds * 1e6)} µs"
 
 
 def _counted(n: int) -> str:

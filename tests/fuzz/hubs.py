@@ -22,8 +22,8 @@ from urllib.parse import unquote
 import huggingface_hub
 from huggingface_hub import constants, errors
 
+from convert.commands.push import push
 from convert.download import fetch
-from convert.publish.push import push
 from fuzz import mutate_json
 from fuzz.bases import MODELS, model_bytes
 from fuzz.worker import Failed, Files, Target, seeded
@@ -162,7 +162,7 @@ def _fetched(folder: Path) -> bool:
 
 
 def _pushed(folder: Path) -> bool:
-    with _connected(folder), mock.patch("convert.publish.push.note"):  # lines for people, which are no complaints
+    with _connected(folder), mock.patch("convert.commands.push.note"):  # lines for people, which are no complaints
         push(folder / "model.gguf", "user/repo", plot=False, revision="try", as_json=True)
     return True
 

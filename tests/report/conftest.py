@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from report_browser import BROWSER, DRIVER, chromium, show
 from report_models import write_hollow
-from report_page import HOSTILE, MACHINE
+from report_page import HOSTILE, MACHINE, report
 from selenium.webdriver import Chrome
 
 from bench.shapes import shape
-from runtime.commands.report import report
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,16 @@ from in_process import result_of
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
+from runtime.cli.machine import machine_options
+from runtime.commands.report import report as command
+
 MACHINE = {"device_bandwidth": (272.0,), "cpu_bandwidth": 25.0, "sync_us": 0.1}
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>\u2028\"'&{{ 7 * 7 }}"
+
+
+def report(model: Path, out: Path, force: bool = False, as_json: bool = False, **machine: Any) -> None:
+    """The page of `model`; machine: options as on the command line."""
+    command(model, out, machine_options(**machine), force, as_json)
 
 
 def facts_in(driver: Chrome) -> dict[str, Any]:
@@ -40,7 +48,7 @@ def rectangles(driver: Chrome, chart: str, kind: str) -> list[float]:
 
 
 def percent(share: float) -> str:
-    return f"{share * 100:.1f} %"
+    return f"{share * 100:.1f}%"
 
 
 def check_placement(driver: Chrome, model: Path) -> dict[str, Any]:
@@ -55,7 +63,7 @@ def check_placement(driver: Chrome, model: Path) -> dict[str, Any]:
     assert [row[1] for row in shown] == ["device" if la["attention_on_device"] else "CPU" for la in planned["layers"]]
     assert [row[6] for row in shown] == [layer["limit"] for layer in planned["layers"]]
     for row, layer in zip(shown, planned["layers"], strict=True):
-        assert float(row[4].split()[0]) / 100 == pytest.approx(layer["activations"], abs=1.1e-3)
+        assert float(row[4].removesuffix("%")) / 100 == pytest.approx(layer["activations"], abs=1.1e-3)
         assert float(row[5].replace(",", "")) == pytest.approx(layer["seconds"] * 1e6, rel=0.01)
     assert float(text(driver, "#tokens-per-s").replace(",", "")) == pytest.approx(planned["tokens_per_s"], rel=5e-3)
     used = planned["devices"][0]["bytes"]

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from report_browser import chromium, show
 from report_models import seven_billion, write_hollow
+from report_page import report
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
-
-from runtime.commands.report import report
 
 WIDTH = 1200
 # A card of 8 GB, of which some is taken, and a desktop's memory.

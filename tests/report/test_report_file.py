@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from in_process import command
-from report_page import MACHINE
+from report_page import MACHINE, report
 
-from runtime.commands.report import report
+from runtime.analysis.page_facts import plain
 from runtime.errors import UserError
-from runtime.report.facts import plain
 
 
 def test_the_same_model_gives_the_same_page(fitted_gguf: Path, page: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from report_page import text
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
-from runtime.report.budgets import BUDGETS
+from runtime.analysis.budgets import BUDGETS
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 from report_browser import show
-from report_page import MACHINE, check_placement, facts_in, text
+from report_page import MACHINE, check_placement, facts_in, report, text
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
-from runtime.commands.report import ASSUMED, report
+from runtime.analysis.page import ASSUMED
 
 
 def test_a_device_that_nobody_described_is_assumed_and_called_so(
     browser: Chrome, tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.commands.report.find", lambda names: [])  # this machine may have a GPU
+    monkeypatch.setattr("runtime.analysis.page.find", lambda names: [])  # this machine may have a GPU
     report(tiny_gguf, tmp_path / "page.html", cpu_bandwidth=25.0)
     show(browser, tmp_path / "page.html", 1200)
     notice = text(browser, ".notice")
@@ -38,14 +38,14 @@ def test_the_slider_ends_where_the_device_is_full(
     fitted_gguf: Path, tmp_path: Path, browser: Chrome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = 26 << 20
-    monkeypatch.setattr("runtime.commands.report.usable", lambda budgets, devices: (free,))
+    monkeypatch.setattr("runtime.analysis.page.usable", lambda budgets, devices: (free,))
     report(fitted_gguf, tmp_path / "page.html", device="CPU", vram_budget=(1 << 40,), **MACHINE)
     show(browser, tmp_path / "page.html", 1200)
     assert "all that may be used of this device" in text(browser, "#budget-range")
     budgets = facts_in(browser)["placement"]["budgets"]
     assert budgets[-1]["budget"] == free
     assert text(browser, "#budget-name") == "26.0 MiB"
-    assert 0 < float(text(browser, "#hot-share").split()[0]) < 100
+    assert 0 < float(text(browser, "#hot-share").removesuffix("%")) < 100
     check_placement(browser, fitted_gguf)
 
 

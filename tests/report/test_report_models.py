@@ -9,12 +9,11 @@ from typing import Any
 
 from report_browser import show
 from report_models import seven_billion, seventy_billion, write_hollow
-from report_page import MACHINE, cells, check_placement, rectangles, text
+from report_page import MACHINE, cells, check_placement, rectangles, report, text
 from selenium.webdriver import Chrome, Keys
 from selenium.webdriver.common.by import By
 
 from bench.shapes import shape
-from runtime.commands.report import report
 
 
 def hollow_page(browser: Chrome, folder: Path, structure: Any, **options: Any) -> None:
@@ -49,7 +48,7 @@ def test_a_file_of_the_sparse_layout_says_so(browser: Chrome, tmp_path: Path) ->
     browser.find_element(By.ID, "budget").send_keys(Keys.END)
     planned = check_placement(browser, tmp_path / "model.gguf")
     assert planned["devices"][0]["bytes"] > 0
-    assert text(browser, "#hot-share") == "0.0 %"
+    assert text(browser, "#hot-share") == "0.0%"
 
 
 def test_layers_without_a_predictor_are_marked(browser: Chrome, tmp_path: Path) -> None:

@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from report_browser import show
-from report_page import MACHINE, cells, check_placement, facts_in, text
+from report_page import MACHINE, cells, check_placement, facts_in, report, text
 from selenium.webdriver import ActionChains, Chrome, Keys
 from selenium.webdriver.common.by import By
 
-from runtime.commands.report import report
-from runtime.report.budgets import BUDGETS, Range, choose
+from runtime.analysis.budgets import BUDGETS, BudgetRange, choose
 
 
 def marker(driver: Chrome) -> tuple[float, float]:
@@ -37,7 +36,7 @@ def test_the_slider_shows_what_plan_says(fitted_gguf: Path, opened: Chrome) -> N
         assert all(a != b for a, b in zip(before, after, strict=True))
     assert seen[2][2] > seen[0][2] > seen[3][2]  # the marker: further right with more memory
     assert seen[2][2][1] < seen[0][2][1] < seen[3][2][1]  # and higher
-    assert text(opened, "#hot-share") == "0.0 %"
+    assert text(opened, "#hot-share") == "0.0%"
 
 
 def test_a_click_on_the_curve_chooses_a_budget(opened: Chrome) -> None:
@@ -75,7 +74,7 @@ def test_more_memory_is_never_slower(page: Path, opened: Chrome) -> None:
 
 
 def test_budgets_are_closest_where_the_speed_changes_most() -> None:
-    span = Range(1 << 28, 1 << 32)
+    span = BudgetRange(1 << 28, 1 << 32)
     found = choose(span, [12345678], lambda budget: float(budget > 3 << 30))
     assert {0, 12345678, 1 << 32} <= set(found)
     assert found == sorted(set(found))

@@ -1,20 +1,17 @@
-"""What a page shows of a model: what the other commands say of its file, gathered in one object that JSON can hold.
-
-Computes nothing of its own but sums and quotients. Knows files; knows nothing of HTML.
-"""
+"""What a page shows of a model file: what the other analyses say of it, gathered in one object that JSON can hold."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from runtime.commands.inspect import activities, describe, kind_of
-from runtime.commands.sparsity import Frequencies, layer_facts, predictor_facts, read_frequencies
-from runtime.compute.traffic import bytes_per_token
+from runtime.analysis.contents import Contents, Group, contents_of, kind_of
+from runtime.analysis.firing import Frequencies, carried_shares, layer_firing, predictor_figures, read_frequencies
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import ARCHITECTURE
 
@@ -30,22 +27,21 @@ _COPIES = ("ffn_down_t", "neurons", "predictor")  # no parameters of the model
 
 def facts_of(file: GgufFile) -> dict[str, Any]:
     """All that a page shows of an open file, but for the placement and for what needs a machine."""
-    described = describe(file)
+    found = contents_of(file)
+    described = found.as_json()
     frequencies = read_frequencies(file) if file.structure.neuron_order == "hot" else []
     return {
         "version": _version(),
         "model": file.path.name,
-        "parameters": _parameters(file, described["groups"]),
+        "parameters": _parameters(file, found.groups),
         **{key: described[key] for key in ("bytes", "structure", "groups", "tokenizer", "sparsity")},
-        "general": {
-            key: value[:_LISTED] if isinstance(value, list) else value for key, value in described["general"].items()
-        },
+        "general": {key: value[:_LISTED] if isinstance(value, list) else value for key, value in found.general.items()},
         "calibration": _texts(file, "calibration", _CALIBRATION),
         "predictor": _texts(file, "predictor", _PREDICTOR),
         "layers": _layers(file, frequencies),
         "curves": [curve(freq) for freq in frequencies],
-        "bytes_per_token": described["bytes_per_token"],
-        "modes": _modes(file, described["sparsity"]["layer_shares"]),
+        "bytes_per_token": found.bytes_per_token,
+        "modes": _modes(found),
     }
 
 
@@ -59,9 +55,9 @@ def bounds(facts: Mapping[str, Any], rates: Mapping[str, float]) -> list[dict[st
 
 def curve(freq: Frequencies) -> list[float]:
     """The share of the activations that the hottest 0, 1, 2 .. 100 % of the neurons carry; all 0 where none ever fires."""
-    carried = np.append(0.0, np.cumsum(freq, dtype=np.float64))
+    carried = np.append(0.0, carried_shares(freq))
     at = np.rint(np.linspace(0, len(freq), POINTS + 1)).astype(int)
-    return [round(float(share), 3) for share in carried[at] / (carried[-1] or 1.0)]
+    return [round(float(share), 3) for share in carried[at]]
 
 
 def plain(value: Any) -> Any:
@@ -87,9 +83,9 @@ def _version() -> str:
         return "unknown"
 
 
-def _parameters(file: GgufFile, groups: Sequence[Mapping[str, Any]]) -> int:
+def _parameters(file: GgufFile, groups: Sequence[Group]) -> int:
     """Elements of the model's own tensors: the down projection is counted once."""
-    kinds = {group["kind"] for group in groups}
+    kinds = {group.kind for group in groups}
     copies = _COPIES if "ffn_down" in kinds else _COPIES[1:]
     return sum(math.prod(t.ne) for name, t in file.tensors.items() if kind_of(name) not in copies)
 
@@ -102,22 +98,16 @@ def _texts(file: GgufFile, group: str, names: Sequence[str]) -> dict[str, Any]:
 def _layers(file: GgufFile, frequencies: Sequence[Frequencies]) -> list[dict[str, Any]]:
     """Per layer: what fires (without calibration nothing), and the predictor (rank 0: none) with what was measured of it."""
     s, n = file.structure, file.structure.block_count
-    firing = [layer_facts(freq) for freq in frequencies] or [{} for _ in range(n)]
-    measured = predictor_facts(file.metadata, n)
-    for name in ("energy_kept", "type"):
-        values = file.metadata.get(f"{ARCHITECTURE}.predictor.{name}", ())
-        if len(values):
-            measured = [{**found, name: value} for found, value in zip(measured, values, strict=True)]
+    firing = [asdict(layer_firing(freq)) for freq in frequencies] or [{} for _ in range(n)]
+    measured = [found.as_json() for found in predictor_figures(file.metadata, n) or ()] or [{} for _ in range(n)]
     return [{**firing[i], **(measured[i] if s.rank(i) else {}), "rank": s.rank(i)} for i in range(n)]
 
 
-def _modes(file: GgufFile, shares: list[float] | None) -> list[dict[str, Any]]:
+def _modes(found: Contents) -> list[dict[str, Any]]:
     """For each FFN mode that the file says enough about, the bytes of weights that a token reads, by part."""
-    found = activities(file, shares)
     modes = []
     for key, mode in MODES.items():
-        if (activity := found[key]) is not None:
-            traffic = bytes_per_token(file.structure, file.tensors, activity)
+        if (traffic := found.traffic[key]) is not None:
             parts = {name: getattr(traffic, name) for name in ("ffn", "attention", "head", "other")}
             modes.append({"mode": mode, "bytes": traffic.total, "parts": parts})
     return modes

@@ -1,16 +1,16 @@
 """What a device would hold of a model at many budgets of its memory, from nothing to all.
 
-The planner chooses, runtime/commands/plan.py describes; this module chooses the budgets, and writes each placement small.
+The planner chooses, placement.py describes; this module chooses the budgets, and writes each placement small.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from runtime.commands.plan import placed
+from runtime.analysis.placement import PlacedModel, placed_model
 from runtime.hybrid.costs import PlanOptions, frequencies, machine_of, model_costs
 from runtime.hybrid.planner import Block, Device, Machine, Placement, Planner
 from runtime.model_file.reader import GgufFile
@@ -22,7 +22,7 @@ _SMALLEST, _LARGEST = 1 << 14, 1 << 30  # bytes: a budget in MiB has few digits,
 
 
 @dataclass(frozen=True)
-class Range:
+class BudgetRange:
     """Budgets in bytes. least: what buffers alone take, below which nothing can be on the device; most: enough for everything, or all there is."""
 
     least: int
@@ -46,7 +46,7 @@ def placements(file: GgufFile, options: PlanOptions, wanted: int | None, free: i
     blocks, head = model_costs(file, options)
     whole = _whole(blocks, head, machine_of(file.structure, options))
     most = _rounded_up(whole.most) if free is None else min(free, _rounded_up(whole.most))
-    span = Range(min(whole.least, most), max(most, wanted or 0) if free is None else most)
+    span = BudgetRange(min(whole.least, most), max(most, wanted or 0) if free is None else most)
     machine = machine_of(file.structure, replace(options, budgets=(span.most,)))
     planner = Planner(blocks, head, machine)
     known: dict[int, Placement] = {}
@@ -58,7 +58,7 @@ def placements(file: GgufFile, options: PlanOptions, wanted: int | None, free: i
     begin = (span.most // 2 + span.least // 2) // span.unit * span.unit if wanted is None else min(wanted, span.most)
     budgets = choose(span, [begin, min(span.most, _rounded_up(whole.most))], speed)
     freq = [frequencies(file, i) for i in range(len(blocks))]
-    rows = [_row(placed(known[n], _with(machine, n), freq)) for n in budgets]
+    rows = [_row(placed_model(known[n], _with(machine, n), freq)) for n in budgets]
     return {
         "everything": whole.most,
         "limited": free is not None and free < whole.most,
@@ -70,7 +70,7 @@ def placements(file: GgufFile, options: PlanOptions, wanted: int | None, free: i
     }
 
 
-def choose(span: Range, wanted: Sequence[int], speed: Callable[[int], float], n: int = BUDGETS) -> list[int]:
+def choose(span: BudgetRange, wanted: Sequence[int], speed: Callable[[int], float], n: int = BUDGETS) -> list[int]:
     """At most `n` budgets, increasing: none, all, those that are wanted, some at equal distances, and the others where `speed` changes most."""
     step = (span.most - span.least) / _EVEN
     even = [int(span.least + i * step) // span.unit * span.unit for i in range(_EVEN)]
@@ -86,12 +86,12 @@ def choose(span: Range, wanted: Sequence[int], speed: Callable[[int], float], n:
     return found
 
 
-def _whole(blocks: Sequence[Block], head: int, machine: Machine) -> Range:
+def _whole(blocks: Sequence[Block], head: int, machine: Machine) -> BudgetRange:
     """From a device's buffers alone to all that it can hold, with what rounding may cost."""
     reserve = machine.devices[0].reserve
     everything = reserve + head + sum(b.stored + b.predictor + b.hot[-1] for b in blocks)
     slack = Planner(blocks, head, _with(machine, everything)).place(everything).slack
-    return Range(reserve, everything + slack)
+    return BudgetRange(reserve, everything + slack)
 
 
 def _with(machine: Machine, budget: int) -> Machine:
@@ -103,16 +103,20 @@ def _rounded_up(n: int) -> int:
     return -(-n // _SMALLEST) * _SMALLEST
 
 
-def _row(found: dict[str, Any]) -> dict[str, Any]:
+def _row(found: PlacedModel) -> dict[str, Any]:
     """One budget's placement, with one list for each figure of the layers. waits: d or c, the side that a layer waits for."""
-    (device,), layers = found["devices"], found["layers"]
+    (device,), layers = found.devices, found.layers
     return {
-        **device,
-        **{name: found[name] for name in ("seconds", "tokens_per_s", "limit", "head_on_device", "slack_bytes")},
-        "parts": found["parts"],
-        "resident_from": sum(not layer["attention_on_device"] for layer in layers),
-        "hot": [sum(layer["hot"]) for layer in layers],
-        "activations": [round(layer["activations"], 3) for layer in layers],
-        "us": [float(f"{layer['seconds'] * 1e6:.4g}") for layer in layers],
-        "waits": "".join(layer["limit"][0].lower() for layer in layers),
+        **asdict(device),
+        "seconds": found.seconds,
+        "tokens_per_s": found.tokens_per_s,
+        "limit": found.limit,
+        "head_on_device": found.head_on_device,
+        "slack_bytes": found.slack_bytes,
+        "parts": found.parts,
+        "resident_from": sum(not layer.attention_on_device for layer in layers),
+        "hot": [sum(layer.hot) for layer in layers],
+        "activations": [round(layer.activations, 3) for layer in layers],
+        "us": [float(f"{layer.seconds * 1e6:.4g}") for layer in layers],
+        "waits": "".join(layer.limit[0].lower() for layer in layers),
     }

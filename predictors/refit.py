@@ -1,0 +1,35 @@
+"""A model file written again with other predictors. The order of its neurons stays: only a conversion changes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from predictors.fit import ModelFit, fit_model
+from predictors.rewrite import rewritten
+from runtime.base.atomic import check_target, writing
+from runtime.model_file.reader import GgufFile
+from runtime.model_file.writer import write_parts
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What was written: bytes of the new file, and the fit in it."""
+
+    bytes: int
+    fit: ModelFit
+
+
+def refit(model: Path, out: Path, force: bool = False, **options: Any) -> Refit:
+    """Write `model` to `out` with other predictors. options: those of `fit_model`. Raises UserError as it does, and for
+    an `out` that exists, unless forced, or is read."""
+    with GgufFile(model) as file:
+        read = [part.path for part in file.parts]
+        check_target(out, file.size, force, inputs=[*read, *filter(None, [options.get("calibration")])])
+    with writing(out) as work:
+        made = fit_model(model, reorder=False, **options)
+        new = work.folder / work.target.name
+        size = write_parts([rewritten(model, new, [block.tensors for block in made.blocks], made.metadata)])
+        work.publish([new.name])
+    return Refit(size, made)

@@ -1,0 +1,134 @@
+"""How a model is run: the options for it, and the model opened as they say."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from runtime.base.atomic import new_path
+from runtime.base.closing import Handles
+from runtime.base.cpu_quota import cpu_quota
+from runtime.base.figures import share
+from runtime.base.processors import PRIORITIES, parse_cpus
+from runtime.cli.options import count, writes
+from runtime.cli.output import note
+from runtime.cli.parser import Parser
+from runtime.hybrid.choose import Arrangement
+from runtime.model import Model, open_model
+from runtime.options import AUTO, FFN_MODES, KV_TYPES, RunOptions
+from runtime.text.sampling import Sampling
+
+# The fields of `RunOptions` that commands offer.
+_RUN_OPTIONS = {
+    *("ffn", "threads", "n_ctx", "kv_type", "predictor_bias", "cpus", "priority", "device", "vram_budget", "trace"),
+}
+
+
+def add_loading(parser: Parser) -> None:
+    """How the model is run: the fields of `RunOptions`, which the command gets as `run`."""
+    _grouped(parser, "run", RunOptions, _RUN_OPTIONS)
+    writes(parser, "trace")
+    group = parser.add_argument_group("running the model")
+    group.add_argument(
+        "--ffn",
+        choices=FFN_MODES,
+        help="compute the neurons expected to fire, those that do, or all (predicted where the file has a predictor, else exact)",
+    )
+    group.add_argument(
+        "--predictor-bias",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="compute more neurons (above 0; inf: all that fire) or fewer, in units of the predictor's typical error (0)",
+    )
+    group.add_argument("--threads", "-t", type=int, metavar="N", help="default: one per physical core")
+    group.add_argument(
+        "--cpus", type=cpus, default=(), metavar="LIST", help="processors to compute on, e.g. 0-3,6 (all)"
+    )
+    group.add_argument(
+        "--priority",
+        choices=PRIORITIES,
+        default="normal",
+        help="of the computing threads (normal; above it needs rights)",
+    )
+    group.add_argument(
+        "--device",
+        default=AUTO,
+        metavar="NAME[,NAME]",
+        help="see `devices`; none: the CPU alone (the first GPU, if any)",
+    )
+    group.add_argument(
+        "--vram-budget", metavar="GIB[,GIB]", help="memory to use on the device, e.g. 6 or 800MiB (what is free)"
+    )
+    group.add_argument(
+        "--trace", type=new_path, metavar="FILE", help="write what was computed when, for Chrome's trace viewer (JSON)"
+    )
+    group.add_argument("--n-ctx", "-c", type=int, metavar="N", help="context in tokens (default: the model's, <= 8192)")
+    group.add_argument("--kv-type", choices=KV_TYPES, default="f16", help="numbers of the KV cache (f16)")
+
+
+def add_sampling(parser: Parser, max_tokens: str) -> None:
+    """How the next token is chosen: the fields of `Sampling`, which the command gets as `sampling`, and -n, whose default `max_tokens` describes."""
+    default = Sampling()
+    _grouped(parser, "sampling", Sampling, (f.name for f in fields(Sampling)))
+    group = parser.add_argument_group("choosing tokens")
+    group.add_argument("--max-tokens", "-n", type=count, metavar="N", help=f"length of a reply ({max_tokens})")
+    for flag, name, kind, text in (
+        ("--temp", "temperature", float, "0 takes the likeliest token"),
+        ("--top-k", "top_k", int, "keep the K likeliest, 0 all"),
+        ("--top-p", "top_p", float, "keep the likeliest tokens with this share of the probability"),
+        ("--min-p", "min_p", float, "keep tokens at least this fraction as likely as the likeliest"),
+        ("--repeat-penalty", "repeat_penalty", float, "divide the logits of recent tokens, 1 none"),
+        ("--repeat-last-n", "repeat_last_n", int, "how many tokens are recent, those of the prompt too; -1 all"),
+        ("--seed", "seed", int, "of the random choice"),
+    ):
+        value = getattr(default, name)
+        shown = "a new one" if value is None else value
+        group.add_argument(flag, dest=name, type=kind, default=value, metavar="X", help=f"{text} ({shown})")
+
+
+def _grouped(parser: Parser, name: str, group: type[Any], names: Iterable[str]) -> None:
+    """Make one argument `name`, a `group`, of the options `names`."""
+    wanted = set(names)
+
+    def grouped(options: dict[str, Any]) -> dict[str, Any]:
+        value = group(**{key: options[key] for key in wanted})
+        return {key: v for key, v in options.items() if key not in wanted} | {name: value}
+
+    parser.then(grouped)
+
+
+def cpus(text: str) -> tuple[int, ...]:
+    """A list of processors, as an argparse type."""
+    try:
+        return parse_cpus(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected processors such as 0-3,6") from None
+
+
+def open_noted(path: Path, options: RunOptions) -> Model:
+    """The model `path`, run so, with notes for people on stderr. Raises UserError as `runtime.load` does."""
+    quota = cpu_quota()
+    if options.threads and options.threads > max(1, quota):
+        note(f"note: {options.threads} threads, on a CPU quota of {quota:g} processors: fewer are faster")
+    with Handles() as handles:
+        model = handles.enter_context(open_model(path, options))
+        if model.arrangement:
+            note(where(model.arrangement))
+        handles.pop_all()
+    return model
+
+
+def where(arrangement: Arrangement) -> str:
+    """One line on what is on devices."""
+    names = ", ".join(device.name for device in arrangement.devices)
+    if not arrangement.used:
+        return f"on {names}: nothing, the CPU computes all of it (the budget is too small, or the device would not be faster)"
+    residence, placement = arrangement.residence, arrangement.residence.placement
+    s = residence.structure
+    hot = sum(residence.hot(i) for i in s.ffns) / sum(ffn.n_ff for ffn in s.ffns.values())
+    head = ", the output head" if placement.head else ""
+    return f"on {names}: attention of {s.block_count - residence.first} of {s.block_count} layers, {share(hot)} of the neurons{head}; the rest on the CPU"
