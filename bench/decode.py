@@ -20,7 +20,7 @@ from rich.table import Table
 
 from bench.contenders import LLAMA_CPP
 from bench.make_model import add_recipe, cached, recipe_of
-from bench.race import planned, race
+from bench.race import race, set_up
 from bench.tables import console, table
 from runtime.base.processors import default_threads
 from runtime.cli.help import HelpParser
@@ -36,8 +36,8 @@ def measure(
     """Race on a model; twin: a stock file with the same weights, or None to make one. Returns what is printed as JSON."""
     if tokens < 1 or rounds < 1:
         raise UserError("--tokens and --rounds: expected at least 1")
-    with planned(path, twin, threads, tokens) as plan:
-        return race(plan, tokens, rounds, prompts, lambda text: print(text, file=sys.stderr))
+    with set_up(path, twin, threads, tokens) as setup:
+        return race(setup, tokens, rounds, prompts, lambda text: print(text, file=sys.stderr))
 
 
 def _decoding(result: Mapping[str, Any]) -> Table:

@@ -20,13 +20,13 @@ from typing import Any
 
 from rich.console import Console
 
+from bench.contender_process import ContenderProcess
 from bench.contenders import LLAMA_CPP, LlamaCpp, Spec
 from bench.make_model import add_recipe, cached, recipe_of
 from bench.memory import read_through
 from bench.offload import offloaded
-from bench.race import PROMPT, Plan, load_average, planned
+from bench.race import PROMPT, RaceSetup, load_average, set_up
 from bench.tables import console, table
-from bench.worker import Worker
 from runtime.base.processors import default_threads
 from runtime.bindings.logs import silence
 from runtime.cli.help import HelpParser
@@ -48,18 +48,18 @@ _FIRST = PROMPT + _WARM_UP  # position of the first token that counts
 
 
 @dataclass
-class Entry:
+class BudgetEntry:
     """One contender within one budget, and its turns so far."""
 
     spec: Spec
     speeds: list[float] = field(default_factory=list)  # tokens per second
     turns: list[dict[str, Any]] = field(default_factory=list)
 
-    def turn(self, plan: Plan, tokens: int) -> None:
+    def turn(self, setup: RaceSetup, tokens: int) -> None:
         """Load, decode some tokens to warm up and those that count, and end."""
         read_through(Path(self.spec.path))
-        prompt, warm_up, ids = plan.ids[:PROMPT], plan.ids[PROMPT:_FIRST], plan.ids[_FIRST : _FIRST + tokens]
-        with Worker(self.spec) as worker:
+        prompt, warm_up, ids = setup.ids[:PROMPT], setup.ids[PROMPT:_FIRST], setup.ids[_FIRST : _FIRST + tokens]
+        with ContenderProcess(self.spec) as worker:
             loads = worker.open(prompt)
             reply = worker.ask("decode", prompt=prompt, ids=ids, warm_up=warm_up)
             self.speeds.append(tokens / reply["seconds"])
@@ -97,16 +97,16 @@ def measure(
     if tokens < 1 or rounds < 1 or not percents or not all(0 <= percent <= 100 for percent in percents):
         raise UserError("--tokens and --rounds: expected at least 1; --budgets: 0 to 100")
     load = load_average(_say)
-    with planned(path, twin, threads, tokens, _WARM_UP) as plan, GgufFile(path) as file:
-        mode = ffn or plan.modes[-1]
-        run = RunOptions(ffn=mode, threads=threads, n_ctx=plan.n_ctx).for_file(file)
+    with set_up(path, twin, threads, tokens, _WARM_UP) as setup, GgufFile(path) as file:
+        mode = ffn or setup.modes[-1]
+        run = RunOptions(ffn=mode, threads=threads, n_ctx=setup.n_ctx).for_file(file)
         options = machine_options([device], usable((), [device]), run)
         full = full_bytes(file, options)
         budgets = [usable((round(full * percent / 100),), [device])[0] // _KIB * _KIB for percent in percents]
         raced = [
             {
-                OURS: Entry(_ours(plan, mode, device, budget)),
-                LLAMA_CPP: Entry(_llama_cpp(plan, file, options, device, budget)),
+                OURS: BudgetEntry(_ours(setup, mode, device, budget)),
+                LLAMA_CPP: BudgetEntry(_llama_cpp(setup, file, options, device, budget)),
             }
             for budget in budgets
         ]
@@ -114,11 +114,11 @@ def measure(
             _say(f"round {i + 1} of {rounds}")
             for entries in raced:
                 for entry in entries.values():
-                    entry.turn(plan, tokens)
+                    entry.turn(setup, tokens)
         return {
             "model": path.name,
-            "synthetic": plan.synthetic,
-            "blocks": plan.structure.block_count,
+            "synthetic": setup.synthetic,
+            "blocks": setup.structure.block_count,
             "threads": threads,
             "tokens": tokens,
             "rounds": rounds,
@@ -148,17 +148,17 @@ def full_bytes(file: GgufFile, options: PlanOptions) -> int:
     return evaluate(blocks, head, machine_of(file.structure, options), 0, True, everything).bytes[0]
 
 
-def _ours(plan: Plan, ffn: str, device: DeviceInfo, budget: int) -> Spec:
-    return Spec(ffn, str(plan.path), plan.threads, plan.n_ctx, device.name, budget)
+def _ours(setup: RaceSetup, ffn: str, device: DeviceInfo, budget: int) -> Spec:
+    return Spec(ffn, str(setup.path), setup.threads, setup.n_ctx, device.name, budget)
 
 
-def _llama_cpp(plan: Plan, file: GgufFile, options: PlanOptions, device: DeviceInfo, budget: int) -> Spec:
+def _llama_cpp(setup: RaceSetup, file: GgufFile, options: PlanOptions, device: DeviceInfo, budget: int) -> Spec:
     """As much as fits with the compute buffers that llama.cpp itself says it needs, and with the margin that ours has to leave."""
     blocks, head = model_costs(file, replace(options, run=replace(options.run, ffn="dense")))
-    spec = Spec(LLAMA_CPP, str(plan.twin), plan.threads, plan.n_ctx, device.name)
+    spec = Spec(LLAMA_CPP, str(setup.twin), setup.threads, setup.n_ctx, device.name)
     buffers = 0
     while True:
-        machine = machine_of(plan.structure, replace(options, budgets=(budget,), reserve=options.margin + buffers))
+        machine = machine_of(setup.structure, replace(options, budgets=(budget,), reserve=options.margin + buffers))
         placement = offloaded(blocks, head, machine)
         first = placement.resident_from
         layers, cpu_ffns = len(blocks) - first + placement.head, sum(not hot for (hot,) in placement.hot[first:])

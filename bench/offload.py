@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runtime.hybrid.planner import Block, Machine, Placement, evaluate
+from runtime.hybrid.planner import BlockCosts, Machine, Placement, evaluate
 
 
-def offloaded(blocks: Sequence[Block], head: int, machine: Machine) -> Placement:
+def offloaded(blocks: Sequence[BlockCosts], head: int, machine: Machine) -> Placement:
     """All but some FFNs on the device; where not even that fits, whole layers."""
     return dense_ffns_on_cpu(blocks, head, machine) or whole_layers(blocks, head, machine)
 
 
-def whole_layers(blocks: Sequence[Block], head: int, machine: Machine) -> Placement:
+def whole_layers(blocks: Sequence[BlockCosts], head: int, machine: Machine) -> Placement:
     """llama.cpp's `--n-gpu-layers`: head and as many of the last layers as fit; the others wholly on the CPU."""
     n = len(blocks)
 
@@ -23,7 +23,7 @@ def whole_layers(blocks: Sequence[Block], head: int, machine: Machine) -> Placem
     return _fullest([placed(first, True) for first in range(n + 1)], machine) or placed(n, False)
 
 
-def dense_ffns_on_cpu(blocks: Sequence[Block], head: int, machine: Machine) -> Placement | None:
+def dense_ffns_on_cpu(blocks: Sequence[BlockCosts], head: int, machine: Machine) -> Placement | None:
     """llama.cpp's `--n-cpu-ffn`: everything on the device but the FFNs of the first layers; None where that does not fit."""
     options = [
         evaluate(blocks, head, machine, 0, True, [(0 if i < n else b.neurons,) for i, b in enumerate(blocks)])

@@ -19,7 +19,7 @@ from typing import Any
 from bench.tables import console, table
 from predictors.evaluate import Evaluation, evaluate
 from predictors.fit import DEFAULT_ENERGY, Candidates, fit_candidates
-from predictors.rewrite import rewrite
+from predictors.replace_predictors import replace_predictors
 from runtime.cli.help import HelpParser
 from runtime.cli.program import run_command
 
@@ -62,7 +62,7 @@ def _judged(
     fitted: Candidates, energy: float, model: Path, out: Path, text: Path, tokens: int | None
 ) -> dict[str, Any]:
     fit = fitted.at(energy, reorder=False)
-    rewrite(model, out, [block.tensors for block in fit.blocks], fit.metadata)
+    replace_predictors(model, out, [block.tensors for block in fit.blocks], fit.metadata)
     ranks = [block.rank for block in fit.blocks]
     return {"ranks": ranks, **_figures(evaluate(out, text, tokens), ranks)}
 

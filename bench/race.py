@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import stock
+from bench.contender_process import BANDWIDTH, ContenderProcess
 from bench.contenders import LLAMA_CPP, Spec
 from bench.make_model import ACTIVE_KEY, random_ids
 from bench.memory import read_through
-from bench.worker import BANDWIDTH, Worker
 from runtime.compute.traffic import Activity, bytes_per_token, kv_bytes
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile, TensorInfo
@@ -37,7 +37,7 @@ _UNUSED = {  # tensors that no token touches in a mode
 
 
 @dataclass(frozen=True)
-class Plan:
+class RaceSetup:
     """A model to race on. ids: what all contenders compute, at least as long as the longest prompt."""
 
     path: Path
@@ -60,10 +60,10 @@ class Plan:
 
 
 @dataclass
-class Entry:
+class RaceEntry:
     """One contender's results so far."""
 
-    worker: Worker
+    worker: ContenderProcess
     path: Path
     speeds: list[float] = field(default_factory=list)  # tokens per second
     loads: list[dict[str, float]] = field(default_factory=list)
@@ -71,15 +71,15 @@ class Entry:
     activity: dict[str, list[float]] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
 
-    def turn(self) -> Worker:
+    def turn(self) -> ContenderProcess:
         """The worker, with its file in the page cache: some systems drop what lay idle while the others had their turns."""
         read_through(self.path)
         return self.worker
 
 
 @contextmanager
-def planned(path: Path, twin: Path | None, threads: int, tokens: int, warm_up: int = 0) -> Iterator[Plan]:
-    """The plan for a model; its twin for llama.cpp is made where none is given, and goes away at the end.
+def set_up(path: Path, twin: Path | None, threads: int, tokens: int, warm_up: int = 0) -> Iterator[RaceSetup]:
+    """The setup for a model; its twin for llama.cpp is made where none is given, and goes away at the end.
 
     tokens: decoded after the prompt and `warm_up` tokens.
     """
@@ -94,7 +94,7 @@ def planned(path: Path, twin: Path | None, threads: int, tokens: int, warm_up: i
             stock.write(path, twin)
         wanted = max(*PROMPTS, before + tokens)
         ids = random_ids(s.vocab_size, wanted) if synthetic else _text_ids(path, wanted)
-        yield Plan(path, twin, s, tensors, synthetic, ids, threads)
+        yield RaceSetup(path, twin, s, tensors, synthetic, ids, threads)
 
 
 def _text_ids(path: Path, n: int) -> list[int]:
@@ -115,66 +115,66 @@ def load_average(say: Callable[[str], object]) -> float:
     return others
 
 
-def race(plan: Plan, tokens: int, rounds: int, prompts: bool, say: Callable[[str], object]) -> dict[str, Any]:
+def race(setup: RaceSetup, tokens: int, rounds: int, prompts: bool, say: Callable[[str], object]) -> dict[str, Any]:
     """Let the contenders take turns, the first round to warm up; returns the figures that are printed as JSON."""
     others = load_average(say)
     with ExitStack() as stack:
         entries = {}
-        for kind in (LLAMA_CPP, *plan.modes):
-            path = plan.twin if kind == LLAMA_CPP else plan.path
-            worker = Worker(Spec(kind, str(path), plan.threads, plan.n_ctx))
-            entries[kind] = Entry(stack.enter_context(worker), path)
-        yardstick = stack.enter_context(Worker(Spec(BANDWIDTH, str(plan.path), plan.threads, plan.n_ctx)))
+        for kind in (LLAMA_CPP, *setup.modes):
+            path = setup.twin if kind == LLAMA_CPP else setup.path
+            worker = ContenderProcess(Spec(kind, str(path), setup.threads, setup.n_ctx))
+            entries[kind] = RaceEntry(stack.enter_context(worker), path)
+        yardstick = stack.enter_context(ContenderProcess(Spec(BANDWIDTH, str(setup.path), setup.threads, setup.n_ctx)))
         say("loading")
-        _load(entries, plan, rounds if prompts else 1)
+        _load(entries, setup, rounds if prompts else 1)
         bandwidths = []
         for i in range(rounds + 1):
             say(f"round {i} of {rounds}" if i else "warming up")
-            _decode_round(entries, plan, tokens, counts=i > 0)
+            _decode_round(entries, setup, tokens, counts=i > 0)
             bandwidths.append(yardstick.ask("measure"))
         for entry in entries.values():
             entry.memory = entry.worker.ask("memory")
         for i in range(rounds + 1 if prompts else 0):
             say(f"prompts, round {i} of {rounds}" if i else "prompts, warming up")
-            _prompt_round(entries, plan, counts=i > 0)
+            _prompt_round(entries, setup, counts=i > 0)
         for (
             entry
         ) in entries.values():  # what is mapped and allocated now includes prompts; the peak is that of the whole run
             entry.memory |= {"peak_bytes": entry.worker.ask("memory").get("peak_bytes", 0)}
-    return {**_figures(entries, plan, bandwidths[1:], tokens, prompts), "load_average_before": others}
+    return {**_figures(entries, setup, bandwidths[1:], tokens, prompts), "load_average_before": others}
 
 
-def _load(entries: dict[str, Entry], plan: Plan, times: int) -> None:
+def _load(entries: dict[str, RaceEntry], setup: RaceSetup, times: int) -> None:
     for _ in range(times):
         for entry in entries.values():
-            entry.loads.append(entry.turn().open(plan.ids[:PROMPT]))
+            entry.loads.append(entry.turn().open(setup.ids[:PROMPT]))
 
 
-def _decode_round(entries: dict[str, Entry], plan: Plan, tokens: int, counts: bool) -> None:
+def _decode_round(entries: dict[str, RaceEntry], setup: RaceSetup, tokens: int, counts: bool) -> None:
     for entry in entries.values():
-        reply = entry.turn().ask("decode", prompt=plan.ids[:PROMPT], ids=plan.ids[PROMPT : PROMPT + tokens])
+        reply = entry.turn().ask("decode", prompt=setup.ids[:PROMPT], ids=setup.ids[PROMPT : PROMPT + tokens])
         if counts:
             entry.speeds.append(tokens / reply.pop("seconds"))
             entry.activity = reply
 
 
-def _prompt_round(entries: dict[str, Entry], plan: Plan, counts: bool) -> None:
+def _prompt_round(entries: dict[str, RaceEntry], setup: RaceSetup, counts: bool) -> None:
     for length in PROMPTS:
         for entry in entries.values():
-            if length <= plan.n_ctx:
-                seconds = entry.turn().ask("prompt", ids=plan.ids[:length])
+            if length <= setup.n_ctx:
+                seconds = entry.turn().ask("prompt", ids=setup.ids[:length])
                 if counts:
                     entry.prompts.setdefault(length, []).append(length / seconds)
 
 
 def _figures(
-    entries: dict[str, Entry], plan: Plan, bandwidths: Sequence[float], tokens: int, prompts: bool
+    entries: dict[str, RaceEntry], setup: RaceSetup, bandwidths: Sequence[float], tokens: int, prompts: bool
 ) -> dict[str, Any]:
     bandwidth = statistics.median(bandwidths)
     result: dict[str, Any] = {
-        "model": plan.path.name,
-        "synthetic": plan.synthetic,
-        "threads": plan.threads,
+        "model": setup.path.name,
+        "synthetic": setup.synthetic,
+        "threads": setup.threads,
         "tokens": tokens,
         "rounds": len(bandwidths),
         "bandwidth_bytes_per_s": bandwidth,
@@ -182,20 +182,20 @@ def _figures(
         "bandwidth_max": max(bandwidths),
     }
     for kind, entry in entries.items():
-        result[kind] = _entry_figures(kind, entry, plan, bandwidth, tokens)
+        result[kind] = _entry_figures(kind, entry, setup, bandwidth, tokens)
         if not prompts:
             result[kind].pop("prompt")
     base = result[LLAMA_CPP]["tokens_per_s"]
-    result["ratios"] = {kind: result[kind]["tokens_per_s"] / base for kind in plan.modes}
+    result["ratios"] = {kind: result[kind]["tokens_per_s"] / base for kind in setup.modes}
     return result
 
 
-def _entry_figures(kind: str, entry: Entry, plan: Plan, bandwidth: float, tokens: int) -> dict[str, Any]:
+def _entry_figures(kind: str, entry: RaceEntry, setup: RaceSetup, bandwidth: float, tokens: int) -> dict[str, Any]:
     mode = "dense" if kind == LLAMA_CPP else kind
-    fired = entry.activity.get("fired") or [1.0] * plan.structure.block_count
+    fired = entry.activity.get("fired") or [1.0] * setup.structure.block_count
     gates = entry.activity.get("gates") or fired
-    kv = kv_bytes(plan.structure, PROMPT + (tokens + 1) / 2, _KV_ELEMENT)
-    traffic = bytes_per_token(plan.structure, plan.tensors, Activity(mode, fired, gates), kv)
+    kv = kv_bytes(setup.structure, PROMPT + (tokens + 1) / 2, _KV_ELEMENT)
+    traffic = bytes_per_token(setup.structure, setup.tensors, Activity(mode, fired, gates), kv)
     speed = statistics.median(entry.speeds)
     loads = {key: statistics.median(load[key] for load in entry.loads) for key in ("load_s", "first_token_s")}
     return {
@@ -208,12 +208,12 @@ def _entry_figures(kind: str, entry: Entry, plan: Plan, bandwidth: float, tokens
         "active": statistics.mean(fired),
         "gate_rows": statistics.mean(gates),
         **loads,
-        "memory": {**entry.memory, "touchable_bytes": _touchable(kind, plan)},
+        "memory": {**entry.memory, "touchable_bytes": _touchable(kind, setup)},
         "prompt": {str(length): statistics.median(speeds) for length, speeds in entry.prompts.items()},
     }
 
 
-def _touchable(kind: str, plan: Plan) -> float:
+def _touchable(kind: str, setup: RaceSetup) -> float:
     """Bytes of the tensors that some token reads in this mode, and of all keys and values."""
-    weights = sum(t.nbytes for name, t in plan.tensors.items() if not any(part in name for part in _UNUSED[kind]))
-    return weights + kv_bytes(plan.structure, plan.n_ctx, _KV_ELEMENT)
+    weights = sum(t.nbytes for name, t in setup.tensors.items() if not any(part in name for part in _UNUSED[kind]))
+    return weights + kv_bytes(setup.structure, setup.n_ctx, _KV_ELEMENT)

@@ -23,7 +23,7 @@ from runtime.cli.help import HelpParser
 from runtime.cli.program import run_command
 from runtime.errors import UserError
 from runtime.hybrid.costs import Floats, NeuronBytes, candidates, cold_bytes, cuts_of
-from runtime.hybrid.planner import Block, Device, Machine, place
+from runtime.hybrid.planner import BlockCosts, Device, Machine, place
 
 GIB = 1 << 30
 N_CTX, POSITIONS, KV_SIZE = (
@@ -134,7 +134,7 @@ def frequencies(n: int, active: float, hot: float) -> Floats:
     return shares
 
 
-def blocks_of(shape: Shape, bits: float, ffn: str, per_active: float) -> tuple[list[Block], int]:
+def blocks_of(shape: Shape, bits: float, ffn: str, per_active: float) -> tuple[list[BlockCosts], int]:
     """The planner's blocks and the head's bytes. per_active: candidates of the predictor for each neuron that fires."""
     per_weight = bits / 8
     row = shape.d * per_weight
@@ -144,7 +144,7 @@ def blocks_of(shape: Shape, bits: float, ffn: str, per_active: float) -> tuple[l
     neuron = NeuronBytes(first=row, rest=(shape.matrices - 1) * row, device=shape.matrices * row)
     attention = int(shape.attention * per_weight)
     kv = 2 * shape.kv * KV_SIZE
-    block = Block(
+    block = BlockCosts(
         stored=attention + kv * N_CTX,
         read=attention + kv * POSITIONS,
         predictor=_predictor(shape) if ffn == "predicted" else 0,

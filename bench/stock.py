@@ -12,7 +12,7 @@ from pathlib import Path
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import Structure
-from runtime.model_file.writer import Stream, copied, copied_keys, write_gguf
+from runtime.model_file.writer import NewTensor, copied, copied_keys, write_gguf
 
 _OURS = (".ffn_down_t.", ".ffn_neuron_", ".predictor_", "position_embd.")
 
@@ -48,7 +48,7 @@ def architecture(s: Structure, where: str) -> str:
     )
 
 
-def _streams(file: GgufFile, s: Structure) -> Iterator[Stream]:
+def _streams(file: GgufFile, s: Structure) -> Iterator[NewTensor]:
     for name in file.tensors:
         if not any(part in name for part in _OURS):
             yield copied(file, name)

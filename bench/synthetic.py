@@ -25,7 +25,7 @@ from runtime.errors import UserError
 from runtime.model_file import tensor_names as names
 from runtime.model_file.structure import Structure
 from runtime.model_file.tensor_shapes import required_tensors
-from runtime.model_file.writer import Stream
+from runtime.model_file.writer import NewTensor
 
 POOL_ROWS = 4096
 NOISE = 0.2  # standard deviation of what the predictor cannot know of a pre-activation, whose own is 1
@@ -59,7 +59,7 @@ class Synthetic:
             shape, neuron_order="hot", predictor="lowrank", predictor_rank=(rank,) * n, predictor_error=(error,) * n
         )
         self._make_pools()
-        self._block = Block(self, 0)
+        self._block = PlantedBlock(self, 0)
 
     def _make_pools(self) -> None:
         s, rng = self.structure, np.random.default_rng([self.seed, 1 << 20])
@@ -91,14 +91,14 @@ class Synthetic:
         energy = self.firing.energies - (0 if self.ffn.gated else self.firing.outputs**2)
         return math.sqrt(FFN_GROWTH / self.structure.block_count / max(float(energy.sum()), 1e-9))
 
-    def streams(self) -> list[Stream]:
+    def streams(self) -> list[NewTensor]:
         """Every tensor of the file, in its order; to be written once, in that order or any other."""
         return [self._stream(name, shape) for name, shape in required_tensors(self.structure).items()]
 
-    def _stream(self, name: str, shape: tuple[int, ...]) -> Stream:
+    def _stream(self, name: str, shape: tuple[int, ...]) -> NewTensor:
         kind = self._type(name, shape)
         rows, length = (math.prod(shape[1:]), shape[0]) if len(shape) > 1 else (shape[0], 1)
-        return Stream(name, shape, NUMBERS[kind], rows * row_bytes(kind, length), self._pieces(name, shape, kind))
+        return NewTensor(name, shape, NUMBERS[kind], rows * row_bytes(kind, length), self._pieces(name, shape, kind))
 
     def _type(self, name: str, shape: tuple[int, ...]) -> str:
         if name.endswith("ffn_neuron_index"):
@@ -124,10 +124,10 @@ class Synthetic:
             groups = choose_groups(np.random.default_rng([self.seed, 1 << 22]), self.pool_rows, shape[1])
             yield from pool.pieces(groups, shape[1])
 
-    def block(self, i: int) -> Block:
+    def block(self, i: int) -> PlantedBlock:
         """What is planted in block `i`; the last one asked for is kept."""
         if self._block.i != i:
-            self._block = Block(self, i)
+            self._block = PlantedBlock(self, i)
         return self._block
 
     def vector(self, name: str, depth: float) -> Floats:
@@ -146,7 +146,7 @@ class Synthetic:
         return weight
 
 
-class Block:
+class PlantedBlock:
     """What is planted in one block: predictor, biases, and which groups of the pools its matrices consist of."""
 
     def __init__(self, model: Synthetic, i: int) -> None:

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from convert import pytorch
 from convert.config import Config, read_json
-from convert.leftovers import listed
 from convert.rewrites import Shape, Sliceable
+from convert.unmapped import listed
 from runtime.base.stand_ins import refuse_stand_in
 from runtime.errors import UserError
 

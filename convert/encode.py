@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from convert.arch import Generated, Source
 from convert.checkpoint import Checkpoint
+from convert.file_tensors import KeptRows, Readable
 from convert.formats import encode
-from convert.kept import Kept, Readable
-from convert.plan import Given, PlannedTensor
+from convert.plan import MadeTensor, PlannedTensor
 from convert.rewrites import IDENTITY, Permuted, Rewrite, ScaledColumns, Sliceable, ternary
 from runtime.errors import UserError
 
@@ -45,9 +45,9 @@ class Encoder:
     def pieces(self, tensor: PlannedTensor) -> Iterator[Bytes]:
         """The bytes of `tensor`, in order. Raises UserError for values that its format cannot hold."""
         source = tensor.source
-        if isinstance(source, Given):
+        if isinstance(source, MadeTensor):
             yield source.data
-        elif isinstance(source, Kept):
+        elif isinstance(source, KeptRows):
             yield from source.pieces(tensor.rows, tensor.row_bytes, tensor.order)
         elif isinstance(source, Generated):
             yield encode(source.make(self._source.config), tensor.type)

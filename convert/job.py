@@ -16,13 +16,13 @@ from typing import Any
 from convert.encode import Bytes, Encoder
 from convert.formats import NUMBERS
 from convert.plan import Plan
+from convert.planned_job import ConvertOptions, Job, open_job
 from convert.powerinfer.predictor import read_counts
-from convert.source import Given, Job, open_job
 from convert.verify.logits import Verdict
 from convert.verify.logits import verify as verify_file
+from predictors.adopted import adopt_model
 from predictors.fit import DEFAULT_ENERGY, ModelFit, fit_model
 from predictors.hot_order import order_by_counts
-from predictors.imported import adopt_model
 from predictors.matrices import Floats
 from runtime.base.atomic import check_space, check_target, new_path, writing
 from runtime.base.home import expanded
@@ -33,7 +33,7 @@ from runtime.errors import UserError
 from runtime.model_file.shard_writer import check_shards, check_sizes, old_shards, shard_size, split_model
 from runtime.model_file.structure import ARCHITECTURE
 from runtime.model_file.tensor_shapes import required_tensors
-from runtime.model_file.writer import Stream, write_parts
+from runtime.model_file.writer import NewTensor, write_parts
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,12 @@ def convert(
     max_bytes = shard_size(split_max_size)
     other_type = None if predictor_type == "auto" else predictor_type
     others, counted = (str(folder) if folder else None for folder in (import_predictor, activations))
-    given = Given(type, output_type, layout, ffn_type, predictor, other_type, energy, others, counted, verify or None)
+    options = ConvertOptions(
+        type, output_type, layout, ffn_type, predictor, other_type, energy, others, counted, verify or None
+    )
     text = None if calibration is None else Path(calibration)
     if dry_run:
-        job = open_job(str(source), given)
+        job = open_job(str(source), options)
         check_sizes(job.plan.tensors, max_bytes)
         if activations:
             read_counts(str(activations), job.plan.structure)
@@ -124,10 +126,10 @@ def convert(
     target = _target(out, force, max_bytes, [path for path in (source, import_predictor, activations, text) if path])
     # Held from the beginning: what cannot be written is not worth fetching anything for.
     with writing(target) as work:
-        job = planned = open_job(str(source), given)
+        job = planned = open_job(str(source), options)
         check_sizes(job.plan.tensors, max_bytes)
         check_space(work.target.parent, job.plan.nbytes * (2 if calibrated else 1))
-        job = _with_neurons(job, fitting if calibrated else None, given.activations, work, progress)
+        job = _with_neurons(job, fitting if calibrated else None, options.activations, work, progress)
         size, written = _write(job, work, fitting.threads, progress, max_bytes)
         verdict = None
         if verify and job.checkpoint:
@@ -212,7 +214,7 @@ def _write(job: Job, work: Workspace, threads: int, progress: Progress, max_byte
     count = _Count(job.plan.nbytes, progress)
     with Encoder(job.checkpoint, threads) as encoder:
         streams = [
-            Stream(t.name, t.shape, NUMBERS[t.type], t.nbytes, count.watch(t.name, encoder.pieces(t)))
+            NewTensor(t.name, t.shape, NUMBERS[t.type], t.nbytes, count.watch(t.name, encoder.pieces(t)))
             for t in job.plan.tensors
         ]
         files = split_model(work.folder / work.target.name, job.metadata, streams, max_bytes)

@@ -19,11 +19,11 @@ from convert.already_quantized import refuse_quantised_tensors
 from convert.arch import Arch, Generated, Source, Sources, adapted, block_kinds, describe, find_arch
 from convert.checkpoint import FLOATS, Checkpoint
 from convert.config import Config
+from convert.file_tensors import KeptRows, Readable
 from convert.formats import fitting, output_type, row_bytes
-from convert.head import settle_head
-from convert.kept import Kept, Readable
-from convert.leftovers import common_prefix, explanation, is_buffer, listed, without_head
 from convert.rewrites import IDENTITY, Rewrite, Shape, named
+from convert.tied_head import settle_head
+from convert.unmapped import common_prefix, explanation, is_buffer, listed, without_head
 from predictors.matrices import Tensor
 from runtime.errors import UserError
 from runtime.model_file import tensor_names as names
@@ -42,7 +42,7 @@ class Types:
 
 
 @dataclass(frozen=True)
-class Given:
+class MadeTensor:
     """A tensor whose bytes were made during the conversion."""
 
     data: npt.NDArray[np.uint8]
@@ -67,7 +67,7 @@ class NewBlocks(Protocol):
     def structure_fields(self) -> dict[str, Any]: ...  # noqa: D102
 
 
-Origin = Source | Generated | Given | Kept | Readable
+Origin = Source | Generated | MadeTensor | KeptRows | Readable
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def with_neurons(plan: Plan, fit: NewBlocks) -> Plan:
     for i, block in enumerate(fit.blocks):
         for made in block.tensors:
             name = names.in_block(i, made.name)
-            tensors[name] = PlannedTensor(name, Given(made.data), made.shape, made.type, made.type)
+            tensors[name] = PlannedTensor(name, MadeTensor(made.data), made.shape, made.type, made.type)
     ordered = tuple(tensors[name] for name in required_tensors(structure))
     return replace(plan, structure=structure, tensors=ordered)
 

@@ -25,7 +25,7 @@ _NUMBERS = {*_DTYPES, *(f"torch.{name}" for name in ("int64", "int32", "int16", 
 _DEEPEST = 3  # of dicts in dicts in which trainers put tensors
 
 
-class _Tensor:
+class _SliceableTensor:
     """A torch tensor that gives numpy arrays when sliced."""
 
     def __init__(self, tensor: Any) -> None:
@@ -49,7 +49,7 @@ def inspect(file: Path) -> dict[str, tuple[Shape, str]]:
 @contextmanager
 def open_tensor(file: Path, name: str) -> Iterator[Sliceable]:
     """The tensor `name` of `file` for slicing."""
-    yield _Tensor(_load(file)[name])
+    yield _SliceableTensor(_load(file)[name])
 
 
 def read_bare(file: Path) -> Array:
@@ -60,7 +60,7 @@ def read_bare(file: Path) -> Array:
     value = _read(file)
     if not isinstance(value, _torch().Tensor) or str(value.dtype) not in _NUMBERS or not _is_plain(value):
         raise _unreadable(file, ValueError(f"a {type(value).__name__}, expected a dense tensor of numbers"))
-    return _Tensor(value)[:]
+    return _SliceableTensor(value)[:]
 
 
 def _is_plain(tensor: Any) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from predictors.choose import GAIN, PRICES, Cost, Doubles, Judged
+from predictors.choose_candidate import GAIN, PRICES, Cost, Doubles, Judged
 
 Choice = tuple[Judged, int] | None
 

@@ -33,7 +33,7 @@ def default_tokens(s: Structure) -> int:
 
 
 @dataclass(frozen=True)
-class Activity:
+class Responses:
     """What the neurons first .. end - 1 do on some tokens; float32 or bool [n_tokens, end - first]."""
 
     gate: Floats  # pre-activations (ungated: of the up rows), biases included
@@ -42,7 +42,7 @@ class Activity:
 
 
 @dataclass(frozen=True)
-class Part:
+class TokenSamples:
     """Some tokens of one layer. x: inputs of the FFN, float32 [n_tokens, n_embd]; residual: the stream before the FFN's norm, where it was asked for.
 
     weight: float32 [n_tokens], one over the squared norm of the residual stream after the block.
@@ -64,7 +64,7 @@ class Part:
 class LayerSamples:
     """One layer on the calibration text, in three parts that share no window."""
 
-    def __init__(self, runner: BlockRunner, i: int, parts: tuple[Part, Part, Part]) -> None:
+    def __init__(self, runner: BlockRunner, i: int, parts: tuple[TokenSamples, TokenSamples, TokenSamples]) -> None:
         self.structure, self.ffn, self.i, self._runner = runner.structure, runner.structure.ffns[i], i, runner
         self.fit, self.validation, self.test = parts
         self._first = names.row_matrices(self.ffn)[0]
@@ -91,18 +91,20 @@ class LayerSamples:
         parts = [(self._rows(names.FFN_DOWN_T, *c) ** 2).sum(1) for c in self.chunks(1)]
         return np.concatenate(parts)
 
-    def gate(self, part: Part, first: int, end: int) -> Floats:
+    def gate(self, part: TokenSamples, first: int, end: int) -> Floats:
         """Pre-activations of the neurons first .. end - 1: float32 [len(part), end - first]."""
         return part.x @ self.gate_rows(first, end).T + self.gate_bias[first:end]
 
-    def activity(self, part: Part, first: int, end: int) -> Activity:
+    def responses(self, part: TokenSamples, first: int, end: int) -> Responses:
         """What the neurons first .. end - 1 do on the tokens of a part."""
         gate = self.gate(part, first, end)
         fired, h = self._strengths(part, gate, first, end)
         energy = h * h * self.down_norm2[first:end] * self._weight(part)[:, None]
-        return Activity(gate, fired, energy)
+        return Responses(gate, fired, energy)
 
-    def _strengths(self, part: Part, gate: Floats, first: int, end: int) -> tuple[npt.NDArray[np.bool_], Floats]:
+    def _strengths(
+        self, part: TokenSamples, gate: Floats, first: int, end: int
+    ) -> tuple[npt.NDArray[np.bool_], Floats]:
         """Which of the neurons first .. end - 1 fire, and what each is multiplied with its down row by: [n_tokens, end - first] both."""
         ffn = self.ffn
         fired = gate > ffn.threshold
@@ -112,7 +114,7 @@ class LayerSamples:
             h *= np.maximum(up, 0) if ffn.activation == "drelu" else up
         return fired, h
 
-    def _weight(self, part: Part) -> Floats:
+    def _weight(self, part: TokenSamples) -> Floats:
         """A part's `weight`, with what the block itself multiplies the FFN's product by: float32 [n_tokens]."""
         s = self.structure
         scaled = part.weight * np.float32(s.residual_scale**2)
@@ -189,6 +191,8 @@ def calibrate(
         progress(f"calibrating layer {i}", i + 1, n)
 
 
-def _part(x: Floats, weight: Floats, residual: Floats | None, at: slice) -> Part:
+def _part(x: Floats, weight: Floats, residual: Floats | None, at: slice) -> TokenSamples:
     d = x.shape[-1]
-    return Part(x[at].reshape(-1, d), weight[at].reshape(-1), None if residual is None else residual[at].reshape(-1, d))
+    return TokenSamples(
+        x[at].reshape(-1, d), weight[at].reshape(-1), None if residual is None else residual[at].reshape(-1, d)
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from predictors.choose import Judged
+from predictors.choose_candidate import Judged
 from predictors.matrices import Floats, Tensor
 from runtime.base.workspace import naming
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from predictors import text
+from predictors import calibration_text
 from predictors.calibrate import LayerSamples, all_test, calibrate
-from predictors.choose import Cost, predicted_bytes
+from predictors.choose_candidate import Cost, predicted_bytes
 from predictors.fit import NO_FFN, Figures, cost_of
-from predictors.stored import stored_predictor
+from predictors.stored_predictor import stored_predictor
 from runtime.analysis.likelihood import LARGEST_EXPONENT, divergence, token_losses
 from runtime.base.processors import default_threads
 from runtime.base.progress import Progress, silent
@@ -79,16 +79,16 @@ def evaluate(
 
 
 def _windows(model: Path, file: Path, tokens: int | None) -> Ids:
-    corpus = text.read_corpus(file)
+    corpus = calibration_text.read_corpus(file)
     with GgufFile(model) as gguf:
         context = gguf.structure.context_length
     with Tokenizer(model) as tokenizer:
-        ids, bos = text.encode(corpus, tokenizer)
-        length = text.window_length(min(len(ids), tokens or DEFAULT_TOKENS), context)
+        ids, bos = calibration_text.encode(corpus, tokenizer)
+        length = calibration_text.window_length(min(len(ids), tokens or DEFAULT_TOKENS), context)
         n = min(len(ids) // (length - len(bos)), max(1, (tokens or DEFAULT_TOKENS) // length))
-        if n == 0 or len(ids) < text.FEWEST_TOKENS:
-            raise UserError(f"`{file}`: {len(ids)} tokens, expected at least {text.FEWEST_TOKENS}")
-        return text.cut(ids, bos, length)[:n]
+        if n == 0 or len(ids) < calibration_text.FEWEST_TOKENS:
+            raise UserError(f"`{file}`: {len(ids)} tokens, expected at least {calibration_text.FEWEST_TOKENS}")
+        return calibration_text.cut(ids, bos, length)[:n]
 
 
 def _layers(model: Path, windows: Ids, threads: int, predictor_bias: float, progress: Progress) -> Iterator[Figures]:
@@ -108,16 +108,16 @@ def layer_figures(file: GgufFile, layer: LayerSamples, predictor_bias: float = 0
     fired = predicted = hits = 0
     energy = kept = 0.0
     for first, end in layer.chunks(len(layer.test)):
-        activity = layer.activity(layer.test, first, end)
-        chosen = np.ones_like(activity.fired)
+        responses = layer.responses(layer.test, first, end)
+        chosen = np.ones_like(responses.fired)
         if found:
             candidate, bias = found
             shift = bias[first:end] + np.float32(_shift(layer, predictor_bias))
             chosen = candidate.scores(prepared, first, end) + shift > 0
-        fired, predicted = fired + int(activity.fired.sum()), predicted + int(chosen.sum())
-        hits += int((activity.fired & chosen).sum())
-        energy += float(activity.energy.sum(dtype=np.float64))
-        kept += float((activity.energy * chosen).sum(dtype=np.float64))
+        fired, predicted = fired + int(responses.fired.sum()), predicted + int(chosen.sum())
+        hits += int((responses.fired & chosen).sum())
+        energy += float(responses.energy.sum(dtype=np.float64))
+        kept += float((responses.energy * chosen).sum(dtype=np.float64))
     shares = (fired / n, predicted / n, hits / n)
     nbytes = predicted_bytes(found[0], cost, *shares[1:]) if found else cost.exact(shares[0])
     return _figures(cost, shares, kept / max(energy, 1e-30), nbytes)

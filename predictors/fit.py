@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from predictors import text
+from predictors import calibration_text
 from predictors.allocate import LayerOptions, allocate
 from predictors.calibrate import LayerSamples, calibrate, default_tokens
 from predictors.candidate_store import shelve
-from predictors.choose import Cost, Judged, judge, predicted_bytes
+from predictors.choose_candidate import Cost, Judged, judge, predicted_bytes
 from predictors.hot_order import Order, as_frequencies, as_it_is, hottest_first
 from predictors.margins import EDGES, measure
 from predictors.matrices import MATRIX_TYPES, Floats, Tensor, block_size, plain
@@ -173,7 +173,7 @@ def fit_candidates(
         raise UserError(f"predictor kind `{kind}`, expected one of {', '.join(KINDS)}")
     if predictor_type not in TYPES:
         raise UserError(f"predictor type `{predictor_type}`, expected one of {', '.join(TYPES)}")
-    corpus = text.read_corpus(calibration)
+    corpus = calibration_text.read_corpus(calibration)
     with GgufFile(path) as file:
         s = file.structure
         windows = calibration_windows(corpus, path, s, tokens, seed)
@@ -188,11 +188,13 @@ def fit_candidates(
     return Candidates(s, kind, tuple(layers), calibrated | {"method": METHODS[kind]})
 
 
-def calibration_windows(corpus: TextFile, path: Path, s: Structure, tokens: int | None, seed: int) -> text.Ids:
+def calibration_windows(
+    corpus: TextFile, path: Path, s: Structure, tokens: int | None, seed: int
+) -> calibration_text.Ids:
     """What a model is calibrated on, int32 [n_windows, length]; tokens: None for the usual number."""
     with Tokenizer(path) as tokenizer:
         n = default_tokens(s) if tokens is None else tokens
-        return text.windows(corpus, tokenizer, n, s.context_length, seed)
+        return calibration_text.windows(corpus, tokenizer, n, s.context_length, seed)
 
 
 def _types(predictor_type: str, s: Structure) -> tuple[str, ...]:

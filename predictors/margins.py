@@ -74,10 +74,10 @@ def measure(layer: LayerSamples, candidates: list[Candidate]) -> list[tuple[Scal
     for first, end in layer.chunks(max(len(part) for part in parts)):
         at = slice(first, end)
         for k, part in enumerate(parts):
-            activity = layer.activity(part, first, end)
-            active = np.flatnonzero(activity.fired)
-            energy = activity.energy.ravel()[active]
-            goal = activity.gate - np.float32(layer.ffn.threshold)
+            responses = layer.responses(part, first, end)
+            active = np.flatnonzero(responses.fired)
+            energy = responses.energy.ravel()[active]
+            goal = responses.gate - np.float32(layer.ffn.threshold)
             for c, x, (scale, *margins) in zip(candidates, prepared, found, strict=True):
                 scores = c.scores(x[k], first, end)
                 if k == 0:

@@ -76,9 +76,9 @@ def _weights(layer: LayerSamples) -> Any:
     n_tokens, n_ff = len(layer.fit), layer.ffn.n_ff
     weights = np.zeros((n_tokens, n_ff), np.float16)
     for first, end in layer.chunks(n_tokens):
-        activity = layer.activity(layer.fit, first, end)
-        mean = max(float(activity.energy[activity.fired].mean()) if activity.fired.any() else 0.0, 1e-30)
-        weights[:, first:end] = np.where(activity.fired, 1 + np.minimum(activity.energy / mean, _MOST_ENERGY), 0)
+        responses = layer.responses(layer.fit, first, end)
+        mean = max(float(responses.energy[responses.fired].mean()) if responses.fired.any() else 0.0, 1e-30)
+        weights[:, first:end] = np.where(responses.fired, 1 + np.minimum(responses.energy / mean, _MOST_ENERGY), 0)
     return weights
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from predictors.fit import ModelFit, fit_model
-from predictors.rewrite import rewritten
+from predictors.replace_predictors import with_new_predictors
 from runtime.base.atomic import check_target, writing
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.writer import write_parts
@@ -30,6 +30,6 @@ def refit(model: Path, out: Path, force: bool = False, **options: Any) -> Refit:
     with writing(out) as work:
         made = fit_model(model, reorder=False, **options)
         new = work.folder / work.target.name
-        size = write_parts([rewritten(model, new, [block.tensors for block in made.blocks], made.metadata)])
+        size = write_parts([with_new_predictors(model, new, [block.tensors for block in made.blocks], made.metadata)])
         work.publish([new.name])
     return Refit(size, made)

@@ -163,11 +163,11 @@ def _write_files(arguments: list[str]) -> int:
 
     from runtime.cli.program import run_command
     from runtime.model_file.shard_writer import split_model
-    from runtime.model_file.writer import Stream, write_files
+    from runtime.model_file.writer import NewTensor, write_files
 
     out, n, value = Path(arguments[0]), int(arguments[1]), float(arguments[2])
     data = np.full(4, value, np.float32).view(np.uint8)
-    tensors = [Stream(f"t{i}", (4,), 0, 16, (data,)) for i in range(n)]
+    tensors = [NewTensor(f"t{i}", (4,), 0, 16, (data,)) for i in range(n)]
     return run_command(lambda: write_files(split_model(out, {}, tensors, 16)) and None)
 
 

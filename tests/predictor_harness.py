@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from ffn_harness import ExactMemory, structure
 
-from predictors.calibrate import LayerSamples, Part
+from predictors.calibrate import LayerSamples, TokenSamples
 from predictors.matrices import Tensor
 from runtime.base.worker import on_worker
 from runtime.bindings import ggml, sparse_ffn
@@ -93,8 +93,8 @@ def made_up_layer(gate: Array, gate_bias: Array, n_tokens: int, rng: np.random.G
     biases = {"ffn_gate.bias": gate_bias.astype(np.float32), "ffn_up.bias": np.zeros(n_ff, np.float32)}
     runner: Any = Rows(s, matrices, biases)
 
-    def part() -> Part:
+    def part() -> TokenSamples:
         x = rng.normal(size=(n_tokens, n_embd)).astype(np.float32)
-        return Part(x, np.full(n_tokens, 1 / (n_embd * n_embd * n_ff), np.float32))
+        return TokenSamples(x, np.full(n_tokens, 1 / (n_embd * n_embd * n_ff), np.float32))
 
     return LayerSamples(runner, 0, (part(), part(), part()))

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from convert.checkpoint import open_checkpoint
 from convert.config import read_json
-from convert.source import Given, open_job
+from convert.planned_job import ConvertOptions, open_job
 from runtime.model_file.reader import GgufFile
 
 Folder = Callable[[str], Path]
@@ -111,7 +111,7 @@ def test_weights_under_another_name_are_named(name: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_file_of_a_checkpoint_as_source(name: str, folder: Path) -> None:
-    found = refusal(lambda: open_job(str(folder / name), Given()))
+    found = refusal(lambda: open_job(str(folder / name), ConvertOptions()))
     assert f"{name}`: a file of a checkpoint, expected its folder | python -m convert {folder} OUT.gguf" in found
 
 
@@ -135,7 +135,7 @@ def test_web_pages_are_named(name: str, folder: Path) -> None:
     if name == "pytorch_model.bin":
         (folder / "model.safetensors").unlink()
     (folder / name).write_text("\n<!DOCTYPE html>\n<html><title>Log in</title></html>")
-    assert f"{name}`: a web page, not the file itself" in refusal(lambda: open_job(str(folder), Given()))
+    assert f"{name}`: a web page, not the file itself" in refusal(lambda: open_job(str(folder), ConvertOptions()))
 
 
 @pytest.mark.parametrize("within", ["checkpoint-500", "snapshots/0123"])
@@ -143,15 +143,15 @@ def test_a_checkpoint_within_the_folder_is_named(within: str, folder: Path, tmp_
     outer = tmp_path / "outer"
     (outer / within).parent.mkdir(parents=True)
     folder.rename(outer / within)
-    found = refusal(lambda: open_job(str(outer), Given()))
+    found = refusal(lambda: open_job(str(outer), ConvertOptions()))
     assert f"outer`: no config.json in it | there is one in `{outer / within}`" in found
 
 
 def test_a_tokenizer_that_is_a_pointer_is_named_and_a_card_is_no_obstacle(folder: Path) -> None:
     (folder / "README.md").write_text(POINTER)
-    assert open_job(str(folder), Given()).plan.tensors
+    assert open_job(str(folder), ConvertOptions()).plan.tensors
     (folder / "tokenizer.model").write_text(POINTER)
-    assert "tokenizer.model`: a pointer of git-lfs" in refusal(lambda: open_job(str(folder), Given()))
+    assert "tokenizer.model`: a pointer of git-lfs" in refusal(lambda: open_job(str(folder), ConvertOptions()))
 
 
 def test_a_gguf_file_that_is_a_pointer_or_of_the_other_byte_order(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from families import CASES
 from plain import convert
 from safetensors.numpy import load_file
 
-from convert.leftovers import is_buffer
-from convert.source import Given, open_job
+from convert.planned_job import ConvertOptions, open_job
+from convert.unmapped import is_buffer
 
 Folder = Callable[[str], Path]
 
@@ -115,7 +115,7 @@ def test_a_config_names_the_method(said: dict[str, Any], method: str, folder: Pa
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "silu"} | said))
     (folder / "model.safetensors").unlink()
-    found = refusal(lambda: open_job(str(folder), Given()))
+    found = refusal(lambda: open_job(str(folder), ConvertOptions()))
     assert f"the weights are quantised already ({method}" in found
     assert "convert the original checkpoint" in found
 
@@ -222,7 +222,7 @@ def test_an_adapter_alone(with_config: bool, folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "user/base"}')
     if not with_config:
         (folder / "config.json").unlink()
-    found = refusal(lambda: open_job(str(folder), Given()))
+    found = refusal(lambda: open_job(str(folder), ConvertOptions()))
     assert "an adapter (adapter_config.json), expected a whole model | merge it into its base model first" in found
 
 

@@ -115,7 +115,7 @@ def test_energies_are_those_of_what_neurons_add_to_the_stream(case: Any, name: s
         hidden = runner.embed(np.int32(ids[:32]))
         added = runner.block(0, hidden)
         layer = next(iter(calibrate(runner, np.int32([ids[:32]]), (slice(0, 1), slice(0, 1), slice(0, 1)))))
-        energy = layer.activity(layer.fit, 0, s.feed_forward_length).energy
+        energy = layer.responses(layer.fit, 0, s.feed_forward_length).energy
         x, (gate, up, down) = (
             added.ffn_input.astype(np.float64),
             (

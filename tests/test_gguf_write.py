@@ -11,19 +11,19 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 from runtime.bindings import ggml
 from runtime.model_file.reader import GgufFile
-from runtime.model_file.writer import ALIGNMENT, Key, Stream, copied, copied_keys, write_gguf
+from runtime.model_file.writer import ALIGNMENT, Key, NewTensor, copied, copied_keys, write_gguf
 
 DATA = np.arange(12, dtype=np.float32)
 
 
-def stream(name: str = "a", error: BaseException | None = None) -> Stream:
+def stream(name: str = "a", error: BaseException | None = None) -> NewTensor:
     def pieces() -> Iterator[np.ndarray[tuple[int], np.dtype[np.uint8]]]:
         yield DATA[:5].view(np.uint8)
         if error is not None:
             raise error
         yield DATA[5:].view(np.uint8)
 
-    return Stream(name, (4, 3), ggml.F32, DATA.nbytes, pieces())
+    return NewTensor(name, (4, 3), ggml.F32, DATA.nbytes, pieces())
 
 
 def test_values_and_bytes(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_what_fails_leaves_nothing(tmp_path: Path, error: BaseException, existin
 
 
 def test_a_wrong_number_of_bytes_is_noticed(tmp_path: Path) -> None:
-    short = Stream("a", (4, 3), ggml.F32, DATA.nbytes, (DATA[:5].view(np.uint8),))
+    short = NewTensor("a", (4, 3), ggml.F32, DATA.nbytes, (DATA[:5].view(np.uint8),))
     with pytest.raises(AssertionError, match="a: 20 bytes written, 48 announced"):
         write_gguf(tmp_path / "x.gguf", {}, [short])
     assert not any(tmp_path.iterdir())

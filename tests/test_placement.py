@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from runtime.hybrid.planner import MAX_UNITS, Block, Device, Machine, Placement, Planner, evaluate, place
+from runtime.hybrid.planner import MAX_UNITS, BlockCosts, Device, Machine, Placement, Planner, evaluate, place
 
 HUGE = 1 << 50
 
 
-def random_block(rng: np.random.Generator, max_cuts: int) -> Block:
+def random_block(rng: np.random.Generator, max_cuts: int) -> BlockCosts:
     """A short last piece, unequal bytes, frequencies that fall; some cannot be wholly on a device."""
     size, n = int(rng.integers(2, 9)), int(rng.integers(0, max_cuts))
     cuts = [size * i for i in range(n + 1)]
@@ -26,7 +26,7 @@ def random_block(rng: np.random.Generator, max_cuts: int) -> Block:
     per_neuron = int(rng.integers(1, 7))
     freq = np.sort(rng.random(neurons) ** rng.integers(1, 5))[::-1]
     cold = per_neuron * np.array([rng.random() / 4 * (neurons - k) + freq[k:].sum() for k in cuts])
-    return Block(
+    return BlockCosts(
         stored=int(rng.integers(0, 60)),
         read=float(rng.integers(0, 60)),
         predictor=int(rng.choice([0, rng.integers(0, 20)])),
@@ -39,7 +39,7 @@ def random_block(rng: np.random.Generator, max_cuts: int) -> Block:
 
 def random_case(
     rng: np.random.Generator, n_devices: int = 1, max_blocks: int = 8, max_cuts: int = 32
-) -> tuple[list[Block], int, Machine]:
+) -> tuple[list[BlockCosts], int, Machine]:
     blocks = [random_block(rng, max_cuts) for _ in range(rng.integers(1, max_blocks + 1))]
     head = int(rng.integers(0, 80))
     total = head + sum(b.stored + b.predictor + b.hot[-1] for b in blocks)
@@ -50,7 +50,7 @@ def random_case(
     return blocks, head, Machine(devices, cpu_bandwidth=1.0, sync=float(rng.uniform(0.1, 60)))
 
 
-def optimum(blocks: Sequence[Block], head: int, machine: Machine) -> float:
+def optimum(blocks: Sequence[BlockCosts], head: int, machine: Machine) -> float:
     """Least seconds per token by mixed-integer programming, from the definition: one choice per block, head and `device used` are 0 or 1."""
     device, cpu, sync = machine.devices[0], machine.cpu_bandwidth, machine.sync
     cost, size, rows, low, high = [], [], [], [], []
@@ -93,7 +93,7 @@ def optimum(blocks: Sequence[Block], head: int, machine: Machine) -> float:
     return float(solved.fun) + head / cpu
 
 
-def check(placement: Placement, blocks: Sequence[Block], machine: Machine, head: int) -> None:
+def check(placement: Placement, blocks: Sequence[BlockCosts], machine: Machine, head: int) -> None:
     """Within the budgets, counted here once more, and as fast as it says."""
     used = [0] * len(machine.devices)
     for i, (b, pieces) in enumerate(zip(blocks, placement.hot, strict=True)):
@@ -143,8 +143,8 @@ def test_the_instances_are_worth_solving() -> None:
 
 def test_greedy_is_not_optimal() -> None:
     """Two pieces of A gain 1.0 and then 1.8, because the sync goes with the last one; each piece of B gains 1.05."""
-    a = Block(0, 100.0, 0, 2, (0, 1, 2), (0, 1, 2), (2.0, 1.0, 0.0))
-    b = Block(0, 100.0, 0, 3, (0, 1, 2), (0, 1, 2), (3.15, 2.10, 1.05))
+    a = BlockCosts(0, 100.0, 0, 2, (0, 1, 2), (0, 1, 2), (2.0, 1.0, 0.0))
+    b = BlockCosts(0, 100.0, 0, 3, (0, 1, 2), (0, 1, 2), (3.15, 2.10, 1.05))
     machine = Machine((Device(2, 1e9),), cpu_bandwidth=1.0, sync=0.8)
 
     def seconds(of_a: int, of_b: int) -> float:
@@ -178,7 +178,7 @@ def test_more_budget_is_never_slower(seed: int, scale: int) -> None:
     blocks, head, machine = random_case(rng)
     if scale > 1:  # unequal sizes far beyond the number of units
         blocks = [
-            Block(
+            BlockCosts(
                 scale * b.stored + 1,
                 b.read,
                 scale * b.predictor,
@@ -208,7 +208,7 @@ def test_rounding_costs_no_more_than_it_says() -> None:
     for _ in range(20):
         blocks, head, machine = random_case(rng)
         blocks = [
-            Block(
+            BlockCosts(
                 b.stored,
                 b.read,
                 b.predictor,
@@ -241,7 +241,7 @@ def test_a_planner_finds_for_every_budget_what_place_finds(seed: int) -> None:
         planner.place(most.budget + 1)
 
 
-def llama_70b(rows_per_weight: float, predictor: int = 0) -> tuple[list[Block], int]:
+def llama_70b(rows_per_weight: float, predictor: int = 0) -> tuple[list[BlockCosts], int]:
     """80 blocks of 112 pieces of 256 neurons."""
     d, n_ff, step = 8192, 28672, 256
     freq = np.clip(0.18 * 2.86 * (1 - np.arange(n_ff) / n_ff) ** 1.86, 0, 1)
@@ -249,7 +249,7 @@ def llama_70b(rows_per_weight: float, predictor: int = 0) -> tuple[list[Block], 
     row = d * rows_per_weight
     cuts = tuple(range(0, n_ff + 1, step))
     attention = int((2 * d * d + 2 * d * 1024) * rows_per_weight)
-    block = Block(
+    block = BlockCosts(
         stored=attention + (1 << 23),
         read=attention + (1 << 22),
         predictor=predictor,
@@ -344,14 +344,14 @@ def test_the_limit_is_the_longest_part() -> None:
 
 
 def test_pieces_that_no_device_can_hold_are_refused() -> None:
-    block = Block(0, 0.0, 0, 4, (0, 2, 4), (0, 2, 4), (2.0, 1.0, 0.0))
+    block = BlockCosts(0, 0.0, 0, 4, (0, 2, 4), (0, 2, 4), (2.0, 1.0, 0.0))
     machine = Machine((Device(9, 1.0), Device(9, 1.0)), 1.0, 0.0)
     for resident_from, pieces in ((0, (1, 1)), (0, (3, 0)), (1, (2, 0))):
         with pytest.raises(ValueError, match="no prefix"):
             evaluate([block], 0, machine, resident_from, False, [pieces])
     with pytest.raises(ValueError, match="first cut"):
-        Block(0, 0.0, 0, 4, (2, 4), (0, 2), (1.0, 0.0))
+        BlockCosts(0, 0.0, 0, 4, (2, 4), (0, 2), (1.0, 0.0))
     with pytest.raises(ValueError, match="increase"):
-        Block(0, 0.0, 0, 4, (0, 8), (0, 2), (1.0, 0.0))
+        BlockCosts(0, 0.0, 0, 4, (0, 8), (0, 2), (1.0, 0.0))
     with pytest.raises(ValueError, match="bandwidth"):
         Machine((Device(9, 0.0),), 1.0, 0.0)

@@ -18,9 +18,9 @@ from powerinfer_files import Array, predictor_arrays, save_predictors
 from predictor_harness import native_candidates
 
 import runtime
-from predictors import text
+from predictors import calibration_text
 from predictors.hot_order import as_frequencies
-from predictors.stored import stored_predictor
+from predictors.stored_predictor import stored_predictor
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
 from runtime.text.tokenizer import Tokenizer
@@ -211,7 +211,7 @@ def test_figures_equal_transformers(checkpoint: Folder, tmp_path: Path) -> None:
         checkpoint("llama-mha"), out, type="f32", import_predictor=source, predictor_type="f32", calibration=None, calibration_tokens=TOKENS
     )  # fmt: skip
     with Tokenizer(out) as tokenizer:
-        windows = text.windows(text.read_corpus(None), tokenizer, TOKENS, 1024, seed=0)
+        windows = calibration_text.windows(calibration_text.read_corpus(None), tokenizer, TOKENS, 1024, seed=0)
     streams, fired = seen_by_transformers(checkpoint("llama-mha"), windows)
     with GgufFile(out) as file:
         keys = {k.removeprefix("lazyneuron."): v for k, v in file.metadata.items() if k.startswith("lazyneuron.")}

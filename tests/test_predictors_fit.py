@@ -19,12 +19,12 @@ from oracle import random_ids, relative
 from plain import convert
 
 import runtime
-from predictors import fit_model, text
+from predictors import calibration_text, fit_model
 from predictors.__main__ import main
 from predictors.calibrate import calibrate, default_tokens, split
 from predictors.evaluate import Evaluation, evaluate
 from predictors.fit import fit_candidates
-from predictors.rewrite import rewrite
+from predictors.replace_predictors import replace_predictors
 from runtime.compute.block_runner import BlockRunner
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
@@ -78,13 +78,13 @@ def test_options_that_will_not_do(tiny_gguf: Path) -> None:
 
 
 def test_windows(tiny_gguf: Path) -> None:
-    corpus = text.read_corpus(None)
+    corpus = calibration_text.read_corpus(None)
     with Tokenizer(tiny_gguf) as tokenizer:
-        first, again, other = (text.windows(corpus, tokenizer, 4096, 1024, seed) for seed in (0, 0, 1))
+        first, again, other = (calibration_text.windows(corpus, tokenizer, 4096, 1024, seed) for seed in (0, 0, 1))
         assert first.shape == (4096 // 204, 204)
         assert (first[:, 0] == tokenizer.bos).all() and (first[:, 1:] != tokenizer.bos).all()
         ids = tokenizer.encode(corpus.text, add_special=False)
-        assert ids[: 203 * 5] == text.cut(np.array(ids, np.int32), [1], 204)[:5, 1:].ravel().tolist()
+        assert ids[: 203 * 5] == calibration_text.cut(np.array(ids, np.int32), [1], 204)[:5, 1:].ravel().tolist()
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
     assert len({tuple(window) for window in first.tolist()}) == len(first)
@@ -110,7 +110,7 @@ def test_every_layer_keeps_its_own_counts(tmp_path: Path) -> None:
     convert(tmp_path / "twelve", tmp_path / "m.gguf", type="f32")
     fit = fit_model(tmp_path / "m.gguf", tokens=FEW)
     with Tokenizer(tmp_path / "m.gguf") as tokenizer:
-        windows = text.windows(text.read_corpus(None), tokenizer, FEW, 1024, 0)
+        windows = calibration_text.windows(calibration_text.read_corpus(None), tokenizer, FEW, 1024, 0)
     with runtime.load(tmp_path / "m.gguf", ffn="exact", kv_type="f32") as model:
         for window in windows:
             model.logits(window)
@@ -124,7 +124,7 @@ def test_every_layer_keeps_its_own_counts(tmp_path: Path) -> None:
 def test_frequencies_and_order(tiny_gguf: Path) -> None:
     fit = fit_model(tiny_gguf, tokens=FEW)
     with Tokenizer(tiny_gguf) as tokenizer:
-        windows = text.windows(text.read_corpus(None), tokenizer, FEW, 1024, 0)
+        windows = calibration_text.windows(calibration_text.read_corpus(None), tokenizer, FEW, 1024, 0)
     with BlockRunner(GgufFile(tiny_gguf), 2, windows.shape[1]) as runner:
         for block, layer in zip(fit.blocks, calibrate(runner, windows), strict=True):
             parts = [layer.gate(p, 0, 1024) > 0 for p in (layer.fit, layer.validation, layer.test)]
@@ -197,7 +197,7 @@ def test_an_interrupt_leaves_nothing(tiny_gguf: Path, tmp_path: Path) -> None:
     for stop in (signal.SIGINT, signal.SIGTERM):
         words = ("predictors", "fit", str(tiny_gguf), str(tmp_path / "o.gguf"), "--calibration", str(corpus))
         with subprocess.Popen([sys.executable, "-m", *words], stderr=subprocess.PIPE, text=True) as process:
-            corpus.write_bytes(text.DEFAULT_CORPUS.read_bytes())
+            corpus.write_bytes(calibration_text.DEFAULT_CORPUS.read_bytes())
             process.send_signal(stop)
             _, error = process.communicate(timeout=600)
         assert process.returncode in (130, 143), error
@@ -207,7 +207,7 @@ def test_an_interrupt_leaves_nothing(tiny_gguf: Path, tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_nothing(tiny_gguf: Path, tmp_path: Path) -> None:
     with pytest.raises(IndexError):
-        rewrite(tiny_gguf, tmp_path / "o.gguf", [[]], {})  # tensors for one block only
+        replace_predictors(tiny_gguf, tmp_path / "o.gguf", [[]], {})  # tensors for one block only
     assert list(tmp_path.iterdir()) == []
 
 
@@ -252,8 +252,8 @@ def test_evaluation_of_a_predictor_that_looks_at_the_residual(fitted_gguf: Path,
         usual = file.metadata["lazyneuron.predictor.predicted_share"][0]
     first = evaluate(out, HELDOUT, tokens=FEW).layers[0]
     with Tokenizer(out) as tokenizer, runtime.load(out, ffn="predicted") as model:
-        corpus = text.read_corpus(HELDOUT)
-        for window in text.cut(*text.encode(corpus, tokenizer), 512)[: FEW // 512]:
+        corpus = calibration_text.read_corpus(HELDOUT)
+        for window in calibration_text.cut(*calibration_text.encode(corpus, tokenizer), 512)[: FEW // 512]:
             model.logits(window.tolist())
         assert model.gate_shares()[0] == pytest.approx(first.predicted_share, rel=0.01)
     assert abs(first.predicted_share - usual) > 0.05
@@ -293,5 +293,7 @@ def test_the_bundled_model_stays_good_with_quantised_weights(converted: Converte
     fitted = fit_candidates(converted("bundled", "q4_0"))
     for energy, worse, read in ((0.997, 0.005, 0.24), (0.982, 0.025, 0.17)):
         made = fitted.at(energy, reorder=False)
-        rewrite(converted("bundled", "q4_0"), tmp_path / "o.gguf", [b.tensors for b in made.blocks], made.metadata)
+        replace_predictors(
+            converted("bundled", "q4_0"), tmp_path / "o.gguf", [b.tensors for b in made.blocks], made.metadata
+        )
         assert_good(tmp_path / "o.gguf", worse, read)

@@ -12,7 +12,7 @@ from predictors import lowrank, mlp, signbit
 from predictors.allocate import LayerOptions, allocate
 from predictors.calibrate import LayerSamples
 from predictors.candidate_store import shelve
-from predictors.choose import PRICES, Cost, Curve, Judged, Rule, judge
+from predictors.choose_candidate import PRICES, Cost, Curve, Judged, Rule, judge
 from predictors.margins import Margins, Scale, measure
 from predictors.matrices import plain
 from predictors.predictor import Candidate, FitOptions

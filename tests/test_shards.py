@@ -14,7 +14,7 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 import runtime
 from convert import convert
 from convert.__main__ import main as convert_main
-from predictors.rewrite import rewrite
+from predictors.replace_predictors import replace_predictors
 from runtime.__main__ import main as runtime_main
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
@@ -153,7 +153,7 @@ def test_every_command_takes_the_first_shard(
 def test_other_predictors_are_written_from_shards(shards: list[Path], fitted_gguf: Path, tmp_path: Path) -> None:
     out = tmp_path / "new.gguf"
     with GgufFile(shards[0]) as file:
-        rewrite(shards[0], out, [() for _ in range(file.structure.block_count)], {})
+        replace_predictors(shards[0], out, [() for _ in range(file.structure.block_count)], {})
     written, whole = GGUFReader(out), GGUFReader(fitted_gguf)
     assert not any(key.startswith(("split.", "lazyneuron.split")) for key in written.fields)
     expected = {t.name: t.data.tobytes() for t in whole.tensors if ".predictor_" not in t.name}

@@ -16,7 +16,7 @@ import pytest
 
 import runtime
 from convert.publish.card import CardOptions, examine
-from predictors import text
+from predictors import calibration_text
 from predictors.evaluate import evaluate
 from runtime.__main__ import main
 from runtime.base.text_file import decoded, read_text, without_line_end
@@ -181,7 +181,11 @@ def test_a_card_reads_its_text_once(tiny_gguf: Path, fifo: Any) -> None:
 @posix
 def test_calibration_and_evaluation_read_pipes(tiny_gguf: Path, tmp_path: Path, fifo: Any) -> None:
     (tmp_path / "text.txt").write_bytes(codecs.BOM_UTF8 + LONG)
-    assert text.read_corpus(fifo(LONG)).text == text.read_corpus(tmp_path / "text.txt").text == LONG.decode()
+    assert (
+        calibration_text.read_corpus(fifo(LONG)).text
+        == calibration_text.read_corpus(tmp_path / "text.txt").text
+        == LONG.decode()
+    )
     assert evaluate(tiny_gguf, fifo(LONG), 600, threads=1) == evaluate(tiny_gguf, tmp_path / "text.txt", 600, threads=1)
 
 

@@ -15,7 +15,7 @@ from unequal import MODELS, WIDTH, WINDOW, Block
 import runtime
 from convert import archs, convert
 from predictors.matrices import Tensor
-from predictors.rewrite import rewrite
+from predictors.replace_predictors import replace_predictors
 from runtime.model_file.reader import GgufFile
 
 pytestmark = pytest.mark.numeric
@@ -53,7 +53,7 @@ def file(checkpoint: Made) -> Made:
         source = checkpoint(name)
         path = source.with_name(f"{source.name}-{type}-{predicted}-{'-'.join(options)}.gguf")
         if not path.exists() and predicted:
-            rewrite(get(name, type), path, *random_predictors(MODELS[name].blocks))
+            replace_predictors(get(name, type), path, *random_predictors(MODELS[name].blocks))
         elif not path.exists():
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(archs, "__path__", [*archs.__path__, str(Path(__file__).parent / "archs")])

@@ -16,7 +16,7 @@ from families import CASES
 from oracle import kl, max_difference, random_ids, transformers_logits
 from plain import convert
 
-from convert import rewrites, source
+from convert import planned_job, rewrites
 from convert.__main__ import main
 from convert.arch import Source
 from convert.archs import llama, nemotron
@@ -25,7 +25,7 @@ from convert.formats import TYPES
 from convert.plan import Types, make_plan
 from convert.rewrites import Rewrite
 from convert.verify import logits
-from convert.verify.reference import Reference
+from convert.verify.reference import NumpyModel
 from runtime.errors import UserError
 
 pytestmark = pytest.mark.numeric
@@ -51,7 +51,7 @@ def test_the_numpy_oracle_equals_the_reference(name: str, checkpoint: Folder) ->
     case = CASES.get(name)
     opened = open_checkpoint(folder)
     plan = make_plan(opened, Types("q4_0"), "sparse", case.ffn_type if case else None)
-    found = Reference(opened, plan).logits(ids)
+    found = NumpyModel(opened, plan).logits(ids)
     assert found.dtype == np.float32
     assert max_difference(case.logits(folder, ids) if case else transformers_logits(folder, ids), found) <= 2e-4
 
@@ -92,10 +92,12 @@ def test_the_divergence_equals_the_tests_own() -> None:
 
 
 def wrong_metadata(changes: dict[str, Any]) -> Callable[[pytest.MonkeyPatch], None]:
-    right = source._metadata
+    right = planned_job._metadata
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(source, "_metadata", lambda *a: right(*a) | {f"lazyneuron.{k}": v for k, v in changes.items()})
+        patch.setattr(
+            planned_job, "_metadata", lambda *a: right(*a) | {f"lazyneuron.{k}": v for k, v in changes.items()}
+        )
 
     return plant
 

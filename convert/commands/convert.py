@@ -10,7 +10,7 @@ from convert.arch import Generated
 from convert.catalogue import catalogue
 from convert.formats import TYPES
 from convert.job import Report, convert
-from convert.plan import Given, Origin
+from convert.plan import MadeTensor, Origin
 from predictors.fit import DEFAULT_ENERGY
 from predictors.fit import TYPES as PREDICTOR_TYPES
 from predictors.registry import KINDS
@@ -129,7 +129,7 @@ def _origin(source: Origin) -> tuple[str, str]:
     """Where a tensor comes from, and what changes it on the way."""
     if isinstance(source, Generated):
         return "config.json", ""
-    return ("made here", "") if isinstance(source, Given) else (source.name, source.rewrite)
+    return ("made here", "") if isinstance(source, MadeTensor) else (source.name, source.rewrite)
 
 
 def _print_catalogue(as_json: bool) -> None:

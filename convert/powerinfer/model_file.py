@@ -17,9 +17,9 @@ from gguf import GGML_QUANT_VERSION
 
 from convert.arch import Arch, Source, describe
 from convert.config import Config
+from convert.file_tensors import DecodedMatrix, KeptRows, Readable
 from convert.formats import fitting
-from convert.kept import Decoded, Kept, Readable
-from convert.plan import Given, Plan, PlannedTensor, Types, attention_of
+from convert.plan import MadeTensor, Plan, PlannedTensor, Types, attention_of
 from convert.powerinfer.bodies import ACTIVATION, BODIES, INSTEAD, TIED, TOKENIZERS
 from convert.rewrites import Shape, named
 from convert.tokenizer import spm
@@ -103,10 +103,10 @@ def plan_import(file: PowerInferFile, layout: str = "sparse", ffn_type: str | No
     return Plan(None, structure, Types("", ""), tensors, tuple(_notes(file, layout, ffn_type)))
 
 
-def threshold_bias(threshold: float, n_ff: int) -> Given:
+def threshold_bias(threshold: float, n_ff: int) -> MadeTensor:
     """`predictor_out.bias` for which score + bias > 0 says exactly what score >= threshold says."""
     below = np.nextafter(np.float32(threshold), np.float32(-math.inf))
-    return Given(np.full(n_ff, -below, np.float32).view(np.uint8))
+    return MadeTensor(np.full(n_ff, -below, np.float32).view(np.uint8))
 
 
 def _with_predictor(file: PowerInferFile, s: Structure) -> Structure:
@@ -170,8 +170,8 @@ def _planned(file: PowerInferFile, name: str, shape: Shape, source: Source | Non
         raise UserError(f"`{file.path}`: tensor `{info.name}` has type {info.type}, expected {wanted}", _DAMAGED)
     if first is not None:
         kind = info.type.lower()
-        return PlannedTensor(name, Kept(file.path, info, first), shape, kind, kind)
-    made: Readable = Decoded(file.path, info, source.rewrite)
+        return PlannedTensor(name, KeptRows(file.path, info, first), shape, kind, kind)
+    made: Readable = DecodedMatrix(file.path, info, source.rewrite)
     wanted = DOWN_TYPE if source.rewrite == "transpose" else "f32"
     rewrite = named(source.rewrite, attention)
     return PlannedTensor(name, made, shape, fitting(wanted, shape[0]), wanted, rewrite=rewrite)

@@ -14,9 +14,9 @@ import numpy as np
 from convert import pytorch
 from convert.checkpoint import FLOATS
 from convert.config import read_json_if_any
-from convert.download import fetch_files
+from convert.fetch_checkpoint import fetch_files
+from convert.file_tensors import PickledTensor
 from convert.formats import fitting
-from convert.kept import Pickled
 from convert.plan import Plan, PlannedTensor
 from convert.powerinfer.model_file import threshold_bias, with_mlp
 from convert.rewrites import Shape
@@ -82,7 +82,7 @@ def _planned(name: str, shape: Shape, found: Predictors, wanted: str) -> Planned
     _, block, part = name.split(".", 2)
     if part not in _PARTS:
         return PlannedTensor(name, threshold_bias(found.threshold, shape[0]), shape, "f32", "f32")
-    source = Pickled(found.files[int(block)], _PARTS[part])
+    source = PickledTensor(found.files[int(block)], _PARTS[part])
     return PlannedTensor(name, source, shape, fitting(wanted, shape[0]), wanted)
 
 

@@ -21,7 +21,7 @@ import runtime
 from convert.arch import Source, adapted, config_activation
 from convert.checkpoint import Checkpoint
 from convert.plan import Plan
-from convert.verify.reference import Reference
+from convert.verify.reference import NumpyModel
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
 
@@ -97,7 +97,7 @@ def _log_softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def _oracle(checkpoint: Checkpoint, plan: Plan) -> tuple[str, Callable[[list[int]], Floats]]:
     if _fits_transformers(checkpoint, plan):
         return "transformers", lambda ids: _transformers_logits(checkpoint.folder, ids)
-    return "the checkpoint (float32 numpy)", Reference(checkpoint, plan).logits
+    return "the checkpoint (float32 numpy)", NumpyModel(checkpoint, plan).logits
 
 
 def _fits_transformers(checkpoint: Checkpoint, plan: Plan) -> bool:

@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float32]
 _ROWS = 4096  # of the output head that are held at once
 
 
-class Reference:
+class NumpyModel:
     """The model of a checkpoint. plan: of its conversion, before neurons are reordered."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from runtime.analysis.placement import PlacedModel, placed_model
 from runtime.hybrid.costs import PlanOptions, frequencies, machine_of, model_costs
-from runtime.hybrid.planner import Block, Device, Machine, Placement, Planner
+from runtime.hybrid.planner import BlockCosts, Device, Machine, Placement, Planner
 from runtime.model_file.reader import GgufFile
 
 BUDGETS = 65
@@ -86,7 +86,7 @@ def choose(span: BudgetRange, wanted: Sequence[int], speed: Callable[[int], floa
     return found
 
 
-def _whole(blocks: Sequence[Block], head: int, machine: Machine) -> BudgetRange:
+def _whole(blocks: Sequence[BlockCosts], head: int, machine: Machine) -> BudgetRange:
     """From a device's buffers alone to all that it can hold, with what rounding may cost."""
     reserve = machine.devices[0].reserve
     everything = reserve + head + sum(b.stored + b.predictor + b.hot[-1] for b in blocks)

@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from runtime.bindings import ggml, llama
 
 
-class _Kept(threading.local):
+class _LinesOfThread(threading.local):
     """Lines kept for the calls of one thread, the innermost last: ggml and libllama log on the thread that calls them."""
 
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
 
 
-_kept = _Kept()
+_kept = _LinesOfThread()
 
 
 def _print_or_keep(level: int, text: bytes | None, _user_data: int | None) -> None:

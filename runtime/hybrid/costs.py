@@ -15,7 +15,7 @@ from runtime.bindings import ggml
 from runtime.bindings.ffn_shape import FfnShape
 from runtime.compute.dense_threshold import expected
 from runtime.errors import UserError
-from runtime.hybrid.planner import Block, Device, Machine, Placement, place
+from runtime.hybrid.planner import BlockCosts, Device, Machine, Placement, place
 from runtime.model_file import tensor_names as names
 from runtime.model_file.reader import GgufFile, TensorInfo
 from runtime.model_file.structure import Structure
@@ -130,7 +130,7 @@ def _widest(s: Structure) -> tuple[int, int]:
     return max(ffn.n_ff for ffn in s.ffns.values()), max(a.query_length for a in s.attentions.values())
 
 
-def model_costs(file: GgufFile, options: PlanOptions) -> tuple[list[Block], int]:
+def model_costs(file: GgufFile, options: PlanOptions) -> tuple[list[BlockCosts], int]:
     """The planner's blocks, and the bytes of the output head (its norm and projection included)."""
     s = file.structure
     gates = expected(file, options.ffn, options.run.predictor_bias).gates
@@ -194,7 +194,7 @@ def cold_bytes(
     return tuple(float(colder[k]) for k in cuts)
 
 
-def _block(file: GgufFile, i: int, options: PlanOptions, freq: Floats, share: float) -> Block:
+def _block(file: GgufFile, i: int, options: PlanOptions, freq: Floats, share: float) -> BlockCosts:
     attention, ffn, tensors = file.structure.blocks[i].mixer, file.structure.blocks[i].ffn, _tensors(file, i)
     always = [t for name, t in tensors.items() if name.startswith(_ALWAYS_READ)]
     kv = 2 * attention.kv_length * options.kv_size if attention else 0
@@ -203,7 +203,7 @@ def _block(file: GgufFile, i: int, options: PlanOptions, freq: Floats, share: fl
         positions = min(positions, attention.window)
     stored = sum(map(_stored, always)) + _slack(tensors) + kv * _padded(options.n_ctx, _KV_PAD)
     read = sum(t.nbytes for t in always) + kv * positions
-    block = Block(stored=stored, read=read, predictor=0, neurons=0, cuts=(0,), hot=(0,), cold=(0.0,))
+    block = BlockCosts(stored=stored, read=read, predictor=0, neurons=0, cuts=(0,), hot=(0,), cold=(0.0,))
     return _with_neurons(block, ffn, file, i, options, freq, share) if ffn else block
 
 
@@ -211,8 +211,8 @@ _ALWAYS_READ = ("attn_", names.FFN_NORM, names.bias(names.FFN_DOWN))
 
 
 def _with_neurons(
-    block: Block, ffn: FfnShape, file: GgufFile, i: int, options: PlanOptions, freq: Floats, share: float
-) -> Block:
+    block: BlockCosts, ffn: FfnShape, file: GgufFile, i: int, options: PlanOptions, freq: Floats, share: float
+) -> BlockCosts:
     tensors, n_ff = _tensors(file, i), ffn.n_ff
     predicted = options.ffn == "predicted" and file.structure.rank(i) > 0
     sign = tensors[names.PREDICTOR_SIGN].nbytes / n_ff if predicted and names.PREDICTOR_SIGN in tensors else 0.0

@@ -26,7 +26,7 @@ Sizes = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockCosts:
     """One transformer block, in bytes. Neurons are stored hottest first, so that a device holds a prefix of them.
 
     stored: what a device must hold whatever its share of the FFN (attention, norms, biases, keys and values, padding).
@@ -110,7 +110,7 @@ PARTS = ("attention (device)", "attention (CPU)", "hot neurons", "cold neurons",
 
 
 def evaluate(
-    blocks: Sequence[Block],
+    blocks: Sequence[BlockCosts],
     head: int,
     machine: Machine,
     resident_from: int,
@@ -151,7 +151,7 @@ def evaluate(
 
 
 def _block_cost(
-    b: Block, machine: Machine, resident: bool, pieces: Sequence[int], used: list[int]
+    b: BlockCosts, machine: Machine, resident: bool, pieces: Sequence[int], used: list[int]
 ) -> tuple[dict[str, float], str]:
     """Seconds by part and which side is waited for; adds the block's bytes to `used`."""
     ends = np.cumsum(pieces)
@@ -177,7 +177,7 @@ def _block_cost(
     return cost, "device" if hot >= cold else "CPU"
 
 
-def place(blocks: Sequence[Block], head: int, machine: Machine) -> Placement:
+def place(blocks: Sequence[BlockCosts], head: int, machine: Machine) -> Placement:
     """The fastest placement within the budgets. head: bytes of the output head, all read by every token.
 
     With one device it is the optimum (up to `Placement.slack`), hence never slower with more budget. With several, each block's prefix is cut in
@@ -196,7 +196,7 @@ class Planner:
     Each placement is the one that `place` finds for that budget.
     """
 
-    def __init__(self, blocks: Sequence[Block], head: int, machine: Machine) -> None:
+    def __init__(self, blocks: Sequence[BlockCosts], head: int, machine: Machine) -> None:
         if len(machine.devices) != 1:
             raise ValueError(f"{len(machine.devices)} devices, expected one")
         self._search = _Search(blocks, head, machine, 1)
@@ -214,7 +214,7 @@ class Planner:
 class _Search:
     """The best placement on the first `n` devices that uses any of them."""
 
-    def __init__(self, blocks: Sequence[Block], head: int, machine: Machine, n: int) -> None:
+    def __init__(self, blocks: Sequence[BlockCosts], head: int, machine: Machine, n: int) -> None:
         self.blocks, self.head, self.machine = blocks, head, machine
         self.devices = machine.devices[:n]
         self.several = n > 1
@@ -276,10 +276,10 @@ class _Search:
             known = self._solvers[shares] = _Solver([self._table(b, list(shares)) for b in self.blocks], room)
         return known
 
-    def _cpu_seconds(self, b: Block) -> float:
+    def _cpu_seconds(self, b: BlockCosts) -> float:
         return (b.read + b.predictor + b.cold[0]) / self.machine.cpu_bandwidth
 
-    def _table(self, b: Block, shares: list[float]) -> tuple[Sizes, Seconds]:
+    def _table(self, b: BlockCosts, shares: list[float]) -> tuple[Sizes, Seconds]:
         """For each cut of a resident block: bytes beside those that every resident block needs, and seconds."""
         cuts, hot, cold = np.array(b.cuts), np.array(b.hot, np.int64), np.array(b.cold, np.float64)
         split = cuts < b.neurons
@@ -330,7 +330,7 @@ class _Solver:
         return (room - sum(self._floors[first:])) // self._unit
 
 
-def _step(b: Block) -> int:
+def _step(b: BlockCosts) -> int:
     """Bytes of the largest block of neurons."""
     return int(np.diff(b.hot).max(initial=0))
 

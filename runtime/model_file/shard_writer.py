@@ -17,7 +17,7 @@ from runtime.base.atomic import place_of
 from runtime.base.sizes import parse_size
 from runtime.errors import UserError
 from runtime.model_file import shards
-from runtime.model_file.writer import Key, NewFile, Stream
+from runtime.model_file.writer import Key, NewFile, NewTensor
 
 
 def shard_size(text: str | None) -> int:
@@ -28,7 +28,7 @@ def shard_size(text: str | None) -> int:
     return size
 
 
-def split_model(out: Path, metadata: Mapping[str, Any], tensors: Sequence[Stream], max_bytes: int) -> list[NewFile]:
+def split_model(out: Path, metadata: Mapping[str, Any], tensors: Sequence[NewTensor], max_bytes: int) -> list[NewFile]:
     """The files to write: `out` alone where all tensors fit into `max_bytes` (or that is 0), else its shards in order.
 
     As in llama.cpp `max_bytes` counts tensors only; the keys of the model are all in the first shard.
@@ -91,9 +91,9 @@ def old_shards(place: Path) -> list[Path]:
     return [place.with_name(name) for name in sorted(names) if (shards.parse_name(name) or ("",))[0] == place.stem]
 
 
-def _groups(tensors: Sequence[Stream], max_bytes: int) -> list[list[Stream]]:
+def _groups(tensors: Sequence[NewTensor], max_bytes: int) -> list[list[NewTensor]]:
     """Tensors in their order, each shard filled before the next is begun."""
-    groups: list[list[Stream]] = [[]]
+    groups: list[list[NewTensor]] = [[]]
     used = 0
     for tensor in tensors:
         if used + tensor.nbytes > max_bytes:
@@ -104,7 +104,7 @@ def _groups(tensors: Sequence[Stream], max_bytes: int) -> list[list[Stream]]:
     return groups
 
 
-def _digest(metadata: Mapping[str, Any], tensors: Sequence[Stream]) -> str:
+def _digest(metadata: Mapping[str, Any], tensors: Sequence[NewTensor]) -> str:
     """Tells this model from others: a sha256 of its keys and of its tensors' names, types and shapes."""
     digest = hashlib.sha256()
     with np.printoptions(threshold=10**9):

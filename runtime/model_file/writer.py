@@ -30,7 +30,7 @@ _LARGEST_F32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
-class Stream:
+class NewTensor:
     """A tensor to be written: its bytes arrive in pieces while it is written.
 
     shape: in ggml's order, the contiguous dimension first. type: a number of enum ggml_type.
@@ -58,7 +58,7 @@ class Key:
     items: GGUFValueType | None = None
 
 
-def copied(file: GgufFile, name: str, new_name: str | None = None) -> Stream:
+def copied(file: GgufFile, name: str, new_name: str | None = None) -> NewTensor:
     """A tensor of another file, byte for byte."""
     info = file.tensors[name]
 
@@ -68,7 +68,7 @@ def copied(file: GgufFile, name: str, new_name: str | None = None) -> Stream:
             for at in range(0, info.nbytes, _PIECE):
                 yield np.frombuffer(stored.read(min(_PIECE, info.nbytes - at)), np.uint8)
 
-    return Stream(new_name or name, info.ne, info.type_id, info.nbytes, pieces())
+    return NewTensor(new_name or name, info.ne, info.type_id, info.nbytes, pieces())
 
 
 def copied_keys(path: Path) -> dict[str, Key]:
@@ -93,11 +93,11 @@ class NewFile:
 
     path: Path
     metadata: Mapping[str, Any]
-    tensors: Sequence[Stream]
+    tensors: Sequence[NewTensor]
 
 
 def write_gguf(
-    out: Path, metadata: Mapping[str, Any], tensors: Sequence[Stream], architecture: str = ARCHITECTURE
+    out: Path, metadata: Mapping[str, Any], tensors: Sequence[NewTensor], architecture: str = ARCHITECTURE
 ) -> int:
     """Write the one file `out` as `write_files` does; returns its size in bytes."""
     return write_files([NewFile(out, metadata, tensors)], architecture)

@@ -59,7 +59,7 @@ def _compiled(template: str) -> jinja2.Template:
         return _environment().from_string(template)
 
 
-class _Generation(Extension):
+class _GenerationTag(Extension):
     """`{% generation %}...{% endgeneration %}`: marks the assistant's text for training; here its text alone counts.
 
     What is set inside stays inside, as in Hugging Face's own.
@@ -78,7 +78,7 @@ class _Generation(Extension):
 
 @lru_cache(maxsize=1)
 def _environment() -> BoundedEnvironment:
-    environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now

@@ -18,7 +18,7 @@ from runtime.model_file import structure
 from runtime.model_file.shard_writer import split_model
 from runtime.model_file.structure import Structure
 from runtime.model_file.tensor_shapes import required_tensors
-from runtime.model_file.writer import Stream, write_files
+from runtime.model_file.writer import NewTensor, write_files
 
 VOCAB = 300
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
@@ -290,12 +290,12 @@ def byte_level(n: int) -> dict[str, Any]:
     }
 
 
-def _streams(s: Structure, kind: str) -> list[Stream]:
+def _streams(s: Structure, kind: str) -> list[NewTensor]:
     rng = np.random.default_rng(len(kind))
     return [_stream(name, shape, kind, rng) for name, shape in required_tensors(s).items()]
 
 
-def _stream(name: str, shape: tuple[int, ...], kind: str, rng: np.random.Generator) -> Stream:
+def _stream(name: str, shape: tuple[int, ...], kind: str, rng: np.random.Generator) -> NewTensor:
     part = name.rpartition(".")[2]
     if part == "ffn_neuron_index":
         return _made(name, shape, "i32", rng.permutation(shape[0]).astype(np.int32).view(np.uint8))
@@ -311,5 +311,5 @@ def _stream(name: str, shape: tuple[int, ...], kind: str, rng: np.random.Generat
     return _made(name, shape, used, encode(values, used))
 
 
-def _made(name: str, shape: tuple[int, ...], kind: str, data: Any) -> Stream:
-    return Stream(name, shape, NUMBERS[kind], data.nbytes, [data])
+def _made(name: str, shape: tuple[int, ...], kind: str, data: Any) -> NewTensor:
+    return NewTensor(name, shape, NUMBERS[kind], data.nbytes, [data])

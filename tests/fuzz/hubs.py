@@ -23,7 +23,7 @@ import huggingface_hub
 from huggingface_hub import constants, errors
 
 from convert.commands.push import push
-from convert.download import fetch
+from convert.fetch_checkpoint import fetch
 from fuzz import mutate_json
 from fuzz.bases import MODELS, model_bytes
 from fuzz.worker import Failed, Files, Target, seeded

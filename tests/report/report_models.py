@@ -13,10 +13,10 @@ from bench.make_model import tokenizer
 from bench.shapes import shape
 from runtime.model_file.structure import Structure
 from runtime.model_file.tensor_shapes import required_tensors
-from runtime.model_file.writer import Stream, write_gguf
+from runtime.model_file.writer import NewTensor, write_gguf
 
 
-class Hole(Stream):
+class Hole(NewTensor):
     """A tensor of zeros that takes no room on a disk."""
 
     def tofile(self, file: IO[bytes]) -> None:
@@ -83,7 +83,7 @@ def _predictor_keys(s: Structure, figures: dict[str, Any]) -> dict[str, Any]:
     return keys | {"lazyneuron.predictor.type": ["q4_0"] * s.block_count}
 
 
-def _tensor(name: str, ne: tuple[int, ...], type_name: str, share: np.ndarray[Any, np.dtype[np.float64]]) -> Stream:
+def _tensor(name: str, ne: tuple[int, ...], type_name: str, share: np.ndarray[Any, np.dtype[np.float64]]) -> NewTensor:
     kind = gguf.GGMLQuantizationType.F32 if len(ne) == 1 else gguf.GGMLQuantizationType[type_name]
     if name.endswith("ffn_neuron_index"):
         kind, values = gguf.GGMLQuantizationType.I32, np.arange(ne[0], dtype=np.int32)
@@ -93,4 +93,4 @@ def _tensor(name: str, ne: tuple[int, ...], type_name: str, share: np.ndarray[An
     else:
         block, size = gguf.GGML_QUANT_SIZES[kind]
         return Hole(name, ne, int(kind), int(np.prod(ne)) // block * size, ())
-    return Stream(name, ne, int(kind), values.nbytes, [values.view(np.uint8)])
+    return NewTensor(name, ne, int(kind), values.nbytes, [values.view(np.uint8)])

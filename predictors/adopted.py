@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from predictors import text
+from predictors import calibration_text
 from predictors.calibrate import LayerSamples, all_test, calibrate
 from predictors.evaluate import layer_figures
 from predictors.fit import BlockFit, ModelFit, calibration_windows, fit_metadata, frequency, of_blocks
@@ -19,7 +19,7 @@ from predictors.hot_order import as_it_is, hottest_first
 from predictors.margins import scale_of
 from predictors.matrices import Floats
 from predictors.predictor import Candidate
-from predictors.stored import stored_predictor
+from predictors.stored_predictor import stored_predictor
 from runtime.base.processors import default_threads
 from runtime.base.progress import Progress, silent
 from runtime.compute.block_runner import BlockRunner
@@ -44,7 +44,7 @@ def adopt_model(
     The result's blocks hold no predictor tensors: the file's own are to be taken over, with their rows in the new order.
     Parameters and errors are those of `predictors.fit.fit_model`.
     """
-    corpus = text.read_corpus(calibration)
+    corpus = calibration_text.read_corpus(calibration)
     with GgufFile(path) as file:
         s = file.structure
         windows = calibration_windows(corpus, path, s, tokens, seed)

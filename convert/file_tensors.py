@@ -34,7 +34,7 @@ class Readable(Protocol):
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptRows:
     """Rows of a tensor in another GGUF file that are kept byte for byte. first: the first of them; a vector's elements are rows."""
 
     file: Path
@@ -58,7 +58,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecodedMatrix:
     """The numbers of a matrix in another GGUF file, to be encoded anew."""
 
     file: Path
@@ -77,7 +77,7 @@ class Decoded:
 
 
 @dataclass(frozen=True)
-class Pickled:
+class PickledTensor:
     """A tensor in a file that torch saved."""
 
     file: Path

@@ -14,27 +14,29 @@ from runtime.bindings import ggml
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import ARCHITECTURE
 from runtime.model_file.tensor_names import in_block, parsed
-from runtime.model_file.writer import NewFile, Stream, copied, copied_keys, write_files
+from runtime.model_file.writer import NewFile, NewTensor, copied, copied_keys, write_files
 
 REPLACED = (f"{ARCHITECTURE}.predictor.", f"{ARCHITECTURE}.calibration.")
 
 
-def rewrite(source: Path, out: Path, blocks: Sequence[Sequence[Tensor]], metadata: Mapping[str, Any]) -> int:
+def replace_predictors(source: Path, out: Path, blocks: Sequence[Sequence[Tensor]], metadata: Mapping[str, Any]) -> int:
     """Write `source` to `out` with new predictor tensors for each block and new keys; returns the size in bytes.
 
     After any exception, an interrupt included, `out` is as it was before and nothing else is left behind.
     """
-    return write_files([rewritten(source, out, blocks, metadata)])
+    return write_files([with_new_predictors(source, out, blocks, metadata)])
 
 
-def rewritten(source: Path, out: Path, blocks: Sequence[Sequence[Tensor]], metadata: Mapping[str, Any]) -> NewFile:
-    """What `rewrite` writes."""
+def with_new_predictors(
+    source: Path, out: Path, blocks: Sequence[Sequence[Tensor]], metadata: Mapping[str, Any]
+) -> NewFile:
+    """What `replace_predictors` writes."""
     kept = {key: value for key, value in copied_keys(source).items() if not key.startswith(REPLACED)}
     with GgufFile(source) as file:
         return NewFile(out, kept | dict(metadata), list(_streams(file, blocks)))
 
 
-def _streams(file: GgufFile, blocks: Sequence[Sequence[Tensor]]) -> Iterator[Stream]:
+def _streams(file: GgufFile, blocks: Sequence[Sequence[Tensor]]) -> Iterator[NewTensor]:
     """Old tensors in their order, each block followed by its new ones."""
     kept = [name for name in file.tensors if ".predictor_" not in name]
     for name, following in zip(kept, [*kept[1:], ""], strict=True):
@@ -42,7 +44,7 @@ def _streams(file: GgufFile, blocks: Sequence[Sequence[Tensor]]) -> Iterator[Str
         block = _block_of(name)
         if block is not None and _block_of(following) != block:
             for new in blocks[block]:
-                yield Stream(in_block(block, new.name), new.shape, ggml.TYPES[new.type], new.nbytes, (new.data,))
+                yield NewTensor(in_block(block, new.name), new.shape, ggml.TYPES[new.type], new.nbytes, (new.data,))
 
 
 def _block_of(name: str) -> int | None:

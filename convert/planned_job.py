@@ -13,8 +13,8 @@ from convert.arch import adapted, config_activation
 from convert.catalogue import named, recognise
 from convert.checkpoint import Checkpoint, open_checkpoint, refuse_adapter
 from convert.config import read_json
-from convert.converted import in_stored_order, kept_keys, plan_again
-from convert.download import fetch
+from convert.converted_file import in_stored_order, kept_keys, plan_again
+from convert.fetch_checkpoint import fetch
 from convert.formats import check_type
 from convert.metadata import general_metadata, read_card
 from convert.plan import NewBlocks, Plan, Types, make_plan, outline, with_neurons
@@ -34,7 +34,7 @@ _FILE = "the file"
 
 
 @dataclass(frozen=True)
-class Given:
+class ConvertOptions:
     """The options that say how the file is to be, None where they were not given; see `convert.convert`."""
 
     type: str | None = None
@@ -81,15 +81,15 @@ class Job:
         return replace(self, plan=plan, metadata=self.metadata | plan.structure.to_metadata() | new.metadata)
 
 
-def open_job(source: str, given: Given) -> Job:
+def open_job(source: str, options: ConvertOptions) -> Job:
     """Plan the conversion of `source`: a folder, a Hub id or a file. Raises UserError for whatever is wrong with it or the options."""
-    if given.import_predictor:
-        given.refuse("imported predictors", *_OF_FITS)
+    if options.import_predictor:
+        options.refuse("imported predictors", *_OF_FITS)
     path = expanded(source)
     if not path.is_file():
-        job = _checkpoint_job(source, given)
-    elif given.import_predictor and _magic(path) == MAGIC:
-        return _converted_job(path, given)
+        job = _checkpoint_job(source, options)
+    elif options.import_predictor and _magic(path) == MAGIC:
+        return _converted_job(path, options)
     elif _magic(path) == MAGIC:
         raise UserError(
             f"`{path}`: a GGUF file, expected a checkpoint folder, a Hub id or a PowerInfer file",
@@ -100,8 +100,8 @@ def open_job(source: str, given: Given) -> Job:
             f"`{path}`: a file of a checkpoint, expected its folder", f"python -m convert {path.parent} OUT.gguf"
         )
     else:
-        job = _powerinfer_job(path, given)
-    return _with_predictors(job, given) if given.import_predictor else job
+        job = _powerinfer_job(path, options)
+    return _with_predictors(job, options) if options.import_predictor else job
 
 
 def _magic(path: Path) -> bytes:
@@ -109,14 +109,14 @@ def _magic(path: Path) -> bytes:
         return file.read(len(MAGIC))
 
 
-def _checkpoint_job(source: str, given: Given) -> Job:
-    output = check_type(given.output_type, "--output-type") if given.output_type else ""
-    types = Types(check_type(given.type or "f16", "--type"), output)
-    layout = given.layout or "both"
+def _checkpoint_job(source: str, options: ConvertOptions) -> Job:
+    output = check_type(options.output_type, "--output-type") if options.output_type else ""
+    types = Types(check_type(options.type or "f16", "--type"), output)
+    layout = options.layout or "both"
 
     def described(folder: Path, repo: str) -> tuple[str, str | None, str | None]:
         known = recognise(repo, folder)
-        return layout, given.ffn_type, known.ffn_type if known else None
+        return layout, options.ffn_type, known.ffn_type if known else None
 
     def check(folder: Path, repo: str) -> None:
         """What config.json alone tells, before weights are fetched, or looked for."""
@@ -126,7 +126,7 @@ def _checkpoint_job(source: str, given: Given) -> Job:
     folder, repo = fetch(named(source), check)
     checkpoint = open_checkpoint(folder)
     plan = make_plan(checkpoint, types, *described(folder, repo))
-    told = "--ffn-type" if given.ffn_type else _ffn_source(plan, checkpoint)
+    told = "--ffn-type" if options.ffn_type else _ffn_source(plan, checkpoint)
     tokenizer = convert_tokenizer(folder, plan.structure.vocab_size)
     plan = replace(plan, notes=(*plan.notes, *read_card(folder / "README.md")[1], *tokenizer.notes))
     return Job(checkpoint, plan, _metadata(folder, repo, plan, tokenizer), told)
@@ -146,24 +146,24 @@ def _metadata(folder: Path, repo: str, plan: Plan, tokenizer: Converted) -> dict
     }
 
 
-def _powerinfer_job(path: Path, given: Given) -> Job:
-    given.refuse("a PowerInfer file", *_OF_MATRICES, *_OF_FITS, "predictor_type", "import_predictor", "verify")
+def _powerinfer_job(path: Path, options: ConvertOptions) -> Job:
+    options.refuse("a PowerInfer file", *_OF_MATRICES, *_OF_FITS, "predictor_type", "import_predictor", "verify")
     file = PowerInferFile(path)
-    plan = plan_import(file, given.layout or "sparse", given.ffn_type)
-    told = "--ffn-type" if given.ffn_type else _FILE
+    plan = plan_import(file, options.layout or "sparse", options.ffn_type)
+    told = "--ffn-type" if options.ffn_type else _FILE
     return Job(None, plan, import_metadata(file, plan.structure), told)
 
 
-def _converted_job(path: Path, given: Given) -> Job:
-    given.refuse("a file that is converted already", *_OF_MATRICES, "layout", "ffn_type", "activations", "verify")
+def _converted_job(path: Path, options: ConvertOptions) -> Job:
+    options.refuse("a file that is converted already", *_OF_MATRICES, "layout", "ffn_type", "activations", "verify")
     with GgufFile(path) as file:
-        job = _with_predictors(Job(None, plan_again(file), kept_keys(path), _FILE, reorder=False), given)
+        job = _with_predictors(Job(None, plan_again(file), kept_keys(path), _FILE, reorder=False), options)
         return replace(job, plan=in_stored_order(job.plan, file))
 
 
-def _with_predictors(job: Job, given: Given) -> Job:
-    found = open_predictors(str(given.import_predictor), job.plan.structure)
-    plan = with_predictors(job.plan, found, given.predictor_type or "auto")
+def _with_predictors(job: Job, options: ConvertOptions) -> Job:
+    found = open_predictors(str(options.import_predictor), job.plan.structure)
+    plan = with_predictors(job.plan, found, options.predictor_type or "auto")
     keys = plan.structure.to_metadata() | provenance(found.source, found.threshold)
     return replace(job, plan=plan, metadata=job.metadata | keys)
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.kept import Kept
+from convert.file_tensors import KeptRows
 from convert.plan import Plan, PlannedTensor, Types
-from predictors.rewrite import REPLACED
+from predictors.replace_predictors import REPLACED
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.tensor_shapes import required_tensors
 from runtime.model_file.writer import copied_keys
@@ -26,7 +26,7 @@ def plan_again(file: GgufFile) -> Plan:
     for name, shape in required_tensors(s).items():
         info = file.tensors[name]
         kind = info.type.lower()
-        tensors.append(PlannedTensor(name, Kept(file.path_of(info.name), info), shape, kind, kind))
+        tensors.append(PlannedTensor(name, KeptRows(file.path_of(info.name), info), shape, kind, kind))
     return Plan(None, s, Types("", ""), tuple(tensors))
 
 

@@ -1,6 +1,6 @@
 """A contender in a process of its own that waits for its turn: requests and replies are lines of JSON over pipes.
 
-`Worker` is the near end. The far end is this module run as a program; between requests it sleeps in a read, so that it takes no time from the others.
+`ContenderProcess` is the near end. The far end is this module run as a program; between requests it sleeps in a read, so that it takes no time from the others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from runtime.hybrid.devices import find
 BANDWIDTH = "bandwidth"
 
 
-class Worker(Closing):
+class ContenderProcess(Closing):
     """The near end of one contender (or of the yardstick BANDWIDTH); use it in a `with` statement.
 
     Every request raises UserError or RuntimeError where the far end failed.
@@ -32,7 +32,7 @@ class Worker(Closing):
 
     def __init__(self, spec: Spec) -> None:
         self.kind = spec.kind
-        command = [sys.executable, "-m", "bench.worker", json.dumps(asdict(spec))]
+        command = [sys.executable, "-m", "bench.contender_process", json.dumps(asdict(spec))]
         folder = str(Path(__file__).parent.parent)
         environment = {
             **os.environ,
@@ -74,7 +74,7 @@ class Worker(Closing):
         self._process.stdout.close()
 
 
-class _Model:
+class _FarEnd:
     """The far end of a contender: its requests as methods."""
 
     def __init__(self, spec: Spec) -> None:
@@ -140,7 +140,7 @@ def _main(description: str) -> None:
     os.dup2(2, 1)
     silence()
     spec = Spec(**json.loads(description))
-    target = _Yardstick(spec.threads) if spec.kind == BANDWIDTH else _Model(spec)
+    target = _Yardstick(spec.threads) if spec.kind == BANDWIDTH else _FarEnd(spec)
     _serve(target, replies.write)
 
 
