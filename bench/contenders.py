@@ -105,7 +105,7 @@ class Ours:
         """Blocks whose attention is there, the share of all neurons, and whether the head is."""
         found: dict[str, Any] = {"device_bytes": sum(self._model.device_bytes())}
         if self._model.arrangement:
-            placement, s = self._model.arrangement.residence.placement, self._model.structure
+            placement, s = self._model.arrangement.placement, self._model.structure
             found["blocks"] = s.block_count - placement.resident_from
             found["hot_share"] = sum(map(sum, placement.hot)) / sum(ffn.n_ff for ffn in s.ffns.values())
             found["head"] = placement.head

@@ -22,7 +22,7 @@ from predictors.predictor import Candidate
 from predictors.stored_predictor import stored_predictor
 from runtime.base.processors import default_threads
 from runtime.base.progress import Progress, silent
-from runtime.compute.block_runner import BlockRunner
+from runtime.block_runner import BlockRunner
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import Structure
 

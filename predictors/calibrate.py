@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.base.progress import Progress, silent
-from runtime.compute.block_runner import BlockRunner
+from runtime.block_runner import BlockRunner
 from runtime.model_file import tensor_names as names
 from runtime.model_file.structure import Structure
 

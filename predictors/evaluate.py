@@ -20,7 +20,7 @@ from predictors.stored_predictor import stored_predictor
 from runtime.analysis.likelihood import LARGEST_EXPONENT, divergence, token_losses
 from runtime.base.processors import default_threads
 from runtime.base.progress import Progress, silent
-from runtime.compute.block_runner import BlockRunner
+from runtime.block_runner import BlockRunner
 from runtime.compute.traffic import Activity, ffn_bytes
 from runtime.errors import UserError
 from runtime.model import Model, load

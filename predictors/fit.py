@@ -27,7 +27,7 @@ from runtime.base.processors import default_threads
 from runtime.base.progress import Progress, silent
 from runtime.base.text_file import TextFile
 from runtime.bindings.ffn_shape import FfnShape
-from runtime.compute.block_runner import BlockRunner
+from runtime.block_runner import BlockRunner
 from runtime.compute.traffic import Activity, ffn_bytes
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile

@@ -212,7 +212,7 @@ def test_a_prompt_begun_while_another_is_computed_is_not_taken_for_cached(
     third = model.tokenize(" trees", False)
     expected = model.logits([*second, *third])[-1]
     engine, resetting = model._engine, threading.Thread(target=model._sequence.clear)
-    graph, asked = engine._graph, []
+    graph, asked = engine._schedule, []
 
     def reset_meanwhile(n_tokens: int, n_kv: int, n_outputs: int) -> Any:
         asked.append(n_tokens)
@@ -222,7 +222,7 @@ def test_a_prompt_begun_while_another_is_computed_is_not_taken_for_cached(
         return graph(n_tokens, n_kv, n_outputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_graph", reset_meanwhile)
+        patch.setattr(engine, "_schedule", reset_meanwhile)
         model._sequence.logits([*first, *second])
     resetting.join()
     # F16 keys and values in other batches; another context differs by more than 1.

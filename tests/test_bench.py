@@ -23,7 +23,7 @@ from bench.make_model import Recipe, measure, random_ids, write_model
 from bench.pool import GROUP, ColumnPool, RowPool, choose_groups, decode, row_ids
 from bench.shapes import shape
 from runtime.base.worker import on_worker
-from runtime.compute.block_runner import BlockRunner
+from runtime.block_runner import BlockRunner
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
 

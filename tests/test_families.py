@@ -20,7 +20,7 @@ from convert.arch import families
 from predictors.calibrate import calibrate
 from predictors.fit import BlockFit, ModelFit
 from predictors.matrices import Tensor
-from runtime.compute.block_runner import BlockRunner
+from runtime.block_runner import BlockRunner
 from runtime.model_file.reader import GgufFile
 
 pytestmark = pytest.mark.numeric

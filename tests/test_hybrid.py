@@ -24,7 +24,7 @@ from runtime.errors import UserError
 from runtime.hybrid import choose
 from runtime.hybrid.costs import PlanOptions
 from runtime.hybrid.planner import Placement
-from runtime.hybrid.schedule import SplitBlock, SplitGraph
+from runtime.hybrid.schedule import Compute
 
 pytestmark = pytest.mark.numeric
 
@@ -207,7 +207,7 @@ def test_budgets_are_kept(fitted_gguf: Path, mib: float) -> None:
 def test_more_budget_puts_more_on_the_device(fitted_gguf: Path) -> None:
     def neurons(mib: float) -> int:
         with budget(fitted_gguf, mib) as model:
-            return sum(map(sum, model.arrangement.residence.placement.hot)) if model.arrangement else 0
+            return sum(map(sum, model.arrangement.placement.hot)) if model.arrangement else 0
 
     found = [neurons(mib) for mib in (0, 6, 10, 14, 1000)]
     assert found == sorted(found)
@@ -228,7 +228,7 @@ def test_no_budget_is_the_cpu_alone(fitted_gguf: Path) -> None:
 def test_a_huge_budget_puts_everything_on_the_device(fitted_gguf: Path) -> None:
     with budget(fitted_gguf, 2000) as model:
         assert model.arrangement
-        placement = model.arrangement.residence.placement
+        placement = model.arrangement.placement
         assert (placement.resident_from, placement.head) == (0, True)
         assert placement.hot == ((1024,),) * 6
         list(model.generate("Once", max_tokens=2))
@@ -239,7 +239,7 @@ def test_a_huge_budget_puts_everything_on_the_device(fitted_gguf: Path) -> None:
 def test_a_middling_budget_is_split(fitted_gguf: Path) -> None:
     with budget(fitted_gguf, 12) as model:
         assert model.arrangement
-        hot = [sum(k) for k in model.arrangement.residence.placement.hot]
+        hot = [sum(k) for k in model.arrangement.placement.hot]
         assert 0 < sum(hot) < 6 * 1024
         ids = random_ids(50, 4000)
         found = model.logits(ids)
@@ -288,12 +288,12 @@ def test_both_halves_of_an_ffn_are_computed_at_the_same_time(
         )
     device = ",".join(["CPU"] * n_devices)
     names: dict[int | None, str] = {}
-    run_block, meeting, met = SplitGraph._run_block, threading.Barrier(n_devices + 1, timeout=200), []
+    run, meeting, met = Compute.run, threading.Barrier(n_devices + 1, timeout=200), []
 
-    def named(graph: SplitGraph, block: SplitBlock) -> None:
-        parts = [block.hot, block.cold, *(piece.part for piece in block.elsewhere)]
-        names.update({part.graph.value: part.name for part in parts if part})
-        run_block(graph, block)
+    def named(step: Compute) -> None:
+        if step.subgraph.name.startswith(("hot", "cold")):
+            names[step.subgraph.graph.value] = step.subgraph.name
+        run(step)
 
     with runtime.load(
         converted("bundled"),
@@ -312,7 +312,7 @@ def test_both_halves_of_an_ffn_are_computed_at_the_same_time(
                 meeting.wait()
             return int(compute(backend, graph))
 
-        monkeypatch.setattr(SplitGraph, "_run_block", named)
+        monkeypatch.setattr(Compute, "run", named)
         monkeypatch.setattr(ggml, "ggml_backend_graph_compute", together)
         model.logits([5])
         monkeypatch.undo()

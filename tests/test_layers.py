@@ -11,7 +11,7 @@ import torch
 from oracle import random_ids, relative
 from transformers import AutoModelForCausalLM
 
-from runtime.compute.block_runner import BlockRunner
+from runtime.block_runner import BlockRunner
 from runtime.model_file.reader import GgufFile
 
 pytestmark = pytest.mark.numeric

@@ -24,7 +24,7 @@ from convert import convert
 from runtime.base.worker import on_worker
 from runtime.bindings import ggml
 from runtime.bindings import ggml_devices as gd
-from runtime.compute.block_runner import BlockRunner
+from runtime.block_runner import BlockRunner
 from runtime.hybrid import devices
 from runtime.model_file.reader import GgufFile
 from runtime.text.sampling import Sampling

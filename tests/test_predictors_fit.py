@@ -25,7 +25,7 @@ from predictors.calibrate import calibrate, default_tokens, split
 from predictors.evaluate import Evaluation, evaluate
 from predictors.fit import fit_candidates
 from predictors.replace_predictors import replace_predictors
-from runtime.compute.block_runner import BlockRunner
+from runtime.block_runner import BlockRunner
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.writer import copied, copied_keys, write_gguf

@@ -17,8 +17,8 @@ import runtime
 from convert import convert
 from runtime.compute.dense_threshold import dense_from, expected
 from runtime.compute.traffic import Activity
-from runtime.engine import Engine
 from runtime.hybrid import choose
+from runtime.hybrid.executor import Executor
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.writer import copied, copied_keys, write_gguf
 
@@ -62,9 +62,9 @@ def test_decoding_goes_on_from_a_dense_prompt(converted: Converted) -> None:
     with runtime.load(converted("bundled", "q4_0"), ffn="exact") as model:
         ids = random_ids(64, 4000)
         after(model, ids[:-1], 2)
-        assert model._engine._graphs._scratch is not None
+        assert model._engine._executor.cache._scratch is not None
         last = model._sequence.logits(ids)
-        assert model._engine._graphs._scratch is None  # what only prompts need is freed
+        assert model._engine._executor.cache._scratch is None  # what only prompts need is freed
         assert relative(after(model, ids, NOWHERE), last) < 0.2
 
 
@@ -139,7 +139,7 @@ def test_each_block_is_repacked_by_its_own_formats(mixed_gguf: Path) -> None:
         assert model._engine._dense_from == (few, many) * 3
         assert 16 == few < many  # only what is repacked takes longer than its products
         assert np.array_equal(after(model, ids, EVERYWHERE), wanted)
-        scratch = model._engine._graphs._scratch
+        scratch = model._engine._executor.cache._scratch
         assert scratch is not None
         assert sorted(name.split(",")[0] for name in scratch.tensors) == ["ffn_down", "ffn_gate", "ffn_up"]
 
@@ -157,7 +157,7 @@ def test_a_prompt_for_which_a_devices_memory_grows_keeps_what_it_repacks(
         return replace(planned(blocks, head, machine), resident_from=3, head=True, hot=((0,),) * 3 + ((1024,),) * 3)
 
     monkeypatch.setattr(choose, "place", last_blocks)
-    monkeypatch.setattr(Engine, "_reserve", lambda *_: None)
+    monkeypatch.setattr(Executor, "reserve", lambda *_: None)
     with runtime.load(path, ffn="exact", kv_type="f32", device="CPU", vram_budget="1") as model:
         assert relative(wanted, after(model, ids, EVERYWHERE)) < 0.02
-        assert model._engine._graphs._scratch is not None
+        assert model._engine._executor.cache._scratch is not None

@@ -17,6 +17,7 @@ from runtime.cli.options import count, writes
 from runtime.cli.output import note
 from runtime.cli.parser import Parser
 from runtime.hybrid.choose import Arrangement
+from runtime.hybrid.tensor_map import CPU
 from runtime.model import Model, open_model
 from runtime.options import AUTO, FFN_MODES, KV_TYPES, RunOptions
 from runtime.text.sampling import Sampling
@@ -127,8 +128,7 @@ def where(arrangement: Arrangement) -> str:
     names = ", ".join(device.name for device in arrangement.devices)
     if not arrangement.used:
         return f"on {names}: nothing, the CPU computes all of it (the budget is too small, or the device would not be faster)"
-    residence, placement = arrangement.residence, arrangement.residence.placement
-    s = residence.structure
-    hot = sum(residence.hot(i) for i in s.ffns) / sum(ffn.n_ff for ffn in s.ffns.values())
-    head = ", the output head" if placement.head else ""
-    return f"on {names}: attention of {s.block_count - residence.first} of {s.block_count} layers, {share(hot)} of the neurons{head}; the rest on the CPU"
+    tensor_map, s = arrangement.tensor_map, arrangement.tensor_map.structure
+    hot = sum(map(tensor_map.on_devices, s.ffns)) / sum(ffn.n_ff for ffn in s.ffns.values())
+    head = ", the output head" if tensor_map.head != CPU else ""
+    return f"on {names}: attention of {s.block_count - len(tensor_map.homes(CPU))} of {s.block_count} layers, {share(hot)} of the neurons{head}; the rest on the CPU"

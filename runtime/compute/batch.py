@@ -79,12 +79,6 @@ class GraphInputs:
     outputs: Ints
     masks: tuple[npt.NDArray[np.float16], ...]
 
-    def wanted(self, hidden: npt.NDArray[np.float32]) -> GraphInputs:
-        """The tokens alone whose logits are wanted, by their hidden states [n_outputs, n_embd]."""
-        rows, n = self.outputs, len(self.outputs)
-        masks = tuple(mask[rows] for mask in self.masks)
-        return GraphInputs(hidden, self.positions[rows], self.cells[rows], np.arange(n, dtype=np.int32), masks)
-
     @property
     def arrays(self) -> tuple[npt.NDArray[np.generic], ...]:
         """All but `data`, in the order of `Inputs.tensors`."""

@@ -49,7 +49,7 @@ class Inputs:
 
     @property
     def tensors(self) -> tuple[ggml.TensorP, ...]:
-        """All of them, masks by rising window: the order in which `input_values` gives what they hold."""
+        """All of them, masks by rising window: in the order of `GraphInputs.arrays`."""
         return self.positions, self.cells, self.outputs, *(self.masks[window] for window in sorted(self.masks))
 
 

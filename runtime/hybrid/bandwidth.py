@@ -19,9 +19,10 @@ from runtime.base.closing import Handles
 from runtime.base.worker import on_worker
 from runtime.bindings import ggml
 from runtime.errors import UserError
-from runtime.hybrid.device_queue import Stream, open_stream
 from runtime.hybrid.devices import DeviceInfo, devices
-from runtime.hybrid.sides import Memory, Side, device_kinds, host_kinds
+from runtime.hybrid.memory import SMALLER, Memory, device_kinds, host_kinds
+from runtime.hybrid.queues import Queue, open_queue
+from runtime.hybrid.subgraphs import Subgraphs
 
 _BYTES = 64 << 20  # of one matrix, in F16
 _WIDTH = 4096
@@ -84,37 +85,36 @@ def _remember(path: Path, known: dict[str, list[float]]) -> None:
 def measure(device: DeviceInfo, threads: int) -> Speed:
     """Time products with matrices of some hundred MB, and hidden states that go there and back."""
     with Handles() as handles:
-        stream = handles.enter_context(open_stream(device, threads, "measurement"))
-        memory = handles.enter_context(Memory(f"device {device.name}", device_kinds(device.handle)))
-        main = handles.enter_context(Memory("main memory", host_kinds(device.handle)))
-        side, host = handles.enter_context(Side(memory, 16)), handles.enter_context(Side(main, 4))
-        handles.callback(stream.settle)
-        return _measured(stream, side, host, _MATRICES["CPU" if device.is_stand_in else "GPU"])
+        queue = handles.enter_context(open_queue(device, threads, "measurement"))
+        memory = handles.enter_context(Memory(f"device {device.name}", device_kinds(device.handle), SMALLER))
+        main = handles.enter_context(Memory("main memory", host_kinds(device.handle), SMALLER))
+        there, here = handles.enter_context(Subgraphs(memory, 16)), handles.enter_context(Subgraphs(main, 4))
+        handles.callback(queue.settle)
+        return _measured(queue, memory, there, here, _MATRICES["CPU" if device.is_stand_in else "GPU"])
 
 
-def _measured(stream: Stream, side: Side, host: Side, n: int) -> Speed:
+def _measured(queue: Queue, memory: Memory, there: Subgraphs, here: Subgraphs, n: int) -> Speed:
     rows = _BYTES // _WIDTH // 2
-    matrices = [side.tensor(_WIDTH, rows, ggml.F16) for _ in range(n)]
-    x, y, host_x = side.tensor(_WIDTH), side.tensor(_WIDTH), host.tensor(_WIDTH)
-    side.allocate_tensors()
-    side.memory.fill(0x3C)  # numbers near 1; memory that was never written may not be there
-    host.allocate_tensors()
-    products, step = side.part("products"), side.part("step")
-    for matrix in matrices:
+    x, host_x = there.at("x", _WIDTH), here.at("x", _WIDTH)
+    products, step = there.new(), there.new()
+    for i in range(n):
+        matrix = there.at(f"matrix {i}", _WIDTH, rows, ggml.F16)
         ggml.ggml_build_forward_expand(products.graph, ggml.ggml_mul_mat(products.ctx, matrix, x))
-    step.keep(ggml.ggml_add(step.ctx, x, x), y)
-    side.allocate_parts()
+    y = there.keep(step, ggml.ggml_add(step.ctx, x, x), "y")
+    there.allocate()
+    memory.fill(0x3C)  # numbers near 1; memory that was never written may not be there
+    here.allocate()
 
     def read_all() -> None:
-        stream.compute(products.graph, "products")
-        stream.finish()
+        queue.compute(products.graph, "products")
+        queue.finish()
 
     def cross() -> None:
         for _ in range(_STEPS):
-            stream.upload(x, host_x)
-            stream.compute(step.graph, "step")
-            stream.download(y, host_x)
-            stream.mark().wait()
+            queue.upload(x, host_x)
+            queue.compute(step.graph, "step")
+            queue.download(y, host_x)
+            queue.mark().wait()
 
     return Speed(n * _BYTES / _fastest(read_all), _fastest(cross) / _STEPS)
 

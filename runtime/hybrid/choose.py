@@ -1,4 +1,4 @@
-"""Chooses what of a model goes to the devices at hand: turns names, budgets and measured speeds into a `Residence`.
+"""Chooses what of a model goes to the devices at hand: turns names, budgets and measured speeds into a `TensorMap`.
 
 The planner itself is runtime/hybrid/planner.py, its inputs are runtime/hybrid/costs.py's. Knows devices and files; computes nothing.
 """
@@ -12,8 +12,8 @@ from runtime.errors import UserError
 from runtime.hybrid.bandwidth import cpu, speed_of
 from runtime.hybrid.costs import MARGIN, PlanOptions, machine_of, model_costs, scratch_of
 from runtime.hybrid.devices import DeviceInfo, find, parse_names
-from runtime.hybrid.planner import evaluate, place
-from runtime.hybrid.tensor_map import Residence
+from runtime.hybrid.planner import Placement, evaluate, place
+from runtime.hybrid.tensor_map import TensorMap, of_placement
 from runtime.model_file.reader import GgufFile
 from runtime.options import SettledOptions
 
@@ -22,18 +22,21 @@ _LEFT_FREE = 0.05  # of a device's free memory, for whoever else uses it
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Devices, the bytes that may be used on each, and what is to be there. scratch: bytes of the budget that are left to a device's backend itself."""
+    """Devices, the bytes that may be used on each, and what is to be there.
+
+    placement: what the planner chose, and what it expects of it. scratch: bytes of the budget that are left to a device's backend itself.
+    """
 
     devices: tuple[DeviceInfo, ...]
     budgets: tuple[int, ...]
-    residence: Residence
+    placement: Placement
+    tensor_map: TensorMap
     scratch: int = 0
 
     @property
     def used(self) -> bool:
         """Whether anything is on a device: a small budget may leave all to the CPU."""
-        placement = self.residence.placement
-        return placement.head or placement.resident_from < self.residence.structure.block_count
+        return self.tensor_map.n_sides > 1
 
 
 def arrange(file: GgufFile, run: SettledOptions) -> Arrangement | None:
@@ -61,8 +64,8 @@ def arrange(file: GgufFile, run: SettledOptions) -> Arrangement | None:
             more = f", {', '.join(others[:2])} .. {others[-1]}" if others else ", since the file has no ffn_down"
             raise UserError(f"{wrong[0]} hot neurons, expected {'one of ' if others else ''}{first}{more}")
         placement = evaluate(blocks, head, machine, 0, True, hot)
-    residence = Residence(file.structure, placement, run.ffn == "predicted")
-    return Arrangement(devices, options.budgets, residence, scratch_of(file.structure, options))
+    tensor_map = of_placement(file.structure, placement, run.ffn == "predicted")
+    return Arrangement(devices, options.budgets, placement, tensor_map, scratch_of(file.structure, options))
 
 
 def machine_options(devices: Sequence[DeviceInfo], budgets: tuple[int, ...], run: SettledOptions) -> PlanOptions:

@@ -1,172 +1,134 @@
-"""Subgraphs on one side of a split model, and the memory that they share there.
-
-Knows ggml's graphs and buffers; knows nothing of models.
-"""
+"""The sides of a loaded model: the CPU and its devices, each with its queue and with what lies there."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import numpy as np
+from dataclasses import dataclass
 
 from runtime.base.closing import Closing, Handles
 from runtime.bindings import ggml
-from runtime.bindings import ggml_devices as gd
-from runtime.compute.graph import NODES_PER_BLOCK
-from runtime.compute.weights import new_context
-from runtime.errors import UserError
+from runtime.compute.kv_cache import KvCache
+from runtime.compute.weights import Tensors, Weights, new_context
+from runtime.hybrid.device_memory import copied, viewed
+from runtime.hybrid.memory import SHORTER, SMALLER, Memory, device_kinds, host_kinds, plain_kinds
+from runtime.hybrid.queues import CpuQueue, Queue
+from runtime.hybrid.tensor_map import CPU, Piece, TensorMap
+from runtime.model_file import tensor_names as n
 
-_ALIGNMENT = 64
+At = tuple[int, int]  # a piece: its block and its first neuron
 
 
-class Part:
-    """A subgraph. Inner results lie in the side's compute buffer; what other subgraphs read lies where `keep` puts it.
+@dataclass(frozen=True)
+class Side:
+    """One side. tensors: the blocks at home there, the CPU's being the whole file. kv: their keys and values.
 
-    handles: those of the side, to which it belongs.
+    neurons: the rows and columns of a piece. scorers: what scores of a piece on the CPU are computed with, at its block's home.
+    nbytes: of the tensors that were copied to a device.
     """
 
-    def __init__(self, handles: Handles, name: str, n_blocks: int = 1) -> None:
-        size = n_blocks * NODES_PER_BLOCK + 64
-        self.name = name
-        self.ctx = handles.add(new_context(2 * size, ggml.ggml_graph_overhead_custom(size, False)), ggml.ggml_free)
-        self.graph = ggml.ggml_new_graph_custom(self.ctx, size, False)
-
-    def keep(self, tensor: ggml.TensorP, place: ggml.TensorP) -> None:
-        """Compute a tensor to where `place` lies; its shape may be smaller."""
-        if tensor.struct.view_src:
-            tensor = ggml.ggml_cont(self.ctx, tensor)
-        put(tensor, place)
-        ggml.ggml_set_output(tensor)
-        ggml.ggml_build_forward_expand(self.graph, tensor)
+    queue: Queue
+    tensors: Tensors
+    neurons: dict[At, Tensors]
+    scorers: dict[At, Tensors]
+    kv: KvCache
+    nbytes: int = 0
 
 
-def put(tensor: ggml.TensorP, place: ggml.TensorP) -> None:
-    """Let a tensor without memory lie where another one does."""
-    status = ggml.ggml_backend_tensor_alloc(ggml.BufferP(place.struct.buffer), tensor, place.data)
-    assert status == ggml.STATUS_SUCCESS
+class Sides(Closing):
+    """What lies on all sides, the CPU first; `close` frees it, when the queues have ended what they do.
 
-
-class Memory(Closing):
-    """One side's memory for subgraphs: a buffer for tensors that cross between them, and a compute buffer that they use in turn.
-
-    It grows with what is asked of it and is never given back before `close`: freeing and asking again at every change from prompt to token costs time, and
-    some drivers do not survive it (docs/log.md). Whenever `growths` has changed, everything that was placed before has lost its place.
-    kinds: types of memory for the crossing tensors, the first that can be had; the compute buffer is of the last one.
+    devices: their queues, in the order of the map's sides. n_cells: positions of the caches. blocks: those that have caches, None for all.
+    Raises UserError where a side's memory does not suffice.
     """
 
-    def __init__(self, where: str, kinds: Sequence[ggml.BufferTypeP]) -> None:
-        self.where, self._kinds, self.growths = where, kinds, 0
-        self._handles, self._buffer = Handles(), ggml.BufferP()
-        self._allocator = self._handles.add(ggml.ggml_gallocr_new(kinds[-1]), ggml.ggml_gallocr_free)
+    def __init__(
+        self,
+        weights: Weights,
+        tensor_map: TensorMap,
+        cpu: CpuQueue,
+        devices: Sequence[Queue],
+        n_cells: int,
+        kv_type: int,
+        blocks: range | None = None,
+    ) -> None:
+        self.weights, self.map = weights, tensor_map
+        self._blocks = range(tensor_map.structure.block_count) if blocks is None else blocks
+        self._n_cells, self._kv_type = n_cells, kv_type
+        with Handles() as handles:
+            self.devices = [self._on_device(handles, side, queue) for side, queue in enumerate(devices, start=1)]
+            self._memories = [handles.enter_context(Memory(q.where, device_kinds(q.device), SMALLER)) for q in devices]
+            if devices:
+                kinds = host_kinds(devices[0].device)
+                self._main_memory = handles.enter_context(Memory("main memory", kinds, SMALLER))
+            self.cpu = self._on_cpu(handles, cpu)
+            for queue in devices:
+                handles.callback(queue.settle)
+            self._handles = handles.pop_all()
 
-    def place(self, tensors: Sequence[ggml.TensorP]) -> None:
-        """Put crossing tensors into the buffer, from its start. Raises UserError where memory does not suffice."""
-        sizes = [
-            max(gd.ggml_backend_buft_get_alloc_size(kind, ggml.ConstTensorP(t.value)) for kind in self._kinds)
-            for t in tensors
+    @property
+    def all(self) -> list[Side]:
+        """Every side, by its number."""
+        return [self.cpu, *self.devices]
+
+    def _on_device(self, handles: Handles, side: int, queue: Queue) -> Side:
+        pieces, scored = self._pieces(side), self._scored(side)
+        groups = [
+            self.map.own(side),
+            *(self.map.neurons(i, piece) for i, piece in pieces),
+            *(self.map.scorer(i, piece) for i, piece in scored),
         ]
-        alignment = max(_ALIGNMENT, *(gd.ggml_backend_buft_get_alignment(kind) for kind in self._kinds))
-        ends = np.cumsum([-(-size // alignment) * alignment for size in sizes])
-        if len(tensors):
-            self._make_room(int(ends[-1]) + alignment)
-        base = gd.ggml_backend_buffer_get_base(self._buffer) if self._buffer else 0
-        start = -(-(base or 0) // alignment) * alignment
-        for tensor, offset in zip(tensors, (0, *ends[:-1].tolist()), strict=False):
-            status = ggml.ggml_backend_tensor_alloc(self._buffer, tensor, start + offset)
-            assert status == ggml.STATUS_SUCCESS
+        (own, *rest), nbytes = copied(handles, self.weights, queue, groups)
+        neurons = {(i, piece.first): t for (i, piece), t in zip(pieces, rest[: len(pieces)], strict=True)}
+        # A piece is scored with the predictor's first matrix, which is one for the block.
+        scorers = {
+            (i, piece.first): Tensors({**own.tensors, **t.tensors})
+            for (i, piece), t in zip(scored, rest[len(pieces) :], strict=True)
+        }
+        return Side(queue, own, neurons, scorers, self._kv(handles, side, queue), nbytes)
 
-    def _make_room(self, size: int) -> None:
-        if self._buffer and ggml.ggml_backend_buffer_get_size(self._buffer) >= size:
-            return
-        self.growths += 1
-        self._free_buffer()
-        for kind in self._kinds:
-            self._buffer = gd.ggml_backend_buft_alloc_buffer(kind, size)
-            if self._buffer:
-                return
-        raise self._full("hidden states")
+    def _on_cpu(self, handles: Handles, queue: Queue) -> Side:
+        pieces = self._pieces(CPU)
+        views = handles.add(new_context(16 * len(pieces)), ggml.ggml_free)
+        neurons = {(i, piece.first): self._cold(views, i, piece) for i, piece in pieces}
+        return Side(queue, self.weights, neurons, {}, self._kv(handles, CPU, queue))
 
-    def _free_buffer(self) -> None:
-        buffer, self._buffer = self._buffer, ggml.BufferP()
-        if buffer:
-            ggml.ggml_backend_buffer_free(buffer)
+    def _cold(self, views: ggml.ContextP, i: int, piece: Piece) -> Tensors:
+        if i in self.map.whole_on_cpu:
+            return self.weights  # with their copies in other layouts
+        found = viewed(views, self.weights, self.map.neurons(i, piece))
+        whole = self.weights.get(n.weight_of(i, n.PREDICTOR_IN))
+        return Tensors(found.tensors | ({n.weight_of(i, n.PREDICTOR_IN): whole} if whole else {}))
 
-    def fill(self, value: int) -> None:
-        """Set every byte of the crossing tensors."""
-        ggml.ggml_backend_buffer_clear(self._buffer, value)
+    def _pieces(self, side: int) -> list[tuple[int, Piece]]:
+        return [(i, piece) for i, block in enumerate(self.map.blocks) for piece in block.on(side)]
 
-    def allocate(self, parts: Sequence[Part]) -> None:
-        """Give all inner results of subgraphs their place. Raises UserError where memory does not suffice."""
-        before = self._compute_size
-        # Once the buffer is large enough for the largest, it stays where it is.
-        reserved = all(ggml.ggml_gallocr_reserve(self._allocator, p.graph) for p in parts)
-        self.growths += self._compute_size != before
-        if not reserved or not all(ggml.ggml_gallocr_alloc_graph(self._allocator, p.graph) for p in parts):
-            self.growths += 1
-            raise self._full("compute buffers")
+    def _scored(self, side: int) -> list[tuple[int, Piece]]:
+        return [(i, p) for i in self.map.homes(side) if self.map.scored_at_home(i) for p in self.map.blocks[i].on(CPU)]
 
-    @property
-    def _compute_size(self) -> int:
-        return ggml.ggml_gallocr_get_buffer_size(self._allocator, 0)
+    def _kv(self, handles: Handles, side: int, queue: Queue) -> KvCache:
+        lengths = {i: length for i, length in self.map.kv_lengths(side).items() if i in self._blocks}
+        return handles.enter_context(KvCache(queue.backend, self._kv_type, lengths, self._n_cells))
 
-    def _full(self, what: str) -> UserError:
-        return UserError(f"{self.where}: not enough memory for {what}", "use a smaller --vram-budget or --n-ctx")
+    def memories(self, handles: Handles) -> list[Memory]:
+        """Each side's memory for subgraphs. Where there are devices all schedules share it; on the CPU alone it goes with `handles`.
+
+        A prompt's subgraphs need much of it: main memory is cheap to ask for again, a device's and what a driver copies from is not.
+        """
+        if not self.devices:
+            return [handles.enter_context(Memory("main memory", plain_kinds(), SHORTER))]
+        return [self._main_memory, *self._memories]
 
     @property
-    def size(self) -> int:
-        """Bytes of both buffers."""
-        return (ggml.ggml_backend_buffer_get_size(self._buffer) if self._buffer else 0) + self._compute_size
+    def device_bytes(self) -> tuple[int, ...]:
+        """Bytes on each device: weights, keys and values, crossing tensors, compute buffers."""
+        pairs = zip(self.devices, self._memories, strict=True)
+        return tuple(side.nbytes + side.kv.nbytes + memory.size for side, memory in pairs)
+
+    @property
+    def growths(self) -> int:
+        """Changes whenever schedules that were made before have lost their memory."""
+        return sum(memory.growths for memory in (self._main_memory, *self._memories)) if self.devices else 0
 
     def close(self) -> None:
-        """Free both buffers."""
-        self._free_buffer()
+        """Free everything but the mapped weights."""
         self._handles.close()
-
-
-class Side(Closing):
-    """Subgraphs in one side's memory, and the tensors that cross between them. Descriptions only: `close` frees these."""
-
-    def __init__(self, memory: Memory, max_tensors: int) -> None:
-        self.memory, self._handles = memory, Handles()
-        self._context = self._handles.add(new_context(max_tensors), ggml.ggml_free)
-        self._tensors: list[ggml.TensorP] = []
-        self.parts: list[Part] = []
-
-    def tensor(self, ne0: int, ne1: int = 1, type_id: int = ggml.F32) -> ggml.TensorP:
-        """A tensor that crosses; without memory until `allocate_tensors`."""
-        self._tensors.append(ggml.ggml_new_tensor_2d(self._context, type_id, ne0, ne1))
-        return self._tensors[-1]
-
-    def reshaped(self, place: ggml.TensorP, ne0: int, ne1: int) -> ggml.TensorP:
-        """A tensor of another, not larger, shape at the same place."""
-        tensor = ggml.ggml_new_tensor_2d(self._context, place.type, ne0, ne1)
-        put(tensor, place)
-        return tensor
-
-    def allocate_tensors(self) -> None:
-        """Give the tensors so far their memory. Raises UserError where it does not suffice."""
-        self.memory.place(self._tensors)
-
-    def part(self, name: str, n_blocks: int = 1) -> Part:
-        """A new subgraph on this side."""
-        self.parts.append(Part(self._handles, name, n_blocks))
-        return self.parts[-1]
-
-    def allocate_parts(self) -> None:
-        """Give all subgraphs their memory. Raises UserError where it does not suffice."""
-        self.memory.allocate(self.parts)
-
-    def close(self) -> None:
-        """Free the subgraphs' descriptions."""
-        self._handles.close()
-
-
-def device_kinds(device: ggml.DeviceP) -> list[ggml.BufferTypeP]:
-    """A device's own memory."""
-    return [gd.ggml_backend_dev_buffer_type(device)]
-
-
-def host_kinds(device: ggml.DeviceP) -> list[ggml.BufferTypeP]:
-    """Main memory that a device copies from and to by itself, where its driver offers such; else plain main memory."""
-    pinned = gd.ggml_backend_dev_host_buffer_type(device)
-    return [*([pinned] if pinned else []), ggml.ggml_backend_cpu_buffer_type()]

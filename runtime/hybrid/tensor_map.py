@@ -1,26 +1,63 @@
-"""Which tensors of a model a placement puts on which device, and which rows stay with the CPU.
+"""Where each block of a model lies: the side of its mixer, and the sides of its neurons; and which tensors or rows that puts on each side.
 
-Pure: knows the names and shapes of docs/format.md; knows nothing of ggml or of how tensors get there.
+Pure: names, shapes and numbers of sides. Side 0 is the CPU, side d + 1 the device d of the list that the user named.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
+from runtime.bindings.ffn_shape import FfnShape
 from runtime.hybrid.planner import Placement
+from runtime.model_file import tensor_names as n
 from runtime.model_file.structure import Structure
 from runtime.model_file.tensor_shapes import required_tensors
 
-_BLOCK = re.compile(r"blk\.(\d+)\.(.*)")
-_ROWS = ("ffn_gate.weight", "ffn_gate.bias", "ffn_up.weight", "ffn_up.bias")
-_COLUMNS = ("ffn_down.weight",)
-_CPU_ONLY = ("ffn_down_t.weight", "ffn_neuron_index", "ffn_neuron_freq")
+CPU = 0
+_ROWS = tuple(name for name in n.NEURON_ROWS if name != n.weight(n.FFN_DOWN_T))  # what a device computes with
+_OF_NEURONS = frozenset((*n.NEURON_ROWS, *n.NEURON_COLUMNS, *n.PREDICTOR_ROWS, n.NEURON_INDEX, n.NEURON_FREQ))
 
 
 @dataclass(frozen=True)
-class Part:
+class Piece:
+    """Neurons first .. end - 1 of one block's FFN, on a side."""
+
+    side: int
+    first: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        """Number of neurons."""
+        return self.end - self.first
+
+
+@dataclass(frozen=True)
+class BlockSides:
+    """The sides of one block. home: of its norms, its mixer, and the mixer's keys and values. pieces: of all its neurons, in their order."""
+
+    home: int
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def divided(self) -> bool:
+        """Whether some of the neurons are not where the block is at home."""
+        return any(p.side != self.home for p in self.pieces)
+
+    def on(self, side: int) -> tuple[Piece, ...]:
+        """The pieces on a side."""
+        return tuple(p for p in self.pieces if p.side == side)
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The sides that have neurons."""
+        return tuple(sorted({p.side for p in self.pieces}))
+
+
+@dataclass(frozen=True)
+class Slice:
     """A tensor, or some of its neurons: `first`..`end` along `axis` (1: rows, or elements of a vector; 0: columns), all where axis is None."""
 
     name: str
@@ -30,97 +67,120 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Residence:
-    """A placement of one model. predicted: whether blocks with a predictor use it."""
+class TensorMap:
+    """Where all of one model lies. head: the side of the output head. Embeddings are always the CPU's.
+
+    predicted: whether blocks with a predictor use it for the neurons that the CPU computes.
+    """
 
     structure: Structure
-    placement: Placement
+    blocks: tuple[BlockSides, ...]
+    head: int
     predicted: bool
 
+    def __post_init__(self) -> None:
+        shapes = [block.ffn for block in self.structure.blocks]
+        for i, (block, ffn) in enumerate(zip(self.blocks, shapes, strict=True)):
+            ends = [0, *(p.end for p in block.pieces)]
+            if [p.first for p in block.pieces] != ends[:-1] or ends[-1] != (ffn.n_ff if ffn else 0):
+                raise ValueError(f"block {i}: its pieces must hold each of its neurons once, in their order")
+            if any(p.length <= 0 for p in block.pieces):
+                raise ValueError(f"block {i}: a piece must hold a neuron")
+
     @property
-    def first(self) -> int:
-        """The first block whose attention is on the device."""
-        return self.placement.resident_from
+    def n_sides(self) -> int:
+        """Sides up to the last one that holds anything."""
+        return 1 + max(self.head, *(max(b.home, *(CPU, *b.sides)) for b in self.blocks))
 
-    def hot(self, i: int) -> int:
-        """Neurons of block `i` on all devices together: a prefix of them."""
-        return sum(self.placement.hot[i])
+    def homes(self, side: int) -> list[int]:
+        """The blocks whose home a side is."""
+        return [i for i, block in enumerate(self.blocks) if block.home == side]
 
-    def neurons(self, i: int) -> int:
-        """Neurons of block `i`, 0 without an FFN."""
-        ffn = self.structure.blocks[i].ffn
-        return ffn.n_ff if ffn else 0
+    def kv_lengths(self, side: int) -> dict[int, int]:
+        """By block, the elements of one token's keys (and of its values) that lie on a side."""
+        return {i: a.kv_length for i, a in self.structure.attentions.items() if self.blocks[i].home == side}
 
-    def cold(self, i: int) -> int:
-        """Neurons of block `i` that the CPU computes."""
-        return self.neurons(i) - self.hot(i)
+    def on_devices(self, i: int) -> int:
+        """Neurons of block `i` on all devices together."""
+        return sum(p.length for p in self.blocks[i].pieces if p.side != CPU)
 
-    def whole(self, i: int) -> bool:
-        """Whether block `i` is wholly on the first device."""
-        return self.placement.hot[i][0] == self.neurons(i)
+    def scored_at_home(self, i: int) -> bool:
+        """Whether a device computes the predictor's scores for the CPU's neurons of block `i`. Sign bits are the CPU's: no device has an operation for them."""
+        s, block = self.structure, self.blocks[i]
+        wanted = self.predicted and s.rank(i) > 0 and s.predictor != "signbit"
+        return wanted and block.home != CPU and bool(block.on(CPU))
 
-    def scored_on_device(self, i: int) -> bool:
-        """Whether the device computes the scores of block `i`'s cold neurons. Sign bits are the CPU's: no device has an operation for them."""
-        s = self.structure
-        resident = i >= self.first and self.cold(i) > 0
-        return resident and self.predicted and s.rank(i) > 0 and s.predictor != "signbit"
+    @property
+    def head_stem(self) -> str:
+        """Stem of the matrix that makes logits."""
+        return n.TOKEN_EMBD if self.structure.tied_output else n.OUTPUT
 
-    def piece(self, i: int, device: int) -> tuple[int, int]:
-        """First and end of the neurons of block `i` on a device."""
-        pieces = self.placement.hot[i]
-        first = sum(pieces[:device])
-        return first, first + pieces[device]
+    @cached_property
+    def whole_on_cpu(self) -> frozenset[int]:
+        """The blocks with an FFN that are wholly the CPU's, in one piece."""
+        blocks = enumerate(self.blocks)
+        return frozenset(i for i, b in blocks if b.home == CPU and len(b.pieces) == 1 and not b.divided)
 
-    def parts(self, device: int) -> list[Part]:
-        """What a device holds."""
-        return list(self._first_device() if device == 0 else self._neurons(device))
+    # --- what a device holds -----------------------------------------------------------------------------------------
 
-    def _neurons(self, device: int) -> Iterator[Part]:
-        for i in range(self.structure.block_count):
-            first, end = self.piece(i, device)
-            if end > first:
-                yield from self._slices(i, first, end)
+    def own(self, side: int) -> list[Slice]:
+        """What a device holds beside neurons: of the blocks whose home it is, and the head."""
+        names, homes = required_tensors(self.structure), self.homes(side)
+        return [Slice(name) for name in names if self._is_own(name, side, homes)]
 
-    def _slices(self, i: int, first: int, end: int) -> Iterator[Part]:
-        names = required_tensors(self.structure)
-        for axis, group in ((1, _ROWS), (0, _COLUMNS)):
-            yield from (Part(n, axis, first, end) for n in (f"blk.{i}.{name}" for name in group) if n in names)
+    def _is_own(self, name: str, side: int, homes: Sequence[int]) -> bool:
+        block = n.parsed(name)
+        if block is None:
+            return bool(homes) if name == n.weight(n.ROPE_FREQS) else self.head == side and self._of_head(name)
+        i, short = block
+        if i not in homes or short in _OF_NEURONS:
+            return False
+        return short != n.weight(n.PREDICTOR_IN) or self.scored_at_home(i)
 
-    def _first_device(self) -> Iterator[Part]:
-        for name in required_tensors(self.structure):
-            block = _BLOCK.match(name)
-            if block is None:
-                if self._is_global_part(name):
-                    yield Part(name)
-            elif int(block[1]) >= self.first:
-                yield from self._of_block(name, int(block[1]), block[2])
-        yield from self._neurons(0)
+    def _of_head(self, name: str) -> bool:
+        return name == n.weight(self.head_stem) or name.startswith((n.OUTPUT_NORM, n.OUTPUT_PROJ))
 
-    def _of_block(self, name: str, i: int, short: str) -> Iterator[Part]:
-        if short in (*_ROWS, *_COLUMNS, *_CPU_ONLY):
-            return
-        if not short.startswith("predictor_"):
-            yield Part(name)
-        elif self.scored_on_device(i):
-            if short == "predictor_in.weight":
-                yield Part(name)
-            elif short == "predictor_out.weight":
-                yield Part(name, 1, self.hot(i), self.neurons(i))
+    def neurons(self, i: int, piece: Piece) -> list[Slice]:
+        """The rows and columns that a side computes a piece of block `i` with."""
+        rows = (*n.NEURON_ROWS, *n.PREDICTOR_ROWS) if piece.side == CPU else _ROWS
+        return self._there(i, ((1, rows), (0, n.NEURON_COLUMNS)), piece)
 
-    def _is_global_part(self, name: str) -> bool:
-        if name == "rope_freqs.weight":
-            return self.first < self.structure.block_count
-        head = "token_embd.weight" if self.structure.tied_output else "output.weight"
-        return self.placement.head and (name == head or name.startswith(("output_norm", "output_proj")))
+    def scorer(self, i: int, piece: Piece) -> list[Slice]:
+        """What the home of block `i` computes the scores of a piece on the CPU with, beside the first matrix of the predictor."""
+        return self._there(i, ((1, (n.weight(n.PREDICTOR_OUT),)),), piece)
 
-    def cold_parts(self, i: int) -> list[Part]:
-        """The rows of block `i` that the CPU computes with."""
-        n_ff, k, names = self.neurons(i), self.hot(i), required_tensors(self.structure)
-        rows = (*_ROWS, "ffn_down_t.weight", "predictor_out.weight", "predictor_out.bias", "predictor_sign")
-        parts = [Part(f"blk.{i}.{name}", 1, k, n_ff) for name in rows]
-        parts += [Part(f"blk.{i}.{name}", 0, k, n_ff) for name in _COLUMNS]
-        return [part for part in parts if part.name in names]
+    def _there(self, i: int, groups: tuple[tuple[int, tuple[str, ...]], ...], p: Piece) -> list[Slice]:
+        names = self._names
+        slices = (Slice(n.in_block(i, short), axis, p.first, p.end) for axis, group in groups for short in group)
+        return [s for s in slices if s.name in names]
 
-    def cold_structure(self, i: int) -> Structure:
-        """The model as if it had block `i`'s cold neurons only."""
-        return replace(self.structure, feed_forward_length=self.cold(i))
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(required_tensors(self.structure))
+
+
+def cpu_alone(s: Structure, predicted: bool) -> TensorMap:
+    """All of a model on the CPU."""
+    return TensorMap(s, tuple(BlockSides(CPU, _cut(block.ffn, ())) for block in s.blocks), CPU, predicted)
+
+
+def of_placement(s: Structure, placement: Placement, predicted: bool) -> TensorMap:
+    """What the planner chose: the last blocks at home on the first device, a prefix of neurons on the devices, the others on the CPU."""
+    homes = (CPU if i < placement.resident_from else 1 for i in range(s.block_count))
+    sides = (
+        BlockSides(home, _cut(block.ffn, hot)) for home, block, hot in zip(homes, s.blocks, placement.hot, strict=True)
+    )
+    return TensorMap(s, tuple(sides), 1 if placement.head else CPU, predicted)
+
+
+def _cut(ffn: FfnShape | None, hot: Sequence[int]) -> tuple[Piece, ...]:
+    """Consecutive pieces of an FFN's neurons: so many on each device, the others on the CPU."""
+    return tuple(_pieces(ffn.n_ff, hot)) if ffn else ()
+
+
+def _pieces(n_ff: int, hot: Sequence[int]) -> Iterator[Piece]:
+    at = 0
+    for side, length in (*enumerate(hot, start=1), (CPU, n_ff - sum(hot))):
+        if length:
+            yield Piece(side, at, at + length)
+        at += length

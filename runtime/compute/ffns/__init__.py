@@ -12,8 +12,8 @@ from runtime.compute.ffns.neurons import NeuronFfn
 KINDS = {FfnShape: NeuronFfn}
 
 
-def ffn_of(b: Builder, i: int) -> NeuronFfn:
-    """The FFN of block `i`, which has one."""
-    shape = b.s.blocks[i].ffn
+def ffn_of(b: Builder, i: int, part: FfnShape | None = None) -> NeuronFfn:
+    """The FFN of block `i`, which has one; or a part of its neurons, those whose rows the builder's tensors hold."""
+    shape = part or b.s.blocks[i].ffn
     assert shape, f"block {i} has no FFN"
     return KINDS[type(shape)](b, shape, i)

@@ -1,7 +1,8 @@
-"""A device's queue of work: uploads, graphs and downloads, done in order while the caller does something else.
+"""A side's queue of work: uploads, graphs and downloads, done in order, on a device while the caller does something else.
 
-Two kinds with one interface: devices whose ggml backend is asynchronous and has events queue by themselves; all others (the CPU as a stand-in among them)
-are driven by a thread of their own, which makes their calls one after the other. Knows tensors and graphs; knows nothing of models.
+Three kinds with one interface: devices whose ggml backend is asynchronous and has events queue by themselves; all other
+devices (the CPU as a stand-in among them) are driven by a thread of their own, which makes their calls one after the other;
+the CPU computes at once, on the caller's thread.
 """
 
 from __future__ import annotations
@@ -21,23 +22,24 @@ from runtime.hybrid.devices import DeviceInfo
 
 
 class Mark(ABC):
-    """A point in a stream."""
+    """A point in a queue."""
 
     @abstractmethod
     def wait(self) -> None:
         """Block until everything queued before the mark is done. Raises UserError if some of it failed."""
 
 
-class Stream(Closing, ABC):
-    """One device's queue. Its own backend belongs to it. Not for use by several threads at once.
+class Queue(Closing, ABC):
+    """One side's queue. Not for use by several threads at once.
 
     Host memory that is uploaded from or downloaded to must stay as it is until a later mark has been waited for.
     """
 
-    def __init__(self, info: DeviceInfo, track: str, trace: Trace | None) -> None:
-        self.info, self.track, self.trace = info, track, trace
-
+    device: ggml.DeviceP
     backend: ggml.BackendP
+
+    def __init__(self, where: str, track: str, trace: Trace | None) -> None:
+        self.where, self.track, self.trace = where, track, trace
 
     @abstractmethod
     def upload(self, tensor: ggml.TensorP, source: ggml.TensorP) -> None:
@@ -68,22 +70,22 @@ class Stream(Closing, ABC):
         """Free the backend."""
 
 
-def open_streams(
+def open_queues(
     handles: Handles, devices: Sequence[DeviceInfo], threads: int, trace: Trace | None = None
-) -> list[Stream]:
-    """A stream for each device, to be closed with `handles`; a device may be there more than once."""
-    streams = []
+) -> list[Queue]:
+    """A queue for each device, to be closed with `handles`; a device may be there more than once."""
+    queues = []
     for i, device in enumerate(devices):
         track = f"device {device.name} {i}" if device in devices[:i] else f"device {device.name}"
-        streams.append(handles.enter_context(open_stream(device, threads, track, trace)))
-    return streams
+        queues.append(handles.enter_context(open_queue(device, threads, track, trace)))
+    return queues
 
 
-def open_stream(info: DeviceInfo, threads: int, track: str, trace: Trace | None = None) -> Stream:
-    """A stream for a device. threads: of a stand-in. Raises UserError where the device cannot be initialised."""
+def open_queue(info: DeviceInfo, threads: int, track: str, trace: Trace | None = None) -> Queue:
+    """A queue for a device. threads: of a stand-in. Raises UserError where the device cannot be initialised."""
     if info.asynchronous and info.events:
-        return _QueuedStream(info, track, trace)
-    return _ThreadStream(info, track, trace, threads)
+        return _AsyncQueue(info, track, trace)
+    return _ThreadQueue(info, track, trace, threads)
 
 
 def _open_backend(handles: Handles, info: DeviceInfo) -> ggml.BackendP:
@@ -93,11 +95,12 @@ def _open_backend(handles: Handles, info: DeviceInfo) -> ggml.BackendP:
     return handles.add(backend, ggml.ggml_backend_free)
 
 
-class _QueuedStream(Stream):
+class _AsyncQueue(Queue):
     """Lets ggml's backend queue. What it computes is seen to end when a later mark has passed."""
 
     def __init__(self, info: DeviceInfo, track: str, trace: Trace | None) -> None:
-        super().__init__(info, track, trace)
+        super().__init__(f"device {info.name}", track, trace)
+        self.device = info.handle
         self._handles = Handles()
         self.backend = _open_backend(self._handles, info)
         self._events: list[gd.EventP] = []
@@ -115,7 +118,7 @@ class _QueuedStream(Stream):
     def compute(self, graph: ggml.GraphP, name: str) -> None:
         if self.trace:
             self._running.append((name, self.trace.now()))
-        check_status(gd.ggml_backend_graph_compute_async(self.backend, graph), f"device {self.info.name}")
+        check_status(gd.ggml_backend_graph_compute_async(self.backend, graph), self.where)
 
     def mark(self) -> Mark:
         event = self._free_events.pop() if self._free_events else self._new_event()
@@ -123,7 +126,7 @@ class _QueuedStream(Stream):
         return _Event(self, event, len(self._running))
 
     def _new_event(self) -> gd.EventP:
-        event = self._handles.add(gd.ggml_backend_event_new(self.info.handle), gd.ggml_backend_event_free)
+        event = self._handles.add(gd.ggml_backend_event_new(self.device), gd.ggml_backend_event_free)
         self._events.append(event)
         return event
 
@@ -152,19 +155,20 @@ class _QueuedStream(Stream):
 
 
 class _Event(Mark):
-    def __init__(self, stream: _QueuedStream, event: gd.EventP, n_running: int) -> None:
-        self._stream, self._event, self._n = stream, event, n_running
+    def __init__(self, of: _AsyncQueue, event: gd.EventP, n_running: int) -> None:
+        self._queue, self._event, self._n = of, event, n_running
 
     def wait(self) -> None:
         gd.ggml_backend_event_synchronize(self._event)
-        self._stream.passed(self._event, self._n)
+        self._queue.passed(self._event, self._n)
 
 
-class _ThreadStream(Stream):
+class _ThreadQueue(Queue):
     """A thread makes the calls of a backend that cannot queue by itself; OpenMP's threads belong to it, too."""
 
     def __init__(self, info: DeviceInfo, track: str, trace: Trace | None, threads: int) -> None:
-        super().__init__(info, track, trace)
+        super().__init__(f"device {info.name}", track, trace)
+        self.device = info.handle
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._failed: Exception | None = None
         self._thread = threading.Thread(target=self._work, name=f"ggml {track}", daemon=True)
@@ -206,7 +210,7 @@ class _ThreadStream(Stream):
             status = ggml.ggml_backend_graph_compute(self.backend, graph)
             if self.trace:
                 self.trace.add(self.track, name, start)
-            check_status(status, f"device {self.info.name}")
+            check_status(status, self.where)
 
         self._do(run)
 
@@ -235,10 +239,55 @@ class _ThreadStream(Stream):
 
 
 class _Reached(Mark):
-    def __init__(self, stream: _ThreadStream) -> None:
+    def __init__(self, of: _ThreadQueue) -> None:
         self.reached = threading.Event()
-        self._stream = stream
+        self._queue = of
 
     def wait(self) -> None:
         self.reached.wait()
-        self._stream.raise_failure()
+        self._queue.raise_failure()
+
+
+class CpuQueue(Queue):
+    """The CPU as a side: each call returns when its work is done. Tensors of other sides are copied by their own queues.
+
+    backend: the model's own, which stays its owner's.
+    """
+
+    def __init__(self, backend: ggml.BackendP, trace: Trace | None) -> None:
+        super().__init__("the CPU", "CPU", trace)
+        self.backend, self.device = backend, ggml.ggml_backend_get_device(backend)
+
+    def upload(self, tensor: ggml.TensorP, source: ggml.TensorP) -> None:
+        """Copy a whole tensor."""
+        ggml.ggml_backend_tensor_set(tensor, source.data, 0, ggml.ggml_nbytes(ggml.ConstTensorP(source.value)))
+
+    def download(self, tensor: ggml.TensorP, target: ggml.TensorP) -> None:
+        """Copy a whole tensor."""
+        self.upload(target, tensor)
+
+    def compute(self, graph: ggml.GraphP, name: str) -> None:
+        """Run a graph; name: for the trace."""
+        start = self.trace.now() if self.trace else 0.0
+        status = ggml.ggml_backend_graph_compute(self.backend, graph)
+        if self.trace:
+            self.trace.add(self.track, name, start)
+        check_status(status, self.where)
+
+    def mark(self) -> Mark:
+        """A mark that has passed."""
+        return _Passed()
+
+    def finish(self) -> None:
+        """Nothing is ever queued."""
+
+    def settle(self) -> None:
+        """Nothing is ever queued."""
+
+    def close(self) -> None:
+        """Nothing is owned."""
+
+
+class _Passed(Mark):
+    def wait(self) -> None:
+        pass

@@ -17,10 +17,14 @@ from runtime.base.worker import OfWorker
 from runtime.bindings import ggml
 from runtime.compute.batch import Batch, GraphInputs
 from runtime.compute.builder import GraphSpec
-from runtime.compute.graph import Graph, read
-from runtime.compute.kv_cache import CellTable, KvCache, padded_cells
+from runtime.compute.kv_cache import CellTable, padded_cells
 from runtime.compute.weights import Weights
 from runtime.errors import UserError
+from runtime.hybrid.queues import CpuQueue
+from runtime.hybrid.schedule import Schedule, read
+from runtime.hybrid.schedule_builder import build
+from runtime.hybrid.sides import Sides
+from runtime.hybrid.tensor_map import cpu_alone
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import Structure
 from runtime.model_file.tensor_shapes import required_tensors
@@ -51,7 +55,7 @@ class BlockRunner(OfWorker):
                 f"`{file.path}`: sequences of {max_tokens} tokens, expected at most {self.structure.context_length}"
             )
         self._file, self._threads = file, threads
-        self._graph: Graph | None = None
+        self._schedule: Schedule | None = None
         self._n_kv = padded_cells(max_tokens)
         self._ffn = "exact" if self.structure.layout == "sparse" else "dense"
         self._open(self._collect)
@@ -70,8 +74,8 @@ class BlockRunner(OfWorker):
         """Block `i`, which has an FFN, over one whole sequence of hidden states [n_tokens, n_embd]."""
 
         def compute() -> BlockResult:
-            output, graph = self._computed(i, hidden)
-            return BlockResult(output, read(graph.taps["ffn_input"]), read(graph.taps["residual"]))
+            output, schedule = self._computed(i, hidden)
+            return BlockResult(output, read(schedule.taps["ffn_input"]), read(schedule.taps["residual"]))
 
         return self._do(compute)
 
@@ -79,9 +83,9 @@ class BlockRunner(OfWorker):
         """The hidden states after block `i`, of any kind."""
         return self._do(lambda: self._computed(i, hidden)[0])
 
-    def _computed(self, i: int, hidden: Floats) -> tuple[Floats, Graph]:
-        graph = self._part(len(hidden), i, i + 1)
-        return graph.run(self._inputs(np.ascontiguousarray(hidden, np.float32))), graph
+    def _computed(self, i: int, hidden: Floats) -> tuple[Floats, Schedule]:
+        schedule = self._part(len(hidden), i, i + 1)
+        return schedule.run(self._inputs(np.ascontiguousarray(hidden, np.float32))), schedule
 
     def _inputs(self, data: npt.NDArray[np.int32] | Floats) -> GraphInputs:
         """A whole sequence, by its ids or its hidden states, in a cache that held nothing."""
@@ -91,22 +95,24 @@ class BlockRunner(OfWorker):
         masks = table.masks(batch, self._n_kv, self.structure.windows)
         return GraphInputs(data, batch.positions, cells, batch.outputs, masks)
 
-    def _part(self, n_tokens: int, first: int | None, end: int) -> Graph:
+    def _part(self, n_tokens: int, first: int | None, end: int) -> Schedule:
+        """The schedule of blocks `first` .. end - 1, or of the embeddings."""
         spec = GraphSpec(n_tokens, self._n_kv, n_tokens, self._ffn, self._threads, first=first, end=end, tapped=True)
-        if self._graph is None or self._graph.spec != spec:
-            self._close_graph()
+        if self._schedule is None or self._schedule.spec != spec:
+            self._close_schedule()
             with Handles() as handles:
-                attention = self.structure.attentions.get(-1 if first is None else first)
-                lengths = {first: attention.kv_length} if first is not None and attention else {}
-                kv = handles.enter_context(KvCache(self._backend, ggml.F32, lengths, self._n_kv))
-                self._graph = handles.enter_context(Graph(spec, self.structure, self._weights, kv, self._backend))
-                self._graph_handles = handles.pop_all()
-        return self._graph
+                # Keys and values of these blocks alone.
+                whole, cpu = cpu_alone(self.structure, False), CpuQueue(self._backend, None)
+                sides = Sides(self._weights, whole, cpu, [], self._n_kv, ggml.F32, range(first or 0, end))
+                handles.enter_context(sides)
+                self._schedule = handles.enter_context(build(spec, sides))
+                self._schedule_handles = handles.pop_all()
+        return self._schedule
 
-    def _close_graph(self) -> None:
-        if self._graph is not None:
-            self._graph_handles.close()
-            self._graph = None
+    def _close_schedule(self) -> None:
+        if self._schedule is not None:
+            self._schedule_handles.close()
+            self._schedule = None
 
     def rows(self, name: str, first: int, end: int) -> Floats:
         """Rows first .. end - 1 of a matrix, e.g. "blk.3.ffn_gate.weight", as float32 [end - first, ne0]."""
@@ -120,7 +126,7 @@ class BlockRunner(OfWorker):
         return self._file.read(name).view(np.float32)
 
     def _free(self) -> None:
-        self._close_graph()
+        self._close_schedule()
         super()._free()
 
 

@@ -1,0 +1,297 @@
+"""Builds schedules: the subgraphs of each side, and the steps that compute them and carry tensors between them.
+
+Hidden states start in main memory. Each block is computed at its home; where some of its neurons lie elsewhere, the block is
+cut at its FFN: the input goes to the sides that hold a share of the neurons, and their products come back and are added at
+home. Whatever stays on one side is one subgraph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import reduce
+
+from runtime.base.closing import Handles
+from runtime.bindings import ggml, sparse_ffn
+from runtime.compute.blocks import AtFfn, Blocks
+from runtime.compute.builder import Builder, GraphSpec, Inputs
+from runtime.compute.ffns import ffn_of
+from runtime.compute.repack import Repacked
+from runtime.hybrid.schedule import Compute, Download, Schedule, SetMark, Step, Upload, Wait
+from runtime.hybrid.sides import Sides
+from runtime.hybrid.subgraphs import Subgraph, Subgraphs, check_supported
+from runtime.hybrid.tensor_map import CPU, Piece
+
+_TENSORS_PER_BLOCK = 16  # that cross, on one side, beside those of each piece
+
+
+def build(spec: GraphSpec, sides: Sides, scratch: Repacked | None = None) -> Schedule:
+    """The schedule of a spec. Raises UserError where memory does not suffice, and for what a device cannot compute.
+
+    Other schedules of the same sides may lose their memory by it: see `Sides.growths`.
+    """
+    with Handles() as handles:
+        s = sides.map.structure
+        n_tensors = 64 + _TENSORS_PER_BLOCK * s.block_count + 8 * sum(len(b.pieces) for b in sides.map.blocks)
+        graphs = [handles.enter_context(Subgraphs(m, n_tensors)) for m in sides.memories(handles)]
+        building = _Building(spec, sides, graphs, scratch)
+        result = building.all()
+        for side, there in zip(sides.all, graphs, strict=True):
+            for subgraph in there.all:
+                check_supported(subgraph.graph, side.queue.device)
+        for there in graphs:
+            there.allocate()
+        return Schedule(
+            spec, building.input, building.inputs[CPU], result, building.steps, [d.queue for d in sides.devices],
+            building.ffns, building.taps, scratch, sides.cpu.queue.trace, handles.pop_all(),
+        )  # fmt: skip
+
+
+class _Building:
+    """One schedule while it is built: where the hidden states are, the subgraph that is open there, and the steps so far."""
+
+    def __init__(self, spec: GraphSpec, sides: Sides, graphs: list[Subgraphs], scratch: Repacked | None) -> None:
+        self._spec, self._sides, self._graphs, self._scratch = spec, sides.all, graphs, scratch
+        self._map, self._s = sides.map, sides.map.structure
+        self._first = spec.first or 0
+        self._end = self._s.block_count if spec.end is None else spec.end
+        self.steps: list[Step] = []
+        self.ffns: dict[int, list[sparse_ffn.Ffn]] = {}
+        self.taps: dict[str, ggml.TensorP] = {}
+        self.inputs = {side: self._new_inputs(side) for side in range(len(self._sides)) if self._computes(side)}
+        for side in self.inputs:
+            if side != CPU:
+                pairs = zip(self.inputs[side].tensors, self._sources(side), strict=True)
+                self.steps += [Upload(self._sides[side].queue, source, target) for target, source in pairs]
+        self._side = CPU
+        self._open: Subgraph | None = None
+        self._downloads: list[Step] = []
+        self._at = self._first  # the next block
+        self._held: list[int] = []  # the blocks that the open subgraph holds, or a part of
+        self._front = spec.first is None  # whether it holds the embeddings
+
+    # --- inputs ------------------------------------------------------------------------------------------------------
+
+    def _computes(self, side: int) -> bool:
+        return side == CPU or any(self._first <= i < self._end for i in self._map.homes(side))
+
+    def _new_inputs(self, side: int) -> Inputs:
+        spec, there = self._spec, self._graphs[side]
+        n, attentions, homes = spec.n_tokens, self._s.attentions, self._map.homes(side)
+        windows = sorted({a.window for i, a in attentions.items() if side == CPU or i in homes})
+        return Inputs(
+            positions=there.at("positions", n, 1, ggml.I32),
+            cells=there.at("cells", n, 1, ggml.I64),
+            outputs=there.at("outputs", spec.n_outputs, 1, ggml.I32),
+            masks={w: there.at(f"mask {w}", spec.n_kv, n, ggml.F16) for w in windows},
+        )
+
+    def _sources(self, side: int) -> list[ggml.TensorP]:
+        """What a device's inputs are copied from, in the order of `Inputs.tensors`."""
+        host, masks = self.inputs[CPU], sorted(self.inputs[side].masks)
+        return [host.positions, host.cells, host.outputs, *(host.masks[w] for w in masks)]
+
+    # --- the whole ---------------------------------------------------------------------------------------------------
+
+    def all(self) -> ggml.TensorP:
+        """Add everything; returns where the result is found in main memory: logits, or hidden states."""
+        spec, host = self._spec, self._graphs[CPU]
+        if spec.first is None:
+            self.input = host.at("tokens", spec.n_tokens, 1, ggml.I32)
+            x = self._blocks().embeddings(self.input)
+        else:
+            self.input = x = host.at("input", self._s.embedding_length, spec.n_tokens)
+        for i in range(self._first, self._end):
+            x = self._block(self._moved(x, self._map.blocks[i].home), i)
+        if spec.end is None:
+            x = self._moved(x, self._map.head)
+            x = self._blocks().head(x)
+        result = self._left(x, "result")
+        self._ended(last=True)
+        return result
+
+    def _moved(self, x: ggml.TensorP, side: int) -> ggml.TensorP:
+        """Hidden states on another side."""
+        if side == self._side:
+            return x
+        host = self._left(x, "hidden")
+        self.steps += self._ended()
+        self._side = side
+        return self._uploaded(side, "hidden", host)
+
+    def _block(self, x: ggml.TensorP, i: int) -> ggml.TensorP:
+        """The whole of block `i`, at its home."""
+        self._at = i
+        blocks = self._blocks()
+        self._held.append(i)
+        if self._s.blocks[i].ffn is None:
+            return blocks.block(x, i)
+        at = blocks.until_ffn(x, i)
+        if self._spec.tapped:
+            self.taps |= {role: self._left(t, role) for role, t in (("ffn_input", at.x), ("residual", at.stream))}
+        if self._map.blocks[i].divided:
+            at, product = self._divided(at, i)
+        else:
+            product = self._share(self._subgraph(), self._side, at.x, at.stream, i)
+        return self._blocks().after_ffn(at, product, i)
+
+    # --- an FFN on several sides -------------------------------------------------------------------------------------
+
+    def _divided(self, at: AtFfn, i: int) -> tuple[AtFfn, ggml.TensorP]:
+        """Compute the FFN of block `i` on all sides that have neurons of it: where the block goes on at home, and the FFN's product."""
+        home, there, n, d = self._side, self._graphs[self._side], at.x.ne[1], self._s.embedding_length
+        sides = self._map.blocks[i].sides
+        there.keep(self._subgraph(), at.residual, "kept residual")
+        x = self._left(at.x, "x")
+        stream = self._left(at.stream, "stream") if self._sees_stream(i) else x
+        self._leave_scores(at, i)
+        arrived = self._ended()
+        if home != CPU and home in sides:  # which goes on while the CPU waits
+            self._compute_share(home, there.at("x", d, n), x, i)
+        self.steps += arrived
+        waits: list[Step] = []
+        for side in (side for side in sides if side not in (CPU, home)):
+            product = self._compute_share(side, self._uploaded(side, "x", x), x, i)
+            waits += self._fetched(side, [self._download(side, product, _product_of(side))])
+        if CPU in sides:
+            self._compute_share(CPU, x, stream, i)
+        self.steps += waits
+        self._at = i + 1
+        length, host = self._s.ffns[i].product_length, self._graphs[CPU]
+        others = [
+            self._uploaded(home, _product_of(side), host.at(_product_of(side), length, n))
+            for side in sides
+            if side != home
+        ]
+        products = [self._sum(others)] if others else []
+        if home in sides:
+            products.insert(0, there.at(_product_of(home), length, n))
+        residual = there.at("kept residual", d, n)
+        return AtFfn(there.at("x", d, n), residual, residual), self._sum(products)
+
+    def _sees_stream(self, i: int) -> bool:
+        """Whether the CPU chooses among neurons of block `i` by the hidden states before the FFN's norm."""
+        s, here = self._s, bool(self._map.blocks[i].on(CPU)) and not self._map.scored_at_home(i)
+        return here and self._map.predicted and s.rank(i) > 0 and s.predictor_tap == "residual"
+
+    def _leave_scores(self, at: AtFfn, i: int) -> None:
+        """Where a device is home to block `i`: the predictor's scores of the CPU's neurons."""
+        if not self._map.scored_at_home(i):
+            return
+        seen = at.stream if self._s.predictor_tap == "residual" else at.x
+        for k, piece in enumerate(self._map.blocks[i].on(CPU)):
+            builder = replace(self._builder(), w=self._sides[self._side].scorers[i, piece.first])
+            self._left(ffn_of(builder, i).scores(seen), f"scores {k}")
+
+    def _compute_share(self, side: int, x: ggml.TensorP, stream: ggml.TensorP, i: int) -> ggml.TensorP:
+        """Compute a side's share of block `i`'s product; it lies there as `_product_of` that side."""
+        there = self._graphs[side]
+        subgraph = there.new(len(self._map.blocks[i].on(side)))
+        subgraph.name = f"{'cold' if side == CPU else 'hot'} {i}"
+        product = there.keep(subgraph, self._share(subgraph, side, x, stream, i), _product_of(side))
+        self.steps.append(Compute(self._sides[side].queue, subgraph))
+        return product
+
+    def _share(self, subgraph: Subgraph, side: int, x: ggml.TensorP, stream: ggml.TensorP, i: int) -> ggml.TensorP:
+        """The product of block `i`'s neurons on a side, from the FFN's input there."""
+        pieces = self._map.blocks[i].on(side)
+        products = [self._piece(subgraph, piece, x, stream, i, k) for k, piece in enumerate(pieces)]
+        return reduce(lambda a, b: ggml.ggml_add(subgraph.ctx, a, b), products)
+
+    def _piece(
+        self, subgraph: Subgraph, piece: Piece, x: ggml.TensorP, stream: ggml.TensorP, i: int, k: int
+    ) -> ggml.TensorP:
+        """The product of block `i`'s piece number `k` on a side."""
+        side, shape = self._sides[piece.side], self._s.ffns[i]
+        whole = i in self._map.whole_on_cpu
+        spec = self._spec_on(piece.side) if whole else replace(self._spec_on(piece.side), dense_from=())
+        ffns: dict[int, sparse_ffn.Ffn] = {}
+        scratch = self._scratch if whole else None
+        builder = Builder(
+            subgraph.ctx, self._s, side.neurons[i, piece.first], None, spec, self.inputs[CPU], side.queue.device, scratch, ffns
+        )  # fmt: skip
+        ffn = ffn_of(builder, i, shape.part(piece.length))
+        if piece.side == CPU and self._map.scored_at_home(i):
+            product = ffn.native(x, ffn.chosen(self._graphs[CPU].at(f"scores {k}", piece.length, x.ne[1])))
+        else:
+            product = ffn.product(x, stream)
+        if ffns:
+            self.ffns.setdefault(i, []).extend(ffns.values())
+        return product
+
+    def _sum(self, products: list[ggml.TensorP]) -> ggml.TensorP:
+        return reduce(lambda a, b: ggml.ggml_add(self._subgraph().ctx, a, b), products)
+
+    # --- the open subgraph -------------------------------------------------------------------------------------------
+
+    def _subgraph(self) -> Subgraph:
+        """The open subgraph on the present side."""
+        if self._open is None:
+            self._open = self._graphs[self._side].new(self._room())
+        return self._open
+
+    def _room(self) -> int:
+        """How many blocks a subgraph that is opened now may hold; both ends, and each piece, count as one."""
+        blocks = self._map.blocks[self._at : self._end]
+        cut = next((k for k, b in enumerate(blocks) if b.divided or b.home != blocks[0].home), len(blocks))
+        return 2 + sum(max(1, len(b.pieces)) for b in blocks[: cut + 1])
+
+    def _spec_on(self, side: int) -> GraphSpec:
+        return self._spec if side == CPU else replace(self._spec, ffn="dense", dense_from=())
+
+    def _builder(self) -> Builder:
+        side, inputs = self._sides[self._side], self.inputs.get(self._side, self.inputs[CPU])
+        ctx, spec = self._subgraph().ctx, self._spec_on(self._side)
+        return Builder(ctx, self._s, side.tensors, side.kv, spec, inputs, side.queue.device)
+
+    def _blocks(self) -> Blocks:
+        return Blocks(self._builder())
+
+    def _ended(self, last: bool = False) -> list[Step]:
+        """Compute the open subgraph and fetch what was left; returns what to wait for before that is read. last: `Schedule.run` waits."""
+        subgraph, downloads = self._subgraph(), self._downloads
+        subgraph.name = self._name(last)
+        self.steps.append(Compute(self._sides[self._side].queue, subgraph))
+        self._open, self._downloads, self._held, self._front = None, [], [], False
+        if not last:
+            return self._fetched(self._side, downloads)
+        self.steps += downloads
+        return []
+
+    def _name(self, last: bool) -> str:
+        """What a trace calls the open subgraph."""
+        head, held = last and self._spec.end is None, sorted({*self._held[:1], *self._held[-1:]})
+        if self._front or head:
+            return "model" if self._front and head else "front" if self._front else "head"
+        return f"block{'s' if len(held) > 1 else ''} {'-'.join(map(str, held))}" if held else "sum"
+
+    # --- between sides -----------------------------------------------------------------------------------------------
+
+    def _left(self, x: ggml.TensorP, role: str) -> ggml.TensorP:
+        """Keep a result of the open subgraph; returns where it is found in main memory."""
+        kept = self._graphs[self._side].keep(self._subgraph(), x, role)
+        if self._side != CPU:
+            self._downloads.append(self._download(self._side, kept, role))
+        return self._graphs[CPU].at(role, *kept.ne[:2])
+
+    def _download(self, side: int, tensor: ggml.TensorP, role: str) -> Download:
+        return Download(self._sides[side].queue, tensor, self._graphs[CPU].at(role, *tensor.ne[:2]))
+
+    def _fetched(self, side: int, downloads: list[Step]) -> list[Step]:
+        """Let a device make some downloads; returns what to wait for before they are read."""
+        if not downloads:
+            return []
+        mark = SetMark(self._sides[side].queue)
+        self.steps += [*downloads, mark]
+        return [Wait(mark)]
+
+    def _uploaded(self, side: int, role: str, source: ggml.TensorP) -> ggml.TensorP:
+        """A tensor of main memory on another side."""
+        if side == CPU:
+            return source
+        target = self._graphs[side].at(role, *source.ne[:2])
+        self.steps.append(Upload(self._sides[side].queue, source, target))
+        return target
+
+
+def _product_of(side: int) -> str:
+    return f"product {side}"

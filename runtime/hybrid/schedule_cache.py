@@ -1,0 +1,58 @@
+"""The schedules that are kept for the next batch of the same shape, and the memory that only prompts need."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+from runtime.base.closing import Closing
+from runtime.compute.builder import GraphSpec
+from runtime.compute.repack import Repacked
+from runtime.hybrid.schedule import Schedule
+
+_KEPT = 4
+
+
+class ScheduleCache(Closing):
+    """Schedules by what distinguishes them. To be used on the worker."""
+
+    def __init__(self) -> None:
+        self._schedules: OrderedDict[GraphSpec, Schedule] = OrderedDict()
+        self._scratch: Repacked | None = None
+
+    def get(self, spec: GraphSpec, make: Callable[[], Schedule]) -> Schedule:
+        """The schedule of `spec`, made where it is not kept."""
+        if spec.n_tokens == 1:
+            # Prompts seldom have the same length twice, and what their schedules hold is large.
+            self._drop(lambda kept: kept.n_tokens > 1)
+        if spec in self._schedules:
+            self._schedules.move_to_end(spec)
+        else:
+            if len(self._schedules) >= _KEPT:
+                self._drop(next(iter(self._schedules)).__eq__)
+            self._schedules[spec] = make()
+        return self._schedules[spec]
+
+    def scratch(self, make: Callable[[], Repacked]) -> Repacked:
+        """Where a block's matrices are repacked for a batch: one for all schedules, and no longer than any of them uses it."""
+        if self._scratch is None:
+            self._scratch = make()
+        return self._scratch
+
+    def lost(self) -> None:
+        """Free all schedules, since they have lost their memory. The scratch memory stays: the one that is being made may use it."""
+        self._free(lambda _: True)
+
+    def close(self) -> None:
+        """Free all schedules, and the scratch memory."""
+        self._drop(lambda _: True)
+
+    def _free(self, which: Callable[[GraphSpec], bool]) -> None:
+        for spec in filter(which, list(self._schedules)):
+            self._schedules.pop(spec).close()
+
+    def _drop(self, which: Callable[[GraphSpec], bool]) -> None:
+        self._free(which)
+        if self._scratch and not any(schedule.scratch for schedule in self._schedules.values()):
+            self._scratch.close()
+            self._scratch = None
