@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from console_script import write_script
 from terminal import ENTER, ROOT, TAB, Terminal
 
 SHELLS = {
@@ -33,7 +34,8 @@ def shell(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Terminal]:
         pytest.skip(f"no {name} here")
     first = SETTINGS.get(name, "")
     (tmp_path / "lines").write_text(f"{first}source {ROOT}/completions/lazyneuron.{name}\necho rea''dy\n")
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    write_script(tmp_path)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     with Terminal(*SHELLS[name], PATH=path, HOME=str(tmp_path), ZDOTDIR=str(tmp_path), INPUTRC=os.devnull) as opened:
         opened.send(f"source {tmp_path / 'lines'}{ENTER}")
         opened.expect("ready")
@@ -53,6 +55,9 @@ def test_tab_completes_what_can_follow(shell: Terminal, tmp_path: Path) -> None:
         ("python -m convert prosparse-llama-2-1", "prosparse-llama-2-13b"),
         ("python -m convert push x --rep", "--replace-card"),
         ("python -m predictors eval", "evaluate"),
+        ("lazyneuron insp", "inspect"),
+        (f"lazyneuron chat {tmp_path}/mod", f"{tmp_path}/model.gguf"),
+        ("lazyneuron convert push x --rep", "--replace-card"),
         (f"python {tmp_path}/model.t", f"{tmp_path}/model.txt"),
     ):
         shell.send(typed + TAB)
@@ -63,8 +68,15 @@ def test_tab_completes_what_can_follow(shell: Terminal, tmp_path: Path) -> None:
 
 def offered(line: str) -> set[str]:
     """What argcomplete answers to a shell."""
-    asking = {"_ARGCOMPLETE": "3", "_ARGCOMPLETE_IFS": "\n", "COMP_LINE": line, "COMP_POINT": str(len(line))}
-    command = f"exec {sys.executable} -m {line.split()[2]} 8>&1 9>/dev/null"
+    words = line.split()
+    program = words[:3] if words[0] == "python" else words[:1]
+    asking = {
+        "_ARGCOMPLETE": str(len(program)),
+        "_ARGCOMPLETE_IFS": "\n",
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+    }
+    command = f"exec {sys.executable} -m {program[-1]} 8>&1 9>/dev/null"
     env = os.environ | asking
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     return {word.strip() for word in done.stdout.split("\n")}
@@ -82,6 +94,11 @@ def offered(line: str) -> set[str]:
         ("python -m convert x y --type ", {"q8_0", "f16"}, {"README.md"}),
         ("python -m convert push x y --", {"--private", "--revision"}, {"--type"}),
         ("python -m predictors fit x y --", {"--kind", "--energy"}, {"--tokens"}),
+        ("lazyneuron ", {"chat", "run", "convert", "predictors", "--help"}, {"README.md"}),
+        ("lazyneuron predictors ", {"fit", "evaluate"}, {"chat"}),
+        ("lazyneuron convert ", {"push", "card", "relullama-7b", "examples/"}, {"README.md"}),
+        ("lazyneuron convert push x y --", {"--private", "--revision"}, {"--type"}),
+        ("lazyneuron run x --kv-type ", {"f16", "f32"}, {"q8_0"}),
     ],
 )
 def test_what_is_offered(line: str, some: set[str], none: set[str]) -> None:
