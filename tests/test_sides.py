@@ -24,7 +24,7 @@ from runtime.hybrid.tensor_map import BlockSides, Piece, TensorMap, cpu_alone
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import Structure
 from runtime.model_file.tensor_shapes import required_tensors
-from runtime.model_file.writer import Stream, write_gguf
+from runtime.model_file.writer import NewTensor, write_gguf
 from runtime.options import RunOptions
 
 pytestmark = pytest.mark.numeric
@@ -158,8 +158,10 @@ def mixed_gguf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     for name in shapes:
         if name.endswith("ffn_down_t.weight"):
             made[name] = np.ascontiguousarray(made[name.replace("down_t", "down")].T)
-    streams = [Stream(name, ne, 0, made[name].nbytes, (made[name].astype(np.float32),)) for name, ne in shapes.items()]
-    write_gguf(path, s.to_metadata(), streams)
+    tensors = [
+        NewTensor(name, ne, 0, made[name].nbytes, (made[name].astype(np.float32),)) for name, ne in shapes.items()
+    ]
+    write_gguf(path, s.to_metadata(), tensors)
     return path
 
 
