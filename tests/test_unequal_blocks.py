@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import runtime
 from convert import archs, convert
 from predictors.matrices import Tensor
 from predictors.replace_predictors import replace_predictors
+from runtime.hybrid import choose
+from runtime.hybrid.costs import cuts_of
 from runtime.model_file.reader import GgufFile
 
 pytestmark = pytest.mark.numeric
@@ -28,6 +31,7 @@ MODES: dict[str, dict[str, Any]] = {
     "exact": {"ffn": "exact"},
     "predicted": {"ffn": "predicted", "predictor_bias": math.inf},
 }
+SPLITS = ("none", "one cut", "half", "all but one", "all", "another one in each block")
 Made = Callable[..., Path]
 Expected = Callable[[str], Logits]
 
@@ -98,6 +102,19 @@ def random_predictors(blocks: tuple[Block, ...]) -> tuple[list[list[Tensor]], di
     return tensors, {f"lazyneuron.predictor.{key}": value for key, value in keys.items()}
 
 
+def cuts(name: str, split: str) -> list[int]:
+    """How many neurons of each block are on the device."""
+    blocks, ways = MODELS[name].blocks, SPLITS[:-1]
+    each = {"another one in each block": [ways[(2 * i + 1) % len(ways)] for i in range(len(blocks))]}
+    wanted = each.get(split, [split] * len(blocks))
+
+    def cut(ff: int, way: str) -> int:
+        at = cuts_of(ff, 1)
+        return {"none": 0, "one cut": at[1], "half": at[len(at) // 2], "all but one": at[-2], "all": ff}[way]
+
+    return [cut(block.ff, way) if block.ff else 0 for block, way in zip(blocks, wanted, strict=True)]
+
+
 def logits(path: Path, **options: Any) -> Logits:
     with runtime.load(path, **{"device": "none", "kv_type": "f32", "threads": 2} | options) as model:
         return model.logits(random_ids(N, 4000))
@@ -139,9 +156,50 @@ def test_equals_the_reference(file: Made, expected: Expected, name: str, mode: s
     assert relative(expected(name), found) <= FLOATS
 
 
+@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", MODELS)
-def test_prompts_and_single_tokens_give_the_same(file: Made, expected: Expected, name: str, mode: str) -> None:
+def test_neurons_on_a_device_change_nothing(file: Made, expected: Expected, name: str, mode: str, split: str) -> None:
+    path = file(name, predicted=mode == "predicted")
+    assert relative(expected(name), logits(path, **MODES[mode], device="CPU", hot=cuts(name, split))) <= FLOATS
+
+
+@pytest.mark.parametrize("split", ["none", "half", "all"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MODELS)
+def test_any_number_of_blocks_on_a_device_changes_nothing(
+    file: Made, expected: Expected, monkeypatch: pytest.MonkeyPatch, name: str, mode: str, split: str
+) -> None:
+    """Whether the first block there has attention, an FFN, or both; with and without the head."""
+    planned, hot = choose.place, cuts(name, split)
+    for first in range(len(hot) + 1):
+        for head in (True, False) if first in (1, len(hot)) else (True,):
+            pieces = tuple((k if i >= first else 0,) for i, k in enumerate(hot))
+            place = lambda *a, f=first, h=head, p=pieces: replace(planned(*a), resident_from=f, head=h, hot=p)  # noqa: E731
+            monkeypatch.setattr(choose, "place", place)
+            found = logits(file(name, predicted=mode == "predicted"), **MODES[mode], device="CPU", vram_budget="1")
+            assert relative(expected(name), found) <= FLOATS, (first, head)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MODELS)
+def test_two_devices_change_nothing(
+    file: Made, expected: Expected, monkeypatch: pytest.MonkeyPatch, name: str, mode: str
+) -> None:
+    planned = choose.place
+    pieces = tuple((32, 64) if block.ff else (0, 0) for block in MODELS[name].blocks)
+    monkeypatch.setattr(choose, "place", lambda *a: replace(planned(*a), resident_from=0, head=True, hot=pieces))
+    path = file(name, predicted=mode == "predicted")
+    found = logits(path, **MODES[mode], device="CPU,CPU", vram_budget="1,1")
+    assert relative(expected(name), found) <= FLOATS
+
+
+@pytest.mark.parametrize("where", ["CPU alone", "divided"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MODELS)
+def test_prompts_and_single_tokens_give_the_same(
+    file: Made, expected: Expected, name: str, mode: str, where: str
+) -> None:
     """A prompt in batches, the last of them one token longer than the window or shorter, then token by token."""
     ids, rows = random_ids(N, 4000), []
 
@@ -151,8 +209,11 @@ def test_prompts_and_single_tokens_give_the_same(file: Made, expected: Expected,
         found[ids[min(len(known), N - 1)]] = 0.0
         return found
 
+    there = (
+        {"device": "CPU", "hot": cuts(name, "another one in each block")} if where == "divided" else {"device": "none"}
+    )
     path, head = file(name, predicted=mode == "predicted"), 28
-    with runtime.load(path, kv_type="f32", n_batch=WINDOW + 3, device="none", **MODES[mode]) as model:
+    with runtime.load(path, kv_type="f32", n_batch=WINDOW + 3, **MODES[mode], **there) as model:
         greedy = runtime.Sampling(temperature=0.0)
         list(model.generate(ids[:head], max_tokens=N - head + 1, sampling=greedy, logits_processors=forced))
     assert relative(expected(name)[head - 1 :], np.array(rows)) <= FLOATS
@@ -160,10 +221,11 @@ def test_prompts_and_single_tokens_give_the_same(file: Made, expected: Expected,
 
 @pytest.mark.parametrize("mode", ["exact", "dense"])
 @pytest.mark.parametrize("name", MODELS)
-def test_quantised_files_are_no_further_off_than_dense(file: Made, expected: Expected, name: str, mode: str) -> None:
+def test_quantised_files_are_no_further_off_when_divided(file: Made, expected: Expected, name: str, mode: str) -> None:
     path = file(name, "q8_0")
     dense = kl(expected(name), logits(path, ffn="dense"))
     assert kl(expected(name), logits(path, **MODES[mode])) <= 1.2 * dense
+    assert kl(expected(name), logits(path, **MODES[mode], device="CPU", hot=cuts(name, "half"))) <= 1.2 * dense
 
 
 @pytest.mark.parametrize("name", MODELS)
