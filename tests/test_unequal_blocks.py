@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from in_process import command, result_of
 from oracle import Logits, kl, random_ids, relative
 from unequal import MODELS, WIDTH, WINDOW, Block
 
@@ -246,3 +247,25 @@ def test_figures_count_the_neurons_that_a_block_has(file: Made, name: str) -> No
         shares = generation.stats.layer_shares
     for share, block in zip(shares, MODELS[name].blocks, strict=True):
         assert 0.1 < share < 0.9 if block.ff else share == 0.0
+
+
+def test_what_is_said_of_such_a_model(file: Made, tmp_path: Path) -> None:
+    """The figures of each layer are there, also of those without an FFN, and those of the whole model add up."""
+    name = "ends with attention"
+    model, sizes = file(name, calibration=None, calibration_tokens=2048), [block.ff for block in MODELS[name].blocks]
+    machine = ("--device-bandwidth", 272, "--cpu-bandwidth", 25, "--sync-us", 1)
+    sparsity = result_of("runtime", "sparsity", model)["layers"]
+    assert [layer["active"] > 0 for layer in sparsity] == [n > 0 for n in sizes]
+    shares = result_of("runtime", "inspect", model)["sparsity"]
+    fired = [layer["active"] for layer in sparsity]
+    assert shares["layer_shares"] == pytest.approx(fired)
+    assert shares["share"] == pytest.approx(np.mean([share for share, n in zip(fired, sizes, strict=True) if n]))
+    plan = result_of("runtime", "plan", model, "--vram-budget", 1, *machine)
+    assert [layer["neurons"] for layer in plan["layers"]] == sizes
+    page = tmp_path / "page.html"
+    placement = result_of("runtime", "report", model, page, *machine)["placement"]
+    assert placement["neurons"] == sizes
+    assert f"{min(sizes):,} to {max(sizes):,}" in page.read_text(encoding="utf-8")
+    assert f"of {min(sizes):,} to {max(sizes):,} neurons" in result_of("convert", "card", model)["card"]
+    for words in (("inspect", model), ("sparsity", model), ("plan", model, "--vram-budget", 1, *machine)):
+        assert command("runtime", *words).returncode == 0

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from convert.metadata import HUB
 from runtime.analysis.firing import Frequencies, PredictorFigures, layer_firing, predictor_figures
 from runtime.analysis.perplexity import Perplexity
-from runtime.base.figures import share
+from runtime.base.figures import share, spread
 from runtime.hub.names import Reference, parse
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import ARCHITECTURE, Structure
@@ -118,7 +118,7 @@ def _title(facts: CardFacts) -> Iterator[str]:
     yield f"# {name}\n"
     yield (
         f"{base} as a GGUF file for **lazyneuron**, which does not read the FFN neurons that are zero for a token. "
-        f"{s.block_count} layers of {s.feed_forward_length:,} neurons, activation `{s.ffn_activation}`"
+        f"{s.block_count} layers of {spread([block.ffn.n_ff if block.ffn else 0 for block in s.blocks])} neurons, activation `{s.ffn_activation}`"
         f"{', gated' if s.ffn_gate == 'gated' else ''}; matrices in {', '.join(facts.types)}. "
         "llama.cpp does not load it: `general.architecture` is `lazyneuron`."
     )
@@ -145,7 +145,7 @@ def _files(facts: CardFacts) -> Iterator[str]:
 def _sparsity(facts: CardFacts) -> Iterator[str]:
     if not facts.frequencies:
         return
-    layers = [layer_firing(freq) for freq in facts.frequencies]
+    layers = [layer_firing(freq) for freq in facts.frequencies if len(freq)]
     n = len(layers)
     active, hot = sum(layer.active for layer in layers) / n, sum(layer.hot for layer in layers) / n
     yield "## Sparsity\n"

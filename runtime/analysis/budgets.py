@@ -65,7 +65,7 @@ def placements(file: GgufFile, options: PlanOptions, wanted: int | None, free: i
         "reserve": whole.least,
         "cpu_only_seconds": known[0].seconds,
         "begin": budgets.index(begin),
-        "neurons": file.structure.feed_forward_length,
+        "neurons": [len(f) for f in freq],
         "budgets": rows,
     }
 

@@ -10,13 +10,12 @@ import numpy as np
 from runtime.compute.traffic import Activity, Traffic, bytes_per_token
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import ARCHITECTURE
-
-_FREQUENCIES = "blk.{}.ffn_neuron_freq"
+from runtime.model_file.tensor_names import NEURON_FREQ, in_block
 
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Shares of the neurons that fired on the calibration text: of each layer, and of all; None where the file does not say."""
+    """Shares of the neurons that fired on the calibration text: of each layer (0 without an FFN), and on average of those that have one; None where the file does not say."""
 
     calibrated: bool
     layer_shares: list[float] | None
@@ -25,11 +24,12 @@ class Sparsity:
 
 def sparsity_of(file: GgufFile) -> Sparsity:
     """What an open file says of how many neurons fire."""
-    names = [_FREQUENCIES.format(i) for i in range(file.structure.block_count)]
-    if not all(name in file.tensors and file.tensors[name].type == "f32" for name in names):
+    names = {i: in_block(i, NEURON_FREQ) for i in file.structure.ffns}
+    if not all(name in file.tensors and file.tensors[name].type == "f32" for name in names.values()):
         return Sparsity(False, None, None)
-    shares = [float(np.clip(file.read(name).view(np.float32).mean(), 0, 1)) for name in names]
-    return Sparsity(True, shares, float(np.mean(shares)))
+    fired = {i: float(np.clip(file.read(name).view(np.float32).mean(), 0, 1)) for i, name in names.items()}
+    shares = [fired.get(i, 0.0) for i in range(file.structure.block_count)]
+    return Sparsity(True, shares, float(np.mean(list(fired.values()))))
 
 
 def traffic_by_mode(file: GgufFile, shares: Sequence[float] | None) -> dict[str, Traffic | None]:

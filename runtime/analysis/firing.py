@@ -12,6 +12,7 @@ import numpy.typing as npt
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import ARCHITECTURE
+from runtime.model_file.tensor_names import NEURON_FREQ, in_block
 
 CARRIED = 0.8  # of the activations: how many of the hottest neurons carry that
 RARE = 0.01  # a neuron that fires for fewer tokens than this
@@ -51,17 +52,20 @@ class PredictorFigures:
 
 
 def read_frequencies(file: GgufFile) -> list[Frequencies]:
-    """How often each neuron fires, for each layer, hottest first. Raises UserError where the file does not say."""
+    """How often each neuron fires, for each layer, hottest first; empty without an FFN. Raises UserError where the file does not say."""
     if file.structure.neuron_order != "hot":
         raise UserError(
             f"`{file.path}`: holds no neuron frequencies: it was converted without calibration",
             "convert it again without --calibration none",
         )
-    return [file.read(f"blk.{i}.ffn_neuron_freq").view(np.float32) for i in range(file.structure.block_count)]
+    none, s = np.zeros(0, np.float32), file.structure
+    return [file.read(in_block(i, NEURON_FREQ)).view(np.float32) if i in s.ffns else none for i in range(s.block_count)]
 
 
 def layer_firing(freq: Frequencies) -> LayerFiring:
-    """How unevenly one layer's neurons fire. freq: hottest first."""
+    """How unevenly one layer's neurons fire; all 0 where there are none. freq: hottest first."""
+    if not len(freq):
+        return LayerFiring(0.0, 0.0, 0.0)
     carried = np.cumsum(freq, dtype=np.float64)
     hot = (np.searchsorted(carried, CARRIED * carried[-1]) + 1) / len(freq) if carried[-1] else 0.0
     return LayerFiring(float(freq.mean()), float(hot), float((freq < RARE).mean()))
@@ -70,7 +74,8 @@ def layer_firing(freq: Frequencies) -> LayerFiring:
 def carried_shares(freq: Frequencies) -> npt.NDArray[np.float64]:
     """The share of the activations that the hottest 1, 2, ... neurons carry; all 0 where none ever fires."""
     carried = np.cumsum(freq, dtype=np.float64)
-    shares: npt.NDArray[np.float64] = carried / (carried[-1] or 1.0)
+    total = carried[-1] if len(carried) else 0.0
+    shares: npt.NDArray[np.float64] = carried / (total or 1.0)
     return shares
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 NONE = "-"  # where there is no number
 
 
@@ -21,6 +23,17 @@ def memory(n: int) -> str:
 def share(value: float | None, digits: int = 1) -> str:
     """A share, 0 to 1, as a percentage."""
     return NONE if value is None else f"{value:.{digits}%}"
+
+
+def spread(values: int | Sequence[int]) -> str:
+    """A count, or from the lowest to the highest of several that differ."""
+    low, high = (values, values) if isinstance(values, int) else (min(values), max(values))
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def part(n: float, total: float) -> float | None:
+    """The share that `n` is of `total`; None where there is nothing to have a share of."""
+    return n / total if total else None
 
 
 def number(value: float | None) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from runtime.analysis.placement import PlacedLayer, PlanReport, plan_report
-from runtime.base.figures import duration, memory, number, share
+from runtime.base.figures import duration, memory, number, part, share
 from runtime.cli.machine import MachineOptions, add_machine
 from runtime.cli.options import add_json, add_model
 from runtime.cli.output import console, new_table, print_json
@@ -49,7 +49,7 @@ def _table(found: PlanReport) -> Table:
             str(first) if first == last else f"{first}-{last}",
             "device" if layer.attention_on_device else "CPU",
             " + ".join(map(str, layer.hot)),
-            share(sum(layer.hot) / layer.neurons),
+            share(part(sum(layer.hot), layer.neurons)),
             share(layer.activations),
             duration(layer.seconds),
             layer.limit,

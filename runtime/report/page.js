@@ -230,7 +230,7 @@ redrawPlacement.push(
       const place = axes(root, width, height, layerAxis(nLayers), { low: 0, high: 100, label: "% of the neurons" }, strip);
       now().hot.forEach((n, i) => {
         const pointed = i === item ? " pointed" : "";
-        const share = (100 * n) / placement.neurons;
+        const share = placement.neurons[i] ? (100 * n) / placement.neurons[i] : 0;
         column(root, `hot${pointed}`, i, 0, share, place);
         column(root, `pale${pointed}`, i, share, 100, place);
         if (n > 0) dash(root, i, 100 * now().activations[i], place);
@@ -243,7 +243,7 @@ redrawPlacement.push(
       return (x) => Math.round(place.fromX(x));
     },
     read: (i) =>
-      `layer ${i}: ${now().hot[i].toLocaleString("en-US")} of ${placement.neurons.toLocaleString("en-US")} neurons on the device, ${percent(now().activations[i])} of the activations; attention: ${side(i >= now().resident_from)}; ${number(now().us[i])} µs, waits for the ${side(now().waits[i] === "d")}`,
+      `layer ${i}: ${now().hot[i].toLocaleString("en-US")} of ${placement.neurons[i].toLocaleString("en-US")} neurons on the device, ${percent(now().activations[i])} of the activations; attention: ${side(i >= now().resident_from)}; ${number(now().us[i])} µs, waits for the ${side(now().waits[i] === "d")}`,
   }),
 );
 
@@ -305,7 +305,7 @@ function layerCells(i) {
   return [
     side(i >= row.resident_from),
     row.hot[i].toLocaleString("en-US"),
-    percent(row.hot[i] / placement.neurons),
+    percent(placement.neurons[i] ? row.hot[i] / placement.neurons[i] : null),
     percent(row.activations[i]),
     number(row.us[i]),
     side(row.waits[i] === "d"),
@@ -320,7 +320,7 @@ function chooseBudget(i) {
     "tokens-per-s": number(row.tokens_per_s),
     time: duration(row.seconds),
     "on-device": memory(row.bytes),
-    "hot-share": percent(sum(row.hot) / (placement.neurons * nLayers)),
+    "hot-share": percent(sum(row.hot) / sum(placement.neurons)),
     limit: row.limit,
     "plan-budget": `${row.budget / 2 ** 20}MiB`,
   };

@@ -14,7 +14,7 @@ from typing import Any
 
 from runtime.analysis.contents import LITTLE_TO_GAIN
 from runtime.analysis.page_facts import POINTS
-from runtime.base.figures import memory, number, share, size
+from runtime.base.figures import memory, number, part, share, size, spread
 
 _CARRY = (1, 5, 10, 20, 50)  # percent of the neurons whose activations the table shows
 _NOT_SHOWN = ("predictor_rank", "predictor_error")  # of the structure: they stand in the table of predictors
@@ -66,8 +66,13 @@ def _structure(facts: Facts) -> Iterator[tuple[str, ...]]:
 
 def _parts(facts: Facts) -> Iterator[tuple[str, ...]]:
     for group in facts["groups"]:
-        part = group["bytes"] / facts["bytes"]
-        yield group["kind"], str(group["tensors"]), ", ".join(group["types"]), size(group["bytes"]), share(part)
+        yield (
+            group["kind"],
+            str(group["tensors"]),
+            ", ".join(group["types"]),
+            size(group["bytes"]),
+            share(part(group["bytes"], facts["bytes"])),
+        )
 
 
 def _modes(facts: Facts) -> Iterator[tuple[str, ...]]:
@@ -96,7 +101,7 @@ def _layers(facts: Facts) -> Iterator[tuple[str, ...]]:
     sides = {"d": "device", "c": "CPU"}
     for i, hot in enumerate(row["hot"]):
         attention = "device" if i >= row["resident_from"] else "CPU"
-        shares = share(hot / placement["neurons"]), share(row["activations"][i])
+        shares = share(part(hot, placement["neurons"][i])), share(row["activations"][i])
         yield str(i), attention, f"{hot:,}", *shares, number(row["us"][i]), sides[row["waits"][i]]
 
 
@@ -149,13 +154,13 @@ def subtitle(facts: Facts) -> list[str]:
 def overview(facts: Facts) -> list[tuple[str, str]]:
     """The structure in a few words: names and values."""
     s = facts["structure"]
-    shared = f", {s['head_count_kv']} for KV" if s["head_count_kv"] != s["head_count"] else ""
+    shared = f", {spread(s['head_count_kv'])} for KV" if s["head_count_kv"] != s["head_count"] else ""
     return [
         ("layers", str(s["block_count"])),
         ("hidden width", f"{s['embedding_length']:,}"),
-        ("neurons per layer", f"{s['feed_forward_length']:,}"),
+        ("neurons per layer", spread(s["feed_forward_length"])),
         ("FFN", f"{'gated' if s['ffn_gate'] == 'gated' else 'ungated'}, {s['ffn_activation']}"),
-        ("attention heads", f"{s['head_count']}{shared}"),
+        ("attention heads", f"{spread(s['head_count'])}{shared}"),
         ("width of a head", str(s["head_length"])),
         ("vocabulary", f"{s['vocab_size']:,} tokens"),
         ("context", f"{s['context_length']:,} tokens"),
@@ -224,7 +229,7 @@ def beginning(facts: Facts) -> Mapping[str, Any]:
 
 def hot_share(facts: Facts, row: Mapping[str, Any]) -> float:
     """The share of all neurons that a placement has on the device."""
-    return float(sum(row["hot"]) / (facts["placement"]["neurons"] * len(row["hot"])))
+    return float(sum(row["hot"]) / sum(facts["placement"]["neurons"]))
 
 
 def most_read(facts: Facts) -> float:
