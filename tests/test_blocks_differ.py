@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import TOKENIZER, VOCAB_SIZE
+from oracle import random_ids, relative
+from safetensors.numpy import save_file
 
+import runtime
+from convert import convert, naming
+from convert.arch import Arch, BlockKind, Field, Source
+from convert.checkpoint import open_checkpoint
+from convert.plan import Types, make_plan
+from convert.rope import Rope
+from convert.verify.reference import Reference
 from runtime.errors import UserError
 from runtime.model_file.container import GgufPart
 from runtime.model_file.structure import Attention, Structure
@@ -142,3 +154,121 @@ def test_a_block_has_the_tensors_of_its_halves() -> None:
     assert {name for name in shapes if name.endswith("neuron_index")} == {
         f"blk.{i}.ffn_neuron_index" for i in (0, 2, 3)
     }
+
+
+# --- a family that mixes kinds of blocks, one half in each ------------------------------------------------------------
+
+_MIXER = "backbone.layers.{i}.mixer."
+FAMILY = Arch(
+    family="mixing",
+    architectures=("MixingForCausalLM",),
+    activation=Field("mlp_hidden_act"),
+    activations={"relu2": "relu2"},
+    keys={
+        **naming.SIZES,
+        **Rope().keys(),
+        "sliding_window": Field("window"),
+        "norm": "rms",
+        "norm_epsilon": 2.0**-17,
+        "ffn_gate": "none",
+    },
+    tensors={
+        "token_embd.weight": Source("backbone.embeddings.weight"),
+        **naming.pair("output_norm", "backbone.norm_f", bias=False),
+        "output.weight": Source("lm_head.weight"),
+        **naming.pair("blk.{i}.attn_norm", "backbone.layers.{i}.norm", bias=False),
+        **naming.pair("blk.{i}.ffn_norm", "backbone.layers.{i}.norm", bias=False),
+        **{f"blk.{{i}}.attn_{part}.weight": Source(f"{_MIXER}{part}_proj.weight") for part in "qkv"},
+        "blk.{i}.attn_output.weight": Source(f"{_MIXER}o_proj.weight"),
+        **naming.up(f"{_MIXER}up_proj", bias=False),
+        **naming.down(f"{_MIXER}down_proj", bias=False),
+    },
+    kinds={
+        "*": BlockKind({"feed_forward_length": 0}),
+        "n": BlockKind({"feed_forward_length": 0, "rope_dimension_count": 0, "sliding_window_pattern": True}),
+        "-": BlockKind({"head_count_kv": 0}),
+        "+": BlockKind(
+            {"feed_forward_length": Field("wide")},
+            {
+                **naming.pair("blk.{i}.ffn_norm", "backbone.layers.{i}.second_norm", bias=False),
+                **naming.up("backbone.layers.{i}.mlp.up_proj", bias=False),
+                **naming.down("backbone.layers.{i}.mlp.down_proj", bias=False),
+            },
+        ),
+    },
+    kind_of=lambda config: config.get("pattern", str),
+)
+CONFIG = {
+    "architectures": ["MixingForCausalLM"], "vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 5,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "wide": 96, "window": 4,
+    "max_position_embeddings": 256, "mlp_hidden_act": "relu2", "pattern": "-*+n-",
+}  # fmt: skip
+
+
+@pytest.fixture
+def mixing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint of that family, which the converter knows."""
+    monkeypatch.setattr("convert.arch.families", lambda: {"mixing": FAMILY})
+    rng, at = np.random.default_rng(0), "backbone.layers."
+    shapes = {"backbone.embeddings": (VOCAB_SIZE, 32), "backbone.norm_f": (32,), "lm_head": (VOCAB_SIZE, 32)}
+    for i, kind in enumerate(CONFIG["pattern"]):
+        shapes[f"{at}{i}.norm"] = (32,)
+        if kind != "-":
+            shapes |= {f"{at}{i}.mixer.{part}_proj": (16 if part in "kv" else 32, 32) for part in "qkvo"}
+        if kind == "-":
+            shapes |= {f"{at}{i}.mixer.up_proj": (64, 32), f"{at}{i}.mixer.down_proj": (32, 64)}
+        if kind == "+":
+            shapes |= {f"{at}{i}.second_norm": (32,)}
+            shapes |= {f"{at}{i}.mlp.up_proj": (96, 32), f"{at}{i}.mlp.down_proj": (32, 96)}
+    weights = {f"{name}.weight": rng.normal(len(shape) == 1, 0.2, shape) for name, shape in shapes.items()}
+    folder = tmp_path / "mixing"
+    folder.mkdir()
+    save_file({name: weight.astype(np.float32) for name, weight in weights.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER / name, folder / name)
+    return folder
+
+
+def test_a_family_says_in_data_which_kinds_it_mixes(mixing: Path) -> None:
+    plan = make_plan(open_checkpoint(mixing), Types("f32"))
+    blocks = plan.structure.blocks
+    assert [b.mixer for b in blocks] == [
+        None, Attention(4, 2, 8, rope=8), Attention(4, 2, 8, rope=8), Attention(4, 2, 8, window=4), None
+    ]  # fmt: skip
+    assert [b.ffn.n_ff if b.ffn else None for b in blocks] == [64, None, 96, None, 64]
+    sources = {t.name: t.source.name for t in plan.tensors if isinstance(t.source, Source)}
+    assert sources["blk.0.ffn_norm.weight"] == "backbone.layers.0.norm.weight"
+    assert sources["blk.1.attn_norm.weight"] == "backbone.layers.1.norm.weight"
+    assert sources["blk.2.ffn_norm.weight"] == "backbone.layers.2.second_norm.weight"
+    assert sources["blk.2.ffn_up.weight"] == "backbone.layers.2.mlp.up_proj.weight"
+    assert sources["blk.4.ffn_up.weight"] == "backbone.layers.4.mixer.up_proj.weight"
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("ffn", ["dense", "exact"])
+def test_its_file_computes_what_the_checkpoint_does(mixing: Path, tmp_path: Path, ffn: str) -> None:
+    """Against the oracle of --verify, which reads the checkpoint; calibrated, so that neurons move."""
+    convert(mixing, tmp_path / "m.gguf", type="f32", calibration_tokens=1024)
+    ids = random_ids(24, 4000)
+    checkpoint = open_checkpoint(mixing)
+    expected = Reference(checkpoint, make_plan(checkpoint, Types("f32"))).logits(ids)
+    with runtime.load(tmp_path / "m.gguf", ffn=ffn, kv_type="f32", device="none") as model:
+        assert relative(expected, model.logits(ids)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pattern": "-*+n"}, "kinds of 4 blocks, expected 5"),
+        ({"pattern": "-*+nM"}, 'block 4 is "M", expected one of *, n, -, +'),
+        ({"pattern": None}, "no `pattern`"),
+        ({"pattern": "-*+n*"}, "missing"),
+        ({"wide": 0}, "unknown (backbone.layers.2.mlp.down_proj.weight"),
+    ],
+)
+def test_kinds_that_do_not_fit_the_checkpoint_are_refused(mixing: Path, changes: dict[str, Any], message: str) -> None:
+    (mixing / "config.json").write_text(json.dumps(CONFIG | changes))
+    with pytest.raises(UserError) as caught:
+        make_plan(open_checkpoint(mixing), Types("f32"))
+    assert message in caught.value.message
