@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from convert.arch import Field, Source
+from convert.arch import Field, Source, Sources
 from convert.config import Config
 
-Table = dict[str, Source]
+Table = dict[str, Sources]
 
 SIZES = {
     "vocab_size": Field("vocab_size"),
@@ -25,6 +25,11 @@ ATTENTION_BIASES = {
     "attention_bias": Field("attention_bias", False),
     "attention_output_bias": Field("attention_bias", False),
 }
+
+
+def biases(key: str, default: bool) -> dict[str, Field]:
+    """All projections have biases, or none, as one key says."""
+    return dict.fromkeys(("attention_bias", "attention_output_bias", "ffn_bias"), Field(key, default))
 
 
 def heads_kv(usual: int) -> Callable[[Config], int]:
@@ -43,12 +48,16 @@ def within_window(context: int, config: Config) -> int:
     return min(context, config.get("sliding_window", int, missing))
 
 
-def pair(name: str, source: str, rewrite: str = "identity", bias: bool = True) -> Table:
-    """A matrix or a norm with its bias."""
-    weight = {f"{name}.weight": Source(f"{source}.weight", rewrite)}
+def pair(name: str, source: str | tuple[str, ...], rewrite: str = "identity", bias: bool = True) -> Table:
+    """A matrix or a norm with its bias. source: of several, the first that the checkpoint has."""
     # Of what changes on the way, only rows that move have a bias that does.
     moved = rewrite if rewrite.startswith("fused") else "identity"
-    return weight | ({f"{name}.bias": Source(f"{source}.bias", moved)} if bias else {})
+    parts = {"weight": rewrite, "bias": moved} if bias else {"weight": rewrite}
+    if isinstance(source, str):
+        return {f"{name}.{part}": Source(f"{source}.{part}", change) for part, change in parts.items()}
+    return {
+        f"{name}.{part}": tuple(Source(f"{one}.{part}", change) for one in source) for part, change in parts.items()
+    }
 
 
 def ends(norm: str = "model.norm", bias: bool = False, rewrite: str = "identity") -> Table:
@@ -68,12 +77,14 @@ def block_norms(bias: bool = False, rewrite: str = "identity") -> Table:
     }
 
 
-def attention(bias: bool = True, output_bias: bool = True) -> Table:
-    """Four projections."""
+def attention(
+    bias: bool = True, output_bias: bool = True, at: str = "model.layers.{i}.self_attn", output: str = "o_proj"
+) -> Table:
+    """Four projections. at: what their names begin with; output: the last one's own name."""
     table: Table = {}
     for letter in "qkv":
-        table |= pair(f"blk.{{i}}.attn_{letter}", f"model.layers.{{i}}.self_attn.{letter}_proj", bias=bias)
-    return table | pair("blk.{i}.attn_output", "model.layers.{i}.self_attn.o_proj", bias=output_bias)
+        table |= pair(f"blk.{{i}}.attn_{letter}", f"{at}.{letter}_proj", bias=bias)
+    return table | pair("blk.{i}.attn_output", f"{at}.{output}", bias=output_bias)
 
 
 def fused_attention(fused: str, output: str, bias: bool = True) -> Table:

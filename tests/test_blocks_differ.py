@@ -20,7 +20,7 @@ from convert.arch import Arch, BlockKind, Field, Source
 from convert.checkpoint import open_checkpoint
 from convert.plan import Types, make_plan
 from convert.rope import Rope
-from convert.verify.reference import Reference
+from convert.verify.reference import NumpyModel
 from runtime.errors import UserError
 from runtime.model_file.container import GgufPart
 from runtime.model_file.structure import Attention, Structure
@@ -252,7 +252,7 @@ def test_its_file_computes_what_the_checkpoint_does(mixing: Path, tmp_path: Path
     convert(mixing, tmp_path / "m.gguf", type="f32", calibration_tokens=1024)
     ids = random_ids(24, 4000)
     checkpoint = open_checkpoint(mixing)
-    expected = Reference(checkpoint, make_plan(checkpoint, Types("f32"))).logits(ids)
+    expected = NumpyModel(checkpoint, make_plan(checkpoint, Types("f32"))).logits(ids)
     with runtime.load(tmp_path / "m.gguf", ffn=ffn, kv_type="f32", device="none") as model:
         assert relative(expected, model.logits(ids)) < 1e-5
 

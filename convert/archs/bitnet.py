@@ -23,7 +23,6 @@ def _matrix(name: str, rewrite: str = "identity", columns: str = "") -> Callable
 
 
 _SUB_NORM = "model.layers.{i}.mlp.ffn_sub_norm.weight"
-
 _ROPE = Rope(theta=500000.0)
 
 ARCH = Arch(

@@ -4,8 +4,6 @@ The 40B form has GQA and a norm for either side, the 7B form one key-value head 
 checkpoints from before transformers knew Falcon, under other names.
 """
 
-from collections.abc import Callable
-
 from convert import naming
 from convert.arch import Arch, Field, Source
 from convert.config import Config
@@ -26,19 +24,7 @@ def _heads_kv(config: Config) -> int:
     return config.get("num_kv_heads", int, config.get("num_attention_heads", int))
 
 
-def _norm(side: str, part: str) -> Callable[[Config], Source]:
-    """The norm before attention ("attn") or FFN ("mlp"); part: weight or bias."""
-
-    def source(config: Config) -> Source:
-        if _is_new(config) and config.get("num_ln_in_parallel_attn", int, 2) == 2:
-            name = f"ln_{side}"
-        else:
-            name = "input_layernorm" if side == "attn" or _is_parallel(config) else "post_attention_layernorm"
-        return Source(f"transformer.h.{{i}}.{name}.{part}")
-
-    return source
-
-
+_LAYER = "transformer.h.{i}"
 _ROPE = Rope(head_length=equal_parts)
 
 ARCH = Arch(
@@ -62,9 +48,7 @@ ARCH = Arch(
         "head_count_kv": _heads_kv,
         "residual": lambda config: "parallel" if _is_parallel(config) else "sequential",
         "tied_output": Field("tie_word_embeddings", True),
-        "attention_bias": Field("bias", False),
-        "attention_output_bias": Field("bias", False),
-        "ffn_bias": Field("bias", False),
+        **naming.biases("bias", False),
         "norm": "layer",
         "norm_epsilon": Field("layer_norm_epsilon", 1e-5),
         "ffn_gate": "none",
@@ -72,13 +56,13 @@ ARCH = Arch(
     tensors={
         "token_embd.weight": Source("transformer.word_embeddings.weight"),
         **_ROPE.tensors(),
-        **{f"blk.{{i}}.attn_norm.{part}": _norm("attn", part) for part in ("weight", "bias")},
-        **{f"blk.{{i}}.ffn_norm.{part}": _norm("mlp", part) for part in ("weight", "bias")},
-        **naming.fused_attention(
-            "transformer.h.{i}.self_attention.query_key_value", "transformer.h.{i}.self_attention.dense"
+        **naming.pair("blk.{i}.attn_norm", (f"{_LAYER}.input_layernorm", f"{_LAYER}.ln_attn")),
+        **naming.pair(
+            "blk.{i}.ffn_norm", (f"{_LAYER}.post_attention_layernorm", f"{_LAYER}.ln_mlp", f"{_LAYER}.input_layernorm")
         ),
-        **naming.up("transformer.h.{i}.mlp.dense_h_to_4h"),
-        **naming.down("transformer.h.{i}.mlp.dense_4h_to_h"),
+        **naming.fused_attention(f"{_LAYER}.self_attention.query_key_value", f"{_LAYER}.self_attention.dense"),
+        **naming.up(f"{_LAYER}.mlp.dense_h_to_4h"),
+        **naming.down(f"{_LAYER}.mlp.dense_4h_to_h"),
         **naming.pair("output_norm", "transformer.ln_f"),
         "output.weight": Source("lm_head.weight"),
     },
