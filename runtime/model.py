@@ -31,9 +31,9 @@ from runtime.hybrid.choose import arrange
 from runtime.model_file.reader import GgufFile
 from runtime.options import AUTO, BATCH, RunOptions
 from runtime.sequence import CachedSequence
-from runtime.text.chat_template import SPECIAL_TOKENS
 from runtime.text.sampling import Sampling
 from runtime.text.tokenizer import Tokenizer
+from runtime.text.vocabulary import SPECIAL_TOKENS
 
 
 def load(

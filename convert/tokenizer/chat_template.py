@@ -13,7 +13,7 @@ from typing import Any
 from convert.config import Config, read_json_if_any
 from convert.tokenizer.added_tokens import SpecialTokens
 from runtime.errors import UserError
-from runtime.text.chat_template import SPECIAL_TOKENS
+from runtime.text.vocabulary import SPECIAL_TOKENS
 
 _FOLDER = "additional_chat_templates"
 

@@ -22,9 +22,6 @@ from jinja2.parser import Parser
 from runtime.errors import UserError
 from runtime.text.bounded_template import BoundedEnvironment
 
-SPECIAL_TOKENS = (
-    "lazyneuron.chat_template.special_tokens"  # key of a JSON object: what templates may name, beside bos and eos
-)
 _compiling = threading.Lock()  # filters of warnings belong to the whole process: two threads would restore each other's
 _HINT = "the model file's chat template does not accept this conversation"
 

@@ -16,6 +16,9 @@ from runtime.text.text_rules import KEYS
 
 MODELS = ("llama", "gpt2")  # SentencePiece BPE and byte-level BPE: those that conversions write
 END_IDS = f"{KEYS}.end_token_ids"
+SPECIAL_TOKENS = (
+    "lazyneuron.chat_template.special_tokens"  # a JSON object: what chat templates may name, beside bos and eos
+)
 _HINT = "the file is damaged or incomplete: download it or convert the checkpoint again"
 _BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
