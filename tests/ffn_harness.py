@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from runtime.base.worker import on_worker
 from runtime.bindings import ggml, sparse_ffn
-from runtime.compute.operators import NativeTensors, add_native_ffn
+from runtime.compute.operators import Chosen, NativeTensors, add_native_ffn
 from runtime.compute.weights import new_context
 from runtime.model_file.structure import Structure
 
@@ -106,28 +106,53 @@ def _normal_quantile(p: float) -> float:
     return float(np.quantile(np.random.default_rng(0).normal(size=100_000), p))
 
 
-def reference(f: Ffn, x: Array) -> tuple[Array, Array]:
+@dataclass
+class Ranges:
+    """Ranges of rows, and which of them each token scans. table: [n, 2]; chosen and weights: [n_tokens, k]."""
+
+    table: Array
+    chosen: Array
+    weights: Array
+
+    def per_row(self, n_ff: int) -> Array:
+        """What each row's strength is multiplied by, float64 [n_tokens, n_ff]; NaN for rows that a token does not scan."""
+        rows = np.full((len(self.chosen), n_ff), np.nan)
+        for t, (chosen, weights) in enumerate(zip(self.chosen, self.weights, strict=True)):
+            for i, weight in zip(chosen, weights, strict=True):
+                if 0 <= i < len(self.table):
+                    rows[t, slice(*self.table[i])] = weight
+        return rows
+
+
+def reference(f: Ffn, x: Array, ranges: Ranges | None = None) -> tuple[Array, Array]:
     """float64: the product [n_tokens, product_length] and which neurons fire [n_tokens, n_ff]."""
     w, s = f.exact, f.s
     first = x @ w["gate" if s.ffns[0].gated else "up"].T + w.get("gate_bias", 0.0)
     fires = first > s.activation_threshold
+    if ranges:
+        weights = ranges.per_row(s.feed_forward_length)
+        fires &= ~np.isnan(weights)
     h = np.where(fires, first**2 if s.ffn_activation == "relu2" else first, 0.0)
     if s.ffns[0].gated:
         up = x @ w["up"].T + w.get("up_bias", 0.0)
         h = h * (np.maximum(up, 0) if s.ffn_activation == "drelu" else up)
+    if ranges:
+        h = h * np.nan_to_num(weights)
     y = h @ w["down"]
     return np.concatenate([y, (h**2).sum(1, keepdims=True)], 1) if s.ffn_sub_norm else y, fires
 
 
-def run_native(f: Ffn, x: Array, threads: int, room: int | None = None) -> tuple[Array, sparse_ffn.Ffn]:
+def run_native(
+    f: Ffn, x: Array, threads: int, room: int | None = None, ranges: Ranges | None = None
+) -> tuple[Array, sparse_ffn.Ffn]:
     """Our operators: the product, float32 [n_tokens, product_length], and the description with what they counted.
 
     room: threads that the description has room for, if not just as many.
     """
-    return on_worker(lambda: _run_native(f, np.ascontiguousarray(x, np.float32), threads, room or threads))
+    return on_worker(lambda: _run_native(f, np.ascontiguousarray(x, np.float32), threads, room or threads, ranges))
 
 
-def _run_native(f: Ffn, x: Array, threads: int, room: int) -> tuple[Array, sparse_ffn.Ffn]:
+def _run_native(f: Ffn, x: Array, threads: int, room: int, ranges: Ranges | None) -> tuple[Array, sparse_ffn.Ffn]:
     s, type_id = f.s, ggml.TYPES[f.type_name]
     backend = ggml.ggml_backend_cpu_init()
     ggml.ggml_backend_cpu_set_n_threads(backend, threads)
@@ -152,7 +177,13 @@ def _run_native(f: Ffn, x: Array, threads: int, room: int) -> tuple[Array, spars
     )
     source = ggml.ggml_new_tensor_2d(ctx, ggml.F32, s.embedding_length, len(x))
     ffn = sparse_ffn.describe(s.blocks[0].ffn, tensors.types, room)
-    y = add_native_ffn(ctx, source, ffn, tensors)
+    chosen = None
+    if ranges:
+        sparse_ffn.divide(ffn, ranges.table)
+        k, n = ranges.chosen.shape[1], len(x)
+        ids, weights = (ggml.ggml_new_tensor_2d(ctx, kind, k, n) for kind in (ggml.I32, ggml.F32))
+        chosen = Chosen(ids, weights)
+    y = add_native_ffn(ctx, source, ffn, tensors, None, chosen)
     graph = ggml.ggml_new_graph_custom(ctx, 64, False)
     ggml.ggml_build_forward_expand(graph, y)
     memory = ExactMemory(graph)
@@ -160,6 +191,12 @@ def _run_native(f: Ffn, x: Array, threads: int, room: int) -> tuple[Array, spars
         if tensor is not None:
             ggml.ggml_backend_tensor_set(tensor, f.packed[name].ctypes.data, 0, f.packed[name].nbytes)
     ggml.ggml_backend_tensor_set(source, x.ctypes.data, 0, x.nbytes)
+    if ranges and chosen:
+        for tensor, values in (
+            (chosen.ranges, np.ascontiguousarray(ranges.chosen, np.int32)),
+            (chosen.weights, np.ascontiguousarray(ranges.weights, np.float32)),
+        ):
+            ggml.ggml_backend_tensor_set(tensor, values.ctypes.data, 0, values.nbytes)
     assert ggml.ggml_backend_graph_compute(backend, graph) == ggml.STATUS_SUCCESS
     result = np.empty((len(x), s.ffns[0].product_length), np.float32)
     ggml.ggml_backend_tensor_get(ggml.ConstTensorP(y.value), result.ctypes.data, 0, result.nbytes)
@@ -175,12 +212,19 @@ class ExactMemory:
     def __init__(self, graph: ggml.GraphP) -> None:
         self._libc = ctypes.CDLL(None)
         self._owned: list[tuple[ggml.BufferP, ctypes.c_void_p]] = []
-        for tensor in _tensors(graph):
+        tensors = list(_tensors(graph))
+        for tensor in tensors:
+            if tensor.struct.view_src:
+                continue
             size, memory = ggml.ggml_nbytes(ggml.ConstTensorP(tensor.value)), ctypes.c_void_p()
             assert not self._libc.posix_memalign(ctypes.byref(memory), ctypes.c_size_t(64), ctypes.c_size_t(size))
             buffer = ggml.ggml_backend_cpu_buffer_from_ptr(memory, size)
             ggml.ggml_backend_tensor_alloc(buffer, tensor, memory)
             self._owned.append((buffer, memory))
+        for view in tensors:
+            if source := view.struct.view_src:
+                view.struct.data = source.contents.data + view.struct.view_offs
+                view.struct.buffer = source.contents.buffer
 
     def close(self) -> None:
         """Free the memory, and with it the graph's results."""

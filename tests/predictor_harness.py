@@ -7,28 +7,32 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from ffn_harness import ExactMemory, structure
+from ffn_harness import ExactMemory, Ranges, structure
 
 from predictors.calibrate import LayerSamples, TokenSamples
 from predictors.matrices import Tensor
 from runtime.base.worker import on_worker
 from runtime.bindings import ggml, sparse_ffn
-from runtime.compute.operators import NativeTensors, add_native_ffn, add_predictor
+from runtime.compute.operators import Chosen, NativeTensors, add_native_ffn, add_predictor
 from runtime.compute.weights import new_context
 from runtime.model_file.structure import Structure
 
 Array = npt.NDArray[Any]
 
 
-def native_candidates(kind: str, tensors: tuple[Tensor, ...], bias: Array, x: Array, threads: int = 2) -> Array:
+def native_candidates(
+    kind: str, tensors: tuple[Tensor, ...], bias: Array, x: Array, threads: int = 2, ranges: Ranges | None = None
+) -> Array:
     """Which neurons the runtime's operators choose for inputs x [n_tokens, n_embd]: bool [n_tokens, n_ff], n_ff <= n_embd.
 
     Every neuron's gate is 1 and its down row a unit vector, so that the FFN's output says who was a candidate.
     """
-    return on_worker(lambda: _run(kind, tensors, np.float32(bias), np.ascontiguousarray(x, np.float32), threads))
+    return on_worker(
+        lambda: _run(kind, tensors, np.float32(bias), np.ascontiguousarray(x, np.float32), threads, ranges)
+    )
 
 
-def _run(kind: str, tensors: tuple[Tensor, ...], bias: Array, x: Array, threads: int) -> Array:
+def _run(kind: str, tensors: tuple[Tensor, ...], bias: Array, x: Array, threads: int, ranges: Ranges | None) -> Array:
     (n_tokens, n_embd), n_ff = x.shape, len(bias)
     s = structure(n_embd, n_ff, False, "relu", bias=True)
     backend = ggml.ggml_backend_cpu_init()
@@ -52,8 +56,13 @@ def _run(kind: str, tensors: tuple[Tensor, ...], bias: Array, x: Array, threads:
     *inner, outer = [tensor(t.data, t.type, t.shape) for t in tensors]
     z = ggml.ggml_mul_mat(ctx, inner[0], source) if inner else source
     z = ggml.ggml_relu(ctx, z) if kind == "mlp" else z
-    candidates = add_predictor(ctx, z, ffn, outer, offsets, 0.0)
-    y = add_native_ffn(ctx, source, ffn, rows, candidates)
+    chosen = None
+    if ranges:
+        sparse_ffn.divide(ffn, ranges.table)
+        ids, weights = np.int32(ranges.chosen), np.ones_like(ranges.weights)
+        chosen = Chosen(tensor(ids, "i32"), tensor(weights))
+    candidates = add_predictor(ctx, z, ffn, outer, offsets, 0.0, chosen)
+    y = add_native_ffn(ctx, source, ffn, rows, candidates, chosen)
     graph = ggml.ggml_new_graph_custom(ctx, 64, False)
     ggml.ggml_build_forward_expand(graph, y)
     memory = ExactMemory(graph)
@@ -65,9 +74,9 @@ def _run(kind: str, tensors: tuple[Tensor, ...], bias: Array, x: Array, threads:
     memory.close()
     ggml.ggml_free(ctx)
     ggml.ggml_backend_free(backend)
-    chosen = result[:, :n_ff] > 0.5
-    assert np.array_equal(ffn.gates, chosen.sum(1))
-    return chosen
+    found = result[:, :n_ff] > 0.5
+    assert np.array_equal(ffn.gates, found.sum(1))
+    return found
 
 
 @dataclass

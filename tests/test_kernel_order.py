@@ -68,13 +68,16 @@ def test_a_thousand_neurons(type_name: str) -> None:
 
 
 def test_memory_is_bounded_by_threads_and_by_tokens() -> None:
-    """Partial sums: as many rows as tokens, or a few for each thread; not threads times tokens."""
+    """Partial sums: a few rows for each thread, however many tokens there are."""
     row = 4 * 8192
     for threads in (1, 2, 16, 64):
         ffn = sparse_ffn.describe(structure(8192, 28672, True, "relu").blocks[0].ffn, (0, 0, 0), threads)
         for n_tokens in (1, 2, 16, 33, 512, 4096):
-            # Twice a tile of 16 tokens, a row to unpack into and one to add up.
-            assert sparse_ffn.down_size(ffn, n_tokens) <= (n_tokens + 36 * threads) * row + 64
+            # Twice a tile of 16 tokens, a row to unpack into and one to add up; where that is enough, the product itself.
+            product = n_tokens * row * sparse_ffn.tokens_alone(ffn, n_tokens)
+            assert sparse_ffn.down_size(ffn, n_tokens) <= product + 36 * threads * row + 64
+            assert sparse_ffn.tokens_alone(ffn, n_tokens) == (n_tokens > max(1, 16 * (threads - 1)))
+        assert sparse_ffn.gate_size(ffn) <= 28672 * 8 + 64 * threads
         sparse_ffn.predict(ffn, 1024, 0, 0.0)
         assert sparse_ffn.predict_size(ffn, 4096) <= 4096 * 28672 + 64 * threads * (row // 8 + 64) + 64
 
@@ -87,3 +90,21 @@ def test_fewer_threads_than_there_is_room_for(n_tokens: int) -> None:
     expected, _ = run_native(ffn, x, 2)
     found, _ = run_native(ffn, x, 2, room=7)
     assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("type_name", TYPES)
+def test_other_company_gives_the_same_bits(type_name: str, gated: bool) -> None:
+    """In a batch of one size, a token's result and its counts do not depend on what the other tokens are."""
+    rng = np.random.default_rng(4)
+    ffn = uneven(type_name, gated, rng)
+    own = rng.normal(0, 1, (1, N_EMBD)).astype(np.float32)
+    for n_tokens, threads in ((2, 1), (2, 2), (7, 3), (17, 2), (33, 3)):
+        for at in {0, n_tokens // 2, n_tokens - 1}:
+            found = []
+            for scale in (0.0, 1.0, 30.0):  # of the others: few, some, or other neurons fire
+                x = (scale * rng.normal(0, 1, (n_tokens, N_EMBD))).astype(np.float32)
+                x[at] = own
+                y, counted = run_native(ffn, x, threads)
+                found.append((y[at].tobytes(), counted.fired[at], counted.gates[at]))
+            assert len(set(found)) == 1, (n_tokens, threads, at)

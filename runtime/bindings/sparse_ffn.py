@@ -20,13 +20,14 @@ from runtime.bindings import ggml_devices as gd
 from runtime.bindings.ffn_shape import ACTIVATIONS, FfnShape
 from runtime.errors import UserError
 
+MAX_RANGES = 64  # that one token scans: LZN_MAX_RANGES
 _FILE = {"win32": "lazyneuron.dll", "darwin": "liblazyneuron.dylib"}.get(sys.platform, "liblazyneuron.so")
 VARIANTS = ("portable", "avx2", "avx512", "neon")
-OPERATORS = ("predict", "predict_sign", "choose", "quantize", "gate", "down", "reduce")
+OPERATORS = ("predict", "predict_sign", "choose", "quantize", "gate", "down", "tokens", "reduce")
 
 
 _CACHE_LINE = 64
-_SIZES = ("lzn_predict_size", "lzn_gate_size", "lzn_down_size")
+_SIZES = {"lzn_predict_size": (ctypes.c_int64,), "lzn_gate_size": (), "lzn_down_size": (ctypes.c_int64,)}
 
 
 class Rows(ctypes.Structure):
@@ -49,6 +50,7 @@ class Ffn(ctypes.Structure):
 
     fired: npt.NDArray[np.int32]  # [n_tokens], neurons whose up and down rows the last run read
     gates: npt.NDArray[np.int32]  # [n_tokens], neurons whose gate rows it read
+    table: npt.NDArray[np.int32]  # what `ranges` points to
 
     _fields_ = [
         ("n_embd", ctypes.c_int32),
@@ -63,11 +65,13 @@ class Ffn(ctypes.Structure):
         ("shift", ctypes.c_float),
         ("threshold", ctypes.c_float),
         ("squares", ctypes.c_int32),
+        ("n_ranges", ctypes.c_int32),
         ("x_stride", ctypes.c_size_t),
         ("gate", Rows),
         ("up", Rows),
         ("down", Rows),
         ("predictor", Rows),
+        ("ranges", ctypes.c_void_p),
         ("counts", ctypes.c_void_p),
     ]
 
@@ -88,8 +92,10 @@ def library() -> ctypes.CDLL:
     lib.lzn_has_variant.restype = ctypes.c_bool
     lib.lzn_arranged_size.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     lib.lzn_arranged_size.restype = ctypes.c_size_t
-    for name in _SIZES:
-        getattr(lib, name).argtypes = [ctypes.POINTER(Ffn), ctypes.c_int64]
+    lib.lzn_tokens_alone.argtypes = [ctypes.POINTER(Ffn), ctypes.c_int64]
+    lib.lzn_tokens_alone.restype = ctypes.c_bool
+    for name, arguments in _SIZES.items():
+        getattr(lib, name).argtypes = [ctypes.POINTER(Ffn), *arguments]
         getattr(lib, name).restype = ctypes.c_size_t
     return lib
 
@@ -184,6 +190,18 @@ def count(ffn: Ffn, n_tokens: int) -> None:
     ffn.counts = counts.ctypes.data
 
 
+def divide(ffn: Ffn, ranges: npt.ArrayLike) -> None:
+    """Let each token scan some ranges of the rows only. ranges: int [n, 2], the first row of each and the one behind its last.
+
+    Raises ValueError for a range without rows, or with rows that the FFN does not have.
+    """
+    table = np.array(ranges, np.int32).reshape(-1, 2)
+    if not len(table) or (table[:, 0] < 0).any() or (table[:, 0] >= table[:, 1]).any() or table.max() > ffn.n_ff:
+        raise ValueError(f"ranges of {ffn.n_ff} rows: {table.tolist()}")
+    ffn.table = table
+    ffn.n_ranges, ffn.ranges = len(table), table.ctypes.data
+
+
 def predict(ffn: Ffn, rank: int, type_id: int | None, shift: float) -> None:
     """Add a predictor to the description: rows of `rank` elements of a ggml type, or sign bits where it is None."""
     ffn.predicted, ffn.rank, ffn.shift = True, rank, shift
@@ -203,14 +221,19 @@ def predict_size(ffn: Ffn, n_tokens: int) -> int:
     return int(library().lzn_predict_size(ctypes.byref(ffn), n_tokens))
 
 
-def gate_size(ffn: Ffn, n_tokens: int) -> int:
+def gate_size(ffn: Ffn) -> int:
     """Bytes of the `gate` operator's result."""
-    return int(library().lzn_gate_size(ctypes.byref(ffn), n_tokens))
+    return int(library().lzn_gate_size(ctypes.byref(ffn)))
 
 
 def down_size(ffn: Ffn, n_tokens: int) -> int:
-    """Bytes of the `down` operator's result."""
+    """Bytes of the result of `down`, or of `tokens` where there are several."""
     return int(library().lzn_down_size(ctypes.byref(ffn), n_tokens))
+
+
+def tokens_alone(ffn: Ffn, n_tokens: int) -> bool:
+    """Whether the result of `tokens` begins with the product itself: then nothing is left to `reduce`."""
+    return bool(library().lzn_tokens_alone(ctypes.byref(ffn), n_tokens))
 
 
 def _rows(type_id: int, n_embd: int) -> Rows:

@@ -26,45 +26,77 @@ class NativeTensors:
         return self.gate.type, (self.up or self.gate).type, self.down.type
 
 
-def add_native_ffn(
-    ctx: ggml.ContextP, x: ggml.TensorP, ffn: sparse_ffn.Ffn, t: NativeTensors, candidates: ggml.TensorP | None = None
-) -> ggml.TensorP:
-    """Add the operators of one sparse FFN: F32 [n_embd, n_tokens] -> its product, as long (see FfnShape.product_length).
+@dataclass(frozen=True)
+class Chosen:
+    """Which of an FFN's ranges of rows each token scans (see `sparse_ffn.divide`), and what their neurons are multiplied by.
 
-    candidates: from `add_predictor`, or None for every neuron. `ffn` must outlive the graph, and counts its tokens.
+    A token's ranges must not overlap; an index outside of the table stands for no range.
     """
-    n = x.ne[1]
+
+    ranges: ggml.TensorP  # I32 [k, n_tokens], k <= sparse_ffn.MAX_RANGES
+    weights: ggml.TensorP  # F32 [k, n_tokens]
+
+
+def add_native_ffn(
+    ctx: ggml.ContextP,
+    x: ggml.TensorP,
+    ffn: sparse_ffn.Ffn,
+    t: NativeTensors,
+    candidates: ggml.TensorP | None = None,
+    chosen: Chosen | None = None,
+) -> ggml.TensorP:
+    """Add the operators of one sparse FFN: F32 [n_embd, n_tokens] -> its product, F32 [FfnShape.product_length, n_tokens].
+
+    candidates: from `add_predictor`, or None for every neuron. chosen: where the FFN is divided into ranges.
+    `ffn` must outlive the graph, and counts its tokens.
+    """
+    n, made = x.ne[1], ffn.n_embd + ffn.squares
     sparse_ffn.count(ffn, n)
+    first = (t.gate, t.gate_bias, candidates, *((chosen.ranges, chosen.weights) if chosen else ()))
+    rest = (t.down, t.up, t.up_bias)
     quantized = _custom(ctx, ffn, "quantize", ggml.I8, (ffn.x_stride, n), x)
-    gate = _custom(
-        ctx, ffn, "gate", ggml.I8, (sparse_ffn.gate_size(ffn, n), 1), quantized, t.gate, t.gate_bias, candidates
-    )
-    down = _custom(
-        ctx, ffn, "down", ggml.I8, (sparse_ffn.down_size(ffn, n), 1), quantized, gate, t.down, t.up, t.up_bias
-    )
-    return _custom(ctx, ffn, "reduce", ggml.F32, (ffn.n_embd + ffn.squares, n), down, gate)
+    if n == 1:
+        gate = _custom(ctx, ffn, "gate", ggml.I8, (sparse_ffn.gate_size(ffn), 1), quantized, *first)
+        sums = _custom(ctx, ffn, "down", ggml.I8, (sparse_ffn.down_size(ffn, n), 1), quantized, gate, *rest)
+        return _custom(ctx, ffn, "reduce", ggml.F32, (made, n), sums)
+    size = -(-sparse_ffn.down_size(ffn, n) // 4)
+    sums = _custom(ctx, ffn, "tokens", ggml.F32, (size, 1), quantized, *first, *rest)
+    if sparse_ffn.tokens_alone(ffn, n):
+        return ggml.ggml_view_2d(ctx, sums, made, n, 4 * made, 0)
+    return _custom(ctx, ffn, "reduce", ggml.F32, (made, n), sums)
 
 
 def add_predictor(
-    ctx: ggml.ContextP, x: ggml.TensorP, ffn: sparse_ffn.Ffn, rows: ggml.TensorP, bias: ggml.TensorP, shift: float
+    ctx: ggml.ContextP,
+    x: ggml.TensorP,
+    ffn: sparse_ffn.Ffn,
+    rows: ggml.TensorP,
+    bias: ggml.TensorP,
+    shift: float,
+    chosen: Chosen | None = None,
 ) -> ggml.TensorP:
     """Add the operator that chooses an FFN's candidates: x F32 [rank, n_tokens] against predictor rows [rank, n_ff].
 
-    Rows of type I8 are sign bits, and x is then F32 [n_embd, n_tokens].
+    Rows of type I8 are sign bits, and x is then F32 [n_embd, n_tokens]. chosen: as in `add_native_ffn`.
     """
     signs = rows.type == ggml.I8
     sparse_ffn.predict(ffn, x.ne[0], None if signs else rows.type, shift)
-    size = sparse_ffn.predict_size(ffn, x.ne[1])
-    return _custom(ctx, ffn, "predict_sign" if signs else "predict", ggml.I8, (size, 1), x, rows, bias)
+    size, ranges = sparse_ffn.predict_size(ffn, x.ne[1]), chosen.ranges if chosen else None
+    return _custom(ctx, ffn, "predict_sign" if signs else "predict", ggml.I8, (size, 1), x, rows, bias, ranges)
 
 
 def add_choice(
-    ctx: ggml.ContextP, scores: ggml.TensorP, ffn: sparse_ffn.Ffn, bias: ggml.TensorP, shift: float
+    ctx: ggml.ContextP,
+    scores: ggml.TensorP,
+    ffn: sparse_ffn.Ffn,
+    bias: ggml.TensorP,
+    shift: float,
+    chosen: Chosen | None = None,
 ) -> ggml.TensorP:
-    """Add the operator that chooses an FFN's candidates by scores F32 [n_ff, n_tokens] computed elsewhere; as in `add_predictor`."""
+    """Add the operator that chooses an FFN's candidates by scores F32 [n_ff, n_tokens] that are given; as in `add_predictor`."""
     sparse_ffn.choose(ffn, shift)
-    size = sparse_ffn.predict_size(ffn, scores.ne[1])
-    return _custom(ctx, ffn, "choose", ggml.I8, (size, 1), scores, bias)
+    size, ranges = sparse_ffn.predict_size(ffn, scores.ne[1]), chosen.ranges if chosen else None
+    return _custom(ctx, ffn, "choose", ggml.I8, (size, 1), scores, bias, ranges)
 
 
 def _custom(

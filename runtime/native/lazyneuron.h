@@ -1,12 +1,22 @@
-// The sparse FFN as ggml custom operators. Includes ggml's public headers, links to nothing of ggml: the functions that read a weight type come from its type traits when a graph is built.
+// The sparse FFN as ggml custom operators. Includes ggml's public headers and links to nothing of ggml: the functions that
+// read a weight type come from its type traits when a graph is built.
 //
 // One FFN is a few operators, run one after the other by ggml's CPU backend, each on every thread of the team:
-//   predict   scores of a predictor         -> candidates: which neurons may fire (only where there is a predictor; `choose` where the scores are given)
-//   quantize  x F32 [n_embd, n_tokens]      -> x in the types that the dot products want
-//   gate      gate rows (ungated: up rows), of every neuron or of the candidates -> which neurons fire, and how strongly
-//   down      up and down_t rows of those   -> one partial sum per thread
-//   reduce    partial sums, in order        -> y F32 [n_embd, n_tokens]
-// No operator allocates, locks or depends on timing: the same number of threads gives the same bits.
+//   predict   scores of a predictor -> candidates: which neurons may fire. Only where there is a predictor;
+//             `choose` where the scores are given
+//   quantize  x F32 [n_embd, n_tokens] -> x in the types that the dot products want
+// then for one token
+//   gate      gate rows (ungated: up rows), of every neuron or of the candidates -> which neurons fire, how strongly
+//   down      up and down_t rows of those -> one partial sum per thread
+//   reduce    partial sums, in order -> y F32 [n_embd, 1]
+// and for several
+//   tokens    gate, up and down_t rows -> partial sums for `reduce`; or, where each thread has tokens of its own, y itself
+// No operator allocates, locks or depends on timing: the same number of threads and tokens gives the same bits, and a
+// token's result does not depend on what the other tokens of its batch are.
+//
+// The neurons are rows of one matrix, and a token may scan some ranges of them only: a table says which ranges there are,
+// and a source of the operators says for each token which of them it scans and what their neurons are multiplied by. The
+// experts of a mixture are such ranges.
 #pragma once
 
 #include <stdbool.h>
@@ -25,7 +35,7 @@
 struct lzn_rows {
     size_t row_size;       // bytes of a row of weights
     size_t x_size;         // bytes of a row of activations in the type that vec_dot expects
-    size_t arranged_size;  // bytes of the same as our own loops want it, in front of them; 0 where these want them as they are
+    size_t arranged_size;  // bytes of the same as our own loops want it, in front of them; 0 where they want no other
     size_t x_offset;       // where both lie within one token's activations
     void (*from_float)(const float * x, void * y, int64_t k);
     void (*vec_dot)(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc);
@@ -41,26 +51,30 @@ enum lzn_activation { LZN_RELU = 0, LZN_RELU2 = 1, LZN_FATRELU = 2, LZN_DRELU = 
 // One FFN: the userdata of its operators. Nothing of it is written but what `counts` points to.
 struct lzn_ffn {
     int32_t n_embd;
-    int32_t n_ff;
-    int32_t n_threads;   // partial sums there is room for
+    int32_t n_ff;        // neurons, of all ranges together
+    int32_t n_threads;   // that there is room for in the operators' results
     int32_t activation;  // enum lzn_activation
     int32_t gated;
-    int32_t gate_bias;  // whether a bias F32 [n_ff] follows the gate rows among the sources of `gate`
-    int32_t up_bias;    // whether a bias F32 [n_ff] follows the up rows among the sources of `down`
-    int32_t predicted;  // whether the candidates follow among the sources of `gate`; else every neuron is one
-    int32_t rank;       // elements of a predictor row
-    float shift;        // added to every score of the predictor
-    float threshold;    // a neuron fires where its gate is above this
-    int32_t squares;    // whether the product ends with the sum of the neurons' squares: one element more than n_embd
-    size_t x_stride;    // bytes from one token's activations, all types together, to the next one's; 64 more than they need
+    int32_t gate_bias;   // whether a bias F32 [n_ff] follows the gate rows among the sources
+    int32_t up_bias;     // whether a bias F32 [n_ff] follows the up rows among the sources
+    int32_t predicted;   // whether there are candidates among the sources; else every neuron is one
+    int32_t rank;        // elements of a predictor row
+    float shift;         // added to every score of the predictor
+    float threshold;     // a neuron fires where its gate is above this
+    int32_t squares;     // whether the product ends with the sum of the neurons' squares: one element more than n_embd
+    int32_t n_ranges;    // ranges in the table; 0: every token scans every row, and the sources name no ranges
+    size_t x_stride;     // bytes from one token's activations, all types together, to the next one's; 64 more than needed
     struct lzn_rows gate;
     struct lzn_rows up;
     struct lzn_rows down;
     struct lzn_rows predictor;  // rows of `rank` elements
-    // I32 [n_tokens, 2], the caller's memory, written anew by every run: for each token the neurons whose up and down
-    // rows were read, then for each token those whose gate rows were.
+    const int32_t * ranges;     // [2, n_ranges], the first row of each and the one behind its last, the caller's memory
+    // [n_tokens, 2], the caller's memory, written anew by every run: for each token the neurons whose up and down rows
+    // were read, then for each token those whose gate rows were.
     int32_t * counts;
 };
+
+#define LZN_MAX_RANGES 64  // that one token scans
 
 // ggml's version that the headers belonged to, e.g. "0.25.3"; and the size of the one struct that is shared with it.
 LZN_API const char * lzn_ggml_version(void);
@@ -73,21 +87,28 @@ LZN_API bool lzn_has_variant(int32_t variant);
 LZN_API const void * lzn_kernels(int32_t type, int32_t variant);
 LZN_API size_t lzn_arranged_size(const void * kernels, int64_t n);
 
-// What becomes of a program when ggml gives up (an assertion, a lost device) or a C++ exception is caught by nobody: one line on stderr, exit status 1.
-// `lzn_on_abort` is a ggml_abort_callback_t; `lzn_guard` sets the handler of exceptions.
+// What happens when ggml gives up (an assertion, a lost device) or nobody catches a C++ exception: one line on stderr,
+// exit status 1. `lzn_on_abort` is a ggml_abort_callback_t; `lzn_guard` sets the handler of exceptions.
 LZN_API void lzn_on_abort(const char * message);
 LZN_API void lzn_guard(void);
 
-// Bytes of the operators' results that are not plain F32 matrices.
+// Bytes of the operators' results that are not plain matrices; `down` means `tokens` too.
 LZN_API size_t lzn_predict_size(const struct lzn_ffn * ffn, int64_t n_tokens);
-LZN_API size_t lzn_gate_size(const struct lzn_ffn * ffn, int64_t n_tokens);
+LZN_API size_t lzn_gate_size(const struct lzn_ffn * ffn);
 LZN_API size_t lzn_down_size(const struct lzn_ffn * ffn, int64_t n_tokens);
+// Whether the result of `tokens` begins with y F32 [n_embd, n_tokens], and needs no `reduce`.
+LZN_API bool lzn_tokens_alone(const struct lzn_ffn * ffn, int64_t n_tokens);
 
-// ggml_custom_op_t; dst->src as listed, dst I8 except where stated. A neuron is a candidate where its score + bias + shift > 0.
-LZN_API void lzn_ffn_predict(struct ggml_tensor * dst, int ith, int nth, void * userdata);       // z F32 [rank, n_tokens], predictor rows, bias; score = row . z
-LZN_API void lzn_ffn_predict_sign(struct ggml_tensor * dst, int ith, int nth, void * userdata);  // x F32, sign bits I8 [n_embd / 8, n_ff], bias; score = -(how many signs differ)
-LZN_API void lzn_ffn_choose(struct ggml_tensor * dst, int ith, int nth, void * userdata);        // scores F32 [n_ff, n_tokens] that another device computed, bias
-LZN_API void lzn_ffn_quantize(struct ggml_tensor * dst, int ith, int nth, void * userdata);      // x
-LZN_API void lzn_ffn_gate(struct ggml_tensor * dst, int ith, int nth, void * userdata);          // quantize, gate rows [, bias] [, candidates]
-LZN_API void lzn_ffn_down(struct ggml_tensor * dst, int ith, int nth, void * userdata);          // quantize, gate, down_t rows [, up rows [, bias]]
-LZN_API void lzn_ffn_reduce(struct ggml_tensor * dst, int ith, int nth, void * userdata);        // down, gate; dst F32 [n_embd, n_tokens], or [n_embd + 1, n_tokens] with `squares`
+// ggml_custom_op_t. The comments list dst->src; what is in brackets is there if the FFN says so. dst is bytes except where
+// stated. Where there are ranges, `chosen` is I32 [k, n_tokens], indices into their table (an index outside of it: no
+// range), and `weights` F32 [k, n_tokens]; a token's ranges must not overlap. A neuron is a candidate where its
+// score + bias + shift > 0; y has one row more with `squares`.
+#define LZN_OPERATOR(name) LZN_API void lzn_ffn_##name(struct ggml_tensor * dst, int ith, int nth, void * userdata)
+LZN_OPERATOR(predict);       // z F32 [rank, n_tokens], predictor rows, bias [, chosen]; score = row . z
+LZN_OPERATOR(predict_sign);  // x, sign bits I8 [n_embd / 8, n_ff], bias [, chosen]; score = -(how many signs differ)
+LZN_OPERATOR(choose);        // scores F32 [n_ff, n_tokens] that another device computed, bias [, chosen]
+LZN_OPERATOR(quantize);      // x F32 [n_embd, n_tokens]
+LZN_OPERATOR(gate);          // quantize, gate rows [, bias] [, candidates] [, chosen, weights]
+LZN_OPERATOR(down);          // quantize, gate, down_t rows [, up rows [, bias]]
+LZN_OPERATOR(tokens);        // quantize, what `gate` has after it, what `down` has after gate
+LZN_OPERATOR(reduce);        // down or tokens; dst is y F32 [n_embd, n_tokens]

@@ -1,0 +1,255 @@
+// Operators that add up the neurons that fire: of one token, as `gate` listed them, or of several, with their gates.
+#include "ffn.h"
+
+using namespace lzn;
+
+namespace {
+
+// How a batch is dealt to threads. A crew has a range of tokens of its own, and its threads divide the rows. Each of
+// them has partial sums for those tokens only. There are as many crews as tiles of tokens, or as threads: then each
+// thread has its own tokens. Either way the partial sums are bounded, whatever the number of threads and tokens.
+struct crews {
+    int64_t n_tokens;
+    int nth;
+    int n;
+
+    crews(int64_t n_tokens, int nth)
+        : n_tokens(n_tokens), nth(nth), n(static_cast<int>(std::min<int64_t>(nth, tiles(n_tokens)))) {}
+
+    static int64_t tiles(int64_t n_tokens) { return (n_tokens + TOKEN_TILE - 1) / TOKEN_TILE; }
+    int first_thread(int crew) const { return static_cast<int>(split(nth, crew, n)); }
+    int64_t first_token(int crew) const { return split(n_tokens, first_thread(crew), nth); }  // as many as its threads
+    int of_thread(int ith) const {
+        int crew = 0;
+        while (first_thread(crew + 1) <= ith) {
+            crew++;
+        }
+        return crew;
+    }
+    // Tokens of the largest one.
+    int64_t room() const {
+        int64_t most = 0;
+        for (int c = 0; c < n; c++) {
+            most = std::max(most, first_token(c + 1) - first_token(c));
+        }
+        return most;
+    }
+};
+
+// Whether every thread has tokens of its own: then it puts its sums where they belong, tile by tile.
+bool alone(const lzn_ffn & f, int64_t n_tokens) { return crews::tiles(n_tokens) >= f.n_threads; }
+
+int64_t product_length(const lzn_ffn & f) { return f.n_embd + (f.squares ? 1 : 0); }
+
+void down_one_token(const down_rows & rows, const gate_result & gates, const partial & out, int ith, int nth) {
+    share<gate_result> mine(gates, ith, nth);
+    fired_neuron now[AXPY_ROWS], ahead[AXPY_ROWS];
+    int n = mine.take(now, AXPY_ROWS);
+    while (n > 0) {
+        const int n_ahead = mine.take(ahead, AXPY_ROWS);
+        rows.add(now, n, ahead, n_ahead, 0, out.sums, out.scratch);
+        std::copy(ahead, ahead + n_ahead, now);
+        n = n_ahead;
+    }
+}
+
+// Several tokens. A block of rows against every token of a tile: its gates, then the neurons that fire. So the rows
+// stay in the cache, and so do the sums. A row that no token of the tile wants is not read. What a token adds up, and in
+// which order, depends on its own neurons alone.
+class tiles_of_tokens {
+  public:
+    tiles_of_tokens(const lzn_ffn & f, const ggml_tensor * dst)
+        : f_(f), from_(dst), x_(from_.next()), gate_(f, x_, from_), rows_(f, x_, from_), n_tokens_(x_->ne[1]),
+          chosen_(f.predicted ? candidates(f, gate_.candidates, n_tokens_).matrix() : nullptr) {}
+
+    int64_t n_tokens() const { return n_tokens_; }
+    void finish(const partial & out, int64_t n) const { rows_.finish(out.sums, n); }
+
+    // Tokens t0 to t1 - 1, at most TOKEN_TILE, of which `out` has the sums. ith, nth: of the crew
+    void add(int64_t t0, int64_t t1, const partial & out, int ith, int nth) const {
+        token_rows ranges[TOKEN_TILE];
+        for (int64_t t = t0; t < t1; t++) {
+            gate_.ranges.of(t, ranges[t - t0]);
+        }
+        for (int64_t block = ith * ROW_BLOCK; block < f_.n_ff; block += nth * ROW_BLOCK) {
+            fired_neuron fired[TOKEN_TILE][ROW_BLOCK];
+            int n_fired[TOKEN_TILE];
+            for (int64_t t = t0; t < t1; t++) {
+                n_fired[t - t0] = find(block, ranges[t - t0], t, fired[t - t0], out.counts[t - t0]);
+            }
+            for (int64_t t = t0; t < t1; t++) {
+                float * y = out.sums + (t - t0) * y_stride(f_);
+                for (int k = 0; k < n_fired[t - t0]; k += AXPY_ROWS) {
+                    const int n = std::min(AXPY_ROWS, n_fired[t - t0] - k);
+                    rows_.add(fired[t - t0] + k, n, nullptr, 0, t, y, out.scratch);
+                }
+            }
+        }
+    }
+
+  private:
+    // The neurons of a block that fire for a token; returns how many.
+    int find(int64_t block, const token_rows & ranges, int64_t t, fired_neuron * fired, count & counted) const {
+        int32_t neurons[ROW_BLOCK + 1];
+        float weights[ROW_BLOCK + 1];
+        const int n = wanted(block, ranges, t, neurons, weights);
+        int n_fired = 0;
+        for (int k = 0; k < n; k += DOT_ROWS) {
+            float gates[DOT_ROWS];
+            const int n_rows = std::min(DOT_ROWS, n - k);
+            gate_.of(neurons + k, n_rows, nullptr, t, gates);
+            for (int j = 0; j < n_rows; j++) {
+                if (gate_.fires(gates[j])) {
+                    fired[n_fired++] = {neurons[k + j], gate_.strength(gates[j], weights[k + j])};
+                }
+            }
+        }
+        counted.fired += n_fired;
+        counted.gates += n;
+        return n_fired;
+    }
+
+    // The rows of a block that a token scans; returns how many, at most ROW_BLOCK.
+    int wanted(int64_t block, const token_rows & ranges, int64_t t, int32_t * neurons, float * weights) const {
+        int n = 0;
+        for (int i = 0; i < ranges.n; i++) {
+            const row_range & range = ranges.of[i];
+            const int64_t first = std::max<int64_t>(block, range.first);
+            const int64_t end = std::min({block + ROW_BLOCK, static_cast<int64_t>(range.end), first + ROW_BLOCK - n});
+            for (int64_t r = first; r < end; r++) {
+                neurons[n] = static_cast<int32_t>(r);
+                weights[n] = range.weight;
+                n += !chosen_ || chosen_[r * n_tokens_ + t];
+            }
+        }
+        return n;
+    }
+
+    const lzn_ffn & f_;
+    sources from_;
+    const ggml_tensor * x_;
+    const gate_rows gate_;
+    const down_rows rows_;
+    const int64_t n_tokens_;
+    const int8_t * chosen_;  // [n_tokens, n_ff], or null where every row is a candidate
+};
+
+// The tokens first to last - 1 in even tiles: each(first, last).
+template <typename Each> void by_tiles(int64_t first, int64_t last, Each each) {
+    const int64_t n = last - first, n_tiles = crews::tiles(n);
+    for (int64_t tile = 0; tile < n_tiles; tile++) {
+        each(first + n * tile / n_tiles, first + n * (tile + 1) / n_tiles);
+    }
+}
+
+// A thread's own tokens, tile by tile, straight into the result.
+void tokens_alone(const lzn_ffn & f, const tiles_of_tokens & tokens, ggml_tensor * dst, int ith, int nth) {
+    const int64_t n_tokens = tokens.n_tokens(), length = product_length(f);
+    float * result = static_cast<float *>(dst->data);
+    const partial out(f, aligned(result + n_tokens * length) + ith * partial::size(f, TOKEN_TILE), TOKEN_TILE);
+    by_tiles(split(n_tokens, ith, nth), split(n_tokens, ith + 1, nth), [&](int64_t t0, int64_t t1) {
+        out.clear(f, t1 - t0);
+        tokens.add(t0, t1, out, 0, 1);
+        tokens.finish(out, t1 - t0);
+        for (int64_t t = t0; t < t1; t++) {
+            const float * sums = out.sums + (t - t0) * y_stride(f);
+            std::copy(sums, sums + f.n_embd, result + t * length);
+            if (f.squares) {
+                result[t * length + f.n_embd] = sums[y_size(f.n_embd)];
+            }
+            f.counts[t] = out.counts[t - t0].fired;
+            f.counts[n_tokens + t] = out.counts[t - t0].gates;
+        }
+    });
+}
+
+void tokens_together(const lzn_ffn & f, const tiles_of_tokens & tokens, ggml_tensor * dst, int ith, int nth) {
+    const crews dealt(tokens.n_tokens(), nth);
+    const int crew = dealt.of_thread(ith), first_thread = dealt.first_thread(crew);
+    const int threads = dealt.first_thread(crew + 1) - first_thread;
+    const int64_t first = dealt.first_token(crew), last = dealt.first_token(crew + 1), room = dealt.room();
+    const partial out(f, aligned(dst->data) + ith * partial::size(f, room), room);
+    out.clear(f, last - first);
+    by_tiles(first, last, [&](int64_t t0, int64_t t1) {
+        partial tile = out;
+        tile.sums += (t0 - first) * y_stride(f);
+        tile.counts += t0 - first;
+        tokens.add(t0, t1, tile, ith - first_thread, threads);
+    });
+    tokens.finish(out, last - first);
+}
+
+}  // namespace
+
+bool lzn_tokens_alone(const lzn_ffn * ffn, int64_t n_tokens) { return n_tokens > 1 && alone(*ffn, n_tokens); }
+
+// Fewer threads than there is room for have more tokens each.
+size_t lzn_down_size(const lzn_ffn * ffn, int64_t n_tokens) {
+    if (lzn_tokens_alone(ffn, n_tokens)) {
+        const size_t result = n_tokens * product_length(*ffn) * sizeof(float);
+        return aligned(result) + CACHE_LINE + ffn->n_threads * partial::size(*ffn, TOKEN_TILE);
+    }
+    size_t most = 0;
+    for (int nth = 1; nth <= ffn->n_threads; nth++) {
+        most = std::max(most, nth * partial::size(*ffn, crews(n_tokens, nth).room()));
+    }
+    return CACHE_LINE + most;
+}
+
+void lzn_ffn_down(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const lzn_ffn & f = *static_cast<const lzn_ffn *>(userdata);
+    sources from(dst);
+    const ggml_tensor * x = from.next();
+    const gate_result gates{static_cast<char *>(from.next()->data), f.n_threads};
+    const down_rows rows(f, x, from);
+    const partial out(f, aligned(dst->data) + ith * partial::size(f, 1), 1);
+    out.clear(f, 1);
+    *out.counts = gates.head_of(ith).counted;
+    down_one_token(rows, gates, out, ith, nth);
+    rows.finish(out.sums, 1);
+}
+
+void lzn_ffn_tokens(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const lzn_ffn & f = *static_cast<const lzn_ffn *>(userdata);
+    const tiles_of_tokens tokens(f, dst);
+    if (alone(f, tokens.n_tokens())) {
+        tokens_alone(f, tokens, dst, ith, nth);
+    } else {
+        tokens_together(f, tokens, dst, ith, nth);
+    }
+}
+
+// Each thread adds up some columns of all tokens, and the counts of some tokens.
+void lzn_ffn_reduce(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const lzn_ffn & f = *static_cast<const lzn_ffn *>(userdata);
+    const int64_t n_tokens = dst->ne[1], first = split(f.n_embd, ith, nth), last = split(f.n_embd, ith + 1, nth);
+    const crews dealt(n_tokens, nth);
+    const int64_t room = dealt.room();
+    char * partials = aligned(dst->src[0]->data);
+    for (int crew = 0; crew < dealt.n; crew++) {
+        for (int64_t t = dealt.first_token(crew); t < dealt.first_token(crew + 1); t++) {
+            const int64_t at = t - dealt.first_token(crew);
+            float * y = static_cast<float *>(dst->data) + t * dst->ne[0];
+            std::memset(y + first, 0, (last - first) * sizeof(float));
+            float squares = 0.0f;
+            count total{0, 0};
+            for (int i = dealt.first_thread(crew); i < dealt.first_thread(crew + 1); i++) {
+                const partial from(f, partials + i * partial::size(f, room), room);
+                const float * sums = from.sums + at * y_stride(f);
+                for (int64_t c = first; c < last; c++) {
+                    y[c] += sums[c];
+                }
+                squares += f.squares ? sums[y_size(f.n_embd)] : 0.0f;
+                total.fired += from.counts[at].fired;
+                total.gates += from.counts[at].gates;
+            }
+            if (ith == 0) {
+                if (f.squares) {
+                    y[f.n_embd] = squares;
+                }
+                f.counts[t] = total.fired;
+                f.counts[n_tokens + t] = total.gates;
+            }
+        }
+    }
+}
