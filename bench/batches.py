@@ -1,9 +1,11 @@
-"""Several tokens at once: from how many, and from which share of neurons on, whole matrices are faster than the row kernels (`runtime/compute/dense_threshold.py`).
+"""Several tokens at once: from how many, and from which share of neurons on, whole matrices are faster than the row
+kernels (`runtime/compute/dense_threshold.py`).
 
     python -m bench.batches --type q4_0 q8_0 [--shape mistral-7b] [--tokens 32 128] [--active 0.1 1.0] [--threads N]
 
-One FFN, milliseconds per token: ggml's products on plain and on repacked matrices (without the time that repacking takes), and our operators with every gate and with those of
-the predictor's candidates, predictor included. The last line is one JSON object.
+One FFN, milliseconds per token: ggml's products on plain and on repacked matrices (without the time that repacking
+takes), and our operators with every gate and with those of the predictor's candidates, predictor included. The last
+line is one JSON object.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def measure(case: Case, tokens: int) -> dict[str, float]:
 
 
 def limits(results: Sequence[Mapping[str, float]], n_matrices: int) -> list[float]:
-    """For each result with its `active` share: from which share of rows on the fastest product beats `exact`, if time grows with the rows that are read."""
+    """For each result with its `active` share: from which share of rows on the fastest product beats `exact`, if time
+    grows with the rows that are read.
+    """
     return [
         min(r["plain"], r.get("repacked", r["plain"])) / r["exact"] * (1 + (n_matrices - 1) * r["active"]) / n_matrices
         for r in results

@@ -1,6 +1,7 @@
 """A contender in a process of its own that waits for its turn: requests and replies are lines of JSON over pipes.
 
-`ContenderProcess` is the near end. The far end is this module run as a program; between requests it sleeps in a read, so that it takes no time from the others.
+`ContenderProcess` is the near end. The far end is this module run as a program; between requests it sleeps in a read,
+so that it takes no time from the others.
 """
 
 from __future__ import annotations

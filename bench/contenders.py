@@ -1,4 +1,5 @@
-"""The contenders of a race, each in a process of its own: llama.cpp, and our modes, on the CPU alone or on a device too.
+"""The contenders of a race, each in a process of its own: llama.cpp, and our modes, on the CPU alone or on a device
+too.
 
 All get the same ids to compute, whatever they would have said themselves.
 
@@ -33,8 +34,9 @@ _MIB = 1 << 20
 class Spec:
     """A contender. kind: LLAMA_CPP or one of our modes. device: a name, or NONE for the CPU alone.
 
-    budget: bytes on the device, whole KiB; of our modes. layers, cpu_ffns: llama.cpp's: how many layers are on the device, the head first and then the last
-    blocks (`--n-gpu-layers`), and how many of the first blocks leave their FFN's weights to the CPU.
+    budget: bytes on the device, whole KiB; of our modes. layers, cpu_ffns: llama.cpp's: how many layers are on the
+    device, the head first and then the last blocks (`--n-gpu-layers`), and how many of the first blocks leave their
+    FFN's weights to the CPU.
     """
 
     kind: str
@@ -200,7 +202,10 @@ class LlamaCpp:
         return {}
 
     def on_device(self) -> dict[str, Any]:
-        """Layers there, and how many of the first blocks leave their FFN to the CPU. The bytes are those that llama.cpp logs."""
+        """Layers there, and how many of the first blocks leave their FFN to the CPU.
+
+        The bytes are those that llama.cpp logs.
+        """
         return {"device_bytes": self._logged_bytes(), "layers": self._spec.layers, "cpu_ffns": self._spec.cpu_ffns}
 
     def compute_bytes(self) -> int:

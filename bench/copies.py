@@ -1,8 +1,10 @@
-"""Several copies of one FFN in memory, and graphs that compute them one after the other, so that no cache holds what comes next.
+"""Several copies of one FFN in memory, and graphs that compute them one after the other, so that no cache holds what
+comes next.
 
-Four ways to compute: ggml's products on plain rows (`plain`) and on rows repacked for the CPU (`repacked`), and our operators with every gate
-(`exact`) and with the list of neurons given (`listed`); beside them the predictor that makes such a list (`predictor`). Which neurons fire is planted in the gate's bias.
-Everything here is called on the thread that owns ggml.
+Four ways to compute: ggml's products on plain rows (`plain`) and on rows repacked for the CPU (`repacked`), and our
+operators with every gate (`exact`) and with the list of neurons given (`listed`); beside them the predictor that makes
+such a list (`predictor`). Which neurons fire is planted in the gate's bias. Everything here is called on the thread
+that owns ggml.
 """
 
 from __future__ import annotations
@@ -95,7 +97,9 @@ class Copies:
     def _weights(
         self, names: tuple[str, ...], kind: ggml.BufferTypeP | None = None
     ) -> list[dict[str, ggml.TensorP]] | None:
-        """The tensors of every copy, filled; kind: an extra buffer type, and then None where it cannot hold these tensors."""
+        """The tensors of every copy, filled; kind: an extra buffer type, and then None where it cannot hold these
+        tensors.
+        """
         shapes = {name: self._shape(name) for name in names}
         device = ggml.ggml_backend_get_device(self.backend)
         if kind and not all(holds(device, kind, NUMBERS[type_name], tuple(ne)) for type_name, *ne in shapes.values()):
@@ -141,7 +145,10 @@ class Copies:
     def _graph(
         self, build: Callable[[ggml.ContextP, ggml.TensorP, int], ggml.TensorP]
     ) -> tuple[Prepared, list[ggml.TensorP]]:
-        """A graph with `build(context, x, i)` for every copy i; x is F32 [n_embd, tokens]. Returns the copies' results too."""
+        """A graph with `build(context, x, i)` for every copy i; x is F32 [n_embd, tokens].
+
+        Returns the copies' results too.
+        """
         size = self.case.copies * _NODES
         context = new_context(2 * size, ggml.ggml_graph_overhead_custom(size, False))
         graph = ggml.ggml_new_graph_custom(context, size, False)

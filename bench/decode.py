@@ -1,10 +1,12 @@
-"""Decoding speed, side by side: llama.cpp's own runtime and ours in `dense`, `exact` and `predicted` mode, taking turns in one run.
+"""Decoding speed, side by side: llama.cpp's own runtime and ours in `dense`, `exact` and `predicted` mode, taking turns
+in one run.
 
     python -m bench.decode --shape mistral-7b --active 0.10 --type q4_0 --threads 2 [--rounds N] [--tokens N] [--prompt]
     python -m bench.decode MODEL.gguf
 
-Prints medians with their spread, ratios to llama.cpp, bytes read per token (with the activity measured in the run) and the speed that these bytes allow at
-the memory bandwidth that ggml's dense product reaches in the same run; with `--prompt` also prompt processing, load time and resident memory. The last line is one JSON object.
+Prints medians with their spread, ratios to llama.cpp, bytes read per token (with the activity measured in the run) and
+the speed that these bytes allow at the memory bandwidth that ggml's dense product reaches in the same run; with
+`--prompt` also prompt processing, load time and resident memory. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -33,7 +35,10 @@ _KINDS = (LLAMA_CPP, "dense", "exact", "predicted")
 def measure(
     path: Path, twin: Path | None, threads: int, tokens: int = 64, rounds: int = 5, prompts: bool = False
 ) -> dict[str, Any]:
-    """Race on a model; twin: a stock file with the same weights, or None to make one. Returns what is printed as JSON."""
+    """Race on a model; twin: a stock file with the same weights, or None to make one.
+
+    Returns what is printed as JSON.
+    """
     if tokens < 1 or rounds < 1:
         raise UserError("--tokens and --rounds: expected at least 1")
     with set_up(path, twin, threads, tokens) as setup:

@@ -1,7 +1,8 @@
 """How often each neuron of a synthetic FFN fires, and what follows from it for the sizes of weights.
 
-A neuron's pre-activation is a normal variable of variance 1 around a mean of its own; the means are themselves normally spread, which gives a
-hot/cold skew of the kind measured in trained models (the hottest 40 % of the neurons carry 80 % of the activations at 10 % activity). Pure functions.
+A neuron's pre-activation is a normal variable of variance 1 around a mean of its own; the means are themselves normally
+spread, which gives a hot/cold skew of the kind measured in trained models (the hottest 40 % of the neurons carry 80 %
+of the activations at 10 % activity). Pure functions.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ class Firing:
 
 
 def plan_firing(n_ff: int, active: float) -> Firing:
-    """Neurons of which the share `active` (0 to 1, exclusive of 0) fires on average. Raises UserError out of that range."""
+    """Neurons of which the share `active` (0 to 1, exclusive of 0) fires on average.
+
+    Raises UserError out of that range.
+    """
     if not 0 < active <= 1:
         raise UserError(f"--active: {active}, expected more than 0 and at most 1")
     if active == 1:

@@ -1,11 +1,14 @@
-"""Decoding with a GPU, side by side: our runtime and llama.cpp's within the same budgets of device memory, taking turns in one run.
+"""Decoding with a GPU, side by side: our runtime and llama.cpp's within the same budgets of device memory, taking turns
+in one run.
 
-    python -m bench.hybrid --shape mistral-7b --active 0.10 --type q4_0 [--budgets 25,50,75,100] [--device NAME] [--rounds N] [--tokens N]
+    python -m bench.hybrid --shape mistral-7b --active 0.10 --type q4_0 [--budgets 25,50,75,100] [--device NAME]
+    [--rounds N] [--tokens N]
     python -m bench.hybrid MODEL.gguf
 
-100 % is what everything takes there: weights, keys and values, and the planner's reserve. llama.cpp keeps all on the device but the FFNs of as few of the first
-layers as possible; where that does not fit, whole layers. Each turn is a process of its own, so that the device holds nothing else.
-Where there is no GPU, it says so and ends with status 2. The last line is one JSON object.
+100 % is what everything takes there: weights, keys and values, and the planner's reserve. llama.cpp keeps all on the
+device but the FFNs of as few of the first layers as possible; where that does not fit, whole layers. Each turn is a
+process of its own, so that the device holds nothing else. Where there is no GPU, it says so and ends with status 2. The
+last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -93,7 +96,9 @@ def measure(
     tokens: int = 64,
     rounds: int = 3,
 ) -> dict[str, Any]:
-    """Race on a model; twin: a stock file with the same weights, or None to make one; ffn: None for predicted where the file has a predictor. Returns what is printed as JSON."""
+    """Race on a model; twin: a stock file with the same weights, or None to make one; ffn: None for predicted where the
+    file has a predictor. Returns what is printed as JSON.
+    """
     if tokens < 1 or rounds < 1 or not percents or not all(0 <= percent <= 100 for percent in percents):
         raise UserError("--tokens and --rounds: expected at least 1; --budgets: 0 to 100")
     load = load_average(_say)
@@ -153,7 +158,9 @@ def _ours(setup: RaceSetup, ffn: str, device: DeviceInfo, budget: int) -> Spec:
 
 
 def _llama_cpp(setup: RaceSetup, file: GgufFile, options: PlanOptions, device: DeviceInfo, budget: int) -> Spec:
-    """As much as fits with the compute buffers that llama.cpp itself says it needs, and with the margin that ours has to leave."""
+    """As much as fits with the compute buffers that llama.cpp itself says it needs, and with the margin that ours has
+    to leave.
+    """
     blocks, head = model_costs(file, replace(options, run=replace(options.run, ffn="dense")))
     spec = Spec(LLAMA_CPP, str(setup.twin), setup.threads, setup.n_ctx, device.name)
     buffers = 0
@@ -196,7 +203,10 @@ def _rows(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 def show(result: Mapping[str, Any], out: Console) -> None:
     """Print the table for people."""
     device = result["device"]
-    title = f"decoding {result['model']}, {result['ffn']}, {result['threads']} threads, {device['name']} ({device['description']})"
+    title = (
+        f"decoding {result['model']}, {result['ffn']}, {result['threads']} threads, "
+        f"{device['name']} ({device['description']})"
+    )
     columns = ("", "tokens/s", "min - max", "x llama.cpp", "buffers MB", "driver MB", "on the device")
     out.print(table(title, columns, list(_rows(result))))
     out.print(

@@ -2,7 +2,8 @@
 
     python -m bench.kernels [--shape mistral-7b ...] [--type q4_0 ...] [--active 0.1 ...] [--threads N] [--rounds N]
 
-All variants take turns over several copies of the weights, so that caches do not help. `listed` is the FFN when the list of neurons is known: gate, up and down rows of those alone.
+All variants take turns over several copies of the weights, so that caches do not help. `listed` is the FFN when the
+list of neurons is known: gate, up and down rows of those alone.
 The last line is one JSON object.
 """
 

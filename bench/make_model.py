@@ -1,8 +1,10 @@
-"""Makes the synthetic models that benchmarks run on: random weights at true scale, with neurons that fire at a wanted rate.
+"""Makes the synthetic models that benchmarks run on: random weights at true scale, with neurons that fire at a wanted
+rate.
 
     python -m bench.make_model --shape mistral-7b --active 0.10 --type q4_0 [--layers N] [--out FILE] [--stock FILE]
 
-Goes through the project's own writer, needs little memory, gives the same bytes for the same options, and ends with what was measured by running the
+Goes through the project's own writer, needs little memory, gives the same bytes for the same options, and ends with
+what was measured by running the
 file: a table, and one JSON object in the last line. Nothing these models write means anything.
 """
 
@@ -44,7 +46,10 @@ _BYTE_TOKEN, _CONTROL, _UNKNOWN, _NORMAL = 6, 3, 2, 1  # GGUF's token types
 
 @dataclass(frozen=True)
 class Recipe:
-    """What determines a bench model, byte for byte. active: share of neurons that fire; layers: None for the shape's own number."""
+    """What determines a bench model, byte for byte.
+
+    active: share of neurons that fire; layers: None for the shape's own number.
+    """
 
     shape: str
     active: float = 0.10
@@ -95,7 +100,9 @@ def tokenizer(vocab_size: int) -> dict[str, Any]:
 
 
 def cached(recipe: Recipe) -> tuple[Path, Path]:
-    """The model and its twin for llama.cpp in $LAZYNEURON_CACHE (default ~/.cache/lazyneuron), made where they are not there yet."""
+    """The model and its twin for llama.cpp in $LAZYNEURON_CACHE (default ~/.cache/lazyneuron), made where they are not
+    there yet.
+    """
     cache = cache_folder()
     if cache is None:
         raise UserError("no home folder to keep models in", "set LAZYNEURON_CACHE to a folder")

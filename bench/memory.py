@@ -14,7 +14,10 @@ _FIELDS = {"VmHWM": "peak_bytes", "RssAnon": "anonymous_bytes", "RssFile": "file
 
 
 class DenseProduct:
-    """ggml's own product of a large F16 matrix with a vector: the yardstick of memory bandwidth. size: bytes, beyond any cache."""
+    """ggml's own product of a large F16 matrix with a vector: the yardstick of memory bandwidth.
+
+    size: bytes, beyond any cache.
+    """
 
     def __init__(self, threads: int, size: int = 1 << 29) -> None:
         self._size = size
@@ -51,7 +54,10 @@ class DenseProduct:
 
 
 def resident() -> dict[str, int]:
-    """Of this process, in bytes: `peak_bytes`, and now `anonymous_bytes` and `file_bytes`. Empty where there is no /proc."""
+    """Of this process, in bytes: `peak_bytes`, and now `anonymous_bytes` and `file_bytes`.
+
+    Empty where there is no /proc.
+    """
     status = Path("/proc/self/status")
     if not status.exists():
         return {}

@@ -1,4 +1,4 @@
-"""What llama.cpp puts on a device of some size: whole layers, or all but the FFNs of the first layers. Knows the planner's bytes, and nothing of llama.cpp itself."""
+"""What llama.cpp puts on a device of some size: whole layers, or all but the FFNs of the first layers.cpp itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def whole_layers(blocks: Sequence[BlockCosts], head: int, machine: Machine) -> P
 
 
 def dense_ffns_on_cpu(blocks: Sequence[BlockCosts], head: int, machine: Machine) -> Placement | None:
-    """llama.cpp's `--n-cpu-ffn`: everything on the device but the FFNs of the first layers; None where that does not fit."""
+    """llama.cpp's `--n-cpu-ffn`: everything on the device but the FFNs of the first layers; None where that does not
+    fit.
+    """
     options = [
         evaluate(blocks, head, machine, 0, True, [(0 if i < n else b.neurons,) for i, b in enumerate(blocks)])
         for n in range(len(blocks) + 1)

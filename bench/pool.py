@@ -1,17 +1,19 @@
-"""Random matrices as encoded bytes, cheaply: a pool of rows is drawn and quantised once, and each tensor strings groups of them together.
+"""Random matrices as encoded bytes, cheaply: a pool of rows is drawn and quantised once, and each tensor strings groups
+of them together.
 
-Every tensor still gets bytes of its own in the file, so page cache and memory traffic are those of a real model. Knows nothing of models.
+Every tensor still gets bytes of its own in the file, so page cache and memory traffic are those of a real model. Knows
+nothing of models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 
 from convert.formats import NUMBERS, encode, row_bytes
+from runtime.bindings.rows import unpack
 
 GROUP = 256  # rows that stay together; a multiple of every type's block
 _STEP = 256  # rows encoded or delivered at a time
@@ -34,9 +36,7 @@ def row_ids(groups: Groups, rows: int) -> npt.NDArray[np.int64]:
 
 def decode(data: Bytes, type_name: str, row_length: int) -> Floats:
     """The numbers that encoded rows stand for, float32 [rows, row_length]."""
-    packed = data.reshape(-1, row_bytes(type_name, row_length))
-    kind = gguf.GGMLQuantizationType(NUMBERS[type_name])
-    return np.asarray(gguf.quants.dequantize(packed, kind), np.float32)
+    return unpack(data, NUMBERS[type_name], row_length)
 
 
 class RowPool:

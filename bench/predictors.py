@@ -1,8 +1,10 @@
 """What predictors of every kind are worth on a model: fitted, written, and judged end to end on a text that no fit saw.
 
-    python -m bench.predictors MODEL.gguf TEXT [--kinds lowrank,signbit] [--types auto] [--energies 0.98,0.997] [--tokens N]
+    python -m bench.predictors MODEL.gguf TEXT [--kinds lowrank,signbit] [--types auto] [--energies 0.98,0.997]
+    [--tokens N]
 
-Prints a table of kinds x types of their matrices x energies, and one JSON object in the last line. The model's own predictors, if any, play no part.
+Prints a table of kinds x types of their matrices x energies, and one JSON object in the last line. The model's own
+predictors, if any, play no part.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def measure(
     calibration: Path | None = None,
     calibration_tokens: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One row for each kind, matrix type and energy; tokens: of the text, None for `evaluate`'s own number; calibration, calibration_tokens: as in `fit_candidates`."""
+    """One row for each kind, matrix type and energy; tokens: of the text, None for `evaluate`'s own number;
+    calibration, calibration_tokens: as in `fit_candidates`.
+    """
     with tempfile.TemporaryDirectory(dir=model.parent) as folder:
         for kind, type_name in product(kinds, types):
             started = time.perf_counter()
@@ -122,7 +126,10 @@ def main() -> None:
         rows.append(row)
         print(f"{row['kind']} {row['type']} {row['energy']:g}: {row['perplexity']:.3f}", file=sys.stderr)
     first = rows[0]
-    title = f"{args.model.name}, {first['tokens']} tokens: dense {first['reference']:.3f}, exact reads {first['bytes_exact']:.3f}"
+    title = (
+        f"{args.model.name}, {first['tokens']} tokens: dense {first['reference']:.3f}, "
+        f"exact reads {first['bytes_exact']:.3f}"
+    )
     console().print(table(title, _COLUMNS, [_cells(row) for row in rows]))
     print(json.dumps({"model": str(args.model), "text": str(args.text), "rows": rows}))
 

@@ -72,7 +72,9 @@ class RaceEntry:
     memory: dict[str, int] = field(default_factory=dict)
 
     def turn(self) -> ContenderProcess:
-        """The worker, with its file in the page cache: some systems drop what lay idle while the others had their turns."""
+        """The worker, with its file in the page cache: some systems drop what lay idle while the others had their
+        turns.
+        """
         read_through(self.path)
         return self.worker
 

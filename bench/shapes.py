@@ -1,4 +1,4 @@
-"""Shapes of published models, as structures without weights. Knows nothing of what the weights will hold."""
+"""Shapes of published models, as structures without weights."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ SHAPES = {
 
 
 def shape(name: str, layers: int | None = None) -> Structure:
-    """The structure of that name, with `layers` blocks instead of its own number. Raises UserError for an unknown one."""
+    """The structure of that name, with `layers` blocks instead of its own number.
+
+    Raises UserError for an unknown one.
+    """
     if name not in SHAPES:
         raise UserError(f"--shape: `{name}`, expected one of {', '.join(SHAPES)}")
     if layers is not None and not 1 <= layers <= 1000:

@@ -1,8 +1,10 @@
-"""What the planner expects of the machines and models of published measurements, beside these, and beside offloading whole layers.
+"""What the planner expects of the machines and models of published measurements, beside these, and beside offloading
+whole layers.
 
     python -m bench.simulate [--sync-us 50] [--candidates 1.5]
 
-Measures nothing. All memory runs at its nominal bandwidth, for every contender alike, so all figures are upper bounds: what they can say is where the bytes are.
+Measures nothing. All memory runs at its nominal bandwidth, for every contender alike, so all figures are upper bounds:
+what they can say is where the bytes are.
 The last line is one JSON object. What differs from the published figures, and why, is in docs/hybrid.md.
 """
 
@@ -41,7 +43,8 @@ PREDICTOR_BITS = 4.5  # ours are quantised whatever the type of the weights
 class Shape:
     """A model's shape (its config.json), activity, and how uneven that is.
 
-    active: share of the neurons that fire for a token. hot: share of a layer's neurons that carry 80 % of the activations.
+    active: share of the neurons that fire for a token. hot: share of a layer's neurons that carry 80 % of the
+    activations.
     predictor: its parameters relative to the model's.
     """
 
@@ -72,9 +75,12 @@ class Shape:
         return self.layers * (self.attention + self.matrices * self.d * self.n_ff) + self.d * self.vocab
 
 
-# Shapes: config.json of tiiuae/falcon-40b (ReluFalcon-40B has it too), meta-llama/Llama-2-70b-hf, facebook/opt-30b and mistralai/Mistral-7B-v0.1 (whose shape Bamboo has).
-# Activity and predictors: PowerInfer (SOSP'24), Tables 3 and 6; OPT-30B's predictor between those of OPT-13B and OPT-66B, Bamboo's the mean of all.
-# hot: the same paper, for OPT-30B and LLaMA-70B. Assumed, not published: Falcon as OPT (both ungated ReLU), Bamboo as LLaMA-70B (both gated).
+# Shapes: config.json of tiiuae/falcon-40b (ReluFalcon-40B has it too), meta-llama/Llama-2-70b-hf, facebook/opt-30b and
+# mistralai/Mistral-7B-v0.1 (whose shape Bamboo has).
+# Activity and predictors: PowerInfer (SOSP'24), Tables 3 and 6; OPT-30B's predictor between those of OPT-13B and
+# OPT-66B, Bamboo's the mean of all.
+# hot: the same paper, for OPT-30B and LLaMA-70B. Assumed, not published: Falcon as OPT (both ungated ReLU), Bamboo as
+# LLaMA-70B (both gated).
 SHAPES = (
     Shape("Falcon-40B", 60, 8192, 32768, 8 * 64, 65024, False, active=0.05, hot=0.26, predictor=0.0868),
     Shape("Llama-70B", 80, 8192, 28672, 8 * 128, 32000, True, active=0.18, hot=0.43, predictor=0.0808),
@@ -111,8 +117,10 @@ class Published:
 
 
 _HIGH, _LOW, _CPU = (computer.name for computer in COMPUTERS)
-# PowerInfer (SOSP'24) and the model cards of Bamboo. The paper does not give LLaMA-70B's format there: in F16 llama.cpp's figure is beyond the memory's bandwidth.
-# Bamboo on the 2080 Ti was measured with an i7-13700 and its format is not given: in INT4 the model would fit on the card, which llama.cpp's figure rules out.
+# PowerInfer (SOSP'24) and the model cards of Bamboo. The paper does not give LLaMA-70B's format there: in F16
+# llama.cpp's figure is beyond the memory's bandwidth.
+# Bamboo on the 2080 Ti was measured with an i7-13700 and its format is not given: in INT4 the model would fit on the
+# card, which llama.cpp's figure rules out.
 PUBLISHED = {
     (_HIGH, "Falcon-40B", "F16"): Published(256 / 56.48, 256 / 321.63, at_least=True),
     (_HIGH, "Llama-70B", "INT4"): Published(256 / 37.17, 256 / 92.76, at_least=True),
@@ -124,9 +132,11 @@ PUBLISHED = {
 
 
 def frequencies(n: int, active: float, hot: float) -> Floats:
-    """How often each of `n` neurons fires, hottest first: `active` on average, and the first `hot` of them carry 80 % of the activations.
+    """How often each of `n` neurons fires, hottest first: `active` on average, and the first `hot` of them carry 80 %
+    of the activations.
 
-    Assumed: the first x of the neurons carry 1 - (1 - x)^b of the activations, the b that `hot` says. No measured curve is published.
+    Assumed: the first x of the neurons carry 1 - (1 - x)^b of the activations, the b that `hot` says. No measured curve
+    is published.
     """
     b = math.log(0.2) / math.log(1 - hot)
     left = (1 - np.arange(n + 1) / n) ** b
@@ -232,7 +242,8 @@ def main() -> None:
         title = f"{computer.name}: tokens/s expected (upper bounds), and published in the last two columns"
         out.print(table(title, _COLUMNS, cells))
     out.print(
-        "hot: share of all neurons on the card in `predicted`. >=: from a measurement that includes a prompt of 1,500 tokens."
+        "hot: share of all neurons on the card in `predicted`. >=: from a measurement that includes a prompt of "
+        "1,500 tokens."
     )
     print(json.dumps({"sync_s": args.sync_us * 1e-6, "candidates": args.candidates, "rows": rows}))
 

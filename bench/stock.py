@@ -1,7 +1,8 @@
 """A stock GGUF with the shapes and weights of one of our files, so that llama.cpp can be measured on the same bytes.
 
-llama.cpp computes SiLU where a gated model has ReLU (arch `llama`), and ReLU squared in the arch that stands in for ungated ones (`nemotron`: LayerNorm and
-biases as OPT has them, rotary positions instead of learned ones): the text it writes means nothing, the work is the same.
+llama.cpp computes SiLU where a gated model has ReLU (arch `llama`), and ReLU squared in the arch that stands in for
+ungated ones (`nemotron`: LayerNorm and biases as OPT has them, rotary positions instead of learned ones): the text it
+writes means nothing, the work is the same.
 """
 
 from __future__ import annotations

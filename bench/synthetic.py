@@ -1,9 +1,11 @@
 """A model of random weights whose neurons fire as planned: every tensor of the file as a stream of bytes.
 
-How activity is planted. The pre-activation of a neuron is (low-rank part + noise) . x + bias, where x, the normed input of the FFN, has variance 1.
-LayerNorm models have a real bias. RMSNorm models keep a first block of residual coordinates that nothing writes to: coordinate 0 is the
-same for every token, the others are 0, and the norm's weight turns it into 1, so that the gate's column 0 is the bias. Its sign does not depend on the
-size of the stream. The low-rank part is the stored predictor itself; attention and FFN add little to the stream, so activity is the same in every block.
+How activity is planted. The pre-activation of a neuron is (low-rank part + noise) . x + bias, where x, the normed input
+of the FFN, has variance 1.
+LayerNorm models have a real bias. RMSNorm models keep a first block of residual coordinates that nothing writes to:
+coordinate 0 is the same for every token, the others are 0, and the norm's weight turns it into 1, so that the gate's
+column 0 is the bias. Its sign does not depend on the size of the stream. The low-rank part is the stored predictor
+itself; attention and FFN add little to the stream, so activity is the same in every block.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ _SMALL_TYPES = ("q4_0", "q4_k", "q5_k")  # of files whose predictor is q4_0
 
 
 class Synthetic:
-    """A planned model. structure: with neuron order and predictor; `streams` are its tensors, made while they are written.
+    """A planned model.
+
+    structure: with neuron order and predictor; `streams` are its tensors, made while they are written.
 
     shape: from bench.shapes. active: share of neurons that fire. type: of the matrices, as in `convert --type`.
     Raises UserError for a type whose blocks are too long for the shape.

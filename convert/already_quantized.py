@@ -36,7 +36,9 @@ _TRACES = {
 
 
 def refuse_quantised(config: Config, understood: Collection[str] = ()) -> None:
-    """Raise UserError where config.json says that the weights are quantised, by none of the methods that are `understood`."""
+    """Raise UserError where config.json says that the weights are quantised, by none of the methods that are
+    `understood`.
+    """
     for key, usual in _CONFIGS.items():
         found = config.values.get(key)
         said = found if isinstance(found, dict) else {"": found}
@@ -56,7 +58,7 @@ def _method(found: Mapping[str, Any], usual: str) -> str:
 
 
 def refuse_quantised_tensors(where: str, names: Collection[str]) -> None:
-    """Raise UserError where the names of tensors that an architecture has no place for show that weights are quantised."""
+    """Raise UserError where names of tensors without a place show that the weights are quantised."""
     for pattern, method in _TRACES.items():
         if any(re.search(f"(?:{pattern})$", name) for name in names):
             raise _error(where, method)

@@ -42,8 +42,8 @@ class Field:
 class Source:
     """A checkpoint tensor (`{i}` stands for the block's number) and the name of its rewrite in `convert.rewrites`.
 
-    ternary: its weights are rounded as its model does when it runs. columns: the tensor that its columns are multiplied with,
-    such as the weights of a norm whose result it multiplies. Both happen before the rewrite.
+    ternary: its weights are rounded as its model does when it runs. columns: the tensor that its columns are multiplied
+    with, such as the weights of a norm whose result it multiplies. Both happen before the rewrite.
     """
 
     name: str
@@ -79,11 +79,13 @@ class Arch:
     """An architecture family: how its config.json and its tensors map to a GGUF file.
 
     keys: field of `Structure` -> a constant, a `Field`, or a function of the config.
-    tensors: GGUF name (`blk.{i}.` for those of a block) -> where it comes from, or a function of the config that says so.
-    Of several sources, the first that the checkpoint has in the expected shape. Those that a checkpoint's structure does
-    not require are not looked for.
+    tensors: GGUF name (`blk.{i}.` for those of a block) -> where it comes from, or a function of the config that says
+    so.
+    Of several sources, the first that the checkpoint has in the expected shape. Those that a checkpoint's structure
+    does not require are not looked for.
     kinds: of a family that mixes kinds of blocks, what is different in each; kind_of: the kind of each block, where
-    config.json has a list of them (a `Field`, such as `Field("layer_types")`), or a function of the config that gives one.
+    config.json has a list of them (a `Field`, such as `Field("layer_types")`), or a function of the config that gives
+    one.
     """
 
     family: str
@@ -103,7 +105,8 @@ class Arch:
     skip: tuple[str, ...] = ()  # checkpoint tensors that carry no weights; `*` stands for anything
     # Config values that must be so, where present: one that is a list, each of its elements.
     expect: Mapping[str, Any] = field(default_factory=dict)
-    # Methods of quantisation (`quant_method` of `quantization_config`) that its weights do not have when they are stored as floats.
+    # Methods of quantisation (`quant_method` of `quantization_config`) that its weights do not have when they are
+    # stored as floats.
     quantization: tuple[str, ...] = ()
 
 
@@ -114,7 +117,10 @@ def families() -> dict[str, Arch]:
 
 
 def find_arch(config: Config) -> Arch:
-    """The family of a checkpoint. Raises UserError when none has the architecture that config.json names, or its weights are quantised."""
+    """The family of a checkpoint.
+
+    Raises UserError when none has the architecture that config.json names, or its weights are quantised.
+    """
     known = _known_names(config.values.get("model_type"))
     named = config.get("architectures", list, [])
     name = next((name for name in named if isinstance(name, str) and name in known), "")
@@ -143,12 +149,16 @@ def _known_names(model_type: Any) -> dict[str, Arch]:
 
 
 def _check_model_type(config: Config, architecture: str, arch: Arch) -> None:
-    """Refuse a config that names two models. transformers goes by `model_type`, unless the checkpoint brings code of its own."""
+    """Refuse a config that names two models.
+
+    transformers goes by `model_type`, unless the checkpoint brings code of its own.
+    """
     told = config.values.get("model_type")
     checked = arch.model_type and architecture == arch.architectures[0] and not config.values.get("auto_map")
     if checked and told not in (None, arch.model_type):
         raise UserError(
-            f"{config.where}: `model_type` is {shown(told)}, expected {shown(arch.model_type)}, as architecture {architecture} has it",
+            f"{config.where}: `model_type` is {shown(told)}, expected {shown(arch.model_type)}, as architecture "
+            f"{architecture} has it",
             "the two name different models: correct the one that is wrong",
         )
 
@@ -158,8 +168,8 @@ def describe(
 ) -> Structure:
     """The structure of a checkpoint with this config.
 
-    ffn_type: the activation in GGUF's words, to be used instead of what config.json says, with its threshold where it has
-    one ("fatrelu:0.01"). known: what the catalogue has; it counts where config.json says something else.
+    ffn_type: the activation in GGUF's words, to be used instead of what config.json says, with its threshold where it
+    has one ("fatrelu:0.01"). known: what the catalogue has; it counts where config.json says something else.
     Raises UserError for a missing, ill-typed or unsupported value.
     """
     config = adapted(arch, config)
@@ -178,7 +188,9 @@ def describe(
 
 
 def _values(arch: Arch, config: Config) -> dict[str, Any]:
-    """The fields of the structure that a family's keys say, those that its kinds of blocks change with one value per block."""
+    """The fields of the structure that a family's keys say, those that its kinds of blocks change with one value per
+    block.
+    """
     types = {f.name: item_type(f) for f in fields(Structure)}
     values = {name: _resolve(value, config, types[name]) for name, value in arch.keys.items()}
     kinds = [arch.kinds[kind] for kind in block_kinds(arch, config, values["block_count"])]

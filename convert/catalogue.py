@@ -1,7 +1,4 @@
-"""Known checkpoints, from `models.toml`: what their config.json does not say, and short names for their repositories.
-
-Knows nothing of what a checkpoint holds.
-"""
+"""Known checkpoints, from `models.toml`: what their config.json does not say, and short names for their repositories."""
 
 from __future__ import annotations
 
@@ -88,13 +85,16 @@ def named(source: str) -> str:
             return str(bundled) if bundled.is_dir() else known.repo
     near = difflib.get_close_matches(source.lower(), [known.name for known in catalogue()], 3, 0.7)
     raise UserError(
-        f"`{source}`: no such folder, expected a checkpoint folder or a Hub id such as user/repo, or a known model's name",
+        f"`{source}`: no such folder, expected a checkpoint folder or a Hub id such as user/repo, or a known "
+        "model's name",
         (f"the nearest names are {', '.join(near)}; " if near else "") + "python -m convert --list shows all",
     )
 
 
 def recognise(repo: str, folder: Path) -> Known | None:
-    """The row of a checkpoint that was fetched from the Hub's `repo`, or ("") found in `folder`: then its name has to tell."""
+    """The row of a checkpoint that was fetched from the Hub's `repo`, or ("") found in `folder`: then its name has to
+    tell.
+    """
     candidates = {candidate.lower() for candidate in ([repo] if repo else _names(folder))}
     for known in catalogue():
         spellings = {spelling.lower() for spelling in (known.repo, *known.aliases)}

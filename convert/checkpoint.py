@@ -1,6 +1,6 @@
 """A Hugging Face checkpoint in a local folder: config.json and weights, one file or several with an index.
 
-Safetensors, or `pytorch_model.bin` where there are none. Knows what a file holds, not what it means.
+Safetensors, or `pytorch_model.bin` where there are none.
 """
 
 from __future__ import annotations
@@ -75,16 +75,20 @@ def refuse_adapter(where: str, present: Collection[str]) -> None:
     if "adapter_config.json" in present and not whole.intersection(present):
         raise UserError(
             f"{where}: an adapter (adapter_config.json), expected a whole model",
-            "merge it into its base model first: load both with PEFT, then merge_and_unload() and save_pretrained(FOLDER)",
+            "merge it into its base model first: load both with PEFT, then merge_and_unload() and "
+            "save_pretrained(FOLDER)",
         )
 
 
 def weight_files(
     where: str, folder: Path, present: Collection[str], has: Callable[[str], bool]
 ) -> tuple[Format, list[str]]:
-    """Which files have the weights, and in which format: safetensors where there are any. An index tells the names of its shards.
+    """Which files have the weights, and in which format: safetensors where there are any.
 
-    folder: where an index can be read; present: names of files there; has: whether a name, perhaps in a sub-folder, is there.
+    An index tells the names of its shards.
+
+    folder: where an index can be read; present: names of files there; has: whether a name, perhaps in a sub-folder, is
+    there.
     Raises UserError where there are none, or an index names some that are not there.
     """
     for weights in FORMATS:
@@ -135,7 +139,8 @@ def _inspect(files: list[Path], weights: Format) -> dict[str, Stored]:
             if name in tensors:
                 raise UserError(
                     f"`{file}`: tensor {name} is also in `{tensors[name].file.name}`",
-                    "which of the two counts is not said: files of two checkpoints are mixed, so fetch all of one again",
+                    "which of the two counts is not said: files of two checkpoints are mixed, so fetch all of "
+                    "one again",
                 )
             tensors[name] = Stored(file, shape, dtype)
     return tensors

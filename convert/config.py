@@ -1,7 +1,4 @@
-"""JSON files of a checkpoint, read with checked types.
-
-Knows nothing of what the values mean: whoever asks says which type is expected.
-"""
+"""JSON files of a checkpoint, read with checked types."""
 
 from __future__ import annotations
 
@@ -30,7 +27,9 @@ class Config:
     values: Mapping[str, Any]
 
     def get(self, name: str, kind: type[T], default: Any = REQUIRED) -> T:
-        """The value called `name`; an int is accepted where a float is expected. Floats are finite, ints fit into 64 bits.
+        """The value called `name`; an int is accepted where a float is expected.
+
+        Floats are finite, ints fit into 64 bits.
 
         Raises UserError when it has another type, or is missing and there is no default.
         """
@@ -112,7 +111,10 @@ def read_json(path: Path) -> Config:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object's pairs as a dict. Which value would count of a key that is there twice, readers of JSON do not agree on."""
+    """An object's pairs as a dict.
+
+    Which value would count of a key that is there twice, readers of JSON do not agree on.
+    """
     values = dict(pairs)
     if len(values) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]

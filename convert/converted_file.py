@@ -1,6 +1,5 @@
-"""A file that was converted already as the plan of another conversion: everything stays as it is, but for its predictors.
-
-Knows our own format; knows nothing of where other predictors are from.
+"""A file that was converted already as the plan of another conversion: everything stays as it is, but for its
+predictors.
 """
 
 from __future__ import annotations

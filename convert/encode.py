@@ -1,6 +1,6 @@
 """A planned tensor as a stream of encoded bytes: read in pieces, encoded by several threads, delivered in order.
 
-Memory use depends on the number of threads, not on the tensor. Knows neither the plan nor the file it goes to.
+Memory use depends on the number of threads, not on the tensor.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def read(checkpoint: Checkpoint, source: Source) -> Iterator[Sliceable]:
 
 
 def _in_order(tensor: PlannedTensor, stored: Sliceable) -> Sliceable:
-    """The stored tensor, or the rewritten one with its neurons in the file's order: that needs the whole of it in memory."""
+    """The stored tensor, or the rewritten one with its neurons in the file's order: that needs the whole of it in
+    memory.
+    """
     if tensor.order is None:
         return stored
     return Permuted(tensor.rewrite.rows(stored, 0, tensor.rows), tensor.order, tensor.neuron_axis)

@@ -60,7 +60,10 @@ def fetch(source: str, check: Callable[[Path, str], object] = lambda *_: None) -
 
 
 def fetch_files(source: str, patterns: Sequence[str], expected: str) -> tuple[Path, str]:
-    """A local folder, or the files of a Hub repository that match `patterns`; otherwise as `fetch`. expected: for the error."""
+    """A local folder, or the files of a Hub repository that match `patterns`; otherwise as `fetch`.
+
+    expected: for the error.
+    """
 
     def choose(listing: Listing) -> list[str]:
         names = _matching(listing, patterns)

@@ -1,6 +1,5 @@
-"""Tensors that are taken from other files than a checkpoint's weights: rows of a GGUF file as they are, its numbers, and pickled tensors.
-
-Knows bytes and rows, not what they mean.
+"""Tensors that are taken from other files than a checkpoint's weights: rows of a GGUF file as they are, its numbers,
+and pickled tensors.
 """
 
 from __future__ import annotations
@@ -35,7 +34,10 @@ class Readable(Protocol):
 
 @dataclass(frozen=True)
 class KeptRows:
-    """Rows of a tensor in another GGUF file that are kept byte for byte. first: the first of them; a vector's elements are rows."""
+    """Rows of a tensor in another GGUF file that are kept byte for byte.
+
+    first: the first of them; a vector's elements are rows.
+    """
 
     file: Path
     info: TensorInfo

@@ -1,6 +1,6 @@
 """Number formats of a GGUF file: which one a tensor gets, how many bytes that takes, and rows of floats turned into it.
 
-Quantised formats are made by ggml's own functions, so they are bit for bit what llama.cpp makes. Knows no tensor names.
+Quantised formats are made by ggml's own functions, so they are bit for bit what llama.cpp makes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from runtime.bindings import ggml
+from runtime.bindings.rows import pack
 from runtime.errors import UserError
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k", "q5_k", "q6_k")
@@ -69,16 +70,9 @@ def encode(rows: npt.NDArray[Any], name: str) -> npt.NDArray[np.uint8]:
     if not np.isfinite(numbers).all():
         raise UserError("values that are not finite", "the checkpoint is damaged, or its training diverged")
     if name not in _PLAIN:
-        return _quantize(numbers, name)
+        return pack(numbers, NUMBERS[name])
     with np.errstate(over="ignore"):
         plain = numbers.astype(_PLAIN[name])
     if name == "f16" and not np.isfinite(plain).all():
         raise UserError("values beyond the range of f16", "use --type bf16 or f32")
     return plain.reshape(-1).view(np.uint8)
-
-
-def _quantize(rows: npt.NDArray[np.float32], name: str) -> npt.NDArray[np.uint8]:
-    count, length = rows.shape
-    encoded = np.empty(count * row_bytes(name, length), np.uint8)
-    ggml.ggml_quantize_chunk(NUMBERS[name], rows.ctypes.data, encoded.ctypes.data, 0, count, length, None)
-    return encoded

@@ -41,7 +41,8 @@ class Report:
     """What a conversion did, or would do. files: one, or the shards, of which `path` is the first.
 
     bytes: of all files; of the tensors alone after a dry run.
-    ffn_source: who said which activation it is: "config.json", "--ffn-type" or "models.toml". verified: see `convert.verify.logits.Verdict`.
+    ffn_source: who said which activation it is: "config.json", "--ffn-type" or "models.toml". verified: see
+    `convert.verify.logits.Verdict`.
     """
 
     path: str
@@ -85,16 +86,23 @@ def convert(
     force: bool = False,
     progress: Progress = silent,
 ) -> Report:
-    """Convert `source` to the GGUF file `out`: a checkpoint (a folder, a Hub id, or a short name of the catalogue), a PowerInfer file, or a file of ours that is to get other predictors.
+    """Convert `source` to the GGUF file `out`: a checkpoint (a folder, a Hub id, or a short name of the catalogue), a
+    PowerInfer file, or a file of ours that is to get other predictors.
 
-    type, output_type: format of the matrices (default f16) and of the output head (see `convert.formats.TYPES`); files keep their own.
-    layout: "both" stores the down projection twice (default); "sparse" only as the sparse kernels read it (default for a PowerInfer file).
-    ffn_type: the activation, where neither the source nor the catalogue tell the truth. threads: None for one per processor, or what the CPU quota allows.
+    type, output_type: format of the matrices (default f16) and of the output head (see `convert.formats.TYPES`); files
+    keep their own.
+    layout: "both" stores the down projection twice (default); "sparse" only as the sparse kernels read it (default for
+    a PowerInfer file).
+    ffn_type: the activation, where neither the source nor the catalogue tell the truth. threads: None for one per
+    processor, or what the CPU quota allows.
     import_predictor: a folder or Hub id with PowerInfer's predictors, to be taken in place of fitted ones.
-    activations: a folder or Hub id with PowerInfer's activation counts, to order neurons by in place of how often they fire on the calibration text.
-    calibration: the text on which neurons are ordered and predictors fitted or measured: a UTF-8 file, None for the one in the package, "none" to leave both out.
+    activations: a folder or Hub id with PowerInfer's activation counts, to order neurons by in place of how often they
+    fire on the calibration text.
+    calibration: the text on which neurons are ordered and predictors fitted or measured: a UTF-8 file, None for the one
+    in the package, "none" to leave both out.
     calibration_tokens, predictor (default "lowrank"), predictor_type, energy, seed: see `predictors.fit.fit_model`.
-    split_max_size: e.g. "45G": a larger model is written as shards of at most that size, `out` with -00001-of-0000N in its name.
+    split_max_size: e.g. "45G": a larger model is written as shards of at most that size, `out` with -00001-of-0000N in
+    its name.
     verify: compare the file's logits with the checkpoint's before it takes its name; see `convert.verify.logits`.
     progress: called with (what, done, of how much) as the work goes on.
     Raises UserError for whatever is wrong with the source, the options or the target; then nothing is written.
@@ -149,7 +157,9 @@ def _obsolete(target: Path, names: Sequence[str]) -> list[Path]:
 def _with_neurons(
     job: Job, fitting: Fitting | None, activations: str | None, work: Workspace, progress: Progress
 ) -> Job:
-    """The job with neurons in order and predictors fitted or measured, by calibration (or without) and by counts (or not)."""
+    """The job with neurons in order and predictors fitted or measured, by calibration (or without) and by counts (or
+    not).
+    """
     counts, counted = read_counts(activations, job.plan.structure) if activations else (None, "")
     if fitting:
         with _unordered(job, work, fitting.threads, progress) as file:
@@ -172,7 +182,10 @@ class Fitting:
     threads: int
 
     def run(self, file: Path, job: Job, counts: Sequence[Floats] | None, progress: Progress) -> ModelFit:
-        """Fit the model in `file`, which is the job's; or measure the predictors that it came with. counts: what to order neurons by."""
+        """Fit the model in `file`, which is the job's; or measure the predictors that it came with.
+
+        counts: what to order neurons by.
+        """
         if job.imported:
             shared = (self.calibration, self.tokens, self.seed, self.threads)
             return adopt_model(file, *shared, progress=progress, counts=counts, reorder=job.reorder)
@@ -191,7 +204,10 @@ def _unordered(job: Job, work: Workspace, threads: int, progress: Progress) -> I
 
 
 def _target(out: str | Path | None, force: bool, max_bytes: int, sources: Sequence[str | Path]) -> Path:
-    """The file to write, known to be writable before anything is fetched for it. max_bytes: of a shard, 0 for one file."""
+    """The file to write, known to be writable before anything is fetched for it.
+
+    max_bytes: of a shard, 0 for one file.
+    """
     if out is None:
         raise UserError("no output file given", "python -m convert REPO_OR_DIR OUT.gguf, or add --dry-run")
     target = new_path(out)
@@ -210,7 +226,9 @@ def _files(source: Path) -> list[Path]:
 
 
 def _write(job: Job, work: Workspace, threads: int, progress: Progress, max_bytes: int = 0) -> tuple[int, list[Path]]:
-    """Write the job's file, or its shards of at most `max_bytes`, into the workspace; returns their bytes and their paths."""
+    """Write the job's file, or its shards of at most `max_bytes`, into the workspace; returns their bytes and their
+    paths.
+    """
     count = _Count(job.plan.nbytes, progress)
     with Encoder(job.checkpoint, threads) as encoder:
         streams = [

@@ -1,7 +1,4 @@
-"""The `general.*` key-value pairs of a file: what it is, where it came from, under which licence.
-
-Knows nothing of structures or tensors.
-"""
+"""The `general.*` key-value pairs of a file: what it is, where it came from, under which licence."""
 
 from __future__ import annotations
 
@@ -82,7 +79,8 @@ def _repository(text: str) -> str:
 
 
 def read_card(path: Path) -> tuple[Card, tuple[str, ...]]:
-    """The texts in a model card's metadata, by field, and notes where it is damaged: that is no reason to convert nothing.
+    """The texts in a model card's metadata, by field, and notes where it is damaged: that is no reason to convert
+    nothing.
 
     Every word is taken as it is written: `no` is a language, and no truth value.
     """

@@ -43,7 +43,9 @@ def heads_kv(usual: int) -> Callable[[Config], int]:
 
 
 def within_window(context: int, config: Config) -> int:
-    """Of `context` positions those for which attention over a sliding window is attention over everything: all where there is no window."""
+    """Of `context` positions those for which attention over a sliding window is attention over everything: all where
+    there is no window.
+    """
     missing = context if "sliding_window" in config.values else 4096  # null is no window, but the default is one
     return min(context, config.get("sliding_window", int, missing))
 

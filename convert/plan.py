@@ -1,7 +1,7 @@
 """The plan of a conversion: every tensor of the file with its source, shape and format, settled before writing starts.
 
 The mapping is total in both directions: each tensor that the structure requires has a source in the checkpoint, and
-each tensor of the checkpoint is used or known to be of no use. Knows neither how tensors are read nor how written.
+each tensor of the checkpoint is used or known to be of no use.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from convert.file_tensors import KeptRows, Readable
 from convert.formats import fitting, output_type, row_bytes
 from convert.rewrites import IDENTITY, Rewrite, Shape, named
 from convert.tied_head import settle_head
-from convert.unmapped import common_prefix, explanation, is_buffer, listed, without_head
+from convert.unmapped import common_prefix, disagreement, explanation, is_buffer, listed, without_head
 from predictors.matrices import Tensor
 from runtime.errors import UserError
 from runtime.model_file import tensor_names as names
@@ -58,7 +58,7 @@ class NewBlock(Protocol):
 
 
 class NewBlocks(Protocol):
-    """What a fit, or a new order, changes in a model: see predictors.fit.ModelFit and predictors.hot_order.ModelOrder."""
+    """What a fit or a new order changes in a model: predictors.fit.ModelFit or predictors.hot_order.ModelOrder."""
 
     @property
     def blocks(self) -> Sequence[NewBlock]: ...  # noqa: D102 - of predictors.fit.ModelFit
@@ -74,7 +74,8 @@ Origin = Source | Generated | MadeTensor | KeptRows | Readable
 class PlannedTensor:
     """A tensor of the file. shape: in ggml's order, the contiguous dimension first. wanted: the format asked for.
 
-    order: neurons in the order they are stored, by their original ids; None where the tensor has no neurons, or all stay.
+    order: neurons in the order they are stored, by their original ids; None where the tensor has no neurons, or all
+    stay.
     """
 
     name: str
@@ -151,7 +152,9 @@ def make_plan(
 def outline(
     config: Config, layout: str = "both", ffn_type: str | None = None, known: str | None = None
 ) -> tuple[Arch, Structure]:
-    """What config.json alone tells of a conversion: raises UserError for a checkpoint that its weights would not make convertible."""
+    """What config.json alone tells of a conversion: raises UserError for a checkpoint that its weights would not make
+    convertible.
+    """
     arch = find_arch(config)
     return arch, describe(arch, config, layout, ffn_type, known)
 
@@ -160,7 +163,9 @@ _NEURON_TENSORS = (*names.NEURON_ROWS, *names.NEURON_COLUMNS, names.weight(names
 
 
 def with_neurons(plan: Plan, fit: NewBlocks) -> Plan:
-    """The same conversion with neurons reordered, and with the tensors that say so or that a fit of their predictors adds."""
+    """The same conversion with neurons reordered, and with the tensors that say so or that a fit of their predictors
+    adds.
+    """
     structure = replace(plan.structure, **fit.structure_fields())
     tensors = {t.name: _reordered(t, fit) for t in plan.tensors}
     for i, block in enumerate(fit.blocks):
@@ -212,7 +217,9 @@ def _sources(arch: Arch, structure: Structure, checkpoint: Checkpoint) -> dict[s
 
 
 def _templates(arch: Arch, config: Config, block_count: int) -> Iterator[tuple[str, int, Sources]]:
-    """Each tensor of the model and of each block, as the block's kind has it: its GGUF name, the block, and its sources."""
+    """Each tensor of the model and of each block, as the block's kind has it: its GGUF name, the block, and its
+    sources.
+    """
     kinds = [arch.kinds[kind].tensors for kind in block_kinds(arch, config, block_count)] or [{}] * block_count
     for i, kind in enumerate(kinds):
         for template, given in {**arch.tensors, **kind}.items():
@@ -261,17 +268,16 @@ def _check_names(
     missing = sorted(used - set(checkpoint.tensors))
     missing += [f"a source of {name}" for name in required if name not in sources]
     unknown = sorted(set(checkpoint.tensors) - used - skipped)
-    both = {"missing": missing, "unknown": unknown}
-    complaints = [f"{len(names)} tensors {what} ({listed(names)})" for what, names in both.items() if names]
+    found = disagreement(missing, unknown)
     refuse_quantised_tensors(f"`{checkpoint.folder}`", unknown)
     hint = explanation(unknown) or common_prefix(missing, unknown)
     if not hint:
         _check_types(checkpoint, [*sorted(used.intersection(checkpoint.tensors)), *unknown])
-    if not complaints:
+    if not found:
         return
     head = sources.get("output.weight")
     raise UserError(
-        f"`{checkpoint.folder}`: {' and '.join(complaints)}",
+        f"`{checkpoint.folder}`: {found}",
         hint
         or (isinstance(head, Source) and "output.weight" in required and without_head(missing, head.name))
         or "config.json and the weights belong to different models, or the model has an option not supported yet",

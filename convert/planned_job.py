@@ -1,6 +1,5 @@
-"""What can be converted (a checkpoint, a PowerInfer file, a file of ours that is to get other predictors), each turned into a planned `Job`.
-
-Knows which options say something to which source; writes nothing.
+"""What can be converted (a checkpoint, a PowerInfer file, a file of ours that is to get other predictors), each turned
+into a planned `Job`.
 """
 
 from __future__ import annotations
@@ -57,9 +56,12 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """A planned conversion with the keys of its file. checkpoint: None where nothing comes from one. reorder: whether neurons may move.
+    """A planned conversion with the keys of its file.
 
-    ffn_source: what told the activation: "--ffn-type", "config.json", "models.toml", or "the file" for one that is no checkpoint.
+    checkpoint: None where nothing comes from one. reorder: whether neurons may move.
+
+    ffn_source: what told the activation: "--ffn-type", "config.json", "models.toml", or "the file" for one that is no
+    checkpoint.
     """
 
     checkpoint: Checkpoint | None
@@ -82,7 +84,10 @@ class Job:
 
 
 def open_job(source: str, options: ConvertOptions) -> Job:
-    """Plan the conversion of `source`: a folder, a Hub id or a file. Raises UserError for whatever is wrong with it or the options."""
+    """Plan the conversion of `source`: a folder, a Hub id or a file.
+
+    Raises UserError for whatever is wrong with it or the options.
+    """
     if options.import_predictor:
         options.refuse("imported predictors", *_OF_FITS)
     path = expanded(source)
@@ -93,7 +98,8 @@ def open_job(source: str, options: ConvertOptions) -> Job:
     elif _magic(path) == MAGIC:
         raise UserError(
             f"`{path}`: a GGUF file, expected a checkpoint folder, a Hub id or a PowerInfer file",
-            "a converted file can only get other predictors: --import-predictor REPO_OR_DIR, or python -m predictors fit",
+            "a converted file can only get other predictors: --import-predictor REPO_OR_DIR, or python -m "
+            "predictors fit",
         )
     elif _magic(path) != POWERINFER_MAGIC and (path.parent / "config.json").is_file():
         raise UserError(
@@ -177,6 +183,7 @@ def _measured(fit: ModelFit) -> str:
     read = total_bytes(figures)
     advice = "" if read["predicted"] < read["exact"] else ": they do not pay, so run it with --ffn exact"
     return (
-        f"the imported predictors find {recall:.1%} of the neurons that fire ({fire:.1%} do, {predicted:.1%} are predicted); "
+        f"the imported predictors find {recall:.1%} of the neurons that fire ({fire:.1%} do, {predicted:.1%} are "
+        "predicted); "
         f"a token reads {read['predicted']:.1%} of the FFNs' bytes with them, {read['exact']:.1%} in exact mode{advice}"
     )

@@ -1,6 +1,5 @@
-"""`pytorch_model.bin` and other files that torch saved, read through torch (an optional dependency) without running anything they contain.
-
-Knows nothing of what the tensors mean.
+"""`pytorch_model.bin` and other files that torch saved, read through torch (an optional dependency) without running
+anything they contain.
 """
 
 from __future__ import annotations
@@ -127,7 +126,10 @@ def _load_unmapped(file: Path, _size: int, _changed: int) -> Any:
 
 
 def _opened(file: Path, **options: Any) -> Any:
-    """What torch finds in a file. Raises RuntimeError as torch does, and UserError for all else: on damage its reader raises whatever comes."""
+    """What torch finds in a file.
+
+    Raises RuntimeError as torch does, and UserError for all else: on damage its reader raises whatever comes.
+    """
     load = _torch().load
     try:
         with warnings.catch_warnings():

@@ -1,7 +1,6 @@
 """Named changes that a checkpoint tensor undergoes on its way into the file.
 
-Each one works on anything that is sliced like an array, so that a large tensor is never read whole. Knows neither files
-nor architectures.
+Each one works on anything that is sliced like an array, so that a large tensor is never read whole.
 """
 
 from __future__ import annotations
@@ -45,7 +44,9 @@ def _skip_rows(count: int) -> Rewrite:
 
 
 def _fused(part: str, attention: Attention | None) -> Rewrite:
-    """The rows of queries, keys or values in a matrix that holds all three: by key-value head, its queries first, then its key and its value."""
+    """The rows of queries, keys or values in a matrix that holds all three: by key-value head, its queries first, then
+    its key and its value.
+    """
     assert attention, "queries, keys and values are those of a block with attention"
     group = attention.head_count // attention.head_count_kv
     own, before = {"q": (group, 0), "k": (1, group), "v": (1, group + 1)}[part]
@@ -83,7 +84,9 @@ def named(name: str, attention: Attention | None = None) -> Rewrite:
 
 
 def ternary(source: Sliceable) -> Array:
-    """A whole matrix with every weight rounded to -1, 0 or 1 times the mean of all absolute values (BitNet b1.58, arXiv:2402.17764), float32."""
+    """A whole matrix with every weight rounded to -1, 0 or 1 times the mean of all absolute values (BitNet b1.58,
+    arXiv:2402.17764), float32.
+    """
     weights = np.asarray(source[:], np.float32)
     scale = np.maximum(np.abs(weights).mean(dtype=np.float32), np.float32(1e-5))
     rounded: Array = np.clip(np.round(weights / scale), -1, 1) * scale
@@ -105,7 +108,9 @@ class ScaledColumns:
 
 @dataclass(frozen=True)
 class Permuted:
-    """An array in memory whose rows (axis 0) or columns (axis 1) are taken in another order; slices copy what they select."""
+    """An array in memory whose rows (axis 0) or columns (axis 1) are taken in another order; slices copy what they
+    select.
+    """
 
     array: Array
     order: npt.NDArray[np.int32]

@@ -1,6 +1,7 @@
-"""Rotary position embeddings as config.json describes them: `rope_parameters`, or before that `rope_theta` and `rope_scaling`.
+"""Rotary position embeddings as config.json describes them: `rope_parameters`, or before that `rope_theta` and
+`rope_scaling`.
 
-What counts where these disagree, and what each kind computes, is as in transformers. Knows no architecture.
+What counts where these disagree, and what each kind computes, is as in transformers.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def equal_parts(config: Config) -> int:
 class Rotation:
     """How heads of one model are rotated.
 
-    dimensions: elements of a head that are; base: theta; factor: what positions are divided by. divisors: of each frequency,
-    float64 [dimensions / 2], or None; attention_factor: of rotated queries and keys.
+    dimensions: elements of a head that are; base: theta; factor: what positions are divided by. divisors: of each
+    frequency, float64 [dimensions / 2], or None; attention_factor: of rotated queries and keys.
     """
 
     dimensions: int
@@ -55,7 +56,8 @@ class Rotation:
 class Rope:
     """The rotation of an architecture, and the defaults of its configs: theta, the context, elements of a head.
 
-    rotated: the share of a head that is rotated where a config does not say; None where it is all of it, whatever a config says.
+    rotated: the share of a head that is rotated where a config does not say; None where it is all of it, whatever a
+    config says.
     backwards: heads are rotated the other way round.
     """
 
@@ -84,7 +86,10 @@ class Rope:
         return {"rope_freqs.weight": Generated(self._divisors)}
 
     def of(self, config: Config) -> Rotation:
-        """The rotation of a checkpoint. Raises UserError for a kind that is not known, and for values out of their range."""
+        """The rotation of a checkpoint.
+
+        Raises UserError for a kind that is not known, and for values out of their range.
+        """
         parameters = _in_force(config, self)
         kind = _kind(parameters)
         theta = _number(parameters, "rope_theta")
@@ -122,7 +127,10 @@ class Rope:
 
 
 def _in_force(config: Config, rope: Rope) -> Config:
-    """The object that counts, completed with the values from beside it. `rope_scaling` counts alone where it is there."""
+    """The object that counts, completed with the values from beside it.
+
+    `rope_scaling` counts alone where it is there.
+    """
     older, newer = config.inside("rope_scaling"), config.inside("rope_parameters")
     chosen = older if older.values else newer
     beside = {"rope_theta": config.get("rope_theta", float, rope.theta)}
@@ -138,7 +146,9 @@ def _in_force(config: Config, rope: Rope) -> Config:
 
 
 def _check_lost(where: str, lost: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
-    """Refuse a config in which `rope_scaling` puts another value out of force than its own; counts: the values left, None for those of no use."""
+    """Refuse a config in which `rope_scaling` puts another value out of force than its own; counts: the values left,
+    None for those of no use.
+    """
     for name in ("rope_theta", "partial_rotary_factor"):
         if lost.get(name) is not None and counts[name] is not None and lost[name] != counts[name]:
             raise UserError(
@@ -203,7 +213,7 @@ def _linear(parameters: Config, plain: _Plain) -> Rotation:
 
 
 def _dynamic(parameters: Config, plain: _Plain) -> Rotation:
-    """Up to the model's own context nothing is scaled; beyond it frequencies would change with the length of the text."""
+    """Up to the model's own context nothing is scaled. Beyond it frequencies would change with a text's length."""
     _number(parameters, "factor")
     return plain.rotation()
 
@@ -219,7 +229,9 @@ def _llama3(parameters: Config, plain: _Plain) -> Rotation:
 
 
 def _yarn(parameters: Config, plain: _Plain) -> Rotation:
-    """YaRN (arXiv:2309.00071): a ramp between the frequencies that turn `beta_fast` and `beta_slow` times in the original context."""
+    """YaRN (arXiv:2309.00071): a ramp between the frequencies that turn `beta_fast` and `beta_slow` times in the
+    original context.
+    """
     original = plain.original(parameters)
     implied = "factor" in parameters.values and parameters.values["factor"] is None
     factor = plain.context / original if implied else _number(parameters, "factor")

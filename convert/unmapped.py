@@ -1,6 +1,5 @@
-"""Tensors that an architecture has no place for: buffers, which carry no weights, and traces of how a checkpoint was made.
-
-Knows names and shapes only.
+"""Tensors that an architecture has no place for: buffers, which carry no weights, and traces of how a checkpoint was
+made.
 """
 
 from __future__ import annotations
@@ -43,7 +42,9 @@ _TRACES = {
     ),
     r"\.experts\.|block_sparse_moe": "mixtures of experts are not supported",
     r"^(score|classifier)\.": "a classifier, expected a language model",
-    r"vision_|visual\.|multi_modal_projector|(^|\.)language_model\.": "a model that sees images, expected a language model alone",
+    r"vision_|visual\.|multi_modal_projector|(^|\.)language_model\.": (
+        "a model that sees images, expected a language model alone"
+    ),
 }
 
 
@@ -86,6 +87,12 @@ def without_head(missing: Collection[str], head: str) -> str:
         "config.json does not tie the output head to the embeddings, and there is none: fetch what is missing; "
         "if it is tied, set `tie_word_embeddings` to true"
     )
+
+
+def disagreement(missing: Collection[str], unknown: Collection[str]) -> str:
+    """Which tensors a file lacks, and which it has without a place for them; "" where there are none of either."""
+    both = {"missing": missing, "unknown": unknown}
+    return " and ".join(f"{len(names)} tensors {what} ({listed(names)})" for what, names in both.items() if names)
 
 
 def listed(names: Collection[str], most: int = 5) -> str:

@@ -1,6 +1,5 @@
-"""Predictors that a model file holds already, made elsewhere: measured on calibration text as fitted ones are, and their neurons put in order.
-
-Knows nothing of where they are from.
+"""Predictors that a model file holds already, made elsewhere: measured on calibration text as fitted ones are, and
+their neurons put in order.
 """
 
 from __future__ import annotations
@@ -41,7 +40,8 @@ def adopt_model(
 ) -> ModelFit:
     """Measure the predictors in the model file `path`, and order its neurons hottest first (or leave them as they are).
 
-    The result's blocks hold no predictor tensors: the file's own are to be taken over, with their rows in the new order.
+    The result's blocks hold no predictor tensors: the file's own are to be taken over, with their rows in the new
+    order.
     Parameters and errors are those of `predictors.fit.fit_model`.
     """
     corpus = calibration_text.read_corpus(calibration)

@@ -1,7 +1,4 @@
-"""How the layers of a model share one budget of output energy.
-
-Knows judged candidates of every layer; knows nothing of how they were fitted.
-"""
+"""How the layers of a model share one budget of output energy."""
 
 from __future__ import annotations
 
@@ -51,7 +48,10 @@ class LayerOptions:
 
 @dataclass(frozen=True)
 class _Path:
-    """What one layer does at each of PRICES, [len(PRICES)]. best: the candidate; pays: whether it saves enough to be used; wins: whether it also is worth what it loses."""
+    """What one layer does at each of PRICES, [len(PRICES)].
+
+    best: the candidate; pays: whether it saves enough to be used; wins: whether it also is worth what it loses.
+    """
 
     options: LayerOptions
     best: npt.NDArray[np.int64]
@@ -84,11 +84,13 @@ class _Path:
 
 
 def allocate(layers: Sequence[LayerOptions], energy: float) -> list[Choice]:
-    """For each layer its candidate and price, or None for exact, such that a share `energy` of all layers' output energy is kept.
+    """For each layer its candidate and price, or None for exact, such that a share `energy` of all layers' output
+    energy is kept.
 
-    One price for all: energy is measured relative to the residual stream, and what is lost of that costs about the same in every layer
-    (docs/predictors.md), so layers that predict well give more than those that do not. A layer that turns exact gives back energy that the others
-    cannot always use; so it is also tried to keep the predictors of those that would turn last, at a higher price for all.
+    One price for all: energy is measured relative to the residual stream, and what is lost of that costs about the same
+    in every layer (docs/predictors.md), so layers that predict well give more than those that do not. A layer that
+    turns exact gives back energy that the others cannot always use; so it is also tried to keep the predictors of those
+    that would turn last, at a higher price for all.
     """
     paths = [_Path.of(layer) for layer in layers]
     found = [choice for n in range(len(paths) + 1) if (choice := _at_least(energy, paths, n)) is not None]
@@ -102,7 +104,9 @@ def allocate(layers: Sequence[LayerOptions], energy: float) -> list[Choice]:
 
 
 def _at_least(energy: float, paths: Sequence[_Path], n_exact: int) -> tuple[float, int, list[bool]] | None:
-    """Time, price and which layers have predictors, where only the `n_exact` layers that turn first are exact although a predictor would pay; None if no price will do."""
+    """Time, price and which layers have predictors, where only the `n_exact` layers that turn first are exact although
+    a predictor would pay; None if no price will do.
+    """
     early = set(np.argsort([path.lasts for path in paths], kind="stable")[:n_exact].tolist())
     used = np.array([path.wins if i in early else path.pays for i, path in enumerate(paths)])
     totals = np.array([[path.options.total] for path in paths])

@@ -1,7 +1,8 @@
-"""What a model's neurons do on calibration text, layer by layer: the inputs of each FFN, which neurons fire, and how much each contributes.
+"""What a model's neurons do on calibration text, layer by layer: the inputs of each FFN, which neurons fire, and how
+much each contributes.
 
-All hidden states are kept between layers, weights and pre-activations only a chunk of neurons at a time: memory does not grow with the number of blocks.
-Knows how an FFN computes; knows nothing of predictors.
+All hidden states are kept between layers, weights and pre-activations only a chunk of neurons at a time: memory does
+not grow with the number of blocks.
 """
 
 from __future__ import annotations
@@ -38,12 +39,17 @@ class Responses:
 
     gate: Floats  # pre-activations (ungated: of the up rows), biases included
     fired: npt.NDArray[np.bool_]
-    energy: Floats  # (activation x norm of the down row)^2, relative to the squared norm of the residual stream after the block; 0 where not fired
+    # (activation x norm of the down row)^2, relative to the squared norm of the residual stream after the block; 0
+    # where not fired
+    energy: Floats
 
 
 @dataclass(frozen=True)
 class TokenSamples:
-    """Some tokens of one layer. x: inputs of the FFN, float32 [n_tokens, n_embd]; residual: the stream before the FFN's norm, where it was asked for.
+    """Some tokens of one layer.
+
+    x: inputs of the FFN, float32 [n_tokens, n_embd]; residual: the stream before the FFN's norm, where it was asked
+    for.
 
     weight: float32 [n_tokens], one over the squared norm of the residual stream after the block.
     """
@@ -105,7 +111,10 @@ class LayerSamples:
     def _strengths(
         self, part: TokenSamples, gate: Floats, first: int, end: int
     ) -> tuple[npt.NDArray[np.bool_], Floats]:
-        """Which of the neurons first .. end - 1 fire, and what each is multiplied with its down row by: [n_tokens, end - first] both."""
+        """Which of the neurons first ..
+
+        end - 1 fire, and what each is multiplied with its down row by: [n_tokens, end - first] both.
+        """
         ffn = self.ffn
         fired = gate > ffn.threshold
         h = np.where(fired, gate**2 if ffn.activation == "relu2" else gate, np.float32(0))
@@ -164,9 +173,11 @@ def calibrate(
     residual: bool = False,
     progress: Progress = silent,
 ) -> Iterator[LayerSamples]:
-    """Run windows [n_windows, length] through the model and yield its layers in turn, those that have an FFN; each is valid until the next.
+    """Run windows [n_windows, length] through the model and yield its layers in turn, those that have an FFN; each is
+    valid until the next.
 
-    parts: which windows fit, validate and test (default: 70, 15 and 15 %). residual: keep the stream before the FFN's norm as well.
+    parts: which windows fit, validate and test (default: 70, 15 and 15 %). residual: keep the stream before the FFN's
+    norm as well.
     progress: told layers, with the share of the last one that is done.
     """
     n = runner.structure.block_count

@@ -1,7 +1,4 @@
-"""Calibration text as windows of token ids: which corpus, cut and chosen the same way for a seed.
-
-Knows text and tokens; knows nothing of neurons.
-"""
+"""Calibration text as windows of token ids: which corpus, cut and chosen the same way for a seed."""
 
 from __future__ import annotations
 
@@ -23,7 +20,10 @@ Ids = npt.NDArray[np.int32]
 
 
 def read_corpus(path: Path | None) -> TextFile:
-    """Read a calibration text, None for the one that comes with the package. Raises UserError when it is empty or not UTF-8."""
+    """Read a calibration text, None for the one that comes with the package.
+
+    Raises UserError when it is empty or not UTF-8.
+    """
     corpus = read_text(path or DEFAULT_CORPUS)
     if not corpus.text.strip():
         raise UserError(

@@ -1,6 +1,5 @@
-"""Where fitted candidates wait until all layers are known: on disk, so that memory does not grow with the number of layers.
-
-Knows bytes, not what they mean.
+"""Where fitted candidates wait until all layers are known: on disk, so that memory does not grow with the number of
+layers.
 """
 
 from __future__ import annotations
@@ -19,7 +18,10 @@ from runtime.base.workspace import naming
 
 @dataclass(frozen=True)
 class Shelved:
-    """What is left of a candidate that has been judged: what the file would store. See predictors.predictor.Candidate."""
+    """What is left of a candidate that has been judged: what the file would store.
+
+    See predictors.predictor.Candidate.
+    """
 
     tensors: tuple[Tensor, ...]
     rank: int

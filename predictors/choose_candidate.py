@@ -1,7 +1,8 @@
-"""Which predictor a layer gets, and from which score on a neuron is computed: the least time to read its bytes for a share of the output energy.
+"""Which predictor a layer gets, and from which score on a neuron is computed: the least time to read its bytes for a
+share of the output energy.
 
-Lagrangian: at a price (what one would read for a unit of energy) every neuron has a best threshold, and every layer a best candidate, independently of all others.
-Knows margins and bytes; knows nothing of files or of how scores are made.
+Lagrangian: at a price (what one would read for a unit of energy) every neuron has a best threshold, and every layer a
+best candidate, independently of all others.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ _NEVER = 1e6  # a margin that no score reaches
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes of one neuron: gate: of the row that decides whether it fires; rest: of its up and down rows. fixed: of the FFN's biases."""
+    """Bytes of one neuron: gate: of the row that decides whether it fires; rest: of its up and down rows.
+
+    fixed: of the FFN's biases.
+    """
 
     gate: float
     rest: float
@@ -52,7 +56,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Curve:
-    """What a rule of thresholds achieves at each of PRICES; shares of all neurons, float64 [len(PRICES)]. energy: per token."""
+    """What a rule of thresholds achieves at each of PRICES; shares of all neurons, float64 [len(PRICES)].
+
+    energy: per token.
+    """
 
     predicted: Doubles
     hits: Doubles
@@ -63,7 +70,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Rule:
-    """Thresholds at every price. size: float64 [n_ff], a neuron's energy relative to the others'; worth: what a token at an edge brings for its bytes, never falling."""
+    """Thresholds at every price.
+
+    size: float64 [n_ff], a neuron's energy relative to the others'; worth: what a token at an edge brings for its
+    bytes, never falling.
+    """
 
     size: Doubles
     worth: Doubles  # [len(EDGES)]
@@ -74,7 +85,7 @@ class Rule:
         return edges
 
     def prices(self) -> npt.NDArray[np.int64]:
-        """The price from which on each neuron is worth its bytes at each edge, [n_ff, len(EDGES)]; len(PRICES): never."""
+        """The price from which each neuron is worth its bytes at each edge, [n_ff, len(EDGES)]; len(PRICES): never."""
         logs = [np.log(np.maximum(x, 1e-30)) for x in (self.size, self.worth)]
         steps = (-np.log(PRICES[0]) - np.add.outer(*logs)) / np.log(PRICES[1] / PRICES[0])
         prices: npt.NDArray[np.int64] = np.ceil(np.clip(steps, 0, len(PRICES))).astype(np.int64)
@@ -83,7 +94,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Judged:
-    """A candidate with thresholds for every price, and what they achieve. time: on the validation part as in Cost.exact_time, [len(PRICES)]."""
+    """A candidate with thresholds for every price, and what they achieve.
+
+    time: on the validation part as in Cost.exact_time, [len(PRICES)].
+    """
 
     candidate: Candidate
     scale: Scale
@@ -109,7 +123,9 @@ def judge(candidate: Candidate, measured: tuple[Scale, Margins, Margins], cost: 
 
 
 def predicted_bytes(candidate: Candidate, cost: Cost, predicted: Shares, hits: Shares) -> Shares:
-    """Bytes per token of an FFN and its predictor, by the shares of neurons that are candidates and that fire among them."""
+    """Bytes per token of an FFN and its predictor, by the shares of neurons that are candidates and that fire among
+    them.
+    """
     own = sum(t.nbytes for t in candidate.tensors) + 4 * cost.n_ff
     return own + cost.fixed + cost.n_ff * (cost.gate * predicted + cost.rest * hits)
 
@@ -117,7 +133,8 @@ def predicted_bytes(candidate: Candidate, cost: Cost, predicted: Shares, hits: S
 def thresholds(m: Margins, cost: Cost) -> Rule:
     """The best thresholds for given margins.
 
-    Energy at a margin is modelled as (the neuron's own size) x (a function of the margin, the same for the layer's neurons): few enough parameters for few tokens.
+    Energy at a margin is modelled as (the neuron's own size) x (a function of the margin, the same for the layer's
+    neurons): few enough parameters for few tokens.
     """
     size, shape = _factors(m.predicted, m.energy)
     nbytes = cost.gate + cost.rest * _ratio(m.hits.sum(0), m.predicted.sum(0))
@@ -130,7 +147,9 @@ def _ratio(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> Doubles:
 
 
 def _factors(count: Floats, energy: Floats) -> tuple[Doubles, Doubles]:
-    """Energy per count as an outer product: sizes [n_ff], shrunk towards the layer's mean where a neuron was seen little, times a function of the edge."""
+    """Energy per count as an outer product: sizes [n_ff], shrunk towards the layer's mean where a neuron was seen
+    little, times a function of the edge.
+    """
     size = np.ones(len(count))
     for _ in range(3):
         shape = _ratio(energy.sum(0, dtype=np.float64), size @ count)

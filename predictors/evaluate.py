@@ -35,7 +35,10 @@ Ids = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class ModeResult:
-    """One FFN mode on the text. kl: nats per token from the reference mode; bytes: of FFN and predictor per token, relative to dense."""
+    """One FFN mode on the text.
+
+    kl: nats per token from the reference mode; bytes: of FFN and predictor per token, relative to dense.
+    """
 
     mode: str
     perplexity: float
@@ -68,7 +71,8 @@ def evaluate(
 ) -> Evaluation:
     """Judge the predictors of `model` on the UTF-8 text `file`.
 
-    tokens: use only the first so many (16,384, or fewer where the text is shorter). The reference is `dense`, or `exact` where the file has no `dense` layout.
+    tokens: use only the first so many (16,384, or fewer where the text is shorter). The reference is `dense`, or
+    `exact` where the file has no `dense` layout.
     Raises UserError for a text that is empty, too short or not UTF-8.
     """
     cores = threads or default_threads()

@@ -1,4 +1,6 @@
-"""One fit from end to end: calibrate a model file, order its neurons, choose each layer's predictor. `fit_model`'s signature is the command line.
+"""One fit from end to end: calibrate a model file, order its neurons, choose each layer's predictor.
+
+`fit_model`'s signature is the command line.
 
 Returns what is to be stored; writes nothing.
 """
@@ -42,7 +44,10 @@ _BATCH_BYTES = 1 << 28  # of margins that are held at once
 
 @dataclass(frozen=True)
 class Figures:
-    """What a layer's predictor achieves on calibration text that neither the fit nor the choice saw. Shares are of all neurons; bytes per token, of FFN and predictor."""
+    """What a layer's predictor achieves on calibration text that neither the fit nor the choice saw.
+
+    Shares are of all neurons; bytes per token, of FFN and predictor.
+    """
 
     active_share: float
     predicted_share: float
@@ -145,9 +150,11 @@ def fit_model(
     """Fit predictors to the converted model `path`.
 
     energy: share of the FFNs' output energy that the chosen neurons have to carry, 1 for no predictor at all.
-    calibration: a UTF-8 text, None for the one in the package; tokens: how many of its tokens (default: 24,576, fewer for very wide models).
+    calibration: a UTF-8 text, None for the one in the package; tokens: how many of its tokens (default: 24,576, fewer
+    for very wide models).
     predictor_type: ggml type of the matrices, "auto" for the cheaper of q4_0 and q8_0 in each layer.
-    reorder: put neurons hottest first; else they stay as they are. counts: of each block's neurons, [n_ff]: what to order them by, in place of the text.
+    reorder: put neurons hottest first; else they stay as they are. counts: of each block's neurons, [n_ff]: what to
+    order them by, in place of the text.
     progress: told layers, with the share of the last one that is done.
     Raises UserError for options out of range, and for calibration text that is too short, empty or not UTF-8.
     """
@@ -214,7 +221,9 @@ def _fit_layer(
 
 
 def frequency(layer: LayerSamples, counts: Sequence[Floats] | None) -> Floats:
-    """Share of tokens at which each neuron fires, float32 [n_ff]: as counted on the text, or as counts made elsewhere say, with the text's mean."""
+    """Share of tokens at which each neuron fires, float32 [n_ff]: as counted on the text, or as counts made elsewhere
+    say, with the text's mean.
+    """
     if counts is None:
         return layer.frequency
     return as_frequencies(counts[layer.i], float(layer.frequency.mean()))

@@ -1,7 +1,4 @@
-"""The order of a layer's neurons, hottest first, by how often they fire or by counts made elsewhere.
-
-Knows nothing of predictors.
-"""
+"""The order of a layer's neurons, hottest first, by how often they fire or by counts made elsewhere."""
 
 from __future__ import annotations
 
@@ -24,7 +21,8 @@ _HALVINGS = 60  # of the interval in which a scale is sought: to the last bit of
 class BlockOrder:
     """One block's neurons in a new order.
 
-    order: int32 [n_ff], stored position -> position before. freq: float32 [n_ff], in the new order. tensors: what the file says of it.
+    order: int32 [n_ff], stored position -> position before. freq: float32 [n_ff], in the new order. tensors: what the
+    file says of it.
     """
 
     order: Order
@@ -66,7 +64,8 @@ def order_by_counts(counts: Sequence[Floats]) -> ModelOrder:
 def as_frequencies(counts: Floats, share: float | None = None) -> Floats:
     """Counts of unknown scale as shares of tokens, float32 [n_ff] within 0 to 1, in the same order.
 
-    share: what they have to be on average (as near as the neurons with a count allow); None: the largest count means always.
+    share: what they have to be on average (as near as the neurons with a count allow); None: the largest count means
+    always.
     """
     largest = counts.max(initial=0)
     if largest <= 0:

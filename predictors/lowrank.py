@@ -1,8 +1,11 @@
-"""Kind `lowrank`: the rows that decide who fires (gate, or ungated up), approximated at rank r where the layer's inputs actually lie. No training.
+"""Kind `lowrank`: the rows that decide who fires (gate, or ungated up), approximated at rank r where the layer's inputs
+actually lie. No training.
 
-Minimises E||(W - B A)(x - mean x)||^2 over the inputs x of the calibration text: with C their covariance and C = L L^T, a truncated singular value
-decomposition of W L, taken from the eigenvectors of the small matrix (W L)^T (W L). Scores are estimates of pre-activations.
-Sources: whitened ("truncation-aware") SVD as in SVD-LLM (arXiv 2403.12983), for predictors in arXiv 2603.14110. Knows nothing of thresholds.
+Minimises E||(W - B A)(x - mean x)||^2 over the inputs x of the calibration text: with C their covariance and C = L L^T,
+a truncated singular value decomposition of W L, taken from the eigenvectors of the small matrix (W L)^T (W L). Scores
+are estimates of pre-activations.
+Sources: whitened ("truncation-aware") SVD as in SVD-LLM (arXiv 2403.12983), for predictors in arXiv 2603.14110. Knows
+nothing of thresholds.
 """
 
 from __future__ import annotations
@@ -56,7 +59,9 @@ def fit(layer: LayerSamples, options: FitOptions) -> Iterator[LowRank]:
 
 
 def ranks(n_embd: int, n_ff: int, block: int) -> list[int]:
-    """Ranks worth trying: multiples of the type's block at which the predictor has fewer than half of the gate's elements."""
+    """Ranks worth trying: multiples of the type's block at which the predictor has fewer than half of the gate's
+    elements.
+    """
     most = n_embd * n_ff / (2 * (n_embd + n_ff))
     return sorted({-(-r // block) * block for r in _RANKS if -(-r // block) * block <= min(most, n_embd)})
 
@@ -70,7 +75,9 @@ def covariance(x: Floats) -> Matrix:
 
 
 def basis(layer: LayerSamples, covariance: Matrix) -> Floats:
-    """Rows A [r_max, n_embd], the most important direction first, such that A (x - mean x) are the leading components of the pre-activations, each with its own variance."""
+    """Rows A [r_max, n_embd], the most important direction first, such that A (x - mean x) are the leading components
+    of the pre-activations, each with its own variance.
+    """
     gram = np.zeros_like(covariance, np.float32)
     for chunk in layer.chunks(1):
         rows = layer.gate_rows(*chunk)

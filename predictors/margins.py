@@ -1,7 +1,8 @@
-"""How far scores lie above a predictor's typical error, and what fires there: histograms per neuron, from which every threshold can be judged.
+"""How far scores lie above a predictor's typical error, and what fires there: histograms per neuron, from which every
+threshold can be judged.
 
-A margin is a score turned into an estimate of the pre-activation and divided by that estimate's spread: above 0 the neuron is expected to fire.
-Knows nothing of bytes or of how scores are made.
+A margin is a score turned into an estimate of the pre-activation and divided by that estimate's spread: above 0 the
+neuron is expected to fire.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class Scale:
 
 @dataclass(frozen=True)
 class Margins:
-    """What happens between each margin of EDGES and the next, per neuron and token: float32 [n_ff, len(EDGES)]; the totals [n_ff] count every margin."""
+    """What happens between each margin of EDGES and the next, per neuron and token: float32 [n_ff, len(EDGES)]; the
+    totals [n_ff] count every margin.
+    """
 
     predicted: Floats  # share of tokens whose margin is there
     hits: Floats  # share of tokens at which it is there and the neuron fires
@@ -109,7 +112,10 @@ def scale_of(goal: Floats, scores: Floats, unit_slope: bool) -> Scale:
 
 
 def _margins(scores: Floats, scale: Scale, active: npt.NDArray[np.int64], energy: Floats) -> Margins:
-    """Margins of scores [n_tokens, n]. active: where a neuron fires, as positions in the flattened scores; energy: of each of those."""
+    """Margins of scores [n_tokens, n].
+
+    active: where a neuron fires, as positions in the flattened scores; energy: of each of those.
+    """
     n_tokens, n = scores.shape
     z = scores * (scale.slope / scale.spread / STEP)
     z += (scale.intercept / scale.spread - EDGES[0]) / STEP + 1

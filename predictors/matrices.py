@@ -1,6 +1,6 @@
 """Predictor matrices in the numbers they are stored in: rows of floats to a ggml type and back.
 
-Rows are packed by ggml's own functions, so that what is measured here is what the file holds. Knows nothing of neurons.
+Rows are packed by ggml's own functions, so that what is measured here is what the file holds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime.bindings import ggml
+from runtime.bindings import ggml, rows
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -22,7 +22,10 @@ _NUMPY: dict[str, Any] = {"f32": np.float32, "f16": np.float16, "i32": np.int32,
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of one block as it will be stored. name: without `blk.N.`; type: ggml's name; shape: in ggml's order, contiguous dimension first."""
+    """A tensor of one block as it will be stored.
+
+    name: without `blk.N.`; type: ggml's name; shape: in ggml's order, contiguous dimension first.
+    """
 
     name: str
     type: str
@@ -40,8 +43,8 @@ class Tensor:
 
     def reordered(self, order: npt.NDArray[np.int32]) -> Tensor:
         """The same tensor with its rows (elements of a vector) in another order."""
-        rows = self.data.reshape(self.shape[-1], -1)
-        return Tensor(self.name, self.type, self.shape, rows[order].reshape(-1))
+        stored = self.data.reshape(self.shape[-1], -1)
+        return Tensor(self.name, self.type, self.shape, stored[order].reshape(-1))
 
 
 def block_size(type_name: str) -> int:
@@ -54,9 +57,14 @@ def row_bytes(type_name: str, length: int) -> int:
     return ggml.ggml_row_size(ggml.TYPES[type_name], length)
 
 
-def matrix(name: str, type_name: str, rows: Floats, importance: Floats | None = None) -> Tensor:
-    """Pack float rows [n, length]. importance: float32 [length], how much an error in each column matters (mean square of what it is multiplied with)."""
-    return Tensor(name, type_name, rows.shape[::-1], _pack(rows, type_name, importance))
+def matrix(name: str, type_name: str, values: Floats, importance: Floats | None = None) -> Tensor:
+    """Pack rows [n, length] of floats.
+
+    importance: float32 [length], how much an error in each column matters (mean square of what it is multiplied with).
+    """
+    if type_name in _NUMPY:
+        return plain(name, type_name, values)
+    return Tensor(name, type_name, values.shape[::-1], rows.pack(values, ggml.TYPES[type_name], importance))
 
 
 def plain(name: str, type_name: str, values: npt.NDArray[Any]) -> Tensor:
@@ -65,25 +73,8 @@ def plain(name: str, type_name: str, values: npt.NDArray[Any]) -> Tensor:
     return Tensor(name, type_name, data.shape[::-1], data.reshape(-1).view(np.uint8))
 
 
-def _pack(rows: Floats, type_name: str, importance: Floats | None) -> Bytes:
-    if type_name in _NUMPY:
-        return np.ascontiguousarray(rows, _NUMPY[type_name]).reshape(-1).view(np.uint8)
-    rows = np.ascontiguousarray(rows, np.float32)
-    packed = np.empty(len(rows) * row_bytes(type_name, rows.shape[1]), np.uint8)
-    weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
-    address = None if weights is None else weights.ctypes.data
-    n, length = rows.shape
-    ggml.ggml_quantize_chunk(ggml.TYPES[type_name], rows.ctypes.data, packed.ctypes.data, 0, n, length, address)
-    return packed
-
-
 def unpack(data: Bytes, type_name: str, row_length: int) -> Floats:
     """Numbers of packed rows, float32 [n_rows, row_length]."""
     if type_name in _NUMPY:
-        plain_numbers: Floats = data.view(_NUMPY[type_name]).astype(np.float32).reshape(-1, row_length)
-        return plain_numbers
-    data = np.ascontiguousarray(data)
-    out = np.empty(data.size // row_bytes(type_name, row_length) * row_length, np.float32)
-    to_float: Any = ggml.TO_FLOAT(ggml.ggml_get_type_traits(ggml.TYPES[type_name]).contents.to_float)
-    to_float(data.ctypes.data, out.ctypes.data, out.size)
-    return out.reshape(-1, row_length)
+        return np.asarray(data.view(_NUMPY[type_name]).astype(np.float32).reshape(-1, row_length))
+    return rows.unpack(data, ggml.TYPES[type_name], row_length)

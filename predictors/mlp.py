@@ -1,7 +1,10 @@
-"""Kind `mlp`: two layers with ReLU between, trained to tell which neurons fire. Needs torch (`pip install lazyneuron[torch]`).
+"""Kind `mlp`: two layers with ReLU between, trained to tell which neurons fire.
 
-The shape is PowerInfer's and Deja Vu's predictor; trained by binary cross-entropy, where a neuron that fires counts by the energy it contributes.
-It starts from the low-rank approximation, each direction once with either sign. Knows nothing of thresholds.
+Needs torch (`pip install lazyneuron[torch]`).
+
+The shape is PowerInfer's and Deja Vu's predictor; trained by binary cross-entropy, where a neuron that fires counts by
+the energy it contributes.
+It starts from the low-rank approximation, each direction once with either sign.
 """
 
 from __future__ import annotations
@@ -72,7 +75,9 @@ def _torch() -> Any:
 
 
 def _weights(layer: LayerSamples) -> Any:
-    """float16 [n_tokens, n_ff]: 0 where a neuron does not fire, else how much that counts (1 on average over the layer, plus 1)."""
+    """float16 [n_tokens, n_ff]: 0 where a neuron does not fire, else how much that counts (1 on average over the layer,
+    plus 1).
+    """
     n_tokens, n_ff = len(layer.fit), layer.ffn.n_ff
     weights = np.zeros((n_tokens, n_ff), np.float16)
     for first, end in layer.chunks(n_tokens):

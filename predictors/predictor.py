@@ -1,6 +1,7 @@
 """What every kind of predictor offers to those that choose among fits and store them.
 
-Knows no kind by name, and nothing of thresholds: a candidate gives scores, others decide from which score on a neuron is computed.
+Knows no kind by name, and nothing of thresholds: a candidate gives scores, others decide from which score on a neuron
+is computed.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Candidate(Protocol):
 
     @property
     def unit_slope(self) -> bool:
-        """Whether scores are estimates of pre-activations but for a constant per neuron; else they only rise with them."""
+        """Whether scores estimate pre-activations but for a constant per neuron; else they only rise with them."""
         ...
 
     def prepare(self, x: Floats) -> Floats:
@@ -54,5 +55,6 @@ class Candidate(Protocol):
         ...
 
 
-# A way to predict: fits candidates to one layer, in no particular order; none where the layer's shape does not allow any.
+# A way to predict: fits candidates to one layer, in no particular order; none where the layer's shape does not allow
+# any.
 Kind = Callable[[LayerSamples, FitOptions], Iterator[Candidate]]

@@ -1,7 +1,4 @@
-"""A model file written again with other predictors: every other tensor and key byte for byte as it was.
-
-Knows names that begin with `predictor_`, and nothing of how predictors are made.
-"""
+"""A model file written again with other predictors: every other tensor and key byte for byte as it was."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Kind `signbit`: does a gate row agree in sign with its input often enough to fire? One bit per weight, nothing trained.
+"""Kind `signbit`: does a gate row agree in sign with its input often enough to fire?
 
-The score is minus the number of sign bits in which the packed row and the packed input differ. Source: SparseInfer (arXiv 2411.12692), which compares
-the number with one conservativeness factor; here every neuron has its own threshold. Knows nothing of how that is chosen.
+One bit per weight, nothing trained.
+
+The score is minus the number of sign bits in which the packed row and the packed input differ. Source: SparseInfer
+(arXiv 2411.12692), which compares the number with one conservativeness factor; here every neuron has its own threshold.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The predictor of one block as a file holds it, with scores computed in numpy.
-
-Knows the tensors of each kind; knows nothing of how they were fitted.
-"""
+"""The predictor of one block as a file holds it, with scores computed in numpy."""
 
 from __future__ import annotations
 
@@ -15,7 +12,9 @@ from runtime.model_file.reader import GgufFile
 
 
 def stored_predictor(file: GgufFile, i: int) -> tuple[Candidate, Floats] | None:
-    """Block `i`'s predictor and its bias, float32 [n_ff] (a neuron is computed where score + bias > 0); None where it has none."""
+    """Block `i`'s predictor and its bias, float32 [n_ff] (a neuron is computed where score + bias > 0); None where it
+    has none.
+    """
     s = file.structure
     if s.rank(i) == 0:
         return None

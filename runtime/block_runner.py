@@ -5,9 +5,7 @@ Each sequence is computed on its own, from position 0. Knows nothing of predicto
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +13,7 @@ import numpy.typing as npt
 from runtime.base.closing import Handles
 from runtime.base.worker import OfWorker
 from runtime.bindings import ggml
+from runtime.bindings.rows import to_floats
 from runtime.compute.batch import Batch, GraphInputs
 from runtime.compute.builder import GraphSpec
 from runtime.compute.kv_cache import CellTable, padded_cells
@@ -132,12 +131,6 @@ class BlockRunner(OfWorker):
 
 def dequantize(tensor: ggml.TensorP, first: int, end: int) -> Floats:
     """Rows first .. end - 1 of a matrix of any type in host memory, as float32 [end - first, ne0]."""
-    width, row = tensor.ne[0], tensor.nb[1]
-    out = np.empty((end - first, width), np.float32)
-    address = tensor.data + first * row
-    if tensor.type == ggml.F32:
-        out[:] = np.ctypeslib.as_array((ctypes.c_float * out.size).from_address(address)).reshape(out.shape)
-        return out
-    convert: Any = ggml.TO_FLOAT(ggml.ggml_get_type_traits(tensor.type).contents.to_float)
-    convert(address, out.ctypes.data, out.size)
+    out = np.empty((end - first, tensor.ne[0]), np.float32)
+    to_floats(tensor.data + first * tensor.nb[1], tensor.type, out)
     return out

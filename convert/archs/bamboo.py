@@ -1,4 +1,6 @@
-"""Bamboo and TurboSparse-Mistral: Mistral's body with dReLU, relu(gate) * relu(up), which their config.json calls `relu`."""
+"""Bamboo and TurboSparse-Mistral: Mistral's body with dReLU, relu(gate) * relu(up), which their config.json calls
+`relu`.
+"""
 
 from dataclasses import replace
 

@@ -1,6 +1,8 @@
-"""BitNet b1.58 in its bf16 form: Llama's body with a norm before the output and the down projection, and a gate of squared ReLU.
+"""BitNet b1.58 in its bf16 form: Llama's body with a norm before the output and the down projection, and a gate of
+squared ReLU.
 
-The bf16 weights are those of training: the model rounds them to three values whenever it runs. The conversion does so once.
+The bf16 weights are those of training: the model rounds them to three values whenever it runs. The conversion does so
+once.
 (Its runs in transformers round activations to 8 bits as well. That is left to the file's own format.)
 """
 

@@ -1,7 +1,7 @@
 """Falcon with ReLU, such as ReluFalcon: layer norms, fused projections, an ungated FFN, attention and FFN side by side.
 
-The 40B form has GQA and a norm for either side, the 7B form one key-value head and one norm for both; so have the configs of
-checkpoints from before transformers knew Falcon, under other names.
+The 40B form has GQA and a norm for either side, the 7B form one key-value head and one norm for both; so have the
+configs of checkpoints from before transformers knew Falcon, under other names.
 """
 
 from convert import naming

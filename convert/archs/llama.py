@@ -1,4 +1,6 @@
-"""Llama with a ReLU-family gate, such as ReluLLaMA (ReLU) and ProSparse (FATReLU): RMSNorm, rotary positions, a gated FFN, perhaps GQA and biases."""
+"""Llama with a ReLU-family gate, such as ReluLLaMA (ReLU) and ProSparse (FATReLU): RMSNorm, rotary positions, a gated
+FFN, perhaps GQA and biases.
+"""
 
 from convert import naming
 from convert.arch import Arch, Field

@@ -1,4 +1,6 @@
-"""MiniCPM with a ReLU-family gate, such as MiniCPM-S (FATReLU): Llama with scaled embeddings, residual branches and logits."""
+"""MiniCPM with a ReLU-family gate, such as MiniCPM-S (FATReLU): Llama with scaled embeddings, residual branches and
+logits.
+"""
 
 import math
 

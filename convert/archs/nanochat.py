@@ -1,4 +1,6 @@
-"""nanochat: RMS norms without weights, also of the embeddings and, after their rotation, of queries and keys; logits squashed by tanh; squared ReLU."""
+"""nanochat: RMS norms without weights, also of the embeddings and, after their rotation, of queries and keys; logits
+squashed by tanh; squared ReLU.
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,6 @@
-"""Nemotron-3 and -4, Minitron: layer norms whose weights are stored less one, rotation of half a head, an ungated FFN of squared ReLU."""
+"""Nemotron-3 and -4, Minitron: layer norms whose weights are stored less one, rotation of half a head, an ungated FFN
+of squared ReLU.
+"""
 
 from convert import naming
 from convert.arch import Arch, Field

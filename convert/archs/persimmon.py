@@ -1,4 +1,6 @@
-"""Persimmon: layer norms (of queries and keys too), fused projections, rotation of half a head, an ungated FFN of squared ReLU."""
+"""Persimmon: layer norms (of queries and keys too), fused projections, rotation of half a head, an ungated FFN of
+squared ReLU.
+"""
 
 from convert import naming
 from convert.arch import Arch, Field

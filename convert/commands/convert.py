@@ -46,7 +46,8 @@ def configure_parser(parser: Parser) -> None:
     parser.add_argument(
         "--ffn-type",
         metavar="RELU",
-        help="the activation, where config.json is wrong about it: relu, relu2, drelu or, with its threshold, fatrelu:0.01",
+        help="the activation, where config.json is wrong about it: relu, relu2, drelu or, with its threshold, "
+        "fatrelu:0.01",
     )
     parser.add_argument("--list", dest="known", action="store_true", help="print the known models and leave")
     parser.add_argument("--threads", type=count, metavar="N", help="default: one per CPU")
@@ -69,7 +70,8 @@ def _add_predictor_options(parser: Parser) -> None:
     group.add_argument(
         "--calibration",
         metavar="FILE",
-        help="text to calibrate on (default: one in the package; `none`: leave neurons as they are, without predictors)",
+        help="text to calibrate on (default: one in the package; `none`: leave neurons as they are, without "
+        "predictors)",
     )
     group.add_argument("--calibration-tokens", type=count, metavar="N", help="how many of its tokens")
     group.add_argument("--predictor", choices=tuple(KINDS), help="kind of predictor (default lowrank)")

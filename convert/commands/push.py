@@ -38,7 +38,10 @@ def push(
     as_json: bool = False,
     **options: Any,
 ) -> None:
-    """Send a converted file to the Hub, with a model card. Sent again after an interrupt, it goes on with what is missing."""
+    """Send a converted file to the Hub, with a model card.
+
+    Sent again after an interrupt, it goes on with what is missing.
+    """
     done = push_model(file, repo, CardOptions(**options), private, revision, split_max_size, replace_card, note)
     sent = sum(entry.size for entry in done.files)
     note(f"{done.commit.url}: {len(done.files)} GGUF files, {sent:,} bytes; use it as {done.name}")

@@ -1,7 +1,9 @@
 """What the models in PowerInfer's GGUF files are made of: one `Arch` for each architecture that its loader knows.
 
-As for a checkpoint, with the file's own keys (without their `<architecture>.`) in place of config.json's, and its tensor names.
-Rewrite `identity` keeps a tensor byte for byte, `query_rows`, `key_rows` and `value_rows` a part of its rows; others decode it.
+As for a checkpoint, with the file's own keys (without their `<architecture>.`) in place of config.json's, and its
+tensor names.
+Rewrite `identity` keeps a tensor byte for byte, `query_rows`, `key_rows` and `value_rows` a part of its rows; others
+decode it.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from convert.arch import Arch, Field, Source
 from convert.config import Config
 from runtime.errors import UserError
 
-# Keys that no file has: PowerInfer knows the activation by architecture alone (each body's first one), and ties by a tensor's absence.
+# Keys that no file has: PowerInfer knows the activation by architecture alone (each body's first one), and ties by a
+# tensor's absence.
 ACTIVATION, TIED = "activation", "tied"
 
 
@@ -121,7 +124,8 @@ BODIES = {
             **_NORM_BIASES,
         },
     ),
-    # The predictor's input is the block's own, which is the stream before the FFN's norm where attention and FFN are parallel.
+    # The predictor's input is the block's own, which is the stream before the FFN's norm where attention and FFN are
+    # parallel.
     "falcon": Arch(
         family="falcon",
         architectures=("FalconForCausalLM",),
@@ -154,7 +158,8 @@ BODIES = {
 }
 # Where a file lacks the first, the second stands for both: a block's only norm.
 INSTEAD = {"attn_norm_2": "attn_norm"}
-# Of byte-level BPE: libllama's name of the pre-tokenizer, which files of that time do not hold, and whether texts begin with BOS where they do not say.
+# Of byte-level BPE: libllama's name of the pre-tokenizer, which files of that time do not hold, and whether texts begin
+# with BOS where they do not say.
 TOKENIZERS = {
     "llama": ("llama-bpe", True),
     "bamboo": ("llama-bpe", True),

@@ -1,7 +1,8 @@
-"""PowerInfer's model files (`*.powerinfer.gguf`) as the plan of a conversion: the rows of every matrix are kept as they are.
+"""PowerInfer's model files (`*.powerinfer.gguf`) as the plan of a conversion: the rows of every matrix are kept as they
+are.
 
-Such a file is GGUF with another magic, the down projection in the transposed layout only, and a predictor in each block (docs/powerinfer.md).
-Knows that container; what the models in it are made of is `convert.powerinfer.bodies`.
+Such a file is GGUF with another magic, the down projection in the transposed layout only, and a predictor in each block
+(docs/powerinfer.md).powerinfer.bodies`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from convert.rewrites import Shape, named
 from convert.tokenizer import spm
 from convert.tokenizer.self_check import opened
 from convert.tokenizer.vocabulary import filler
+from convert.unmapped import disagreement, listed
 from runtime.bindings import ggml
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile, TensorInfo
@@ -35,7 +37,6 @@ from runtime.text.vocabulary import check_vocabulary
 MAGIC = b"PWRI"
 THRESHOLD = "powerinfer.sparse_threshold"
 DOWN_TYPE = "q8_0"  # of the down projection's second layout
-_LISTED = 5  # names per complaint
 _DAMAGED = "download it again, or convert the original checkpoint: python -m convert REPO OUT.gguf"
 _LARGEST = 3.4e38  # of a number: what an F32 holds
 _UNSAID = -1000.0  # score of a token that no merge may produce
@@ -93,7 +94,8 @@ class PowerInferFile:
 def plan_import(file: PowerInferFile, layout: str = "sparse", ffn_type: str | None = None) -> Plan:
     """Plan the file's conversion. Raises UserError when its keys and tensors do not agree.
 
-    layout: "both" adds the down projection's second layout, made from the first. ffn_type: the activation, which the file does not tell.
+    layout: "both" adds the down projection's second layout, made from the first. ffn_type: the activation, which the
+    file does not tell.
     """
     structure = _with_predictor(file, describe(file.arch, file.config, layout, ffn_type))
     required = required_tensors(structure)
@@ -112,13 +114,16 @@ def threshold_bias(threshold: float, n_ff: int) -> MadeTensor:
 def _with_predictor(file: PowerInferFile, s: Structure) -> Structure:
     missing = [f"blk.{i}.fc1.weight" for i in range(s.block_count) if f"blk.{i}.fc1.weight" not in file.tensors]
     if missing:
-        raise UserError(f"`{file.path}`: {len(missing)} tensors missing ({_listed(missing)})", _DAMAGED)
+        raise UserError(f"`{file.path}`: {len(missing)} tensors missing ({listed(missing)})", _DAMAGED)
     ranks = tuple(file.tensors[f"blk.{i}.fc1.weight"].ne[-1] for i in range(s.block_count))
     return with_mlp(s, ranks)
 
 
 def with_mlp(s: Structure, ranks: tuple[int, ...]) -> Structure:
-    """The structure with PowerInfer's predictors: they see the stream before the FFN's norm. Their errors are not known yet: 1."""
+    """The structure with PowerInfer's predictors: they see the stream before the FFN's norm.
+
+    Their errors are not known yet: 1.
+    """
     return replace(
         s, predictor="mlp", predictor_tap="residual", predictor_rank=ranks, predictor_error=(1.0,) * len(ranks)
     )
@@ -143,14 +148,8 @@ def _check_names(file: PowerInferFile, s: Structure, sources: Mapping[str, Sourc
     skipped = {name.format(i=i) for name in file.arch.skip for i in range(s.block_count)}
     missing = sorted(used - set(file.tensors))
     unknown = sorted(set(file.tensors) - used - skipped)
-    both = {"missing": missing, "unknown": unknown}
-    complaints = [f"{len(names)} tensors {what} ({_listed(names)})" for what, names in both.items() if names]
-    if complaints:
-        raise UserError(f"`{file.path}`: {' and '.join(complaints)}", _DAMAGED)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+    if found := disagreement(missing, unknown):
+        raise UserError(f"`{file.path}`: {found}", _DAMAGED)
 
 
 def _planned(file: PowerInferFile, name: str, shape: Shape, source: Source | None, s: Structure) -> PlannedTensor:
@@ -161,7 +160,8 @@ def _planned(file: PowerInferFile, name: str, shape: Shape, source: Source | Non
     first, expected = _rows(source.rewrite, shape, attention)
     if info.ne != expected:
         raise UserError(
-            f"`{file.path}`: tensor `{info.name}` has shape {list(info.ne)}, expected {list(expected)} from the file's own keys",
+            f"`{file.path}`: tensor `{info.name}` has shape {list(info.ne)}, expected {list(expected)} from the "
+            "file's own keys",
             _DAMAGED,
         )
     vector = len(shape) == 1
@@ -228,7 +228,9 @@ def provenance(source: str, threshold: float) -> dict[str, Any]:
 
 
 def _tokenizer(file: PowerInferFile, vocab_size: int) -> dict[str, Any]:
-    """The tokenizer's keys, with those added that its time did not know; unused tokens where the embeddings have more rows."""
+    """The tokenizer's keys, with those added that its time did not know; unused tokens where the embeddings have more
+    rows.
+    """
     keys = {k: _plain(v) for k, v in file.container.metadata.items() if k.startswith("tokenizer.")}
     tokens = keys.get("tokenizer.ggml.tokens", [])
     tokens = tokens if isinstance(tokens, list) else []

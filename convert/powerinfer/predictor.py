@@ -1,6 +1,7 @@
-"""PowerInfer's predictors and activation counts as published beside its models: `model_N.pt` and `activation/activation_N.pt`, N the layer.
+"""PowerInfer's predictors and activation counts as published beside its models: `model_N.pt` and
+`activation/activation_N.pt`, N the layer.
 
-A repository on the Hub or a folder. Knows those files; knows nothing of PowerInfer's model files.
+A repository on the Hub or a folder.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ def _rank(file: Path, s: Structure) -> int:
     d, n_ff = s.embedding_length, s.feed_forward_length
     if len(inner) != 2 or not inner[0] or inner[1] != d or outer != (n_ff, inner[0]):
         raise UserError(
-            f"`{file}`: {_KEYS[0]} is {list(inner)} and {_KEYS[1]} {list(outer)}, expected [rank, {d}] and [{n_ff}, rank]",
+            f"`{file}`: {_KEYS[0]} is {list(inner)} and {_KEYS[1]} {list(outer)}, expected [rank, {d}] and "
+            f"[{n_ff}, rank]",
             "the predictors belong to another model",
         )
     return inner[0]

@@ -25,7 +25,10 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What may be asked of a card. perplexity: a UTF-8 text to measure it on, or its first `perplexity_tokens`; plot: whether to draw."""
+    """What may be asked of a card.
+
+    perplexity: a UTF-8 text to measure it on, or its first `perplexity_tokens`; plot: whether to draw.
+    """
 
     perplexity: Path | None = None
     perplexity_tokens: int | None = None
@@ -35,7 +38,10 @@ class CardOptions:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a card shows of a model, besides what its keys say. plot: a PNG, None where there is nothing to draw or none was wanted."""
+    """What a card shows of a model, besides what its keys say.
+
+    plot: a PNG, None where there is nothing to draw or none was wanted.
+    """
 
     frequencies: Sequence[Frequencies]
     perplexity: TextPerplexity | None
@@ -55,8 +61,8 @@ class WrittenCard:
 def write_model_card(file: Path, path: Path | None, repo: str | None, force: bool, options: CardOptions) -> WrittenCard:
     """Make the card of a converted file, and write it to `path` with its plot beside, or nowhere.
 
-    repo: where the file will be, for the commands on the card. Raises UserError as `examine` does, and for files that exist,
-    unless forced.
+    repo: where the file will be, for the commands on the card. Raises UserError as `examine` does, and for files that
+    exist, unless forced.
     """
     plot = path.with_name(PLOT) if path and options.plot else None
     with GgufFile(file) as opened, folder_made(path.parent) if path else nullcontext():

@@ -1,7 +1,4 @@
-"""The text of a model card, from what a model file says of itself and what was measured.
-
-Knows Markdown and the Hub's metadata; measures nothing. A figure that is not there is left out, never estimated.
-"""
+"""The text of a model card, from what a model file says of itself and what was measured. A figure that is not there is left out, never estimated."""
 
 from __future__ import annotations
 
@@ -22,7 +19,10 @@ from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import ARCHITECTURE, Structure
 
 LIBRARY = "lazyneuron"
-MARK = "<!-- Written by `python -m convert card`, and again by each `push`. Remove this line to keep changes of your own. -->"
+MARK = (
+    "<!-- Written by `python -m convert card`, and again by each `push`. "
+    "Remove this line to keep changes of your own. -->"
+)
 PLOT = "sparsity.png"
 _PER_LAYER = ("active", "carry 80 %", "predictor", "predicted", "recall", "precision", "output energy kept")
 
@@ -38,7 +38,10 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class TextPerplexity:
-    """Perplexities of one text, by FFN mode; the text's file name and sha256. limit: how many of its tokens were used, None for all."""
+    """Perplexities of one text, by FFN mode; the text's file name and sha256.
+
+    limit: how many of its tokens were used, None for all.
+    """
 
     text: str
     sha256: str
@@ -193,7 +196,8 @@ def _predictor_line(facts: CardFacts) -> str:
     asked = f", fitted to keep {budget:.2%} of the FFNs' output energy" if budget is not None else ""
     return (
         f"Predictors of kind `{s.predictor}` in {n} of {s.block_count} layers{asked}. "
-        "Recall, precision and the predicted share of the neurons were measured on calibration text that the fit did not see."
+        "Recall, precision and the predicted share of the neurons were measured on calibration text that the "
+        "fit did not see."
     )
 
 
@@ -225,10 +229,12 @@ def _origin(facts: CardFacts) -> Iterator[str]:
     yield "## Where it comes from\n"
     if url or facts.base:
         yield f"- checkpoint: {url or f'{HUB}/{facts.base}'}"
-    yield f"- licence: {f'{licence}, the same as of the checkpoint' if licence else 'the checkpoint does not state one'}"
+    stated = f"{licence}, the same as of the checkpoint" if licence else "the checkpoint does not state one"
+    yield f"- licence: {stated}"
     if calibration["corpus"] is not None:
         yield (
-            f"- calibration: `{calibration['corpus']}` (sha256 `{calibration['sha256']}`), {calibration['tokens']:,} tokens, "
+            f"- calibration: `{calibration['corpus']}` (sha256 `{calibration['sha256']}`), "
+            f"{calibration['tokens']:,} tokens, "
             f"method: {calibration['method']}, seed {calibration['seed']}"
         )
 

@@ -56,7 +56,8 @@ def push_model(
 ) -> Pushed:
     """Send a converted file to the Hub, with a model card; what is there already is not sent again.
 
-    options: of the card. private: make the repository so; revision: a branch. split_max_size: send larger files as shards.
+    options: of the card. private: make the repository so; revision: a branch. split_max_size: send larger files as
+    shards.
     replace_card: even one that was changed by hand. tell: called with lines on what is done.
     Raises UserError for what the Hub refuses, and for wrong options.
     """
@@ -87,7 +88,10 @@ class Target:
     private: bool
 
     def open(self) -> Listing:
-        """Make the repository and the branch where there are none; what they hold. Raises UserError for a public one that is to be private."""
+        """Make the repository and the branch where there are none; what they hold.
+
+        Raises UserError for a public one that is to be private.
+        """
         api, repo = HfApi(), self.reference.repo
         api.create_repo(repo, private=self.private or None, exist_ok=True)
         if self.private and not api.model_info(repo).private:
@@ -150,7 +154,8 @@ def _fitting(file: GgufFile, max_bytes: int, tell: Callable[[str], None]) -> Ite
 
 
 def _other_models(listing: Listing, sent: Sequence[CommitOperationAdd]) -> tuple[list[str], list[FileEntry]]:
-    """GGUF files in the repository besides the pushed ones: those of the same model as it was split before, and those of others.
+    """GGUF files in the repository besides the pushed ones: those of the same model as it was split before, and those
+    of others.
 
     The former have to go, or they would be a second model of the same name.
     """

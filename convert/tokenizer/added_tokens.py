@@ -1,7 +1,4 @@
-"""A tokenizer's added and named special tokens, from each of the places where Hugging Face keeps them.
-
-Knows the files; knows nothing of vocabularies or GGUF.
-"""
+"""A tokenizer's added and named special tokens, from each of the places where Hugging Face keeps them."""
 
 from __future__ import annotations
 
@@ -20,7 +17,8 @@ _LISTS = ("additional_special_tokens", "extra_special_tokens")
 class AddedToken:
     """A token that is matched as a whole before the rest of a text is split.
 
-    lstrip, rstrip: it takes the white space before or after it; single_word: not inside a word; normalized: looked for in the normalised text.
+    lstrip, rstrip: it takes the white space before or after it; single_word: not inside a word; normalized: looked for
+    in the normalised text.
     """
 
     text: str
@@ -44,7 +42,9 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The tokens that a tokenizer names: `named` such as bos_token -> text, the usual ones first, and further ones (`others`). flags: how they are matched, by text, where the files say."""
+    """The tokens that a tokenizer names: `named` such as bos_token -> text, the usual ones first, and further ones
+    (`others`). flags: how they are matched, by text, where the files say.
+    """
 
     named: dict[str, str]
     others: tuple[str, ...]
@@ -52,7 +52,8 @@ class SpecialTokens:
 
 
 def read_added(folder: Path, config: Config, special: SpecialTokens) -> dict[int, AddedToken]:
-    """Added tokens by id, those that are named being special; config: tokenizer_config.json, which is the most specific.
+    """Added tokens by id, those that are named being special; config: tokenizer_config.json, which is the most
+    specific.
 
     Raises KeyError, TypeError or ValueError for malformed files.
     """

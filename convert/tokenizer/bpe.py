@@ -1,7 +1,7 @@
 """Byte-level BPE tokenizers: `tokenizer.json` of the `tokenizers` library, or GPT-2's `vocab.json` with `merges.txt`.
 
 libllama implements a fixed set of pre-tokenizers under names (`tokenizer.ggml.pre`); which of them a tokenizer is
-follows from the structure in its file, never from the model's name. Knows nothing of GGUF beyond those names.
+follows from the structure in its file, never from the model's name.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def vocab_and_merges(folder: Path, config: Config) -> Config:
 
 
 def check_prefix(config: Config) -> None:
-    """Raise UserError where the class in a tokenizer_config.json puts a space before texts, whatever its tokenizer.json says."""
+    """Raise UserError where the class in a tokenizer_config.json puts a space before texts, whatever its tokenizer.json
+    says.
+    """
     name = config.get("tokenizer_class", str, "").removesuffix("Fast")
     if name not in _GENERIC and config.get("add_prefix_space", bool, False):
         raise UserError(

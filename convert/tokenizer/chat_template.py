@@ -1,7 +1,4 @@
-"""A checkpoint's chat template, and the special tokens that templates name.
-
-Knows the files; knows nothing of how templates are rendered.
-"""
+"""A checkpoint's chat template, and the special tokens that templates name."""
 
 from __future__ import annotations
 
@@ -37,7 +34,9 @@ def chat_template(
 
 
 def _templates(folder: Path, config: Config) -> dict[str, str]:
-    """Templates by name, from the first place that has some: files of their own, tokenizer_config.json, a processor's file."""
+    """Templates by name, from the first place that has some: files of their own, tokenizer_config.json, a processor's
+    file.
+    """
     files = {path.stem: path for path in sorted((folder / _FOLDER).glob("*.jinja"))}
     if (folder / "chat_template.jinja").exists():
         files["default"] = folder / "chat_template.jinja"

@@ -1,7 +1,4 @@
-"""Which tokens end a text: all that config.json, generation_config.json or the tokenizer names.
-
-Knows the files and ids; knows nothing of vocabularies' kinds.
-"""
+"""Which tokens end a text: all that config.json, generation_config.json or the tokenizer names."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """SentencePiece BPE from `tokenizer.json` alone: the scores that its merges stand for, and how it treats spaces.
 
-Libraries that save a SentencePiece tokenizer this way keep the merges and drop the scores. libllama wants scores: it merges the
-neighbours whose union has the highest. Knows nothing of GGUF.
+Libraries that save a SentencePiece tokenizer this way keep the merges and drop the scores. libllama wants scores: it
+merges the neighbours whose union has the highest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ Merge = tuple[str, str]
 
 @dataclass(frozen=True)
 class Spaces:
-    """Where a space is put: before a text (`prefix`), after each added token too (`each`), nowhere before one that is there (`once`)."""
+    """Where a space is put: before a text (`prefix`), after each added token too (`each`), nowhere before one that is
+    there (`once`).
+    """
 
     prefix: bool
     each: bool = False
@@ -32,7 +34,9 @@ class Spaces:
 
 @dataclass(frozen=True)
 class MergedVocabulary:
-    """Tokens (text -> id), the score of each that merges make, the text of the unknown token, and what is done to spaces."""
+    """Tokens (text -> id), the score of each that merges make, the text of the unknown token, and what is done to
+    spaces.
+    """
 
     vocab: Mapping[str, int]
     scores: dict[str, float]
@@ -91,9 +95,10 @@ def _ranks(merges: list[Any]) -> dict[Merge, int]:
 def _merged(text: str, ranks: dict[Merge, int]) -> tuple[list[str], int]:
     """What becomes of the characters of `text` on their own, and the rank of the last merge.
 
-    A token made of a longer text had nothing merged across its ends, so inside it the same merges were made in the same order:
-    the last one here is the only one that ever makes it, and its rank the only one that counts. Where this ends with two parts,
-    scores would merge them and the file does not; where it ends with more, neither does.
+    A token made of a longer text had nothing merged across its ends, so inside it the same merges were made in the same
+    order:
+    the last one here is the only one that ever makes it, and its rank the only one that counts. Where this ends with
+    two parts, scores would merge them and the file does not; where it ends with more, neither does.
     """
     parts, rank = list(text), 0
     while len(parts) > 1:
@@ -106,7 +111,10 @@ def _merged(text: str, ranks: dict[Merge, int]) -> tuple[list[str], int]:
 
 
 def _spaces(tokenizer: Config, may_split: bool) -> Spaces:
-    """How spaces are treated, from the normalizer and the pre-tokenizer in whichever form they are written. may_split: whether words may be cut before merging."""
+    """How spaces are treated, from the normalizer and the pre-tokenizer in whichever form they are written.
+
+    may_split: whether words may be cut before merging.
+    """
     steps = list(flat(tokenizer.values.get("normalizer")))
     splits = list(flat(tokenizer.values.get("pre_tokenizer")))
     kinds = sorted(_kind(step, may_split) for step in steps), [_kind(step, may_split) for step in splits]
@@ -118,8 +126,10 @@ def _spaces(tokenizer: Config, may_split: bool) -> Spaces:
         scheme = splits[0].get("prepend_scheme") or ("always" if splits[0].get("add_prefix_space", True) else "never")
         return Spaces(prefix=scheme != "never", each=scheme == "always", once=True)
     raise UserError(
-        f"{tokenizer.where}: SentencePiece BPE with the normalizer {str(tokenizer.values.get('normalizer'))[:150]} and the "
-        f"pre-tokenizer {str(tokenizer.values.get('pre_tokenizer'))[:150]}, expected Prepend and Replace, or Metaspace without split",
+        f"{tokenizer.where}: SentencePiece BPE with the normalizer "
+        f"{str(tokenizer.values.get('normalizer'))[:150]} and the "
+        f"pre-tokenizer {str(tokenizer.values.get('pre_tokenizer'))[:150]}, expected Prepend and Replace, or "
+        "Metaspace without split",
         _ORIGINAL,
     )
 

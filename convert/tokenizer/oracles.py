@@ -1,6 +1,6 @@
 """Token ids by a checkpoint's own library: what a written vocabulary is held against.
 
-Each oracle encodes a text without BOS and EOS, added tokens in it as tokens. Knows nothing of GGUF or libllama.
+Each oracle encodes a text without BOS and EOS, added tokens in it as tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class TokenizersOracle:
     """A tokenizer.json, with added tokens that other files name."""
 
     def __init__(self, values: Mapping[str, Any], added: Added, vocab_size: int, where: str) -> None:
-        """values: of the file; added: every added token by id, in place of the file's own of the same id; vocab_size: ids from there on do not exist."""
+        """values: of the file; added: every added token by id, in place of the file's own of the same id; vocab_size:
+        ids from there on do not exist.
+        """
         own = {entry["id"]: entry for entry in values.get("added_tokens") or () if entry["id"] < vocab_size}
         entries = own | {i: token.to_json(i) for i, token in added.items()}
         vocab = dict(values["model"]["vocab"])
@@ -67,7 +69,9 @@ class SentencePieceOracle:
     """A tokenizer.model, between the tokens that Hugging Face cuts out first."""
 
     def __init__(self, model: SentencePiece, spaces: Spaces, added: Added) -> None:
-        """spaces: as in transformers' tokenizers of such models, where a space is also put after added tokens unless `legacy` is false."""
+        """spaces: as in transformers' tokenizers of such models, where a space is also put after added tokens unless
+        `legacy` is false.
+        """
         self._model, self._spaces = model, spaces
         # The model finds its own user-defined pieces, unless other files list them as well.
         cut = {

@@ -1,4 +1,5 @@
-"""Holds a written vocabulary, read through libllama, against the checkpoint's own library, on texts that are made to hurt.
+"""Holds a written vocabulary, read through libllama, against the checkpoint's own library, on texts that are made to
+hurt.
 
 What differs would be wrong for good, and silently: so every conversion does this. Takes about a second.
 """
@@ -79,8 +80,10 @@ def check_ids(
 ) -> None:
     """Raise UserError with the first text of which the vocabulary in `metadata` makes other ids than the oracle.
 
-    whole: gives the ids with what is added before and after a text, where the source says so in another place than `metadata`.
-    added: texts of tokens that are matched as a whole; pieces: what other tokens stand for. where: names the source in errors.
+    whole: gives the ids with what is added before and after a text, where the source says so in another place than
+    `metadata`.
+    added: texts of tokens that are matched as a whole; pieces: what other tokens stand for. where: names the source in
+    errors.
     """
     with opened(metadata, where) as tokenizer:
         for text in _texts(added, pieces):
@@ -94,7 +97,10 @@ def check_ids(
 
 @contextmanager
 def opened(metadata: Mapping[str, Any], where: str) -> Iterator[Tokenizer]:
-    """The vocabulary in a file's keys, as libllama reads it. Raises UserError, which names `where`, when it does not."""
+    """The vocabulary in a file's keys, as libllama reads it.
+
+    Raises UserError, which names `where`, when it does not.
+    """
     with tempfile.TemporaryDirectory(prefix="lazyneuron-") as folder:
         file = Path(folder) / "vocabulary.gguf"
         keys = {key: value for key, value in metadata.items() if key != "tokenizer.chat_template"}
@@ -172,7 +178,8 @@ def _compare(text: str, found: Sequence[int], right: Sequence[int | None], where
         (i for i, pair in enumerate(zip(found, right, strict=False)) if pair[0] != pair[1]), min(len(found), len(right))
     )
     raise UserError(
-        f"{where}: the text {_short(text)} is {_window(found, same)} in libllama, expected {_window(right, same)} as by the checkpoint's own library",
+        f"{where}: the text {_short(text)} is {_window(found, same)} in libllama, expected "
+        f"{_window(right, same)} as by the checkpoint's own library",
         "its tokenizer cannot be expressed in a GGUF file: see docs/families.md",
     )
 

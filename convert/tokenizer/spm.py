@@ -1,7 +1,6 @@
 """SentencePiece's `tokenizer.model`, read by the sentencepiece library: its pieces with scores and types, and its ids.
 
-What the library does not tell (which pieces are user-defined, what it does to a text first) it shows. Knows nothing of GGUF
-but its numbers of the types, which are SentencePiece's own.
+What the library does not tell (which pieces are user-defined, what it does to a text first) it shows.
 """
 
 from __future__ import annotations
@@ -94,7 +93,9 @@ def _problems(model: Any, prefix: bool) -> Iterator[str]:
 
 
 def _is_bpe(model: Any) -> bool:
-    """Whether merges can be dropped (which word and character models do not know) and there are no other ways than one (as in unigram models)."""
+    """Whether merges can be dropped (which word and character models do not know) and there are no other ways than one
+    (as in unigram models).
+    """
     try:
         model.sample_encode_as_ids("a", -1, 1.0)
     except RuntimeError:
@@ -121,7 +122,8 @@ def _kind(model: Any, i: int) -> int:
         if is_so(i):
             return kind
     text = model.id_to_piece(i)
-    # With every merge dropped, only user-defined pieces stay whole. A single character stays whole as well, and is never cut.
+    # With every merge dropped, only user-defined pieces stay whole. A single character stays whole as well, and is
+    # never cut.
     whole = len(text) > 1 and i in model.sample_encode_as_ids(text.replace(SPACE, " "), -1, 1.0)
     return USER_DEFINED if whole else NORMAL
 

@@ -1,8 +1,8 @@
 """A checkpoint's tokenizer as GGUF key-value pairs (`tokenizer.ggml.*`, `tokenizer.chat_template`).
 
-Two kinds: SentencePiece BPE (`tokenizer.model`, or its merges in `tokenizer.json`) and byte-level BPE (`tokenizer.json`, or
-`vocab.json` with `merges.txt`). libllama does the tokenizing later: what is written here is compared with the source's own
-library, and refused where it differs. Knows nothing of tensors or architectures.
+Two kinds: SentencePiece BPE (`tokenizer.model`, or its merges in `tokenizer.json`) and byte-level BPE
+(`tokenizer.json`, or `vocab.json` with `merges.txt`). libllama does the tokenizing later: what is written here is
+compared with the source's own library, and refused where it differs.
 """
 
 from __future__ import annotations
@@ -99,9 +99,9 @@ def filler(token_id: int, taken: set[str]) -> str:
 def convert_tokenizer(folder: Path, vocab_size: int) -> Converted:
     """The tokenizer in `folder` as GGUF key-value pairs, for a model with `vocab_size` rows of embeddings.
 
-    Missing ids become unused `[PAD<id>]` tokens; added tokens beyond the embeddings, and those whose text another token has, are
-    left out with a note. Raises UserError when there is no tokenizer, one of another kind, one whose ids libllama would not
-    give, or one with more tokens than the model.
+    Missing ids become unused `[PAD<id>]` tokens; added tokens beyond the embeddings, and those whose text another token
+    has, are left out with a note. Raises UserError when there is no tokenizer, one of another kind, one whose ids
+    libllama would not give, or one with more tokens than the model.
     """
     config = read_json_if_any(folder / "tokenizer_config.json")
     try:
@@ -244,7 +244,10 @@ def _check_ids(folder: Path, vocab_size: int, ids: Iterable[int]) -> None:
 
 
 def _named(vocabulary: Vocabulary, special: SpecialTokens, listed: Mapping[int, AddedToken]) -> dict[int, AddedToken]:
-    """Special tokens that are named and not listed: they too are matched as a whole. Those without an id get the next ones, as in transformers."""
+    """Special tokens that are named and not listed: they too are matched as a whole.
+
+    Those without an id get the next ones, as in transformers.
+    """
     known = {token.text for token in listed.values()}
     ids = {text: i for i, text in reversed(list(enumerate(vocabulary.tokens))) if text}
     following = itertools.count(max(len(vocabulary.tokens), max(listed, default=-1) + 1))
@@ -330,7 +333,9 @@ def _space_keys(vocabulary: Vocabulary, added: Mapping[int, AddedToken]) -> dict
 
 
 def _special_keys(folder: Path, config: Config, special: SpecialTokens, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Ids of the special tokens, named by the tokenizer's own files, else by the model's; which are added; which end a text."""
+    """Ids of the special tokens, named by the tokenizer's own files, else by the model's; which are added; which end a
+    text.
+    """
     by_text = {text: i for i, text in enumerate(vocabulary.tokens)}
     found: dict[str, int] = {}
     for short in _SPECIAL_KEYS:
@@ -346,9 +351,11 @@ def _special_keys(folder: Path, config: Config, special: SpecialTokens, vocabula
 def _added_ends(
     config: Config, vocabulary: Vocabulary, by_text: Mapping[str, int], found: dict[str, int]
 ) -> dict[str, bool]:
-    """Whether texts begin with BOS and end with EOS; changes `found` where the post-processor says that another token is that.
+    """Whether texts begin with BOS and end with EOS; changes `found` where the post-processor says that another token
+    is that.
 
-    As in transformers, a tokenizer.json says so alone. Beside a tokenizer.model it counts where tokenizer_config.json does not say.
+    As in transformers, a tokenizer.json says so alone. Beside a tokenizer.model it counts where tokenizer_config.json
+    does not say.
     """
     usual = (bool(vocabulary.model), False)  # of transformers' Llama tokenizer, whose configs often leave it out
     has_post, post = _POST in vocabulary.values, vocabulary.values.get(_POST)

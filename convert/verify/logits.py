@@ -1,7 +1,8 @@
-"""A written file against its checkpoint: logits on a short text, from the runtime and from an oracle that shares nothing with it.
+"""A written file against its checkpoint: logits on a short text, from the runtime and from an oracle that shares
+nothing with it.
 
-The oracle is transformers where it is installed, computes just this architecture with just this activation, and has the memory; else
-`convert.verify.reference`. Knows nothing of how the file was written.
+The oracle is transformers where it is installed, computes just this architecture with just this activation, and has the
+memory; else `convert.verify.reference`.
 """
 
 from __future__ import annotations
@@ -22,20 +23,27 @@ from convert.arch import Source, adapted, config_activation
 from convert.checkpoint import Checkpoint
 from convert.plan import Plan
 from convert.verify.reference import NumpyModel
+from runtime.analysis.likelihood import divergence as summed_divergence
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
 
 TEXT = (
-    "The harbour was quiet when the last boat came in. Two men tied it to the old stone wall, counted 14 crates of fish, "
+    "The harbour was quiet when the last boat came in. Two men tied it to the old stone wall, counted 14 crates "
+    "of fish, "
     "and said nothing; in 1953 the price had fallen again, and everyone in town knew what that meant for the winter."
 )
 _MOST_TOKENS = 64
 
-# Most nats per token by which a file may diverge from its checkpoint. What rounding costs, measured: on the bundled model 7e-13 (f32), 2e-7
-# (f16), 1e-5 (bf16), 3e-4 (q8_0), 2e-3 (q6_k), 6e-3 (q5_k), 2e-2 (q4_k, q4_0); on 44 small random models (tests/families.py), whose neurons
-# forgive less than any trained model's, at most 3e-11, 2e-3, 1e-2 and 4e-2 for the first four. Stock 7B models lose 0.03 to 0.07 to 4 bits.
-# Mistakes cost the bundled model more: squared ReLU for ReLU 0.23, a rotation of the other layout 0.26, a second ReLU 1.2, an un-transposed
-# matrix 5.8 (tests/test_verify.py plants them). A model that 4 bits really hurt as much should be verified in another type.
+# Most nats per token by which a file may diverge from its checkpoint. What rounding costs, measured: on the bundled
+# model 7e-13 (f32), 2e-7
+# (f16), 1e-5 (bf16), 3e-4 (q8_0), 2e-3 (q6_k), 6e-3 (q5_k), 2e-2 (q4_k, q4_0); on 44 small random models
+# (tests/families.py), whose neurons
+# forgive less than any trained model's, at most 3e-11, 2e-3, 1e-2 and 4e-2 for the first four. Stock 7B models lose
+# 0.03 to 0.07 to 4 bits.
+# Mistakes cost the bundled model more: squared ReLU for ReLU 0.23, a rotation of the other layout 0.26, a second ReLU
+# 1.2, an un-transposed
+# matrix 5.8 (tests/test_verify.py plants them). A model that 4 bits really hurt as much should be verified in another
+# type.
 LIMITS = {"f32": 1e-6, "f16": 5e-3, "bf16": 3e-2, "q8_0": 5e-2, "q6_k": 5e-2, "q5_k": 1e-1, "q4_k": 2e-1, "q4_0": 2e-1}
 
 Floats = npt.NDArray[np.float32]
@@ -71,7 +79,8 @@ def verify(file: Path, out: Path, checkpoint: Checkpoint, plan: Plan) -> Verdict
             raise UserError(
                 f"`{out}`: not written, its logits differ from {name}'s: KL {verdict.kl:.2g} nats per token in "
                 f"{verdict.modes[0]} mode, expected at most {limit:g} for {plan.types.main}",
-                "the activation may be another one (--ffn-type), the checkpoint damaged, or a small model hurt by few bits: "
+                "the activation may be another one (--ffn-type), the checkpoint damaged, or a small model hurt "
+                "by few bits: "
                 "--type f16 tells",
             )
     return Verdict(name, modes, len(ids), max(v.max_difference for v in verdicts), max(v.kl for v in verdicts))
@@ -85,13 +94,7 @@ def _judge(file: Path, mode: str, ids: list[int], name: str, expected: Floats) -
 
 def divergence(expected: Floats, found: Floats) -> float:
     """Mean over positions of KL(expected || found), in nats per token."""
-    p, q = (_log_softmax(logits.astype(np.float64)) for logits in (expected, found))
-    return float((np.exp(p) * (p - q)).sum(-1).mean())
-
-
-def _log_softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    x = x - x.max(-1, keepdims=True)
-    return np.asarray(x - np.log(np.exp(x).sum(-1, keepdims=True)))
+    return summed_divergence(expected, found) / len(expected)
 
 
 def _oracle(checkpoint: Checkpoint, plan: Plan) -> tuple[str, Callable[[list[int]], Floats]]:
@@ -101,7 +104,10 @@ def _oracle(checkpoint: Checkpoint, plan: Plan) -> tuple[str, Callable[[list[int
 
 
 def _fits_transformers(checkpoint: Checkpoint, plan: Plan) -> bool:
-    """Whether transformers computes what the plan does. Its classes take their activation from config.json, and round ternary weights' inputs too."""
+    """Whether transformers computes what the plan does.
+
+    Its classes take their activation from config.json, and round ternary weights' inputs too.
+    """
     assert plan.arch
     config = adapted(plan.arch, checkpoint.config)
     told = config_activation(plan.arch, config) == plan.structure.ffn_activation
@@ -115,7 +121,9 @@ def _fits_transformers(checkpoint: Checkpoint, plan: Plan) -> bool:
 
 
 def _reads(model: Any, folder: Path) -> bool:
-    """Whether transformers takes the config: it refuses some that mean one thing only, and files with a byte order mark."""
+    """Whether transformers takes the config: it refuses some that mean one thing only, and files with a byte order
+    mark.
+    """
     try:
         model.config_class.from_pretrained(folder)
     except Exception:

@@ -1,7 +1,8 @@
 """What a checkpoint computes, in plain float32 numpy: the oracle of `--verify` where transformers cannot be one.
 
-Reads the checkpoint tensor by tensor, unquantised and in its own order of neurons, and shares no arithmetic with the runtime. The
-down projection is read as the checkpoint has it, not as the file stores it. Slow, and meant for a few dozen tokens.
+Reads the checkpoint tensor by tensor, unquantised and in its own order of neurons, and shares no arithmetic with the
+runtime. The down projection is read as the checkpoint has it, not as the file stores it. Slow, and meant for a few
+dozen tokens.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def show_evaluation(
     threads: int | None = None,
     as_json: bool = False,
 ) -> None:
-    """Print what a model's predictors achieve on a text: layer by layer, and in perplexity and divergence from dense."""
+    """Print what a model's predictors achieve on a text, by layer, and in perplexity and divergence from dense."""
     with progress_bar() as progress:
         found = evaluate(model, file, tokens, threads, predictor_bias, progress)
     out = console()

@@ -18,10 +18,8 @@ def token_losses(logits: Logits, ids: Sequence[int]) -> npt.NDArray[np.float64]:
     losses = np.empty(len(ids))
     for start in range(0, len(ids), _ROWS):
         part = slice(start, start + _ROWS)
-        rows = logits[part].astype(np.float64)
-        rows -= rows.max(axis=1, keepdims=True)
-        likelihood = rows[np.arange(len(rows)), np.asarray(ids[part])]
-        losses[part] = np.log(np.exp(rows).sum(axis=1)) - likelihood
+        rows = _log_softmax(logits[part])
+        losses[part] = -rows[np.arange(len(rows)), np.asarray(ids[part])]
     return losses
 
 

@@ -12,7 +12,6 @@ BUFFER_USAGE_WEIGHTS = 1
 
 DevType = Annotated[int, C(ctypes.c_int, "enum ggml_backend_dev_type")]
 Usage = Annotated[int, C(ctypes.c_int, "enum ggml_backend_buffer_usage")]
-SizeP = Annotated["ctypes._Pointer[ctypes.c_size_t]", C(ctypes.POINTER(ctypes.c_size_t), "size_t *")]
 AbortCallback = Annotated[int | None, C(ctypes.c_void_p, "ggml_abort_callback_t")]
 
 
@@ -59,8 +58,6 @@ def ggml_backend_dev_count() -> SizeT: ...
 def ggml_backend_dev_get(index: SizeT) -> DeviceP: ...
 @stub(GGML_BASE)
 def ggml_backend_dev_get_props(device: DeviceP, props: PropsP) -> None: ...
-@stub(GGML_BASE)
-def ggml_backend_dev_memory(device: DeviceP, free: SizeP, total: SizeP) -> None: ...
 @stub(GGML_BASE)
 def ggml_backend_reg_name(reg: RegP) -> CharP: ...
 @stub(GGML_BASE)

@@ -124,16 +124,6 @@ def llama_tokenize(
 def llama_token_to_piece(
     vocab: VocabP, token: Token, buf: CharBufferP, length: Int32, lstrip: Int32, special: Bool
 ) -> Int32: ...
-@stub(LLAMA)
-def llama_detokenize(
-    vocab: VocabP,
-    tokens: ConstTokensP,
-    n_tokens: Int32,
-    text: CharBufferP,
-    text_len_max: Int32,
-    remove_special: Bool,
-    unparse_special: Bool,
-) -> Int32: ...
 
 
 @stub(LLAMA)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, errors, hf_hub_download, scan_cache_dir
+from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from runtime.errors import UserError
@@ -165,14 +165,12 @@ def _fetch_cached(reference: Reference, choose: Choose, more: More | None, why: 
 
 def _snapshot(reference: Reference) -> Path | None:
     """The cached folder of the revision, as it was when last fetched."""
-    wanted = reference.revision or constants.DEFAULT_REVISION
-    with suppress(errors.CacheNotFound):
-        for repo in scan_cache_dir().repos:
-            if (repo.repo_type, repo.repo_id) == ("model", reference.repo):
-                for revision in repo.revisions:
-                    if wanted in revision.refs or wanted == revision.commit_hash:
-                        return revision.snapshot_path
-    return None
+    try:
+        return Path(snapshot_download(reference.repo, revision=reference.revision, local_files_only=True))
+    except errors.LocalEntryNotFoundError as error:
+        # Newer versions say so where files of the repository are missing. Those that are wanted may be there.
+        folder = getattr(error, "snapshot_path", None)
+        return Path(folder) if folder else None
 
 
 def _check_sha256(folder: Path, name: str, expected: str) -> None:

@@ -14,7 +14,6 @@ from runtime.errors import UserError
 from runtime.options import AUTO
 
 NONE = "none"
-STAND_IN = "CPU"  # a second CPU backend in the place of a device: for tests, it makes nothing faster
 _INSTALL = (
     "llama-cpp-python must be built for the device: docs/install-gpu.md; `python -m runtime devices` lists what it sees"
 )
@@ -42,7 +41,7 @@ class DeviceInfo:
 
     @property
     def is_stand_in(self) -> bool:
-        """Whether this is the CPU itself."""
+        """Whether this is the CPU itself, a second backend in the place of a device: for tests, it makes nothing faster."""
         return self.kind == "CPU"
 
 
