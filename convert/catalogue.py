@@ -1,4 +1,4 @@
-"""Known checkpoints, from `models.toml`: what their config.json does not say, and short names for their repositories."""
+"""Known checkpoints, from `models.toml`: what their config.json leaves out, and short names of repositories."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The text of a model card, from what a model file says of itself and what was measured. A figure that is not there is left out, never estimated."""
+"""The text of a model card, from what a model file says of itself and what was measured.
+
+A figure that is not there is left out, never estimated.
+"""
 
 from __future__ import annotations
 
