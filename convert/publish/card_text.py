@@ -121,10 +121,11 @@ def _title(facts: CardFacts) -> Iterator[str]:
     name = facts.general("name") or facts.name
     base = f"[{facts.base}]({HUB}/{facts.base})" if facts.base else f"`{name}`"
     s = facts.structure
+    neurons = spread([block.ffn.n_ff if block.ffn else 0 for block in s.blocks])
     yield f"# {name}\n"
     yield (
         f"{base} as a GGUF file for **lazyneuron**, which does not read the FFN neurons that are zero for a token. "
-        f"{s.block_count} layers of {spread([block.ffn.n_ff if block.ffn else 0 for block in s.blocks])} neurons, activation `{s.ffn_activation}`"
+        f"{s.block_count} layers of {neurons} neurons, activation `{s.ffn_activation}`"
         f"{', gated' if s.ffn_gate == 'gated' else ''}; matrices in {', '.join(facts.types)}. "
         "llama.cpp does not load it: `general.architecture` is `lazyneuron`."
     )
