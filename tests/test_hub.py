@@ -123,7 +123,7 @@ def refusal(found: Listing) -> str:
 def test_what_cannot_be_chosen() -> None:
     both = ["m-q4_0.gguf", *SHARDS]
     assert refusal(listing(both)) == (
-        "`user/repo`: 2 GGUF models to choose from: big-q8_0-00001-of-00003.gguf (4.5 GB), m-q4_0.gguf (1.5 GB)\n"
+        "`user/repo`: 2 GGUF models to choose from: big-q8_0-00001-of-00003.gguf (4.50 GB), m-q4_0.gguf (1.50 GB)\n"
         "choose one, for example user/repo:q8_0"
     )
     assert "no GGUF file fits `q5_0`; it has big-q8_0" in refusal(listing(both, "q5_0"))
@@ -158,7 +158,7 @@ def test_only_what_is_needed_and_later_offline(hub: Hub, run: Client, small: byt
     hub.add("user/repo", files)
     first, several = run.many(("runtime", "inspect", "user/repo:q8_0", "--json"), *inspect("user/repo"))
     assert Path(json.loads(first.out)["path"]).read_bytes() == small
-    assert f"m-f16.gguf ({len(other) / 1e6:.1f} MB), m-q8_0.gguf ({len(small) / 1e6:.1f} MB)" in several.complaint
+    assert f"m-f16.gguf ({len(other) / 1e3:.2f} kB), m-q8_0.gguf ({len(small) / 1e3:.2f} kB)" in several.complaint
     assert several.complaint.endswith("for example user/repo:f16")
     assert hub.storage.sent == len(small)
     assert not [r for r in hub.requests if "resolve" in r.path and "m-q8_0.gguf" not in r.path]

@@ -49,7 +49,7 @@ class SpecialToken:
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class TokenizerFacts:
     """A file's tokenizer. model, pre: its kind and its pre-tokenizer; ends: tokens that end a reply."""
 
     model: Any
@@ -71,7 +71,7 @@ class Contents:
     general: dict[str, Any]
     structure: Structure
     groups: list[Group]
-    tokenizer: Vocabulary
+    tokenizer: TokenizerFacts
     sparsity: Sparsity
     traffic: dict[str, Traffic | None]
 
@@ -127,13 +127,13 @@ def _groups(tensors: Mapping[str, TensorInfo]) -> Iterator[Group]:
             yield Group(kind, len(members), dict(types), sum(t.nbytes for t in members))
 
 
-def _vocabulary(file: GgufFile) -> Vocabulary:
+def _vocabulary(file: GgufFile) -> TokenizerFacts:
     with Tokenizer(file.path, file.metadata) as tokenizer:
 
         def token(number: int | None) -> SpecialToken | None:
             return None if number is None else SpecialToken(number, tokenizer.token_text(number))
 
-        return Vocabulary(
+        return TokenizerFacts(
             model=file.metadata.get("tokenizer.ggml.model"),
             pre=file.metadata.get("tokenizer.ggml.pre"),
             tokens=tokenizer.n_tokens,

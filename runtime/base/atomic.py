@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from runtime.base.figures import size
 from runtime.base.workspace import Workspace, naming, workspace
 from runtime.errors import UserError
 
@@ -87,7 +88,7 @@ def check_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise UserError(
-            f"`{folder}`: {free / 1e9:.2f} GB free, expected at least the {nbytes / 1e9:.2f} GB of the file",
+            f"`{folder}`: {size(free)} free, expected at least the {size(nbytes)} of the file",
             "free some space, or write to another disk",
         )
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.base.closing import Closing, Handles
+from runtime.base.figures import size as size_text
 from runtime.bindings import ggml
 from runtime.compute.batch import Batch
 from runtime.compute.weights import new_context
@@ -44,7 +45,7 @@ class KvCache(Closing):
                 if not self._buffer:
                     size = 2 * n_cells * sum(ggml.ggml_row_size(type_id, length) for length in lengths.values())
                     raise UserError(
-                        f"not enough memory for {size / 1e9:.1f} GB of keys and values", "use a smaller --n-ctx"
+                        f"not enough memory for {size_text(size)} of keys and values", "use a smaller --n-ctx"
                     )
                 ggml.ggml_backend_buffer_clear(self._buffer, 0)
             self._handles = handles.pop_all()

@@ -12,6 +12,7 @@ from typing import Any
 
 from runtime.base import worker
 from runtime.base.closing import Closing, Handles
+from runtime.base.figures import size as size_text
 from runtime.bindings import ggml
 from runtime.compute.weights import Weights, check_status, new_context
 from runtime.errors import UserError
@@ -98,7 +99,7 @@ class Repacked(Closing):
         buffer = ggml.ggml_backend_alloc_ctx_tensors_from_buft(context, kind)
         if not buffer:
             size = sum(ggml.ggml_nbytes(ggml.ConstTensorP(t.value)) for t in like.values())
-            raise UserError(f"not enough memory for {size / 1e9:.1f} GB of repacked weights")
+            raise UserError(f"not enough memory for {size_text(size)} of repacked weights")
         self._buffers.append(handles.add(buffer, ggml.ggml_backend_buffer_free))
         self.tensors |= made
 

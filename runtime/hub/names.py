@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from urllib.parse import unquote
 
+from runtime.base.figures import size
 from runtime.errors import UserError
 from runtime.model_file import shards
 from runtime.model_file.structure import ARCHITECTURE
@@ -143,8 +144,7 @@ def _whole(listing: Listing, names: list[str]) -> list[str]:
 
 
 def _size(listing: Listing, names: list[str]) -> str:
-    size = sum(listing.files[name].size for name in names)
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    return size(sum(listing.files[name].size for name in names))
 
 
 def _example(listing: Listing, firsts: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from runtime.base import worker
 from runtime.base.closing import Handles
+from runtime.base.figures import memory
 from runtime.bindings import ggml
 from runtime.bindings import ggml_devices as gd
 from runtime.compute.weights import Tensors, Weights, new_context
@@ -55,7 +56,7 @@ def _allocated(handles: Handles, context: ggml.ContextP, queue: Queue) -> int:
     asked = _bytes_of(context)
     buffer = handles.add(ggml.ggml_backend_alloc_ctx_tensors_from_buft(context, kind), ggml.ggml_backend_buffer_free)
     if not buffer:
-        raise UserError(f"{queue.where}: not enough memory for {asked / 2**20:.1f} MiB of weights", SMALLER)
+        raise UserError(f"{queue.where}: not enough memory for {memory(asked)} of weights", SMALLER)
     gd.ggml_backend_buffer_set_usage(buffer, gd.BUFFER_USAGE_WEIGHTS)
     return ggml.ggml_backend_buffer_get_size(buffer)
 

@@ -7,6 +7,7 @@ import re
 
 from runtime.base import worker
 from runtime.base.closing import Closing, Handles
+from runtime.base.figures import memory
 from runtime.bindings import ggml
 from runtime.compute.builder import GraphSpec
 from runtime.compute.ffns.neurons import staged_as
@@ -94,7 +95,7 @@ class Executor(Closing):
         for device, budget, used in zip(a.devices, a.budgets, self.device_bytes, strict=True):
             if used + a.scratch > budget:
                 raise UserError(
-                    f"device {device.name}: {spec.n_tokens} tokens at once need {(used + a.scratch) / 2**20:.1f} MiB, expected at most {budget / 2**20:.1f}",
+                    f"device {device.name}: {spec.n_tokens} tokens at once need {memory(used + a.scratch)}, expected at most {memory(budget)}",
                     "allow more with --vram-budget, or shorten --n-ctx",
                 )
 
