@@ -113,7 +113,7 @@ def read_json(path: Path) -> Config:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object's pairs as a dict.
 
-    Which value would count of a key that is there twice, readers of JSON do not agree on.
+    A key that is there twice is refused: readers of JSON do not agree which value counts.
     """
     values = dict(pairs)
     if len(values) < len(pairs):

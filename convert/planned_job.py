@@ -48,7 +48,7 @@ class ConvertOptions:
     verify: bool | None = None
 
     def refuse(self, what: str, *options: str) -> None:
-        """Raise UserError for the first of these options that was given although it says nothing to `what`."""
+        """Raise UserError for the first of these options that was given, for it has no meaning for `what`."""
         for name in options:
             if getattr(self, name) is not None:
                 raise UserError(f"--{name.replace('_', '-')}: does not apply to {what}", "leave the option out")

@@ -16,7 +16,7 @@ from predictors.matrices import Floats, Tensor
 
 @dataclass(frozen=True)
 class FitOptions:
-    """types: ggml types that predictor matrices may have. seed: of whatever a fit draws. threads: for torch."""
+    """types: ggml types that predictor matrices may have. seed: of random numbers. threads: for torch."""
 
     types: tuple[str, ...]
     seed: int = 0
