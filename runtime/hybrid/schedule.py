@@ -15,7 +15,7 @@ import numpy.typing as npt
 from runtime.base.closing import Closing, Handles
 from runtime.bindings import ggml, sparse_ffn
 from runtime.compute.batch import GraphInputs
-from runtime.compute.builder import GraphSpec, Inputs
+from runtime.compute.builder import GraphSpec
 from runtime.compute.repack import Repacked
 from runtime.compute.trace import Trace
 from runtime.hybrid.queues import Mark, Queue
@@ -96,14 +96,13 @@ class Wait:
 class Schedule(Closing):
     """A built schedule. Call `run` from the thread that owns ggml; `close` frees it.
 
-    input, inputs: tensors in main memory that `run` fills. result: where it finds the result. steps: what it does in between.
+    inputs: tensors in main memory that `run` fills, the ids or hidden states first. result: where it finds the result. steps: what it does in between.
     devices: queues that it lets work. ffns: what our own operators count, by block. taps: inner results in main memory, where
     the spec asks for them. scratch: see `Builder`.
     """
 
     spec: GraphSpec
-    input: ggml.TensorP
-    inputs: Inputs
+    inputs: Sequence[ggml.TensorP]
     result: ggml.TensorP
     steps: Sequence[Step]
     devices: Sequence[Queue]
@@ -126,8 +125,7 @@ class Schedule(Closing):
             raise
 
     def _run(self, inputs: GraphInputs) -> npt.NDArray[np.float32]:
-        write(self.input, inputs.data)
-        for tensor, array in zip(self.inputs.tensors, inputs.arrays, strict=True):
+        for tensor, array in zip(self.inputs, (inputs.data, *inputs.arrays), strict=True):
             write(tensor, array)
         for step in self.steps:
             step.run()

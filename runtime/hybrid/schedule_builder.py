@@ -41,8 +41,8 @@ def build(spec: GraphSpec, sides: Sides, scratch: Repacked | None = None) -> Sch
         for there in graphs:
             there.allocate()
         return Schedule(
-            spec, building.input, building.inputs[CPU], result, building.steps, [d.queue for d in sides.devices],
-            building.ffns, building.taps, scratch, sides.cpu.queue.trace, handles.pop_all(),
+            spec, (building.input, *building.inputs[CPU].tensors), result, building.steps,
+            [d.queue for d in sides.devices], building.ffns, building.taps, scratch, sides.cpu.queue.trace, handles.pop_all(),
         )  # fmt: skip
 
 
