@@ -157,7 +157,7 @@ class Engine(OfWorker):
         counted = {}
         for i, shape in self.structure.ffns.items():
             # A device computes every neuron that it has.
-            hot, cold = self.map.on_devices(i), schedule.ffns.get(i, ())
+            hot, cold = self.map.on_devices[i], schedule.ffns.get(i, ())
             seen = len(cold[0].fired) if cold else schedule.spec.n_tokens if hot == shape.n_ff else 0
             # Lists: for the few numbers of a token, numpy's sum takes longer.
             fired = sum(sum(ffn.fired.tolist()) for ffn in cold)

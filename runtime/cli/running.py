@@ -129,6 +129,6 @@ def where(arrangement: Arrangement) -> str:
     if not arrangement.used:
         return f"on {names}: nothing, the CPU computes all of it (the budget is too small, or the device would not be faster)"
     tensor_map, s = arrangement.tensor_map, arrangement.tensor_map.structure
-    hot = sum(map(tensor_map.on_devices, s.ffns)) / sum(ffn.n_ff for ffn in s.ffns.values())
+    hot = sum(tensor_map.on_devices) / sum(ffn.n_ff for ffn in s.ffns.values())
     head = ", the output head" if tensor_map.head != CPU else ""
     return f"on {names}: attention of {s.block_count - len(tensor_map.homes(CPU))} of {s.block_count} layers, {share(hot)} of the neurons{head}; the rest on the CPU"

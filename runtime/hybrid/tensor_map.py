@@ -100,9 +100,10 @@ class TensorMap:
         """By block, the elements of one token's keys (and of its values) that lie on a side."""
         return {i: a.kv_length for i, a in self.structure.attentions.items() if self.blocks[i].home == side}
 
-    def on_devices(self, i: int) -> int:
-        """Neurons of block `i` on all devices together."""
-        return sum(p.length for p in self.blocks[i].pieces if p.side != CPU)
+    @cached_property
+    def on_devices(self) -> tuple[int, ...]:
+        """By block, the neurons on all devices together."""
+        return tuple(sum(p.length for p in block.pieces if p.side != CPU) for block in self.blocks)
 
     def scored_at_home(self, i: int) -> bool:
         """Whether a device computes the predictor's scores for the CPU's neurons of block `i`. Sign bits are the CPU's: no device has an operation for them."""
