@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.contenders import Spec, make, timed_decode, timed_open, timed_prompt
-from bench.memory import DenseProduct, resident
+from bench.resident_memory import DenseProduct, resident
 from runtime.base.closing import Closing
 from runtime.bindings.logs import silence
 from runtime.errors import UserError

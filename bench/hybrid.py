@@ -26,9 +26,9 @@ from rich.console import Console
 from bench.contender_process import ContenderProcess
 from bench.contenders import LLAMA_CPP, LlamaCpp, Spec
 from bench.make_model import add_recipe, cached, recipe_of
-from bench.memory import read_through
 from bench.offload import offloaded
 from bench.race import PROMPT, RaceSetup, load_average, set_up
+from bench.resident_memory import read_through
 from bench.tables import console, table
 from runtime.base.processors import default_threads
 from runtime.bindings.logs import silence

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from bench.case import VARIANTS, Case
 from bench.copies import Copies
-from bench.memory import DenseProduct
+from bench.resident_memory import DenseProduct
 from bench.shapes import SHAPES, shape
 from bench.tables import console, table
 from convert.formats import NUMBERS, fitting

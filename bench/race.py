@@ -15,7 +15,7 @@ from bench import stock
 from bench.contender_process import BANDWIDTH, ContenderProcess
 from bench.contenders import LLAMA_CPP, Spec
 from bench.make_model import ACTIVE_KEY, random_ids
-from bench.memory import read_through
+from bench.resident_memory import read_through
 from runtime.compute.traffic import Activity, bytes_per_token, kv_bytes
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile, TensorInfo

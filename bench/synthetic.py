@@ -19,7 +19,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from bench.firing import plan_firing
+from bench.firing_rates import plan_firing
 from bench.pool import GROUP, Bytes, ColumnPool, Floats, RowPool, choose_groups, decode, row_ids
 from convert.formats import NUMBERS, encode, fitting, output_type, row_bytes
 from runtime.bindings import ggml

@@ -18,7 +18,7 @@ import runtime
 from bench import batches, kernels, predictors, stock
 from bench.case import Case
 from bench.contenders import LLAMA_CPP, LlamaCpp, Spec
-from bench.firing import plan_firing
+from bench.firing_rates import plan_firing
 from bench.make_model import Recipe, measure, random_ids, write_model
 from bench.pool import GROUP, ColumnPool, RowPool, choose_groups, decode, row_ids
 from bench.shapes import shape

@@ -21,7 +21,7 @@ _PROBES = ("a", "a b", "ＡＢﬁ①", "e\u0301 é", "a  b", "a   b ", "a\tb\nc"
 
 
 @dataclass(frozen=True)
-class Piece:
+class StoredPiece:
     """One vocabulary entry."""
 
     text: str
@@ -107,9 +107,9 @@ def _is_bpe(model: Any) -> bool:
     return False
 
 
-def _pieces(model: Any) -> Iterator[Piece]:
+def _pieces(model: Any) -> Iterator[StoredPiece]:
     for i in range(model.get_piece_size()):
-        yield Piece(model.id_to_piece(i), model.get_score(i), _kind(model, i))
+        yield StoredPiece(model.id_to_piece(i), model.get_score(i), _kind(model, i))
 
 
 def _kind(model: Any, i: int) -> int:

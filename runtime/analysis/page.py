@@ -56,7 +56,7 @@ def page_of(
 
 
 @dataclass(frozen=True)
-class _Machine:
+class _PlannedMachine:
     """What is planned for. found: its device, None for one that is not here; free: bytes of it that may be used.
 
     source: where figures come from that nobody gave: "measured" or "assumed".
@@ -69,7 +69,7 @@ class _Machine:
     source: str
 
 
-def _machine(run: SettledOptions, device: str | None, figures: MachineFigures) -> _Machine:
+def _machine(run: SettledOptions, device: str | None, figures: MachineFigures) -> _PlannedMachine:
     """A device that is named, or else the first GPU unless another one is described, is measured. Where there is none, one is assumed."""
     names = device or ("" if figures.device_bandwidths else AUTO)
     found = find(parse_names(names)) if names else []
@@ -78,13 +78,13 @@ def _machine(run: SettledOptions, device: str | None, figures: MachineFigures) -
         first = found[0] if found else None
         options = replace(measured_options(first.name if first else names, (), run), **known)
         assert first
-        return _Machine(options, first, usable((), [first])[0], first.description or first.name, "measured")
+        return _PlannedMachine(options, first, usable((), [first])[0], first.description or first.name, "measured")
     rates = known if "cpu_bandwidth" in known else known | {"cpu_bandwidth": _cpu_bandwidth(run.threads)}
     options = replace(PlanOptions(run, (0,), (ASSUMED,), 0.0), **rates)
-    return _Machine(options, None, None, "" if figures.device_bandwidths else ASSUMED_AS, "assumed")
+    return _PlannedMachine(options, None, None, "" if figures.device_bandwidths else ASSUMED_AS, "assumed")
 
 
-def _described(machine: _Machine, figures: MachineFigures, threads: int | None) -> dict[str, Any]:
+def _described(machine: _PlannedMachine, figures: MachineFigures, threads: int | None) -> dict[str, Any]:
     options, known = machine.options, figures.known()
 
     def source(name: str, otherwise: str) -> str:
@@ -107,7 +107,7 @@ def _cpu_bandwidth(threads: int) -> float:
     return round(speed_of(cpu(), threads).bandwidth / 1e9, 1) * 1e9
 
 
-def _arguments(machine: _Machine, known: dict[str, Any], threads: int | None) -> str:
+def _arguments(machine: _PlannedMachine, known: dict[str, Any], threads: int | None) -> str:
     """Options that make `plan` find the page's placements, but for the budget."""
     options, found = machine.options, machine.found
     shown = {name: value for name, value in vars(options).items() if not found or name in known}
