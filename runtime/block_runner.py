@@ -37,7 +37,7 @@ class BlockResult:
 
     output: Floats  # hidden states after the block
     ffn_input: Floats  # what gate and up rows are multiplied with
-    residual: Floats  # the stream before the FFN's norm (the same as ffn_input where the norm comes after)
+    residual: Floats  # the stream before the norm whose result the FFN reads
 
 
 class BlockRunner(OfWorker):
