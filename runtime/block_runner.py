@@ -27,6 +27,7 @@ from runtime.hybrid.tensor_map import cpu_alone
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import Structure
 from runtime.model_file.tensor_shapes import required_tensors
+from runtime.options import SettledOptions
 
 Floats = npt.NDArray[np.float32]
 
@@ -53,16 +54,17 @@ class BlockRunner(OfWorker):
             raise UserError(
                 f"`{file.path}`: sequences of {max_tokens} tokens, expected at most {self.structure.context_length}"
             )
-        self._file, self._threads = file, threads
+        self._file = file
         self._schedule: Schedule | None = None
-        self._n_kv = padded_cells(max_tokens)
-        self._ffn = "exact" if self.structure.layout == "sparse" else "dense"
+        self._n_cells = padded_cells(max_tokens)
+        ffn = "exact" if self.structure.layout == "sparse" else "dense"
+        self._run = SettledOptions(ffn=ffn, threads=threads, n_ctx=max_tokens, kv_type="f32")
         self._open(self._collect)
 
     def _collect(self, handles: Handles) -> None:
         s = self.structure
         self._backend = handles.add(ggml.ggml_backend_cpu_init(), ggml.ggml_backend_free)
-        ggml.ggml_backend_cpu_set_n_threads(self._backend, self._threads)
+        ggml.ggml_backend_cpu_set_n_threads(self._backend, self._run.threads)
         self._weights = handles.enter_context(Weights(self._file, required_tensors(s)))
 
     def embed(self, ids: npt.NDArray[np.int32]) -> Floats:
@@ -88,21 +90,23 @@ class BlockRunner(OfWorker):
 
     def _inputs(self, data: npt.NDArray[np.int32] | Floats) -> GraphInputs:
         """A whole sequence, by its ids or its hidden states, in a cache that held nothing."""
-        n, table = len(data), CellTable(self._n_kv)
+        n, table = len(data), CellTable(len(data))
         batch = Batch.of([0] * n, outputs=range(n))
         cells = table.take(batch)
-        masks = table.masks(batch, self._n_kv, self.structure.windows)
+        masks = table.masks(batch, self.structure.windows)
         return GraphInputs(data, batch.positions, cells, batch.outputs, masks)
 
     def _part(self, n_tokens: int, first: int | None, end: int) -> Schedule:
         """The schedule of blocks `first` .. end - 1, or of the embeddings."""
-        spec = GraphSpec(n_tokens, self._n_kv, n_tokens, self._ffn, self._threads, first=first, end=end, tapped=True)
+        spec = GraphSpec(n_tokens, padded_cells(n_tokens), n_tokens, self._run, first=first, end=end, tapped=True)
         if self._schedule is None or self._schedule.spec != spec:
             self._close_schedule()
             with Handles() as handles:
                 # Keys and values of these blocks alone.
                 whole, cpu = cpu_alone(self.structure, False), CpuQueue(self._backend, None)
-                sides = Sides(self._weights, whole, cpu, [], self._n_kv, ggml.F32, range(first or 0, end))
+                sides = Sides(
+                    self._weights, whole, cpu, [], self._n_cells, self._run.kv_type_id, range(first or 0, end)
+                )
                 handles.enter_context(sides)
                 self._schedule = handles.enter_context(build(spec, sides))
                 self._schedule_handles = handles.pop_all()

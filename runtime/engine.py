@@ -101,7 +101,7 @@ class Engine(OfWorker):
         return self._do(lambda: self._compute(batch, counters))
 
     def _compute(self, batch: Batch, counters: Counters | None) -> npt.NDArray[np.float32]:
-        before = self.cells.snapshot()
+        before = self.cells.lengths
         try:
             step = self.options.n_batch
             if self.arrangement and len(batch.outputs) > LOGITS:  # more than a device has room for
@@ -111,7 +111,7 @@ class Engine(OfWorker):
                 worker.stop_if_unwanted()
                 parts.append(self._piece(batch.part(first, first + step), counters))
         except BaseException:
-            self.cells.restore(before)
+            self.cells.trim_to(before)
             raise
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -119,8 +119,8 @@ class Engine(OfWorker):
         cells = self.cells.take(batch)
         # A schedule has a result: where none is wanted, the last token's is not looked at.
         outputs = batch.outputs if len(batch.outputs) else np.array([len(batch) - 1], np.int32)
-        schedule = self._schedule(len(batch), padded_cells(self.cells.end), len(outputs))
-        masks = self.cells.masks(batch, schedule.spec.n_kv, self.structure.windows)
+        schedule = self._schedule(len(batch), self.cells.n_kv, len(outputs))
+        masks = self.cells.masks(batch, self.structure.windows)
         logits = schedule.run(GraphInputs(batch.tokens, batch.positions, cells, outputs, masks))
         counted = self._counted(schedule)
         for each in (self.counters, counters):
@@ -136,10 +136,7 @@ class Engine(OfWorker):
             n_tokens,
             n_kv,
             n_outputs,
-            self.options.ffn,
-            self.options.threads,
-            self.options.flash_attention,
-            self.options.predictor_bias,
+            self.options,
             # Whoever wants every position's logits wants to know what this mode computes.
             self._dense_from if n_outputs < n_tokens else (),
         )

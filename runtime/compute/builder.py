@@ -13,6 +13,7 @@ from runtime.compute.repack import Repacked
 from runtime.compute.weights import Tensors
 from runtime.model_file import tensor_names as n
 from runtime.model_file.structure import Structure
+from runtime.options import SettledOptions
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,9 @@ class GraphSpec:
 
     n_tokens: int
     n_kv: int  # positions that attention reads, padded
-    n_outputs: int  # the last token (1) or all of them
-    ffn: str  # "dense", "exact" or "predicted"
-    n_threads: int
-    flash_attention: bool = True
-    predictor_bias: float = 0.0  # in units of each block's predictor_error
-    dense_from: tuple[float, ...] = ()  # by block: so many tokens at once go through every neuron, whatever `ffn` says
+    n_outputs: int  # tokens whose logits are wanted
+    run: SettledOptions
+    dense_from: tuple[float, ...] = ()  # by block: so many tokens at once go through every neuron, in every mode
     # A part of the model: from the hidden states before block `first` (None: from token ids) to those before block `end`
     # (None: to logits).
     first: int | None = None

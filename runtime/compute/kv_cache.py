@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,9 @@ from runtime.errors import UserError
 
 CELL_STEP = 256  # graphs are built for multiples of this many cells
 MAX_SEQUENCES = 64
-_UNSEEN = np.iinfo(np.int32).max  # later than any position
+_BITS = np.uint64(1) << np.arange(MAX_SEQUENCES, dtype=np.uint64)
+_NOWHERE = np.iinfo(np.int32).min  # a position minus this is 2^31 or more, as an unsigned number of 32 bits
+_MINUS_INFINITY = np.uint16(0xFC00)  # as a float16
 
 
 def padded_cells(n: int) -> int:
@@ -64,117 +65,113 @@ class KvCache(Closing):
         self._handles.close()
 
 
-class Snapshot(NamedTuple):
-    """A table as it was: see `CellTable.snapshot`."""
-
-    positions: npt.NDArray[np.int32]
-    members: npt.NDArray[np.uint64]
-    lengths: npt.NDArray[np.int32]
-
-
 class CellTable:
-    """Which position of which sequences each of `n_cells` cells holds. A cell may belong to several sequences.
+    """Which position of which sequences each cell holds. A cell may belong to several sequences.
 
-    positions: int32 [n_cells]. members: uint64 [n_cells], a bit for each sequence; 0: the cell is free.
+    positions: int32 [n]. members: uint64 [n], a bit for each sequence; 0: the cell is free. n: n_cells, padded.
     """
 
     can_trim = True  # keys and values stand alone: the end of a sequence can be taken back
 
     def __init__(self, n_cells: int) -> None:
-        self.positions = np.zeros(n_cells, np.int32)
-        self.members = np.zeros(n_cells, np.uint64)
-        self._lengths = np.zeros(MAX_SEQUENCES, np.int32)
+        self.n_cells = n_cells
+        self.positions = np.zeros(padded_cells(n_cells), np.int32)
+        self.members = np.zeros(padded_cells(n_cells), np.uint64)
+        self._lengths = [0] * MAX_SEQUENCES
+        self._n_used = 0
+        self._end = 0  # one more than the last cell that is used
 
     def length(self, sequence: int) -> int:
         """Tokens of a sequence: the position that its next one has."""
-        return int(self._lengths[sequence])
+        return self._lengths[sequence]
 
     @property
-    def end(self) -> int:
-        """One more than the last cell that is used; 0 where none is."""
-        used = self.members != 0
-        return len(used) - int(used[::-1].argmax()) if used.any() else 0
+    def lengths(self) -> list[int]:
+        """Of all sequences, for `trim_to`."""
+        return self._lengths.copy()
+
+    @property
+    def n_kv(self) -> int:
+        """How many cells attention reads: up to the last used one, padded."""
+        return padded_cells(self._end)
 
     def take(self, batch: Batch) -> npt.NDArray[np.int64]:
         """Cells for the tokens of a batch, the first free ones; they hold these tokens from now on.
 
         Raises UserError where there are not enough, and ValueError for tokens that do not continue their sequences.
         """
-        self._check(batch)
-        cells = np.flatnonzero(self.members == 0)[: len(batch)]
-        if len(cells) < len(batch):
-            held = len(self.members) - len(cells)
+        n, lengths = len(batch), self._continued(batch)
+        if n > self.n_cells - self._n_used:
             raise UserError(
-                f"{len(batch)} tokens more, expected at most {len(cells)}: the context has {len(self.members)} cells, of which {held} are used",
+                f"{n} tokens more, expected at most {self.n_cells - self._n_used}: "
+                f"the context has {self.n_cells} cells, of which {self._n_used} are used",
                 "a larger --n-ctx has more",
             )
+        if self._n_used == self._end:  # no holes
+            cells = np.arange(self._end, self._end + n)
+        else:
+            cells = np.flatnonzero(self.members[: self._end + n] == 0)[:n]
         self.positions[cells] = batch.positions
-        self.members[cells] = np.uint64(1) << batch.sequences.astype(np.uint64)
-        np.maximum.at(self._lengths, batch.sequences, batch.positions + 1)
+        self.members[cells] = _BITS[batch.sequences]
+        self._lengths = lengths
+        self._n_used += n
+        self._end = max(self._end, int(cells[-1]) + 1)
         return cells
 
-    def _check(self, batch: Batch) -> None:
-        numbers = batch.sequences
-        if len(batch) == 0 or not 0 <= int(numbers.min()) <= int(numbers.max()) < MAX_SEQUENCES:
-            raise ValueError(f"sequences {numbers}, expected tokens of sequences 0 to {MAX_SEQUENCES - 1}")
-        for sequence in np.unique(numbers):
-            positions, length = batch.positions[numbers == sequence], self.length(sequence)
-            if not np.array_equal(positions, np.arange(length, length + len(positions))):
-                raise ValueError(f"positions {positions} of sequence {sequence}, expected those from {length} on")
+    def _continued(self, batch: Batch) -> list[int]:
+        """The sequences' lengths after a batch."""
+        if not len(batch):
+            raise ValueError("a batch without tokens")
+        lengths = self._lengths.copy()
+        for sequence, position in zip(batch.sequences.tolist(), batch.positions.tolist(), strict=True):
+            if not 0 <= sequence < MAX_SEQUENCES:
+                raise ValueError(f"sequence {sequence}, expected 0 to {MAX_SEQUENCES - 1}")
+            if position != lengths[sequence]:
+                raise ValueError(f"position {position} of sequence {sequence}, expected {lengths[sequence]}")
+            lengths[sequence] += 1
+        return lengths
 
     def trim(self, sequence: int, length: int = 0) -> None:
         """Forget a sequence from position `length` on. Cells that no other sequence holds are free then."""
         if length < self._lengths[sequence]:
-            self.members[self._holds(sequence) & (self.positions >= length)] &= ~_bit(sequence)
+            self.members[self._holds(sequence) & (self.positions >= length)] &= ~_BITS[sequence]
             self._lengths[sequence] = length
+            used = np.flatnonzero(self.members[: self._end])
+            self._n_used, self._end = len(used), int(used[-1]) + 1 if len(used) else 0
+
+    def trim_to(self, lengths: Sequence[int]) -> None:
+        """Forget what came to the sequences since they had these lengths."""
+        for sequence, length in enumerate(lengths):
+            self.trim(sequence, length)
 
     def copy(self, source: int, target: int, length: int | None = None) -> None:
         """Let another sequence, which is forgotten, begin as `source` does, with its first `length` tokens (None: all). They share cells."""
         length = self.length(source) if length is None else min(length, self.length(source))
         if source != target:
             self.trim(target)
-            self.members[self._holds(source) & (self.positions < length)] |= _bit(target)
+            self.members[self._holds(source) & (self.positions < length)] |= _BITS[target]
             self._lengths[target] = length
 
     def clear(self) -> None:
         """Forget all sequences."""
         self.members[:] = 0
-        self._lengths[:] = 0
+        self._lengths = [0] * MAX_SEQUENCES
+        self._n_used = self._end = 0
 
-    def snapshot(self) -> Snapshot:
-        """The table as it is now, for `restore`."""
-        return Snapshot(self.positions.copy(), self.members.copy(), self._lengths.copy())
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Make the table what it was. What was written since then lies in cells that were free."""
-        self.positions, self.members, self._lengths = snapshot
-
-    def masks(self, batch: Batch, n_kv: int, windows: Sequence[int]) -> tuple[npt.NDArray[np.float16], ...]:
-        """Of each window: float16 [n_tokens, n_kv], 0 where a token sees one of the first n_kv cells, else minus infinity.
+    def masks(self, batch: Batch, windows: Sequence[int]) -> tuple[npt.NDArray[np.float16], ...]:
+        """Of each window: float16 [n_tokens, n_kv], 0 where a token sees a cell, else minus infinity. After `take`.
 
         It sees those of its own sequence that are not later than itself, and of a window of w positions the last w.
         """
-        behind = np.empty((len(batch), n_kv), np.int32)
-        for sequence in np.unique(batch.sequences):
-            rows = batch.sequences == sequence
-            held = np.full(n_kv, _UNSEEN, np.int32)
-            seen = self._holds(sequence)[:n_kv]
-            held[: len(seen)][seen] = self.positions[:n_kv][seen]
-            behind[rows] = batch.positions[rows, None] - held[None, :]
-        return tuple(_mask(behind, window) for window in windows)
+        members, positions, numbers = self.members[: self.n_kv], self.positions[: self.n_kv], batch.sequences
+        if (numbers == numbers[0]).all():
+            held = np.where(members & _BITS[numbers[0]], positions, _NOWHERE)
+        else:
+            distinct, row = np.unique(numbers, return_inverse=True)
+            held = np.where(members & _BITS[distinct, None], positions, _NOWHERE)[row]
+        behind = (batch.positions[:, None] - held).view(np.uint32)  # of what is later, or not held: 2^31 or more
+        return tuple(((behind >= (window or 2**31)) * _MINUS_INFINITY).view(np.float16) for window in windows)
 
     def _holds(self, sequence: int) -> npt.NDArray[np.bool_]:
-        holds: npt.NDArray[np.bool_] = (self.members & _bit(sequence)) != 0
+        holds: npt.NDArray[np.bool_] = (self.members & _BITS[sequence]) != 0
         return holds
-
-
-def _bit(sequence: int) -> np.uint64:
-    return np.uint64(1) << np.uint64(sequence)
-
-
-def _mask(behind: npt.NDArray[np.int32], window: int) -> npt.NDArray[np.float16]:
-    mask = np.zeros(behind.shape, np.float16)
-    mask[behind < 0] = -np.inf
-    if window:
-        mask[behind >= window] = -np.inf
-    return mask

@@ -236,7 +236,9 @@ class _Building:
         return 2 + sum(max(1, len(b.pieces)) for b in blocks[: cut + 1])
 
     def _spec_on(self, side: int) -> GraphSpec:
-        return self._spec if side == CPU else replace(self._spec, ffn="dense", dense_from=())
+        return (
+            self._spec if side == CPU else replace(self._spec, run=replace(self._spec.run, ffn="dense"), dense_from=())
+        )
 
     def _builder(self) -> Builder:
         side, inputs = self._sides[self._side], self.inputs.get(self._side, self.inputs[CPU])

@@ -30,9 +30,9 @@ class NeuronFfn:
     def product(self, x: ggml.TensorP, stream: ggml.TensorP) -> ggml.TensorP:
         """The product of its input x [n_embd, n], in the way that the graph's spec asks for. stream: see `AtFfn`."""
         b, spec = self.b, self.b.spec
-        if spec.ffn == "dense" or (spec.dense_from and x.ne[1] >= spec.dense_from[self.i]):
+        if spec.run.ffn == "dense" or (spec.dense_from and x.ne[1] >= spec.dense_from[self.i]):
             return self.dense(x)
-        if spec.ffn == "predicted" and b.s.rank(self.i):
+        if spec.run.ffn == "predicted" and b.s.rank(self.i):
             return self.native(x, self.candidates(x if b.s.predictor_tap == "ffn_norm" else stream))
         return self.native(x, None)
 
@@ -118,7 +118,7 @@ class NeuronFfn:
         """The userdata of the block's operators, kept as long as the graph."""
         ffns = self.b.ffns
         if self.i not in ffns:
-            ffns[self.i] = sparse_ffn.describe(self.shape, self._rows().types, self.b.spec.n_threads)
+            ffns[self.i] = sparse_ffn.describe(self.shape, self._rows().types, self.b.spec.run.threads)
         return ffns[self.i]
 
     # --- its predictor -----------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ class NeuronFfn:
 
     def _shift(self) -> float:
         """What is added to the predictor's scores."""
-        bias = self.b.spec.predictor_bias
+        bias = self.b.spec.run.predictor_bias
         return bias * self.b.s.predictor_error[self.i] if math.isfinite(bias) else bias
 
 

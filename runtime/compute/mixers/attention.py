@@ -75,7 +75,7 @@ class AttentionMixer:
         b, a, mask = self.b, self.shape, self.b.inputs.masks[self.shape.window]
         scale, width = 1 / math.sqrt(a.head_length), a.query_length
         flash = ggml.ggml_flash_attn_ext(b.ctx, q, keys, values, mask, scale, 0.0, 0.0)
-        if b.spec.flash_attention and ggml.ggml_backend_dev_supports_op(b.device, ggml.ConstTensorP(flash.value)):
+        if b.spec.run.flash_attention and ggml.ggml_backend_dev_supports_op(b.device, ggml.ConstTensorP(flash.value)):
             return ggml.ggml_reshape_2d(b.ctx, flash, width, b.spec.n_tokens)
         weights = ggml.ggml_mul_mat(b.ctx, keys, q)  # [n_kv, n_tokens, head_count]
         weights = ggml.ggml_soft_max_ext(b.ctx, weights, mask, scale, 0.0)
