@@ -1,6 +1,6 @@
-"""The native library: finds it, checks that it fits the ggml at hand, and describes one FFN to its operators.
+"""The native library: finds it, checks that it fits the installed ggml, and describes one FFN to its operators.
 
-Knows the layout of `lzn_ffn` (runtime/native/lazyneuron.h); knows nothing of graphs or files.
+The layouts of `Rows` and `Ffn` are those of runtime/native/lazyneuron.h, which explains their fields.
 """
 
 from __future__ import annotations
@@ -138,7 +138,10 @@ def operator(name: str) -> int:
 
 
 def exit_on_abort() -> None:
-    """From now on, ggml giving up ends the process with one line and status 1. For programs, not for libraries: it is for the whole process."""
+    """From now on, the process ends with one line and status 1 when ggml gives up.
+
+    For programs, not for libraries: it changes the whole process.
+    """
     gd.ggml_set_abort_callback(ctypes.cast(library().lzn_on_abort, ctypes.c_void_p).value)
     library().lzn_guard()
 
@@ -151,7 +154,7 @@ def variants() -> list[str]:
 def variant() -> int:
     """Index in VARIANTS of the kernels to use: the fastest that this CPU has, or the one that LAZYNEURON_KERNELS names.
 
-    Raises UserError for a name that is none, or that this CPU cannot run.
+    Raises UserError for an unknown name, or a variant that this CPU cannot run.
     """
     name = os.environ.get("LAZYNEURON_KERNELS")
     if not name:
@@ -184,15 +187,16 @@ def describe(shape: FfnShape, types: tuple[int, int, int], n_threads: int) -> Ff
 
 
 def count(ffn: Ffn, n_tokens: int) -> None:
-    """Make room for what the operators count for each of `n_tokens`: `ffn.fired` and `ffn.gates`, written by every run."""
+    """Make room for what the operators count for each of `n_tokens`: every run writes `ffn.fired` and `ffn.gates`."""
     counts = np.zeros((2, n_tokens), np.int32)
     ffn.fired, ffn.gates = counts
     ffn.counts = counts.ctypes.data
 
 
 def divide(ffn: Ffn, ranges: npt.ArrayLike) -> None:
-    """Let each token scan some ranges of the rows only. ranges: int [n, 2], the first row of each and the one behind its last.
+    """Let each token scan some ranges of the rows only.
 
+    ranges: int [n, 2], the first row of each and the one behind its last.
     Raises ValueError for a range without rows, or with rows that the FFN does not have.
     """
     table = np.array(ranges, np.int32).reshape(-1, 2)

@@ -1,6 +1,6 @@
 """Our own operators as nodes of a ggml graph: the sparse FFN and the choice of its candidates.
 
-Shapes in comments are ggml's: the contiguous dimension first. Knows tensors; knows nothing of files or of where a tensor lies.
+Shapes in comments are ggml's: the contiguous dimension first.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ class NativeTensors:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Which of an FFN's ranges of rows each token scans (see `sparse_ffn.divide`), and what their neurons are multiplied by.
+    """Which of an FFN's ranges of rows each token scans, and what their neurons are multiplied by.
 
+    `sparse_ffn.divide` gives the FFN its table of ranges.
     A token's ranges must not overlap; an index outside of the table stands for no range.
     """
 
@@ -45,7 +46,7 @@ def add_native_ffn(
     candidates: ggml.TensorP | None = None,
     chosen: Chosen | None = None,
 ) -> ggml.TensorP:
-    """Add the operators of one sparse FFN: F32 [n_embd, n_tokens] -> its product, F32 [FfnShape.product_length, n_tokens].
+    """Add the operators of one sparse FFN: F32 [n_embd, n_tokens] -> its product, F32 [product_length, n_tokens].
 
     candidates: from `add_predictor`, or None for every neuron. chosen: where the FFN is divided into ranges.
     `ffn` must outlive the graph, and counts its tokens.
@@ -93,7 +94,7 @@ def add_choice(
     shift: float,
     chosen: Chosen | None = None,
 ) -> ggml.TensorP:
-    """Add the operator that chooses an FFN's candidates by scores F32 [n_ff, n_tokens] that are given; as in `add_predictor`."""
+    """Add the operator that chooses an FFN's candidates by given scores F32 [n_ff, n_tokens]; see `add_predictor`."""
     sparse_ffn.choose(ffn, shift)
     size, ranges = sparse_ffn.predict_size(ffn, scores.ne[1]), chosen.ranges if chosen else None
     return _custom(ctx, ffn, "choose", ggml.I8, (size, 1), scores, bias, ranges)

@@ -1,6 +1,8 @@
-// What the kernels for q4_K and q6_K share: blocks of 256 weights as ggml lays them out, and activations as the products want them.
+// What the kernels for q4_K and q6_K share: blocks of 256 weights as ggml lays them out, and activations as the
+// products want them.
 //
-// Weights stay unsigned bytes in every product, 0 to 15 or 0 to 63; what is to be taken off is the same for a whole run of 32 or 16 weights and enters once for all of them.
+// Weights stay unsigned bytes in every product, 0 to 15 or 0 to 63; what is to be taken off is the same for a whole run
+// of 32 or 16 weights and enters once for all of them.
 #pragma once
 
 #include "x86.h"

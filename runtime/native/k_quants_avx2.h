@@ -6,7 +6,8 @@
 
 namespace {
 
-// Which bytes to take for one 16-bit number of eight in the lower 16 bytes, and one in the upper. From memory: gcc would put such constants together in the loop.
+// Which bytes to take for one 16-bit number of eight in the lower 16 bytes, and one in the upper. From memory: gcc
+// would put such constants together in the loop.
 struct alignas(32) word_places {
     uint8_t at[32];
 
@@ -21,7 +22,8 @@ constexpr word_places NEIGHBOURS[4] = {{0, 1}, {2, 3}, {4, 5}, {6, 7}};
 
 __m256i words(__m256i eight_twice, const word_places & places) { return _mm256_shuffle_epi8(eight_twice, _mm256_load_si256(reinterpret_cast<const __m256i *>(places.at))); }
 
-// Pairs of products stay below 2 * 63 * 128 in 16 bits; scaled by at most 128, a block of 256 adds up to less than 2^28.
+// Pairs of products stay below 2 * 63 * 128 in 16 bits; scaled by at most 128, a block of 256 adds up to less than
+// 2^28.
 __m256i scaled_products(__m256i w, const int8_t * x, __m256i scale) { return _mm256_madd_epi16(_mm256_maddubs_epi16(w, _mm256_load_si256(reinterpret_cast<const __m256i *>(x))), scale); }
 
 struct q4_K_rows {

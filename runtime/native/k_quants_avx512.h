@@ -5,7 +5,9 @@
 
 namespace {
 
-// Products with x, times their scales. Four weights' products fit into 16 bits, 4 * 63 * 128 < 2^15, and those of a block times their scales, at most 128, into 32: two quarters of a half, g and g + 1, share each lane of 16 bytes of one vector.
+// Products with x, times their scales. Four weights' products fit into 16 bits, 4 * 63 * 128 < 2^15, and those of a
+// block times their scales, at most 128, into 32: two quarters of a half, g and g + 1, share each lane of 16 bytes of
+// one vector.
 // of: which of the scales' words belong to the first half; those of the second follow 4 or 8 later.
 template <typename Rows> __m512i k_products(const typename Rows::block & b, const k_x & x, __m512i scales, __m512i of) {
     const __m512i none = _mm512_setzero_si512();
@@ -18,7 +20,8 @@ template <typename Rows> __m512i k_products(const typename Rows::block & b, cons
     return _mm512_dpwssd_epi32(p, half(2), _mm512_permutexvar_epi16(after, scales));
 }
 
-// bfloat16 of (the low four bits of each word) - 8. The fifth bit of an index belongs to the next nibble: the table says everything twice.
+// bfloat16 of (the low four bits of each word) - 8. The fifth bit of an index belongs to the next nibble: the table
+// says everything twice.
 __m512bh bf16_nibbles(__m512i words) {
     const __m512i weights = _mm512_set_epi16(0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, -0x4080, -0x4000, -0x3fc0, -0x3f80, -0x3f60, -0x3f40, -0x3f20, -0x3f00, 0x40e0,
                                              0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, -0x4080, -0x4000, -0x3fc0, -0x3f80, -0x3f60, -0x3f40, -0x3f20, -0x3f00);
@@ -55,7 +58,8 @@ struct q4_K_rows {
         return _mm512_and_si512(g % 2 ? _mm512_srli_epi16(q, 4) : q, _mm512_set1_epi8(15));
     }
 
-    // The block's first 16 bytes -> eight scales, eight minima. The first four of either are the low 6 bits of a byte; of the others 4 bits lie together and 2 above one of the first.
+    // The block's first 16 bytes -> eight scales, eight minima. The first four of either are the low 6 bits of a byte;
+    // of the others 4 bits lie together and 2 above one of the first.
     static __m128i scales(__m128i head) {
         const __m128i low = _mm_set_epi8(60, 52, 44, 36, 24, 16, 8, 0, 56, 48, 40, 32, 24, 16, 8, 0);
         const __m128i high = _mm_set_epi8(26, 18, 10, 2, 0, 0, 0, 0, 26, 18, 10, 2, 0, 0, 0, 0);
@@ -75,7 +79,8 @@ struct q4_K_rows {
         return _mm512_fnmadd_ps(_mm512_zextps128_ps512(_mm_cvtepi32_ps(least)), _mm512_broadcastss_ps(_mm_movehdup_ps(d)), acc);
     }
 
-    // What is added to every weight of a run: with coefficients c in float and r as rounded, c w - m = r (w - 8) + 8 c - m, and the products are r (w - 8).
+    // What is added to every weight of a run: with coefficients c in float and r as rounded, c w - m = r (w - 8) + 8 c
+    // - m, and the products are r (w - 8).
     struct offsets {
         vec exact = zero();  // of the first rows of each pair in the lower half
 
@@ -106,7 +111,8 @@ struct q4_K_rows {
         }
     }
 
-    // Half h of two rows: a word's nibbles are of two runs in turn. 2 s + i of the sums holds nibble s of words 4 i to 4 i + 3 of each lane.
+    // Half h of two rows: a word's nibbles are of two runs in turn. 2 s + i of the sums holds nibble s of words 4 i to
+    // 4 i + 3 of each lane.
     static void add(const block & u, const block & v, int h, const __m512bh * c, vec * sums) {
         const __m512i qu = _mm512_loadu_si512(u.qs + 64 * h), qv = _mm512_loadu_si512(v.qs + 64 * h);
         const __m512i low = _mm512_unpacklo_epi16(qu, qv), high = _mm512_unpackhi_epi16(qu, qv);
@@ -181,7 +187,8 @@ struct q6_K_rows {
         }
     }
 
-    // Half h of two rows, 64 columns at a time. 4 g + 2 o + i of the sums holds byte o of words 4 i to 4 i + 3 of each lane.
+    // Half h of two rows, 64 columns at a time. 4 g + 2 o + i of the sums holds byte o of words 4 i to 4 i + 3 of each
+    // lane.
     static void add(const block & u, const block & v, int h, const __m512bh * c, vec * sums) {
 #pragma GCC unroll 2
         for (int g = 0; g < 2; g++) {

@@ -1,4 +1,5 @@
-// Products with several rows of weights at once: the inner loops of the operators. One table per weight type and variant of the CPU.
+// Products with several rows of weights at once: the inner loops of the operators. One table per weight type and
+// variant of the CPU.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +13,8 @@ constexpr int64_t GROUP = 128;  // y has room for a multiple of this many elemen
 
 // Both products fetch `next` into the cache on their way: as many rows as they read themselves, null for none.
 struct row_kernels {
-    // out[k] = rows[k] . x, for k < n_rows <= DOT_ROWS; x as `arrange` left it, or as ggml's from_float of the matching type did where that is null
+    // out[k] = rows[k] . x, for k < n_rows <= DOT_ROWS; x as `arrange` left it, or as ggml's from_float of the matching
+    // type did where that is null
     void (*dots)(int64_t n, int n_rows, const char * const * rows, const char * const * next, const void * x, float * out);
     // y += sum over k < n_rows <= AXPY_ROWS of a[k] * rows[k]; y is in the kernel's own order until `finish`
     void (*axpys)(int64_t n, int n_rows, const char * const * rows, const char * const * next, const float * a, float * y);
@@ -30,7 +32,8 @@ const row_kernels * k_kernels_avx2(int type);  // q4_K and q6_K
 const row_kernels * k_kernels_avx512(int type);
 const row_kernels * kernels_neon(int type);
 
-// Rows of sign bits, ggml type I8: n of them, eight to a byte, against n sign bits; dots gives -(how many differ), and there are no axpys.
+// Rows of sign bits, ggml type I8: n of them, eight to a byte, against n sign bits; dots gives -(how many differ), and
+// there are no axpys.
 extern const row_kernels signs_avx2;
 extern const row_kernels signs_avx512;
 

@@ -1,4 +1,5 @@
-// The row kernels for aarch64 with the dot product instructions (ARMv8.2 dotprod; every Apple M, Graviton 2, Cortex-A55 and later).
+// The row kernels for aarch64 with the dot product instructions (ARMv8.2 dotprod; every Apple M, Graviton 2, Cortex-A55
+// and later).
 #include <arm_neon.h>
 
 #include <cstring>
@@ -46,7 +47,8 @@ void clear(float32x4_t * sums, int n) {
     }
 }
 
-// Adds the sums of one pass to y. They began at 0 and not at y: numbers lose less when they are added to small ones first.
+// Adds the sums of one pass to y. They began at 0 and not at y: numbers lose less when they are added to small ones
+// first.
 void add_pass(const float32x4_t * sums, int n, float * y) {
     for (int j = 0; j < n; j++) {
         vst1q_f32(y + j * WIDTH, vaddq_f32(vld1q_f32(y + j * WIDTH), sums[j]));

@@ -1,11 +1,13 @@
-// Accumulation of packed weights with AVX2, in float and without rounding: how weights leave the words they are packed in, and how the sums are put in order.
+// Accumulation of packed weights with AVX2, in float and without rounding: how weights leave the words they are packed
+// in, and how the sums are put in order.
 #pragma once
 
 #include "x86.h"
 
 namespace {
 
-// A word of 32 bits holds weights of `bits` bits. All but the last are taken out by a mask alone: weight j is then unit(j) times too large, a power of two, and so are the sums.
+// A word of 32 bits holds weights of `bits` bits. All but the last are taken out by a mask alone: weight j is then
+// unit(j) times too large, a power of two, and so are the sums.
 template <int bits> struct packed {
     static constexpr int PER_WORD = 32 / bits;
     static constexpr float unit(int j) { return j < PER_WORD - 1 ? static_cast<float>(1u << bits * j) : 1.0f; }
@@ -20,7 +22,8 @@ template <int bits> struct packed {
 // What is added to every weight, in the unit of weight j.
 template <int bits> vec add_offset(vec sums, vec offset, int j) { return fma(offset, all(packed<bits>::unit(j)), sums); }
 
-// Takes the units off the sums of eight words' weights first, first + step, ... (one of each byte), and writes them word by word: words 0 to 3 from `lower` on, 4 to 7 from `upper` on.
+// Takes the units off the sums of eight words' weights first, first + step, ... (one of each byte), and writes them
+// word by word: words 0 to 3 from `lower` on, 4 to 7 from `upper` on.
 template <int bits> void store_words(const vec * sums, int first, float * lower, float * upper) {
     vec b[4];
     for (int m = 0; m < 4; m++) {

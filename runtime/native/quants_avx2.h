@@ -1,6 +1,7 @@
 // Q8_0 and Q4_0 with AVX2: a block of 32 columns at a time, or two.
 //
-// Integer products follow ggml: 4-bit weights are unsigned with an offset of 8, so w . x = q . x - 8 sum(x), and the offset is folded into the sums' start.
+// Integer products follow ggml: 4-bit weights are unsigned with an offset of 8, so w . x = q . x - 8 sum(x), and the
+// offset is folded into the sums' start.
 #pragma once
 
 #include "packed_avx2.h"
@@ -9,12 +10,14 @@ namespace {
 
 __m256i load_bytes(const void * p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
 
-// four-by-four sums of unsigned times signed bytes; two products are added in 16 bits: for weights of 4 bits at most 2 * 15 * 128
+// four-by-four sums of unsigned times signed bytes; two products are added in 16 bits: for weights of 4 bits at most 2
+// * 15 * 128
 __m256i dot_bytes(__m256i u, __m256i s) { return _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)); }
 
 // --- Q8_0 ------------------------------------------------------------------------------------------------------------
 
-// The signs of the weights go to x: bytes are multiplied unsigned by signed, and two products are added in 16 bits. x is at least -127, so that they stay below 2 * 128 * 127, and -128 has a size.
+// The signs of the weights go to x: bytes are multiplied unsigned by signed, and two products are added in 16 bits. x
+// is at least -127, so that they stay below 2 * 128 * 127, and -128 has a size.
 template <int R> void dots_q8_0(int64_t n, const char * const * rows, const char * const * next, const void * x, float * out) {
     const block_q8_0 * xs = static_cast<const block_q8_0 *>(x);
     vec acc[R];

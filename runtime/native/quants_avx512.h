@@ -1,6 +1,7 @@
 // Q8_0 and Q4_0 with AVX-512 (VBMI, VNNI, BF16): a cache line of a row at a time.
 //
-// Integer products follow ggml: 4-bit weights are unsigned with an offset of 8, so w . x = q . x - 8 sum(x), and the offset is folded into the accumulator's start.
+// Integer products follow ggml: 4-bit weights are unsigned with an offset of 8, so w . x = q . x - 8 sum(x), and the
+// offset is folded into the accumulator's start.
 #pragma once
 
 #include "x86.h"
@@ -29,7 +30,8 @@ struct q4_0_group {
     }
 };
 
-// x of one group: what belongs to the low nibbles, to the high ones, the sums that fold in the offset of 8, and the scales.
+// x of one group: what belongs to the low nibbles, to the high ones, the sums that fold in the offset of 8, and the
+// scales.
 struct alignas(64) q4_0_x {
     int8_t low[64];
     int8_t high[64];
@@ -88,7 +90,8 @@ template <int R> void dots_q4_0(int64_t n, const char * const * rows, const char
     }
 }
 
-// Two rows of one group, ready to be added: the words of both alternate, and so do their coefficients a * scale, rounded to bfloat16 (a 4-bit weight is exact in it).
+// Two rows of one group, ready to be added: the words of both alternate, and so do their coefficients a * scale,
+// rounded to bfloat16 (a 4-bit weight is exact in it).
 struct q4_0_pair {
     __m512i low, high;  // of the lanes: words 0 to 3 and 4 to 7 of each
     __m512bh c;
@@ -107,7 +110,8 @@ struct q4_0_pair {
     }
 };
 
-// Sums of one group: 2 s + h holds, in each lane, nibble s of words 4 h to 4 h + 3, that is columns 8 h + s / 2 + {0, 2, 4, 6}, + 16 where s is odd.
+// Sums of one group: 2 s + h holds, in each lane, nibble s of words 4 h to 4 h + 3, that is columns 8 h + s / 2 + {0,
+// 2, 4, 6}, + 16 where s is odd.
 struct q4_0_sums {
     vec of[8];
 
@@ -129,7 +133,8 @@ struct q4_0_sums {
     }
 };
 
-// One group of columns; get is (row) -> q4_0_group. The next pair is made ready while one is added: they do not wait for each other.
+// One group of columns; get is (row) -> q4_0_group. The next pair is made ready while one is added: they do not wait
+// for each other.
 template <typename Get> void axpys_q4_0_group(int n_rows, const float * a, float * y, Get get) {
     q4_0_sums sums;
     for (vec & s : sums.of) {

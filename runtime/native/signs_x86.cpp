@@ -1,4 +1,5 @@
-// Rows of sign bits against sign bits, once for AVX2 and once for AVX-512 (with VPOPCNTDQ): LZN_SIGNS names the table. Whole numbers, so every variant gives the same bits.
+// Rows of sign bits against sign bits, once for AVX2 and once for AVX-512 (with VPOPCNTDQ): LZN_SIGNS names the table.
+// Whole numbers, so every variant gives the same bits.
 #include <immintrin.h>
 
 #include <cstring>

@@ -64,7 +64,8 @@ vec from_i8(const int8_t * p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_
 
 float f16(uint16_t h) { return _cvtsh_ss(h); }
 
-// Adds the sums of one pass to y. They began at 0 and not at y: numbers lose less when they are added to small ones first.
+// Adds the sums of one pass to y. They began at 0 and not at y: numbers lose less when they are added to small ones
+// first.
 void add_pass(const vec * sums, int n, float * y) {
     for (int j = 0; j < n; j++) {
         store(y + j * WIDTH, add(load(y + j * WIDTH), sums[j]));
