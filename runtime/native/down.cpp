@@ -55,8 +55,7 @@ void down_one_token(const down_rows & rows, const gate_result & gates, const par
 
 // Several tokens. A block of rows against every token of a tile: its gates, then the neurons that fire. So the rows
 // stay in the cache, and so do the sums. A row that no token of the tile wants is not read. What a token adds up, and
-// in
-// which order, depends on its own neurons alone.
+// in which order, depends on its own neurons alone.
 class tiles_of_tokens {
   public:
     tiles_of_tokens(const lzn_ffn & f, const ggml_tensor * dst)

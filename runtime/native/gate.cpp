@@ -30,8 +30,7 @@ struct firing_list {
 };
 
 // Every row of a range, one by one: one stream of bytes is what the hardware fetches best; it does not follow several
-// at
-// once. Returns how many fire.
+// at once. Returns how many fire.
 int32_t gate_range(const gate_rows & gate, int64_t first, int64_t end, float weight, fired_neuron * list) {
     firing_list found{gate, list};
     for (int64_t r = first; r < end; r++) {

@@ -1,6 +1,5 @@
 // The sparse FFN as ggml custom operators. Includes ggml's public headers and links to nothing of ggml: the functions
-// that
-// read a weight type come from its type traits when a graph is built.
+// that read a weight type come from its type traits when a graph is built.
 //
 // One FFN is a few operators, run one after the other by ggml's CPU backend, each on every thread of the team:
 //   predict   scores of a predictor -> candidates: which neurons may fire. Only where there is a predictor;
@@ -16,10 +15,8 @@
 // token's result does not depend on what the other tokens of its batch are.
 //
 // The neurons are rows of one matrix, and a token may scan some ranges of them only: a table says which ranges there
-// are,
-// and a source of the operators says for each token which of them it scans and what their neurons are multiplied by.
-// The
-// experts of a mixture are such ranges.
+// are, and a source of the operators says for each token which of them it scans and what their neurons are multiplied
+// by. The experts of a mixture are such ranges.
 #pragma once
 
 #include <stdbool.h>
@@ -103,9 +100,8 @@ LZN_API size_t lzn_down_size(const struct lzn_ffn * ffn, int64_t n_tokens);
 LZN_API bool lzn_tokens_alone(const struct lzn_ffn * ffn, int64_t n_tokens);
 
 // ggml_custom_op_t. The comments list dst->src; what is in brackets is there if the FFN says so. dst is bytes except
-// where
-// stated. Where there are ranges, `chosen` is I32 [k, n_tokens], indices into their table (an index outside of it: no
-// range), and `weights` F32 [k, n_tokens]; a token's ranges must not overlap. A neuron is a candidate where its
+// where stated. Where there are ranges, `chosen` is I32 [k, n_tokens], indices into their table (an index outside of
+// it: no range), and `weights` F32 [k, n_tokens]; a token's ranges must not overlap. A neuron is a candidate where its
 // score + bias + shift > 0; y has one row more with `squares`.
 #define LZN_OPERATOR(name) LZN_API void lzn_ffn_##name(struct ggml_tensor * dst, int ith, int nth, void * userdata)
 LZN_OPERATOR(predict);       // z F32 [rank, n_tokens], predictor rows, bias [, chosen]; score = row . z
