@@ -136,6 +136,20 @@ def test_predictors_that_name_every_neuron_change_nothing(fitted_gguf: Path, nam
     assert relative(logits(fitted_gguf, ids, ffn="exact"), found) <= 2e-3
 
 
+def test_scores_of_every_piece_choose_the_same_neurons(fitted_gguf: Path) -> None:
+    """Devices compute the scores of two pieces of each block; the CPU chooses among their neurons."""
+    batch = Batch.of(ids := random_ids(40, 4000), outputs=range(len(ids)))
+    found = []
+    for sides in (None, BY_HAND["attention on devices, neurons on the CPU"]):
+        made = engine(fitted_gguf, sides, ffn="predicted")
+        found.append((made.compute(batch), made.counters.gate_shares()))
+        made.close()
+    (alone, shares), (elsewhere, shares_elsewhere) = found
+    assert any(share < 0.9 for share in shares)
+    assert np.allclose(shares, shares_elsewhere, atol=2e-3)
+    assert relative(alone, elsewhere) <= 1e-2
+
+
 # --- blocks of unequal kinds and sizes --------------------------------------------------------------------------------
 
 MIXED = Structure(
