@@ -33,7 +33,7 @@ $(VENV)/.check: $(VENV)/.test
 	@$(PIP) install --quiet --no-build-isolation --editable ".[check]" >&2
 	@touch $@
 
-$(MODEL): $(VENV)/.setup $(wildcard examples/tiny-relu-llama/* convert/*.py convert/archs/*.py runtime/model_file/structure.py)
+$(MODEL): $(VENV)/.setup $(wildcard examples/tiny-relu-llama/* convert/*.py convert/*/*.py runtime/model_file/structure.py)
 	@mkdir -p $(dir $@)
 	@$(PY) -m convert examples/tiny-relu-llama $@ --force >&2
 

@@ -5,7 +5,7 @@ Knows ids and logits; knows nothing of text.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -15,7 +15,7 @@ from runtime.base import worker
 from runtime.base.closing import Handles
 from runtime.base.worker import OfWorker
 from runtime.bindings import ggml, sparse_ffn
-from runtime.compute.batch import Batch, GraphInputs
+from runtime.compute.batch import Batch, GraphInputs, Ints
 from runtime.compute.builder import GraphSpec
 from runtime.compute.counters import Counters, LayerCount
 from runtime.compute.dense_threshold import dense_from, expected
@@ -91,42 +91,48 @@ class Engine(OfWorker):
         """Run something on the worker, where nothing else is computed meanwhile, and return what it returns."""
         return self._do(work)
 
-    def compute(self, batch: Batch, counters: Counters | None = None) -> npt.NDArray[np.float32]:
+    def compute(self, batch: Batch, counters: Mapping[int, Counters] | None = None) -> npt.NDArray[np.float32]:
         """Logits of the tokens that `batch.outputs` names: float32 [n_outputs, n_vocab]. All tokens are in the cache afterwards.
 
-        A batch of more than n_batch tokens is computed in pieces. counters: what the FFNs did is added to them.
-        After an error the cache holds what it held before. Raises UserError where it is full, and ValueError for tokens
-        that do not continue their sequences.
+        A batch of more than n_batch tokens is computed in pieces. counters: of sequences, by their numbers; what the FFNs
+        did for a sequence's tokens is added to its own. After an error cache and counters are as before.
+        Raises UserError where the cache is full, and ValueError for tokens that do not continue their sequences or are
+        not in the vocabulary.
         """
-        return self._do(lambda: self._compute(batch, counters))
+        return self._do(lambda: self._compute(batch, counters or {}))
 
-    def _compute(self, batch: Batch, counters: Counters | None) -> npt.NDArray[np.float32]:
-        before = self.cells.lengths
+    def _compute(self, batch: Batch, counters: Mapping[int, Counters]) -> npt.NDArray[np.float32]:
+        n_vocab = self.structure.vocab_size
+        if len(batch) and not 0 <= int(batch.tokens.min()) <= int(batch.tokens.max()) < n_vocab:
+            raise ValueError(f"tokens {batch.tokens}, expected 0 to {n_vocab - 1}")
+        step = self.options.n_batch
+        if self.arrangement and len(batch.outputs) > LOGITS:  # more than a device has room for
+            step = min(step, LOGITS)
+        before, parts, counted = self.cells.lengths, [], []
         try:
-            step = self.options.n_batch
-            if self.arrangement and len(batch.outputs) > LOGITS:  # more than a device has room for
-                step = min(step, LOGITS)
-            parts = []
             for first in range(0, len(batch), step):
                 worker.stop_if_unwanted()
-                parts.append(self._piece(batch.part(first, first + step), counters))
+                logits, counts = self._piece(batch.part(first, first + step))
+                parts.append(logits)
+                counted.append(counts)
         except BaseException:
             self.cells.trim_to(before)
             raise
+        for counts in counted:
+            for sequence, layers in counts.items():
+                self.counters.add(layers)
+                if sequence in counters:
+                    counters[sequence].add(layers)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _piece(self, batch: Batch, counters: Counters | None) -> npt.NDArray[np.float32]:
+    def _piece(self, batch: Batch) -> tuple[npt.NDArray[np.float32], dict[int, dict[int, LayerCount]]]:
         cells = self.cells.take(batch)
         # A schedule has a result: where none is wanted, the last token's is not looked at.
         outputs = batch.outputs if len(batch.outputs) else np.array([len(batch) - 1], np.int32)
         schedule = self._schedule(len(batch), self.cells.n_kv, len(outputs))
         masks = self.cells.masks(batch, self.structure.windows)
         logits = schedule.run(GraphInputs(batch.tokens, batch.positions, cells, outputs, masks))
-        counted = self._counted(schedule)
-        for each in (self.counters, counters):
-            if each:
-                each.add(counted)
-        return logits[: len(batch.outputs)]
+        return logits[: len(batch.outputs)], self._counted(schedule, batch.sequences.tolist(), batch.outputs)
 
     def _schedule(self, n_tokens: int, n_kv: int, n_outputs: int) -> Schedule:
         return self._executor.schedule(self._spec(n_tokens, n_kv, n_outputs))
@@ -145,19 +151,35 @@ class Engine(OfWorker):
         """Bytes of all buffers on each device: weights, keys and values, hidden states, compute buffers."""
         return self._executor.device_bytes
 
+    @property
+    def kv_held(self) -> int:
+        """Bytes of keys and values of a full context, all layers."""
+        size = ggml.ggml_row_size(self.options.kv_type_id, 1)
+        return 2 * size * self.options.n_ctx * sum(a.kv_length for a in self.structure.attentions.values())
+
     def kv_bytes(self, n_positions: float) -> float:
-        """Bytes of keys and values at so many positions, all layers."""
+        """Bytes of keys and values that one token reads at so many positions, all layers."""
         return kv_bytes(self.structure, n_positions, ggml.ggml_row_size(self.options.kv_type_id, 1))
 
-    def _counted(self, schedule: Schedule) -> dict[int, LayerCount]:
-        """What each FFN did in the schedule's last run."""
-        counted = {}
+    def _counted(self, schedule: Schedule, sequences: list[int], outputs: Ints) -> dict[int, dict[int, LayerCount]]:
+        """What each FFN did in the schedule's last run, for the tokens of each sequence. sequences: of each token."""
+        counted: dict[int, dict[int, LayerCount]] = {sequence: {} for sequence in sequences}
         for i, shape in self.structure.ffns.items():
             # A device computes every neuron that it has.
             hot, cold = self.map.on_devices[i], schedule.ffns.get(i, ())
-            seen = len(cold[0].fired) if cold else schedule.spec.n_tokens if hot == shape.n_ff else 0
+            if not cold and hot < shape.n_ff:
+                continue  # all neurons, as whole matrices
+            seen = sequences
+            if cold and len(cold[0].fired) < len(sequences):  # the last block: tokens whose logits are wanted
+                seen = [sequences[k] for k in outputs.tolist()]
             # Lists: for the few numbers of a token, numpy's sum takes longer.
-            fired = sum(sum(ffn.fired.tolist()) for ffn in cold)
-            gates = sum(sum(ffn.gates.tolist()) for ffn in cold)
-            counted[i] = LayerCount(fired + hot * seen, gates + hot * seen, seen)
+            fired, gates = ([ffn.fired.tolist() for ffn in cold], [ffn.gates.tolist() for ffn in cold])
+            for sequence, layers in counted.items():
+                rows = range(len(seen)) if len(counted) == 1 else [k for k, s in enumerate(seen) if s == sequence]
+                n = hot * len(rows)
+                layers[i] = LayerCount(
+                    sum(one[k] for one in fired for k in rows) + n,
+                    sum(one[k] for one in gates for k in rows) + n,
+                    len(rows),
+                )
         return counted

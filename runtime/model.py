@@ -220,7 +220,7 @@ class Model(Closing):
             self.n_ctx,
             self.kv_type,
             self._file.size,
-            int(engine.kv_bytes(self.n_ctx)),
+            engine.kv_held,
             engine.device_bytes(),
             generations,
             total,

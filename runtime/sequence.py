@@ -43,7 +43,7 @@ class CachedSequence:
         self._keep(start)
         new = ids[start:]
         batch = Batch.of(new, start, self.number, range(len(new)) if every else None)
-        logits = self.engine.compute(batch, counters)
+        logits = self.engine.compute(batch, {self.number: counters} if counters else None)
         self._ids += new
         return logits
 

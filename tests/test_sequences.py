@@ -14,6 +14,7 @@ from oracle import Logits, random_ids
 
 import runtime
 from runtime.compute.batch import Batch
+from runtime.compute.counters import Counters
 from runtime.engine import Engine
 from runtime.errors import UserError
 
@@ -160,6 +161,41 @@ def test_a_full_cache_is_an_error_and_stays_as_it_was(f32_fitted: Path) -> None:
         assert (engine.cells.length(1), engine.cells.length(2)) == (len(TEXTS[4]) - 1, 0)
         found = engine.compute(whole(TEXTS[4][-1:], len(TEXTS[4]) - 1, 1))
     assert largest_difference(wanted[-1:], found) <= 1e-5
+
+
+@pytest.mark.parametrize(("ffn", "options"), MODES)
+def test_each_sequences_neurons_are_counted_for_itself(f32_fitted: Path, ffn: str, options: dict[str, Any]) -> None:
+    with engine_of(f32_fitted, ffn=ffn, n_batch=50, **options) as engine:
+        engine._dense_from = (math.inf,) * 6  # as whole matrices, nothing is counted
+        counters = {k: Counters(engine.structure, ffn) for k in NUMBERS[:-1]}
+        wanted = {}
+        for ids, k in zip(TEXTS, NUMBERS, strict=True):
+            engine.cells.clear()
+            engine.counters.reset()
+            engine.compute(Batch.of(ids, 0, k))
+            wanted[k] = engine.counters.layers
+        engine.cells.clear()
+        engine.counters.reset()
+        parts = [Batch.of(ids, 0, k) for ids, k in zip(TEXTS, NUMBERS, strict=True)]
+        engine.compute(Batch.together(parts), counters)
+        for k, counted in counters.items():
+            assert counted.layers == wanted[k], k
+        total = [sum(wanted[k][i].fired for k in NUMBERS) for i in range(6)]
+        assert [layer.fired for layer in engine.counters.layers] == total
+
+
+def test_what_fails_is_not_counted(f32_fitted: Path) -> None:
+    with engine_of(f32_fitted, ffn="exact", n_batch=16, n_ctx=100) as engine:
+        with pytest.raises(UserError, match="expected at most"):
+            engine.compute(whole(random_ids(110, 4000)))
+        assert all(layer.seen == 0 for layer in engine.counters.layers)
+        assert engine.cells.length(0) == 0
+
+
+@pytest.mark.parametrize("wrong", [-1, 4096, 2**31 - 1])
+def test_tokens_outside_the_vocabulary_are_refused(f32_fitted: Path, wrong: int) -> None:
+    with engine_of(f32_fitted, ffn="exact") as engine, pytest.raises(ValueError, match="expected 0 to 4095"):
+        engine.compute(Batch.of([5, wrong]))
 
 
 @pytest.mark.parametrize("n_batch", [7, 64])

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from runtime.bindings import ggml
 from runtime.bindings.ffn_shape import FfnShape
 from runtime.compute.dense_threshold import expected
+from runtime.compute.kv_cache import padded_cells
 from runtime.errors import UserError
 from runtime.hybrid.planner import BlockCosts, Device, Machine, Placement, place
 from runtime.model_file import tensor_names as names
@@ -27,7 +28,6 @@ LOGITS = 32  # positions whose logits a device computes at once
 MARGIN = 1 << 28  # bytes left free on a device: contexts of drivers and libraries, which nobody reports
 _ALIGNMENT = 256  # bytes; no backend of ggml asks for more
 _ROW_PADDING = 512  # elements; CUDA pads the last row of a quantised matrix to a multiple of this
-_KV_PAD = 256  # positions
 _FINE, _COARSE, _MANY = (
     32,
     256,
@@ -113,7 +113,7 @@ def reserve_of(s: Structure, options: PlanOptions) -> int:
     """
     batch, d, (ff, q) = options.n_batch, s.embedding_length, _widest(s)
     activations = 4 * batch * (4 * d + 3 * q + 3 * ff)
-    mask = 2 * batch * _padded(options.n_ctx, _KV_PAD) * len(s.windows)
+    mask = 2 * batch * padded_cells(options.n_ctx) * len(s.windows)
     logits = 4 * s.vocab_size * min(batch, LOGITS)
     staging = 4 * 2 * batch * (2 * d + ff)  # two blocks in flight: states both ways, scores
     return activations + mask + logits + staging + scratch_of(s, options)
@@ -201,7 +201,7 @@ def _block(file: GgufFile, i: int, options: PlanOptions, freq: Floats, share: fl
     positions = options.n_ctx / 2 if options.n_positions is None else options.n_positions
     if attention and attention.window:
         positions = min(positions, attention.window)
-    stored = sum(map(_stored, always)) + _slack(tensors) + kv * _padded(options.n_ctx, _KV_PAD)
+    stored = sum(map(_stored, always)) + _slack(tensors) + kv * padded_cells(options.n_ctx)
     read = sum(t.nbytes for t in always) + kv * positions
     block = BlockCosts(stored=stored, read=read, predictor=0, neurons=0, cuts=(0,), hot=(0,), cold=(0.0,))
     return _with_neurons(block, ffn, file, i, options, freq, share) if ffn else block
