@@ -1,4 +1,5 @@
-"""Runs token ids through a model: owns the weights, the KV cache and the executor, and does all work with them on the worker.
+"""Runs token ids through a model: owns the weights, the KV cache and the executor, and does all work with them on the
+worker.
 
 Knows ids and logits; knows nothing of text.
 """
@@ -38,10 +39,13 @@ T = TypeVar("T")
 
 
 class Engine(OfWorker):
-    """A model ready to compute. Its methods do their work on the worker, one after the other, whichever threads call them.
+    """A model ready to compute. Its methods do their work on the worker, one after the other, whichever threads call
+    them.
 
-    arrangement: what is on devices; None, or nothing: all is computed on the CPU. trace: collects when what was computed, and is written at the end.
-    The file's mapping belongs to the engine. All is freed behind what the worker does: by `close`, or when nothing refers to the engine any more.
+    arrangement: what is on devices; None, or nothing: all is computed on the CPU. trace: collects when what was
+    computed, and is written at the end.
+    The file's mapping belongs to the engine. All is freed behind what the worker does: by `close`, or when nothing
+    refers to the engine any more.
     Raises UserError where memory does not suffice, and after `close`.
     """
 
@@ -92,10 +96,11 @@ class Engine(OfWorker):
         return self._do(work)
 
     def compute(self, batch: Batch, counters: Mapping[int, Counters] | None = None) -> npt.NDArray[np.float32]:
-        """Logits of the tokens that `batch.outputs` names: float32 [n_outputs, n_vocab]. All tokens are in the cache afterwards.
+        """Logits of the tokens that `batch.outputs` names: float32 [n_outputs, n_vocab]. All tokens are in the cache
+        afterwards.
 
-        A batch of more than n_batch tokens is computed in pieces. counters: of sequences, by their numbers; what the FFNs
-        did for a sequence's tokens is added to its own. After an error cache and counters are as before.
+        A batch of more than n_batch tokens is computed in pieces. counters: of sequences, by their numbers; what the
+        FFNs did for a sequence's tokens is added to its own. After an error cache and counters are as before.
         Raises UserError where the cache is full, and ValueError for tokens that do not continue their sequences or are
         not in the vocabulary.
         """

@@ -8,14 +8,16 @@ from __future__ import annotations
 import errno
 import re
 
-# Controls (but newline and tab), line and paragraph separators, embeddings, overrides and isolates of bidirectional text, lone
-# surrogates. Joiners, variation selectors and tags stay: emoji and several scripts are spelled with them.
+# Controls (but newline and tab), line and paragraph separators, embeddings, overrides and isolates of bidirectional
+# text, lone surrogates. Joiners, variation selectors and tags stay: emoji and several scripts are spelled with them.
 _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _LONGEST = 1000  # characters of a message: what it quotes may be a file's, and of any length
 
 
 def printable(text: str) -> str:
-    """`text` with characters that could steer a terminal or turn its writing round made visible; newlines and tabs stay."""
+    """`text` with characters that could steer a terminal or turn its writing round made visible; newlines and tabs
+    stay.
+    """
     return _STEERING.sub("\ufffd", text)
 
 

@@ -29,12 +29,16 @@ from runtime.text.tokenizer import Tokenizer
 
 Floats = npt.NDArray[np.float32]
 LogitsProcessor = Callable[[npt.NDArray[np.int32], Floats], Floats]
-"""Ids so far, prompt included, int32 [n], and the logits of the next token, float32 [n_vocab], which it may change; returns logits of that shape."""
+"""Ids so far, prompt included, int32 [n], and the logits of the next token, float32 [n_vocab], which it may change;
+returns logits of that shape.
+"""
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token that was chosen. data: its bytes, which need not be whole characters; logprob: natural logarithm of the probability that its logits (as processed) give it, before sampling filters."""
+    """A token that was chosen. data: its bytes, which need not be whole characters; logprob: natural logarithm of the
+    probability that its logits (as processed) give it, before sampling filters.
+    """
 
     id: int
     data: bytes
@@ -110,7 +114,8 @@ class Request:
 class Turns:
     """Lets the asynchronous generations of one model run one after the other, in the order they began.
 
-    The model keeps the keys and values of one sequence: two that took turns token by token would compute each other's anew every time.
+    The model keeps the keys and values of one sequence: two that took turns token by token would compute each other's
+    anew every time.
     """
 
     def __init__(self) -> None:
@@ -226,8 +231,8 @@ class Generation(Closing):
     def _cut(self, text: str, sure: int, final: bool) -> tuple[str, int]:
         """Cut where the first stop text begins; returns the text and how much of it cannot become part of one any more.
 
-        sure: how much of it could not already. The cut does not depend on how the tokens divide the text: a stop text that begins
-        earlier, and may still come, is waited for.
+        sure: how much of it could not already. The cut does not depend on how the tokens divide the text: a stop text
+        that begins earlier, and may still come, is waited for.
         """
         stops, n = self._request.stop, len(text)
         found = min((at for stop in stops if (at := text.find(stop, sure)) >= 0), default=n)
@@ -261,7 +266,9 @@ class Generation(Closing):
             logits = self._sequence.logits(self._ids, counters=self._counters)
 
     def _prefill(self) -> Floats | None:
-        """Compute the prompt batch by batch; float32 [1, n_vocab] after its last token, None where it was stopped before."""
+        """Compute the prompt batch by batch; float32 [1, n_vocab] after its last token, None where it was stopped
+        before.
+        """
         stats, engine, n = self.stats, self._engine, len(self._ids)
         started, done = time.perf_counter(), self._sequence.reusable(self._ids)
         stats.cached_tokens = done

@@ -52,17 +52,26 @@ def load(
     hot: int | Sequence[int] | None = None,
     trace: str | Path | None = None,
 ) -> Model:
-    """Open a converted model: a file (the first shard of a split one), or a name on the Hub such as "user/repo:q4_0", which is fetched.
+    """Open a converted model: a file (the first shard of a split one), or a name on the Hub such as "user/repo:q4_0",
+    which is fetched.
 
-    ffn: "predicted" computes the neurons that the file's predictor expects to fire, "exact" those that fire, "dense" all; default: "predicted" where the file has a predictor that pays, else "exact".
-    threads: default, one per physical core, and no more than the CPU quota allows. n_ctx: context in tokens; default, the model's own limit, at most 8192.
-    kv_type: "f16" or "f32". n_batch: tokens of a prompt computed at once. flash_attention: False builds attention from plain products.
+    ffn: "predicted" computes the neurons that the file's predictor expects to fire, "exact" those that fire, "dense"
+    all; default: "predicted" where the file has a predictor that pays, else "exact".
+    threads: default, one per physical core, and no more than the CPU quota allows. n_ctx: context in tokens; default,
+    the model's own limit, at most 8192.
+    kv_type: "f16" or "f32". n_batch: tokens of a prompt computed at once. flash_attention: False builds attention from
+    plain products.
     predictor_bias: more recall (positive) or more speed (negative), in units of the predictors' typical error.
-    cpus: processors to compute on, also as text such as "0-3,6" (default: all that the process may use); priority: "low", "normal", "medium", "high" or "realtime".
-    device: names as `python -m runtime devices` lists them, with commas; "none" for the CPU alone; "auto" for the first GPU, if there is one.
-    vram_budget: memory to use on it, all that is free if None: GiB, or text such as "6GiB", "6,4" (two devices), "800MiB" or "6GB" (see runtime/base/sizes.py).
-    hot: neurons of every block (or of each) on the first device, instead of what the planner chooses. trace: a file for Chrome's trace viewer, written by `close`.
-    Raises UserError for a file that is not ours, damaged or incomplete, for options out of range, and where memory does not suffice.
+    cpus: processors to compute on, also as text such as "0-3,6" (default: all that the process may use); priority:
+    "low", "normal", "medium", "high" or "realtime".
+    device: names as `python -m runtime devices` lists them, with commas; "none" for the CPU alone; "auto" for the first
+    GPU, if there is one.
+    vram_budget: memory to use on it, all that is free if None: GiB, or text such as "6GiB", "6,4" (two devices),
+    "800MiB" or "6GB" (see runtime/base/sizes.py).
+    hot: neurons of every block (or of each) on the first device, instead of what the planner chooses. trace: a file for
+    Chrome's trace viewer, written by `close`.
+    Raises UserError for a file that is not ours, damaged or incomplete, for options out of range, and where memory does
+    not suffice.
     """
     given = {name: value for name, value in locals().items() if name != "path"}
     return open_model(path, RunOptions(**given | {"vram_budget": parse_budgets(vram_budget)}))
@@ -88,7 +97,8 @@ def open_model(path: str | Path, options: RunOptions) -> Model:
 
 @dataclass(frozen=True)
 class ModelStats:
-    """How a model runs and what it did. file_bytes: its weights; kv_bytes: keys and values of a full context; device_bytes: of all buffers on each device.
+    """How a model runs and what it did. file_bytes: its weights; kv_bytes: keys and values of a full context;
+    device_bytes: of all buffers on each device.
 
     total: the figures of all generations that have ended, together; generations: their number.
     """
@@ -135,11 +145,15 @@ class Model(Closing):
 
     @property
     def special_tokens(self) -> dict[str, Any]:
-        """What the file's chat template may name: bos_token, eos_token and others -> their texts; `additional_special_tokens` is a list."""
+        """What the file's chat template may name: bos_token, eos_token and others -> their texts;
+        `additional_special_tokens` is a list.
+        """
         return self.tokenizer.special_tokens(self.metadata.get(SPECIAL_TOKENS))
 
     def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
-        """Ids of a text; add_special: with the start token, where the tokenizer adds one; parse_special: `<s>` in the text is the token."""
+        """Ids of a text; add_special: with the start token, where the tokenizer adds one; parse_special: `<s>` in the
+        text is the token.
+        """
         self._open_engine()
         if not isinstance(text, str):
             raise UserError(f"text is a {type(text).__name__}, expected a str")
@@ -178,12 +192,17 @@ class Model(Closing):
         """Continue a prompt (text, or ids): an iterator of pieces of text, for `for` and for `async for`.
 
         A long prompt is computed with every neuron where that is faster: no less accurate than the mode itself.
-        max_tokens: None (or -1) goes on until the model ends or the context is full. stop: a text that ends it, or several: the text is cut where the first of them begins.
-        cache_prompt: reuse what the previous generation had computed of this prompt, as a chat does; the logits may then differ slightly from those of a fresh run.
-        logits_processors: called one after the other for each token with the ids so far, int32 [n], and its logits, float32 [n_vocab]; each returns the logits to go on with.
-        on_token: called with each `Token`. on_prompt: called with the tokens of the prompt computed so far and their number, after every batch. Either ends the generation by returning False.
-        Asynchronous generations of one model run one after the other. Raises UserError for a prompt that is empty, longer than the context or with ids out of the vocabulary,
-        and for an argument that is not of its kind or out of range.
+        max_tokens: None (or -1) goes on until the model ends or the context is full. stop: a text that ends it, or
+        several: the text is cut where the first of them begins.
+        cache_prompt: reuse what the previous generation had computed of this prompt, as a chat does; the logits may
+        then differ slightly from those of a fresh run.
+        logits_processors: called one after the other for each token with the ids so far, int32 [n], and its logits,
+        float32 [n_vocab]; each returns the logits to go on with.
+        on_token: called with each `Token`. on_prompt: called with the tokens of the prompt computed so far and their
+        number, after every batch. Either ends the generation by returning False.
+        Asynchronous generations of one model run one after the other. Raises UserError for a prompt that is empty,
+        longer than the context or with ids out of the vocabulary, and for an argument that is not of its kind or out of
+        range.
         """
         self._open_engine()
         self._totals()
@@ -239,7 +258,9 @@ class Model(Closing):
         self._open_engine().counters.reset()
 
     def close(self) -> None:
-        """Free the model, when what is being computed has ended; generations of other threads then raise UserError. Calling it twice does no harm."""
+        """Free the model, when what is being computed has ended; generations of other threads then raise UserError.
+        Calling it twice does no harm.
+        """
         self._closed = True
         self.tokenizer.close()
         self._engine.close()

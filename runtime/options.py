@@ -32,8 +32,8 @@ class RunOptions:
     n_batch: tokens of a prompt computed at once. predictor_bias: added to the predictors' scores, in units of their
     typical error; infinity makes every neuron a candidate. cpus: processors to compute on, () for all.
     priority: as in runtime/base/processors.py. device: names as `python -m runtime devices` lists them, with commas.
-    vram_budget: bytes on each device, () for what is free. hot: neurons of every block, or of each, on the first device;
-    with it, all attention and the head are there too. trace: a file for Chrome's trace viewer.
+    vram_budget: bytes on each device, () for what is free. hot: neurons of every block, or of each, on the first
+    device; with it, all attention and the head are there too. trace: a file for Chrome's trace viewer.
     Where the types are narrow, more is taken and turned into them: see `runtime.load`.
     Raises UserError for values that no model allows, or this machine does not.
     """

@@ -13,7 +13,9 @@ from runtime.engine import Engine
 
 
 class CachedSequence:
-    """A sequence that continues from the longest prefix whose keys and values are there. number: its own in the engine."""
+    """A sequence that continues from the longest prefix whose keys and values are there. number: its own in the
+    engine.
+    """
 
     def __init__(self, engine: Engine, number: int = 0) -> None:
         self.engine, self.number = engine, number
@@ -24,13 +26,16 @@ class CachedSequence:
         self.engine.exclusively(lambda: self._keep(0))
 
     def reusable(self, ids: Sequence[int]) -> int:
-        """How many of `ids` need not be computed again: the known prefix, without the last id, whose logits are wanted."""
+        """How many of `ids` need not be computed again: the known prefix, without the last id, whose logits are
+        wanted.
+        """
         return self.engine.exclusively(lambda: self._reusable(ids))
 
     def logits(
         self, ids: Sequence[int], every: bool = False, counters: Counters | None = None
     ) -> npt.NDArray[np.float32]:
-        """Logits after the last of `ids`, float32 [1, n_vocab]; every: at each of them, [n, n_vocab], all computed anew.
+        """Logits after the last of `ids`, float32 [1, n_vocab]; every: at each of them, [n, n_vocab], all computed
+        anew.
 
         counters: what the FFNs did is added to them.
         """

@@ -23,7 +23,9 @@ _SMALLEST, _LARGEST = 1 << 14, 1 << 30  # bytes: a budget in MiB has few digits,
 
 @dataclass(frozen=True)
 class BudgetRange:
-    """Budgets in bytes. least: what buffers alone take, below which nothing can be on the device; most: enough for everything, or all there is."""
+    """Budgets in bytes. least: what buffers alone take, below which nothing can be on the device; most: enough for
+    everything, or all there is.
+    """
 
     least: int
     most: int
@@ -40,8 +42,9 @@ class BudgetRange:
 def placements(file: GgufFile, options: PlanOptions, wanted: int | None, free: int | None) -> dict[str, Any]:
     """The placements for a page's slider, by increasing budget, and where it begins.
 
-    options: of one device; its budget does not matter. wanted: bytes that must be among the budgets, and where the slider begins;
-    None for about half of what everything takes. free: bytes of the device that may be used, None for as many as are needed.
+    options: of one device; its budget does not matter. wanted: bytes that must be among the budgets, and where the
+    slider begins; None for about half of what everything takes. free: bytes of the device that may be used, None for as
+    many as are needed.
     """
     blocks, head = model_costs(file, options)
     whole = _whole(blocks, head, machine_of(file.structure, options))
@@ -71,7 +74,9 @@ def placements(file: GgufFile, options: PlanOptions, wanted: int | None, free: i
 
 
 def choose(span: BudgetRange, wanted: Sequence[int], speed: Callable[[int], float], n: int = BUDGETS) -> list[int]:
-    """At most `n` budgets, increasing: none, all, those that are wanted, some at equal distances, and the others where `speed` changes most."""
+    """At most `n` budgets, increasing: none, all, those that are wanted, some at equal distances, and the others where
+    `speed` changes most.
+    """
     step = (span.most - span.least) / _EVEN
     even = [int(span.least + i * step) // span.unit * span.unit for i in range(_EVEN)]
     found = sorted({0, *even, *wanted, span.most})
@@ -104,7 +109,9 @@ def _rounded_up(n: int) -> int:
 
 
 def _row(found: PlacedModel) -> dict[str, Any]:
-    """One budget's placement, with one list for each figure of the layers. waits: d or c, the side that a layer waits for."""
+    """One budget's placement, with one list for each figure of the layers. waits: d or c, the side that a layer waits
+    for.
+    """
     (device,), layers = found.devices, found.layers
     return {
         **asdict(device),

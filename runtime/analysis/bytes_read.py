@@ -15,7 +15,9 @@ from runtime.model_file.tensor_names import NEURON_FREQ, in_block
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Shares of the neurons that fired on the calibration text: of each layer (0 without an FFN), and on average of those that have one; None where the file does not say."""
+    """Shares of the neurons that fired on the calibration text: of each layer (0 without an FFN), and on average of
+    those that have one; None where the file does not say.
+    """
 
     calibrated: bool
     layer_shares: list[float] | None
@@ -33,7 +35,8 @@ def sparsity_of(file: GgufFile) -> Sparsity:
 
 
 def traffic_by_mode(file: GgufFile, shares: Sequence[float] | None) -> dict[str, Traffic | None]:
-    """What a token reads: `dense`; `exact_all`, `exact_none` and `exact_calibrated` when all neurons, none, or the usual
+    """What a token reads: `dense`; `exact_all`, `exact_none` and `exact_calibrated` when all neurons, none, or the
+    usual
     ones fire; `predicted_calibrated` as measured. None where the file does not say.
 
     shares: of each layer's neurons, those that fired on the calibration text.

@@ -1,4 +1,6 @@
-"""What a model file holds, without running it: structure, tensors by group, tokenizer, and the bytes that a token reads."""
+"""What a model file holds, without running it: structure, tensors by group, tokenizer, and the bytes that a token
+reads.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""How unevenly the neurons of each layer fire, and what its predictor achieves: what the file says of the calibration text."""
+"""How unevenly the neurons of each layer fire, and what its predictor achieves: what the file says of the calibration
+text.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ class PredictorFigures:
 
 
 def read_frequencies(file: GgufFile) -> list[Frequencies]:
-    """How often each neuron fires, for each layer, hottest first; empty without an FFN. Raises UserError where the file does not say."""
+    """How often each neuron fires, for each layer, hottest first; empty without an FFN. Raises UserError where the file
+    does not say.
+    """
     if file.structure.neuron_order != "hot":
         raise UserError(
             f"`{file.path}`: holds no neuron frequencies: it was converted without calibration",

@@ -1,4 +1,6 @@
-"""All that the page of `python -m runtime report` shows of a model, on a machine that is there, described or assumed."""
+"""All that the page of `python -m runtime report` shows of a model, on a machine that is there, described or
+assumed.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,9 @@ def page_of(
 ) -> dict[str, Any]:
     """The facts of an open model, as JSON can hold them (docs/commands/runtime-report.md lists them).
 
-    threads: as it was asked for. device: a device of this machine, None for the first GPU, if there is one. budgets: bytes
-    of the one device, where the slider begins; () for about half of the model. figures: of the machine, instead of those
-    that are measured. Raises UserError for several devices, and for one that is not there.
+    threads: as it was asked for. device: a device of this machine, None for the first GPU, if there is one. budgets:
+    bytes of the one device, where the slider begins; () for about half of the model. figures: of the machine, instead
+    of those that are measured. Raises UserError for several devices, and for one that is not there.
     """
     names = parse_names(device) if device else ()
     if max(len(budgets), len(figures.device_bandwidths or ()), len(names)) > 1:
@@ -70,7 +72,9 @@ class _PlannedMachine:
 
 
 def _machine(run: SettledOptions, device: str | None, figures: MachineFigures) -> _PlannedMachine:
-    """A device that is named, or else the first GPU unless another one is described, is measured. Where there is none, one is assumed."""
+    """A device that is named, or else the first GPU unless another one is described, is measured. Where there is none,
+    one is assumed.
+    """
     names = device or ("" if figures.device_bandwidths else AUTO)
     found = find(parse_names(names)) if names else []
     known = figures.known()

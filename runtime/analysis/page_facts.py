@@ -46,7 +46,9 @@ def facts_of(file: GgufFile) -> dict[str, Any]:
 
 
 def bounds(facts: Mapping[str, Any], rates: Mapping[str, float]) -> list[dict[str, Any]]:
-    """For each mode, the tokens/s that each memory (bytes/s, by name) allows at most: its bandwidth over the bytes that a token reads."""
+    """For each mode, the tokens/s that each memory (bytes/s, by name) allows at most: its bandwidth over the bytes that
+    a token reads.
+    """
     return [
         {"mode": mode["mode"], "bytes": mode["bytes"], **{name: rate / mode["bytes"] for name, rate in rates.items()}}
         for mode in facts["modes"]
@@ -54,14 +56,18 @@ def bounds(facts: Mapping[str, Any], rates: Mapping[str, float]) -> list[dict[st
 
 
 def curve(freq: Frequencies) -> list[float]:
-    """The share of the activations that the hottest 0, 1, 2 .. 100 % of the neurons carry; all 0 where none ever fires."""
+    """The share of the activations that the hottest 0, 1, 2 .. 100 % of the neurons carry; all 0 where none ever
+    fires.
+    """
     carried = np.append(0.0, carried_shares(freq))
     at = np.rint(np.linspace(0, len(freq), POINTS + 1)).astype(int)
     return [round(float(share), 3) for share in carried[at]]
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: numpy's numbers and arrays as Python's, no NaN or infinity (None), long texts cut, floats with nine digits, whole ones as integers."""
+    """`value` as JSON can hold it: numpy's numbers and arrays as Python's, no NaN or infinity (None), long texts cut,
+    floats with nine digits, whole ones as integers.
+    """
     if isinstance(value, Mapping):
         return {plain(str(key)): plain(item) for key, item in value.items()}
     if isinstance(value, str):
@@ -96,7 +102,9 @@ def _texts(file: GgufFile, group: str, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _layers(file: GgufFile, frequencies: Sequence[Frequencies]) -> list[dict[str, Any]]:
-    """Per layer: what fires (without calibration nothing), and the predictor (rank 0: none) with what was measured of it."""
+    """Per layer: what fires (without calibration nothing), and the predictor (rank 0: none) with what was measured of
+    it.
+    """
     s, n = file.structure, file.structure.block_count
     firing = [asdict(layer_firing(freq)) for freq in frequencies] or [{} for _ in range(n)]
     measured = [found.as_json() for found in predictor_figures(file.metadata, n) or ()] or [{} for _ in range(n)]

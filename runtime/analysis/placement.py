@@ -29,7 +29,8 @@ class DeviceUse:
 
 @dataclass(frozen=True)
 class PlacedLayer:
-    """Where one layer is. hot: neurons on each device, of `neurons`; activations: the share of what fires that they are.
+    """Where one layer is. hot: neurons on each device, of `neurons`; activations: the share of what fires that they
+    are.
 
     seconds: for one token; limit: the side that is waited for.
     """
@@ -61,7 +62,8 @@ class PlacedModel:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """A placement, and what it is for. calibrated: whether the file says how often neurons fire; without, all are taken to.
+    """A placement, and what it is for. calibrated: whether the file says how often neurons fire; without, all are taken
+    to.
 
     cpu_only_seconds: for one token without a device.
     """
@@ -83,7 +85,9 @@ class PlanReport:
 
 @dataclass(frozen=True)
 class MachineFigures:
-    """Some figures of a machine, as far as they are known: in bytes/s and seconds. positions: what a token is to see."""
+    """Some figures of a machine, as far as they are known: in bytes/s and seconds. positions: what a token is to
+    see.
+    """
 
     device_bandwidths: tuple[float, ...] | None = None
     cpu_bandwidth: float | None = None
@@ -100,9 +104,9 @@ def plan_report(
 ) -> PlanReport:
     """Where an open model would be.
 
-    device: names of devices of this machine, which are measured except where `figures` says; None for one that `figures`
-    describes. budgets: bytes of each. Raises UserError for a device that is not there, and for a description that lacks
-    something.
+    device: names of devices of this machine, which are measured except where `figures` says; None for one that
+    `figures` describes. budgets: bytes of each. Raises UserError for a device that is not there, and for a description
+    that lacks something.
     """
     if device:
         options = replace(measured_options(device, budgets, run), **figures.known())

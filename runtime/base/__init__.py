@@ -1,1 +1,3 @@
-"""What everything may use: owners of handles, the worker thread, arguments, files that are written whole, and the machine's limits."""
+"""What everything may use: owners of handles, the worker thread, arguments, files that are written whole, and the
+machine's limits.
+"""

@@ -1,4 +1,5 @@
-"""Arguments of the Python interface: each function returns its value in plain Python form, or raises one UserError that names the argument.
+"""Arguments of the Python interface: each function returns its value in plain Python form, or raises one UserError that
+names the argument.
 
 Numbers of numpy are numbers, and a single stop text or function stands for a list of it. Truth values are no numbers.
 """
@@ -53,7 +54,9 @@ def limit(name: str, value: Any) -> int | None:
 
 
 def token_ids(name: str, values: Any, n_vocab: int, expected: str = "a list of token ids") -> list[int]:
-    """Ids of a vocabulary of `n_vocab` tokens: a list, a tuple, an array of one dimension, or what else gives whole numbers in order."""
+    """Ids of a vocabulary of `n_vocab` tokens: a list, a tuple, an array of one dimension, or what else gives whole
+    numbers in order.
+    """
     found = None if isinstance(values, (str, Set)) else _listed(values)
     if found is None:
         raise _wrong(name, values, expected)

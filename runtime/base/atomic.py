@@ -26,7 +26,9 @@ _KINDS: tuple[tuple[_Is, str], ...] = (
 
 
 def new_path(text: str | Path, example: str = "model.gguf") -> Path:
-    """The name of a file to be written, as a user gave it. Raises UserError for what names none: "", "-", or a folder."""
+    """The name of a file to be written, as a user gave it. Raises UserError for what names none: "", "-", or a
+    folder.
+    """
     given = os.fspath(text)
     if given in ("", "-") or "\0" in given:
         found = "standard output" if given == "-" else "no name of a file"
@@ -39,7 +41,8 @@ def new_path(text: str | Path, example: str = "model.gguf") -> Path:
 def place_of(out: Path, example: str = "model.gguf") -> Path:
     """Where a file called `out` is to be put: where that points to, if it is a symbolic link.
 
-    Raises UserError for what is there and is no regular file, and for a missing folder; OSError for names that are too long, and links in a circle.
+    Raises UserError for what is there and is no regular file, and for a missing folder; OSError for names that are too
+    long, and links in a circle.
     """
     mode = _mode(out)
     if stat.S_ISDIR(mode):
@@ -65,7 +68,8 @@ def _mode(path: Path) -> int:
 def check_target(out: Path, nbytes: int, force: bool, example: str = "model.gguf", inputs: Iterable[Path] = ()) -> None:
     """Raise UserError or OSError unless a file of `nbytes` can be put at `out`.
 
-    It must be a new name in a folder that can be written to, or with `force` a file that can be replaced and is none of `inputs`.
+    It must be a new name in a folder that can be written to, or with `force` a file that can be replaced and is none of
+    `inputs`.
     example: a name for it, where `out` is a folder.
     """
     place = place_of(out, example)
@@ -95,14 +99,18 @@ def check_space(folder: Path, nbytes: int) -> None:
 
 @contextmanager
 def writing(out: Path) -> Iterator[Workspace]:
-    """A workspace for the file `out`, or what it points to: see `runtime.base.workspace`. Raises what `place_of` raises."""
+    """A workspace for the file `out`, or what it points to: see `runtime.base.workspace`. Raises what `place_of`
+    raises.
+    """
     with workspace(place_of(out), out) as work:
         yield work
 
 
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
-    """A temporary path whose file takes `out`'s place at the end, or goes away. An OSError that names no file names `out`."""
+    """A temporary path whose file takes `out`'s place at the end, or goes away. An OSError that names no file names
+    `out`.
+    """
     with writing(out) as work:
         partial = work.folder / work.target.name
         with naming(out):

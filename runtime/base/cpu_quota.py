@@ -1,4 +1,5 @@
-"""How many processors' worth of time this process may use: the CPU quota of its control groups (Linux, versions 1 and 2).
+"""How many processors' worth of time this process may use: the CPU quota of its control groups (Linux, versions 1 and
+2).
 
 A container with a quota sees all processors of its host; more threads than the quota are stopped for most of the time.
 """
@@ -67,7 +68,9 @@ def _plain(field: str) -> str:
 
 
 def _folders(mount: _Mount, group: PurePosixPath) -> Iterator[Path]:
-    """The folder of a group, and those above it up to the mount's own; only this where the group is outside of what is mounted."""
+    """The folder of a group, and those above it up to the mount's own; only this where the group is outside of what is
+    mounted.
+    """
     inside = group.relative_to(mount.root).parts if group.is_relative_to(mount.root) else ()
     if ".." in inside:  # a group outside of this process's name space
         inside = ()

@@ -1,4 +1,6 @@
-"""Numbers for people: one way to write each kind of them. Results for scripts are numbers, and never come through here."""
+"""Numbers for people: one way to write each kind of them. Results for scripts are numbers, and never come through
+here.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The user's home folder, which a service or a container may not have: no HOME, and a user whom the system does not know."""
+"""The user's home folder, which a service or a container may not have: no HOME, and a user whom the system does not
+know.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The processors of this machine: how many threads compute, on which of them, and how the system ranks these threads."""
+"""The processors of this machine: how many threads compute, on which of them, and how the system ranks these
+threads.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ FIFO = {"medium": 40, "high": 80, "realtime": 90}  # what ggml asks of the syste
 
 @dataclass(frozen=True)
 class Threads:
-    """Threads of one model. cpus: the processors they may use, empty for all of the process's; priority: a key of PRIORITIES.
+    """Threads of one model. cpus: the processors they may use, empty for all of the process's; priority: a key of
+    PRIORITIES.
 
     What is asked for here stays with the process's computing threads until another model asks otherwise.
     """
@@ -34,7 +37,9 @@ class Threads:
 
     @classmethod
     def of(cls, n: int | None, cpus: tuple[int, ...], priority: str) -> Threads:
-        """Checked; n: None for `default_threads`, of `cpus` where some are named. Raises UserError for what this machine does not have or allow."""
+        """Checked; n: None for `default_threads`, of `cpus` where some are named. Raises UserError for what this
+        machine does not have or allow.
+        """
         n = default_threads(cpus) if n is None else whole("threads", n, 1, MAX_THREADS)
         if priority not in list(PRIORITIES):  # of any type
             raise UserError(f"priority `{priority}`, expected one of {', '.join(PRIORITIES)}")
@@ -46,7 +51,8 @@ class Threads:
 
 
 def default_threads(among: Sequence[int] = (), per_processor: bool = False) -> int:
-    """Threads to compute with where nobody says how many: one per physical core (or processor) that this process may use, of `among` if any are named.
+    """Threads to compute with where nobody says how many: one per physical core (or processor) that this process may
+    use, of `among` if any are named.
 
     No more than the processors' worth of time that its CPU quota allows, rounded down; at least 1.
     """
@@ -55,12 +61,16 @@ def default_threads(among: Sequence[int] = (), per_processor: bool = False) -> i
 
 
 def physical_cores(among: tuple[int, ...] = ()) -> int:
-    """Cores that this process may use (of the processors `among`, if any), counting hyper-threads of one core once; at least 1."""
+    """Cores that this process may use (of the processors `among`, if any), counting hyper-threads of one core once; at
+    least 1.
+    """
     return max(1, len({_siblings(cpu) for cpu in among or _usable()}))
 
 
 def chosen_cpus(cpus: str | Iterable[int]) -> tuple[int, ...]:
-    """Processors as `runtime.load` takes them: numbers, or a text as `parse_cpus` does. Raises UserError for anything else."""
+    """Processors as `runtime.load` takes them: numbers, or a text as `parse_cpus` does. Raises UserError for anything
+    else.
+    """
     if isinstance(cpus, str):
         try:
             return parse_cpus(cpus) if cpus else ()

@@ -1,7 +1,7 @@
 """Amounts of memory and of disk as people write them: one parser for all options and arguments.
 
-GiB, MiB and KiB are powers of 1024; GB, MB and KB, or G, M and K alone, are powers of 1000, as in gguf-split and on the Hub. A number without a unit
-counts GiB where an option says so, and is refused everywhere else.
+GiB, MiB and KiB are powers of 1024; GB, MB and KB, or G, M and K alone, are powers of 1000, as in gguf-split and on the
+Hub. A number without a unit counts GiB where an option says so, and is refused everywhere else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ _UNITS = "G and M are 10^9 and 10^6 bytes, GiB and MiB are 2^30 and 2^20"
 
 
 def parse_size(text: str, what: str) -> int:
-    """Bytes of "45G", "500 MB", "1.5GiB" or "1000B"; what: the option, in errors. Raises UserError for anything else."""
+    """Bytes of "45G", "500 MB", "1.5GiB" or "1000B"; what: the option, in errors. Raises UserError for anything
+    else.
+    """
     text = str(text)  # from Python it may be a number, which has no unit
     number, unit = _parsed(text, f"{what} `{_shown(text)}`, expected a size such as 45G or 500M")
     if not unit:
@@ -32,7 +34,9 @@ def parse_size(text: str, what: str) -> int:
 
 
 def parse_budgets(value: str | float | None) -> tuple[int, ...]:
-    """Bytes of memory on each device: "6", 6 and "6GiB" are six GiB, "800MiB" is in MiB; with commas, several; () for None. Raises UserError."""
+    """Bytes of memory on each device: "6", 6 and "6GiB" are six GiB, "800MiB" is in MiB; with commas, several; () for
+    None. Raises UserError.
+    """
     what = "memory budget"
     expected = f"{what} `{_shown(value)}`, expected GiB, e.g. 6, or 800MiB; several devices: 6,4"
     if value is None:

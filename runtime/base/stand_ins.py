@@ -22,5 +22,6 @@ def refuse_stand_in(path: Path) -> None:
     if found.startswith(b"<!doctype html"):
         raise UserError(
             f"`{path}`: a web page, not the file itself",
-            "the download brought a page, perhaps of a log-in: fetch the file again, or give the repository's name on the Hub",
+            "the download brought a page, perhaps of a log-in: fetch the file again, "
+            "or give the repository's name on the Hub",
         )

@@ -1,7 +1,8 @@
 """The one thread that makes ggml's calls, one after the other, whichever threads ask for them.
 
-ggml's CPU backend is an OpenMP build: the team of threads belongs to whoever calls it, so all calls come from here. What a call may read is freed here,
-too: behind that call, which may still run when the thread that asked for it was interrupted (Ctrl-C) and has gone on.
+ggml's CPU backend is an OpenMP build: the team of threads belongs to whoever calls it, so all calls come from here.
+What a call may read is freed here, too: behind that call, which may still run when the thread that asked for it was
+interrupted (Ctrl-C) and has gone on.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class _Call(Future[T]):
         self._function, self.kept, self.given_up = function, kept, False
 
     def run(self) -> None:
-        """Call the function, unless it was given up before it began. Whoever waits for one that stopped half-way goes on waiting."""
+        """Call the function, unless it was given up before it began. Whoever waits for one that stopped half-way goes
+        on waiting.
+        """
         if not self.set_running_or_notify_cancel():
             return
         try:
@@ -61,7 +64,8 @@ class Worker:
         self._present: _Call[Any] | None = None
         self._process = os.getpid()
         self._ending = False
-        # A daemon: when the main thread has ended, others may go on computing and are waited for. Then `end` waits for this one.
+        # A daemon: when the main thread has ended, others may go on computing and are waited for. Then `end` waits for
+        # this one.
         self._thread = threading.Thread(target=self._work, name="ggml", daemon=True)
         self._thread.start()
 
@@ -75,7 +79,8 @@ class Worker:
     def run(self, function: Callable[[], T]) -> T:
         """Call `function` on the worker, and wait for it.
 
-        Where the wait is interrupted, the function is not begun, or goes on until it asks `is_wanted`. Raises UserError in a child of the worker's process.
+        Where the wait is interrupted, the function is not begun, or goes on until it asks `is_wanted`. Raises UserError
+        in a child of the worker's process.
         """
         return self._wait(function, kept=False)
 
@@ -104,7 +109,9 @@ class Worker:
             del call  # which an error of the function's refers to
 
     def post(self, function: Callable[[], object]) -> None:
-        """Let the worker call `function` behind all else, without waiting: also for finalisers, on whichever thread they run. Errors are printed."""
+        """Let the worker call `function` behind all else, without waiting: also for finalisers, on whichever thread
+        they run. Errors are printed.
+        """
         self._calls.put(_Call(lambda: _reported(function), kept=True))
 
     @property
@@ -113,7 +120,9 @@ class Worker:
         return self._process == os.getpid()
 
     def is_wanted(self) -> bool:
-        """Whether anybody still waits for what the worker does now: to be asked by what takes long and can stop half-way."""
+        """Whether anybody still waits for what the worker does now: to be asked by what takes long and can stop
+        half-way.
+        """
         call = self._present
         return call is None or call.kept or not (call.given_up or self._ending)
 
@@ -124,7 +133,9 @@ class Worker:
         return function()
 
     def end(self) -> None:
-        """Finish or stop what is being done, so that no native code runs while the process ends. Threads that wait for something else go on waiting."""
+        """Finish or stop what is being done, so that no native code runs while the process ends. Threads that wait for
+        something else go on waiting.
+        """
         if self.is_ours:
             self._ending = True
             self._calls.put(None)
@@ -172,7 +183,8 @@ def stop_if_unwanted() -> None:
 class OfWorker(Closing):
     """Base class of owners whose handles are made, used and freed on the worker.
 
-    They are freed behind whatever the worker does: by `close`, or when nothing refers to the owner any more. what: its name in errors.
+    They are freed behind whatever the worker does: by `close`, or when nothing refers to the owner any more. what: its
+    name in errors.
     """
 
     def __init__(self, what: str) -> None:

@@ -1,7 +1,8 @@
-"""A folder beside a file that is to be written: it is written there, then renamed into its place, so it is there whole or not at all.
+"""A folder beside a file that is to be written: it is written there, then renamed into its place, so it is there whole
+or not at all.
 
-The folder's name follows from the file's, and a lock in it tells a run that writes from one that was killed: what the latter left
-behind, the next run to the same file removes. Knows nothing of what is written.
+The folder's name follows from the file's, and a lock in it tells a run that writes from one that was killed: what the
+latter left behind, the next run to the same file removes. Knows nothing of what is written.
 """
 
 from __future__ import annotations
@@ -35,15 +36,19 @@ _BUSY = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # how systems say that 
 
 @dataclass(frozen=True)
 class Workspace:
-    """An open one. folder: what files are written to, each by the name it is to have; target: the absolute path of the one they are for."""
+    """An open one. folder: what files are written to, each by the name it is to have; target: the absolute path of the
+    one they are for.
+    """
 
     folder: Path
     target: Path
 
     def publish(self, names: Sequence[str], obsolete: Sequence[Path] = ()) -> None:
-        """Move files of the folder to where `target` is, replacing what is there; then `obsolete` ones are gone. After an exception all is as it was.
+        """Move files of the folder to where `target` is, replacing what is there; then `obsolete` ones are gone. After
+        an exception all is as it was.
 
-        Of several files the first is what makes the others a whole: it is the first to be taken away and the last to come.
+        Of several files the first is what makes the others a whole: it is the first to be taken away and the last to
+        come.
         """
         for name in names:
             _finish(self.folder / name, self.target.with_name(name))
@@ -70,7 +75,9 @@ class Workspace:
 
 
 def _take_back(folder: Path, target: Path) -> None:
-    """Undo an exchange of files that was not finished, here or in a run that was killed: new ones go, old ones return."""
+    """Undo an exchange of files that was not finished, here or in a run that was killed: new ones go, old ones
+    return.
+    """
     names = [os.fsdecode(name) for name in (folder / _COMING).read_bytes().split(b"\0") if name]
     if not any((folder / name).exists() for name in names):
         return  # it was finished, or had not begun
@@ -85,8 +92,8 @@ def _take_back(folder: Path, target: Path) -> None:
 def workspace(target: Path, name: Path) -> Iterator[Workspace]:
     """A workspace for `target`, emptied of what a killed run has left in it, and removed at the end.
 
-    name: what errors about files in the workspace are to say instead. Raises UserError where another process (or thread) writes to the same
-    target, and OSError where the folder cannot be written.
+    name: what errors about files in the workspace are to say instead. Raises UserError where another process (or
+    thread) writes to the same target, and OSError where the folder cannot be written.
     """
     absolute = Path(os.path.abspath(target))  # noqa: PTH100 - resolve() would follow links
     digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]  # a name of any length fits
@@ -107,7 +114,8 @@ def workspace(target: Path, name: Path) -> Iterator[Workspace]:
 def _hold(folder: Path, name: Path) -> tuple[Path, int]:
     """Make the folder and lock it; returns its path and the lock's descriptor.
 
-    One with a name of its own, which nobody else will ever remove, where the folder is another user's or the file system has no locks.
+    One with a name of its own, which nobody else will ever remove, where the folder is another user's or the file
+    system has no locks.
     """
     while True:
         try:
@@ -258,7 +266,9 @@ def _placing(target: Path, name: Path, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let errors of the operating system that name no file name this one: reads and writes do not say which file it was."""
+    """Let errors of the operating system that name no file name this one: reads and writes do not say which file it
+    was.
+    """
     try:
         yield
     except OSError as error:

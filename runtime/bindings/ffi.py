@@ -3,7 +3,8 @@
     @stub(GGML_BASE)
     def ggml_nbytes(tensor: TensorP) -> SizeT: ...
 
-The annotations are the declaration: each one carries the ctypes type for the call and the C spelling that a test hands to the C compiler together with the installed headers.
+The annotations are the declaration: each one carries the ctypes type for the call and the C spelling that a test hands
+to the C compiler together with the installed headers.
 This module knows where llama-cpp-python keeps its shared libraries; it knows nothing of what they do.
 """
 
@@ -115,8 +116,9 @@ def _file_names(name: str) -> tuple[str, ...]:
 
 
 def _open(name: str) -> ctypes.CDLL:
-    # The wheel holds each library under three names that are copies. The loader tells copies apart by file, so whichever was opened first must be found again by its soname: a second copy
-    # would have its own registries of backends.
+    # The wheel holds each library under three names that are copies. The loader tells copies apart by file, so
+    # whichever was opened first must be found again by its soname: a second copy would have its own registries of
+    # backends.
     if hasattr(os, "RTLD_NOLOAD"):
         try:
             return ctypes.CDLL(f"lib{name}.so.0", mode=os.RTLD_NOLOAD | os.RTLD_LOCAL)

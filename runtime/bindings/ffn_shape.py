@@ -25,7 +25,9 @@ class FfnShape:
 
     @property
     def product_length(self) -> int:
-        """Elements of the FFN's product for one token: n_embd, and the sum of its neurons' squares where they are normalised."""
+        """Elements of the FFN's product for one token: n_embd, and the sum of its neurons' squares where they are
+        normalised.
+        """
         return self.n_embd + self.sub_norm
 
     def part(self, n_ff: int) -> FfnShape:

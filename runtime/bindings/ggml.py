@@ -1,4 +1,5 @@
-"""ggml's C functions and structs as used here, each declared once: names, types and order as in the headers of the pinned llama-cpp-python (a test compares them).
+"""ggml's C functions and structs as used here, each declared once: names, types and order as in the headers of the
+pinned llama-cpp-python (a test compares them).
 
 No `from __future__ import annotations` here: the annotations are read when a stub is first called.
 """

@@ -1,4 +1,6 @@
-"""ggml's devices, their streams and events, as declared in ggml-backend.h (like `runtime.bindings.ggml`; a test compares them with the headers)."""
+"""ggml's devices, their streams and events, as declared in ggml-backend.h (like `runtime.bindings.ggml`; a test
+compares them with the headers).
+"""
 
 import ctypes
 from typing import Annotated

@@ -1,4 +1,6 @@
-"""libllama's C functions as used here: vocabulary and samplers, no model weights (declared as in `runtime.bindings.ggml`)."""
+"""libllama's C functions as used here: vocabulary and samplers, no model weights (declared as in
+`runtime.bindings.ggml`).
+"""
 
 import ctypes
 from typing import Annotated

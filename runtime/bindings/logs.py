@@ -15,7 +15,9 @@ from runtime.bindings import ggml, llama
 
 
 class _LinesOfThread(threading.local):
-    """Lines kept for the calls of one thread, the innermost last: ggml and libllama log on the thread that calls them."""
+    """Lines kept for the calls of one thread, the innermost last: ggml and libllama log on the thread that calls
+    them.
+    """
 
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
@@ -38,7 +40,9 @@ _on_log = ggml.LOG_CALLBACK(_print_or_keep)  # kept alive as long as the librari
 
 @contextlib.contextmanager
 def captured_log() -> Iterator[list[str]]:
-    """Collect the lines that ggml and libllama log on this thread meanwhile; nothing is printed unless `LAZYNEURON_LOG` is set."""
+    """Collect the lines that ggml and libllama log on this thread meanwhile; nothing is printed unless `LAZYNEURON_LOG`
+    is set.
+    """
     silence()
     collected: list[str] = []
     _kept.calls.append(collected)

@@ -1,4 +1,6 @@
-"""What a shell offers when Tab is pressed on one of our command lines: argcomplete's work, told which files an argument takes."""
+"""What a shell offers when Tab is pressed on one of our command lines: argcomplete's work, told which files an argument
+takes.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from typing import Any
 
 
 def asked() -> tuple[int, list[str]] | None:
-    """Where a shell asks: which word of its line is the program, from 1, and the words after it before the one being typed."""
+    """Where a shell asks: which word of its line is the program, from 1, and the words after it before the one being
+    typed.
+    """
     if "_ARGCOMPLETE" not in os.environ:
         return None
     program, line = int(os.environ["_ARGCOMPLETE"]), os.environ["COMP_LINE"]

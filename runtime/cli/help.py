@@ -1,4 +1,5 @@
-"""How `--help` looks: the same text on every version of Python, without colour, 100 columns wide where no terminal says otherwise.
+"""How `--help` looks: the same text on every version of Python, without colour, 100 columns wide where no terminal says
+otherwise.
 
 argparse has changed its layout between 3.10 and 3.14; the documentation embeds these texts. Knows nothing of commands.
 """

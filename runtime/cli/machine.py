@@ -54,7 +54,9 @@ def machine_options(
 
 
 def add_machine(parser: Parser, budget: str, device_bandwidth: str, cpu_bandwidth: str = "") -> None:
-    """What is planned for, which the command gets as `machine`. The texts explain --vram-budget, --device-bandwidth and --cpu-bandwidth."""
+    """What is planned for, which the command gets as `machine`. The texts explain --vram-budget, --device-bandwidth and
+    --cpu-bandwidth.
+    """
 
     def gathered(options: dict[str, Any]) -> dict[str, Any]:
         machine = machine_options(**{name: options[name] for name in _OPTIONS})

@@ -52,7 +52,9 @@ def add_json(parser: Parser) -> None:
 
 
 def writes(parser: Parser, *names: str) -> None:
-    """Say that the options `names` are files to be written: whether they can be is checked before anything is fetched."""
+    """Say that the options `names` are files to be written: whether they can be is checked before anything is
+    fetched.
+    """
 
     def check(options: dict[str, Any]) -> dict[str, Any]:
         for name in names:

@@ -24,7 +24,9 @@ def console(width: int = WIDTH) -> Console:
 
 
 def new_table(*columns: str, title: str | None = None, left: Iterable[str] = ()) -> Table:
-    """A table without lines, of figures that stand right; left: columns of texts, and the first one is if it is among them."""
+    """A table without lines, of figures that stand right; left: columns of texts, and the first one is if it is among
+    them.
+    """
     from rich.table import Table  # noqa: PLC0415  (as above)
 
     table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)

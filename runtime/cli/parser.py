@@ -38,7 +38,9 @@ class Parser(HelpParser):
         self._refuse(message)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As argparse's; a command reports options that it does not know by itself, not through the command line above it."""
+        """As argparse's; a command reports options that it does not know by itself, not through the command line above
+        it.
+        """
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             option = unknown[0].partition("=")[0]

@@ -1,4 +1,6 @@
-"""How a program of ours begins and ends: its errors are one line each, and signals leave through the same clean-up as an interrupt."""
+"""How a program of ours begins and ends: its errors are one line each, and signals leave through the same clean-up as
+an interrupt.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from runtime.errors import UserError, os_error
 def run_command(command: Callable[[], None]) -> int:
     """Run a command line's body; print a `UserError` as `error:` and `hint:` lines on stderr.
 
-    Returns the exit status: 0, 1 for a user's mistake, 130 after an interrupt, and what a SystemExit says. Bugs keep their traceback.
+    Returns the exit status: 0, 1 for a user's mistake, 130 after an interrupt, and what a SystemExit says. Bugs keep
+    their traceback.
     Signals that ask to end leave through the same clean-up as an interrupt.
     """
     standard_streams.prepare()

@@ -36,14 +36,16 @@ def add_loading(parser: Parser) -> None:
     group.add_argument(
         "--ffn",
         choices=FFN_MODES,
-        help="compute the neurons expected to fire, those that do, or all (predicted where the file has a predictor, else exact)",
+        help="compute the neurons expected to fire, those that do, or all "
+        "(predicted where the file has a predictor, else exact)",
     )
     group.add_argument(
         "--predictor-bias",
         type=float,
         default=0.0,
         metavar="X",
-        help="compute more neurons (above 0; inf: all that fire) or fewer, in units of the predictor's typical error (0)",
+        help="compute more neurons (above 0; inf: all that fire) or fewer, "
+        "in units of the predictor's typical error (0)",
     )
     group.add_argument("--threads", "-t", type=int, metavar="N", help="default: one per physical core")
     group.add_argument(
@@ -72,7 +74,9 @@ def add_loading(parser: Parser) -> None:
 
 
 def add_sampling(parser: Parser, max_tokens: str) -> None:
-    """How the next token is chosen: the fields of `Sampling`, which the command gets as `sampling`, and -n, whose default `max_tokens` describes."""
+    """How the next token is chosen: the fields of `Sampling`, which the command gets as `sampling`, and -n, whose
+    default `max_tokens` describes.
+    """
     default = Sampling()
     _grouped(parser, "sampling", Sampling, (f.name for f in fields(Sampling)))
     group = parser.add_argument_group("choosing tokens")
@@ -127,8 +131,10 @@ def where(arrangement: Arrangement) -> str:
     """One line on what is on devices."""
     names = ", ".join(device.name for device in arrangement.devices)
     if not arrangement.used:
-        return f"on {names}: nothing, the CPU computes all of it (the budget is too small, or the device would not be faster)"
+        why = "the budget is too small, or the device would not be faster"
+        return f"on {names}: nothing, the CPU computes all of it ({why})"
     tensor_map, s = arrangement.tensor_map, arrangement.tensor_map.structure
     hot = sum(tensor_map.on_devices) / sum(ffn.n_ff for ffn in s.ffns.values())
     head = ", the output head" if tensor_map.head != CPU else ""
-    return f"on {names}: attention of {s.block_count - len(tensor_map.homes(CPU))} of {s.block_count} layers, {share(hot)} of the neurons{head}; the rest on the CPU"
+    layers = f"{s.block_count - len(tensor_map.homes(CPU))} of {s.block_count} layers"
+    return f"on {names}: attention of {layers}, {share(hot)} of the neurons{head}; the rest on the CPU"

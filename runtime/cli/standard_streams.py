@@ -24,7 +24,9 @@ class StdoutError(OSError):
 
 
 def prepare() -> None:
-    """Make sys.stdin, sys.stdout and sys.stderr usable whatever we were started with. Streams that somebody put in their place stay."""
+    """Make sys.stdin, sys.stdout and sys.stderr usable whatever we were started with. Streams that somebody put in
+    their place stay.
+    """
     _fill_descriptors()
     # Models write any Unicode, whatever the locale of the terminal; who names an encoding for Python means it.
     encoding = None if os.environ.get("PYTHONIOENCODING") else "utf-8"
@@ -34,7 +36,9 @@ def prepare() -> None:
 
 
 def finish() -> None:
-    """Write what stdout still holds. Raises StdoutError also where an earlier one was kept quiet on its way, as argparse does."""
+    """Write what stdout still holds. Raises StdoutError also where an earlier one was kept quiet on its way, as
+    argparse does.
+    """
     sys.stdout.flush()
     raw = _raw(sys.stdout)
     if isinstance(raw, _Descriptor) and raw.error:
@@ -48,7 +52,9 @@ def _raw(stream: TextIO | None) -> object:
 
 
 def _fill_descriptors() -> None:
-    """Open the null device for descriptors that are closed: the next file to be opened would take their numbers, and what is printed would go into it."""
+    """Open the null device for descriptors that are closed: the next file to be opened would take their numbers, and
+    what is printed would go into it.
+    """
     for descriptor in range(len(_NAMES)):
         if not _is_open(descriptor):
             with contextlib.suppress(OSError):
@@ -82,7 +88,9 @@ def _replaced(old: TextIO | None, new: _Descriptor, encoding: str | None) -> Tex
 
 
 class _Descriptor(io.RawIOBase):
-    """One of our descriptors. It waits where the descriptor does not; once it has failed, what is written goes nowhere."""
+    """One of our descriptors. It waits where the descriptor does not; once it has failed, what is written goes
+    nowhere.
+    """
 
     def __init__(self, descriptor: int, name: str) -> None:
         self.name = name

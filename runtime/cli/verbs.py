@@ -17,15 +17,17 @@ from runtime.cli.parser import Parser, did_you_mean
 from runtime.cli.program import run_command
 from runtime.errors import UserError
 
-# For programs that compute with pauses: threads of OpenMP that wait longer than this sleep, or a machine with other work
-# stalls at every operator (docs/predictors.md).
+# For programs that compute with pauses: threads of OpenMP that wait longer than this sleep, or a machine with other
+# work stalls at every operator (docs/predictors.md).
 BUSY_MACHINE = {"GOMP_SPINCOUNT": "10000"}
 _NAME_WIDTH = 12  # in the list of verbs
 
 
 @dataclass(frozen=True)
 class Verb:
-    """One command. help: a line that says what it does; module, function: where it is, by default of the verb's name."""
+    """One command. help: a line that says what it does; module, function: where it is, by default of the verb's
+    name.
+    """
 
     name: str
     help: str
@@ -53,7 +55,8 @@ class Verb:
 
 @dataclass(frozen=True)
 class Program:
-    """A table of verbs. name: what is typed for it, `python -m NAME` where it is no verb of another; about: for `--help`; help: as of a verb.
+    """A table of verbs. name: what is typed for it, `python -m NAME` where it is no verb of another; about: for
+    `--help`; help: as of a verb.
 
     start: what is shown where nothing follows the name, above the list of verbs. plain: the verb without a name.
     environment: variables that libraries read when they are loaded, unless they are set.

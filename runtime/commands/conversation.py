@@ -55,7 +55,9 @@ class Conversation:
         self.messages.pop()
 
     def undo(self) -> str:
-        """Take back the user's last text, which is returned, and all that followed it. Raises UserError if there is none."""
+        """Take back the user's last text, which is returned, and all that followed it. Raises UserError if there is
+        none.
+        """
         at = max((i for i, message in enumerate(self.messages) if message["role"] == "user"), default=None)
         if at is None:
             raise UserError("nothing to take back: the conversation is empty")
@@ -65,7 +67,9 @@ class Conversation:
         return text
 
     def drop_oldest(self) -> bool:
-        """Leave the oldest turn (a text and its reply) out of the prompt; returns False where only the last one is left."""
+        """Leave the oldest turn (a text and its reply) out of the prompt; returns False where only the last one is
+        left.
+        """
         first = self._n_system() + self.dropped
         following = (i for i in range(first + 1, len(self.messages)) if self.messages[i]["role"] == "user")
         at = next(following, None)
@@ -85,7 +89,9 @@ class Conversation:
         return int(bool(self.messages) and self.messages[0]["role"] == "system")
 
     def save(self, path: Path) -> None:
-        """Write the messages to `path`, whole or not at all, replacing an older saved conversation but no other file."""
+        """Write the messages to `path`, whole or not at all, replacing an older saved conversation but no other
+        file.
+        """
         check_target(path, 0, force=True, example="chat.json")
         if path.exists():
             try:

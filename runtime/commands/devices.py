@@ -25,7 +25,9 @@ def configure_parser(parser: Parser) -> None:
 
 
 def show_devices(measure: bool = False, threads: int | None = None, as_json: bool = False) -> None:
-    """Print each device's name for --device, its backend, memory and abilities; with measure, how fast it reads weights and exchanges hidden states."""
+    """Print each device's name for --device, its backend, memory and abilities; with measure, how fast it reads weights
+    and exchanges hidden states.
+    """
     found = device_speeds(measure, threads)
     if as_json:
         print_json({"devices": [_row(speed) for speed in found]})
@@ -34,7 +36,8 @@ def show_devices(measure: bool = False, threads: int | None = None, as_json: boo
     out.print(_table(found))
     if all(speed.device.is_stand_in or speed.device.kind == "ACCEL" for speed in found):
         out.print(
-            "No GPU: either there is none, or llama-cpp-python was installed without support for it (docs/install-gpu.md)."
+            "No GPU: either there is none, or llama-cpp-python was installed without support for it "
+            "(docs/install-gpu.md)."
         )
 
 

@@ -1,4 +1,6 @@
-"""`python -m runtime plan`: what a device would hold of a model, and the speed to expect. A device that is described by numbers need not be there."""
+"""`python -m runtime plan`: what a device would hold of a model, and the speed to expect. A device that is described by
+numbers need not be there.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def configure_parser(parser: Parser) -> None:
 
 
 def plan(model: Path, machine: MachineOptions, as_json: bool = False) -> None:
-    """Print the split of each layer between device and CPU, bytes per device, the expected time per token and what limits it."""
+    """Print the split of each layer between device and CPU, bytes per device, the expected time per token and what
+    limits it.
+    """
     with GgufFile(model) as file:
         found = plan_report(file, machine.run.for_file(file), machine.device, machine.budgets, machine.figures)
     if as_json:
@@ -82,6 +86,12 @@ def _summary(found: PlanReport) -> Iterator[str]:
     if not any(device.bytes for device in placed.devices):
         yield "Nothing is put on a device: either the budget is too small for it, or the CPU alone is as fast."
     elif not all(layer.attention_on_device for layer in placed.layers):
-        yield "The first layers stay wholly on the CPU: the budget does more good elsewhere, or cannot hold their keys and values."
+        yield (
+            "The first layers stay wholly on the CPU: the budget does more good elsewhere, "
+            "or cannot hold their keys and values."
+        )
     if not found.calibrated:
-        yield "The file holds no neuron frequencies: every neuron is taken to fire. Convert it without --calibration none."
+        yield (
+            "The file holds no neuron frequencies: every neuron is taken to fire. "
+            "Convert it without --calibration none."
+        )

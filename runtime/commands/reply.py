@@ -1,4 +1,5 @@
-"""One reply of a chat, over as many generations as it takes: where the context fills up, old messages make room and it goes on.
+"""One reply of a chat, over as many generations as it takes: where the context fills up, old messages make room and it
+goes on.
 
 Knows a model and a conversation; what becomes of the pieces is the session's.
 """
@@ -34,7 +35,8 @@ class Dropped:
 class Reply:
     """A reply as it came, and its figures. stop_reason: None where the user stopped it.
 
-    generations: how many it took. positions: tokens in the context at its end. dropped: what made room for it meanwhile.
+    generations: how many it took. positions: tokens in the context at its end. dropped: what made room for it
+    meanwhile.
     """
 
     text: str
@@ -48,7 +50,8 @@ class Reply:
 class Draft:
     """A reply while it is made: iterate over `pieces`, then take `reply`.
 
-    conversation: ends with the text to answer. max_tokens: the longest reply, None for no limit; seed: of the first generation.
+    conversation: ends with the text to answer. max_tokens: the longest reply, None for no limit; seed: of the first
+    generation.
     shift: whether old messages may be left out of the prompt. dropped_before: those that the reply begins without.
     Raises UserError when the conversation does not fit into the context.
     """

@@ -1,4 +1,6 @@
-"""`python -m runtime report`: one HTML page that shows what a model file holds, and where a device of any size would put it."""
+"""`python -m runtime report`: one HTML page that shows what a model file holds, and where a device of any size would
+put it.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def configure_parser(parser: Parser) -> None:
 
 
 def report(model: Path, out: Path, machine: MachineOptions, force: bool = False, as_json: bool = False) -> None:
-    """Write one page, without any network, that shows a model's structure, bytes, neurons and predictors, and its placement at any budget of a device."""
+    """Write one page, without any network, that shows a model's structure, bytes, neurons and predictors, and its
+    placement at any budget of a device.
+    """
     if out.suffix.lower() not in _SUFFIXES:
         raise UserError(f"`{out}`: expected a name that ends in {' or '.join(_SUFFIXES)}")
     check_target(out, 0, force, "report.html")

@@ -47,7 +47,8 @@ class Session:
     """A conversation with a model, reply by reply.
 
     max_tokens: the longest reply, None for no limit. Each reply has its own seed, counted up from `sampling.seed`.
-    shift: where the conversation outgrows the context, leave its oldest messages out of the prompt and say so; else stop.
+    shift: where the conversation outgrows the context, leave its oldest messages out of the prompt and say so; else
+    stop.
     """
 
     def __init__(

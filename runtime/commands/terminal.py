@@ -94,7 +94,9 @@ class Terminal:
 
 @contextmanager
 def _hang_up_at_once() -> Iterator[None]:
-    """While a prompt is shown, let a hang-up end the process: nothing is half-done then, and there is no terminal left to draw a last picture on."""
+    """While a prompt is shown, let a hang-up end the process: nothing is half-done then, and there is no terminal left
+    to draw a last picture on.
+    """
     hang_up = getattr(signal, "SIGHUP", None)
     before = hang_up and signal.getsignal(hang_up)
     if not hang_up or before == signal.SIG_IGN:
@@ -167,7 +169,9 @@ def _prompt_session() -> PromptSession[str]:
 
 
 class _History(FileHistory):
-    """What was typed before, this time and earlier; without a word where it can no longer be written: the chat goes on."""
+    """What was typed before, this time and earlier; without a word where it can no longer be written: the chat goes
+    on.
+    """
 
     def store_string(self, string: str) -> None:
         with contextlib.suppress(OSError):

@@ -20,8 +20,8 @@ from runtime.model_file import tensor_names as n
 class AtFfn:
     """Where a block's FFN begins: F32 [n_embd, n] each.
 
-    x: its input. residual: what its result is added to. stream: what a predictor sees that does not see x: the hidden states
-    before the FFN's norm, which in a parallel block are the block's own input.
+    x: its input. residual: what its result is added to. stream: what a predictor sees that does not see x: the hidden
+    states before the FFN's norm, which in a parallel block are the block's own input.
     """
 
     x: ggml.TensorP
@@ -36,7 +36,9 @@ class Blocks:
         self.b, self.s = builder, builder.s
 
     def embeddings(self, tokens: ggml.TensorP) -> ggml.TensorP:
-        """Token embeddings, scaled, projected, with learned positions and normalised where the file says so: [n_embd, n_tokens]."""
+        """Token embeddings, scaled, projected, with learned positions and normalised where the file says so: [n_embd,
+        n_tokens].
+        """
         b, s = self.b, self.s
         x = b.scaled(ggml.ggml_get_rows(b.ctx, b.w[n.weight(n.TOKEN_EMBD)], tokens), s.embedding_scale)
         if s.projected:
@@ -47,7 +49,9 @@ class Blocks:
         return b.norm(x, n.TOKEN_EMBD_NORM) if s.embedding_norm else x
 
     def block(self, x: ggml.TensorP, i: int) -> ggml.TensorP:
-        """The whole of block `i`: [n_embd, n_tokens] -> [n_embd, n]. The last block keeps only the tokens whose logits are wanted."""
+        """The whole of block `i`: [n_embd, n_tokens] -> [n_embd, n]. The last block keeps only the tokens whose logits
+        are wanted.
+        """
         if self.s.blocks[i].ffn is None:
             _, h = self._mixed(x, i)
             return h

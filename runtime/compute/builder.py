@@ -1,4 +1,5 @@
-"""What the parts of a ggml graph are added with: a context, a model's tensors, and the operations that all kinds of layers use.
+"""What the parts of a ggml graph are added with: a context, a model's tensors, and the operations that all kinds of
+layers use.
 
 Shapes in comments are ggml's: the contiguous dimension first.
 """
@@ -25,8 +26,8 @@ class GraphSpec:
     n_outputs: int  # tokens whose logits are wanted
     run: SettledOptions
     dense_from: tuple[float, ...] = ()  # by block: so many tokens at once go through every neuron, in every mode
-    # A part of the model: from the hidden states before block `first` (None: from token ids) to those before block `end`
-    # (None: to logits).
+    # A part of the model: from the hidden states before block `first` (None: from token ids) to those before block
+    # `end` (None: to logits).
     first: int | None = None
     end: int | None = None
     tapped: bool = False  # keep inner results
@@ -55,8 +56,8 @@ class Inputs:
 class Builder:
     """One ggml context, and what is added to it: of a whole model, or of a part.
 
-    device: what will compute it. scratch: where matrices of one block are repacked, for blocks that are computed densely
-    without being copied. ffns: the userdata of our own operators, by block; must live as long as the graph.
+    device: what will compute it. scratch: where matrices of one block are repacked, for blocks that are computed
+    densely without being copied. ffns: the userdata of our own operators, by block; must live as long as the graph.
     """
 
     ctx: ggml.ContextP

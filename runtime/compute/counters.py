@@ -42,7 +42,9 @@ class Counters:
         return self._shares("fired")
 
     def gate_shares(self) -> list[float]:
-        """Share of each layer's neurons whose gate rows (ungated: up rows) were read; below 1.0 where there is a predictor."""
+        """Share of each layer's neurons whose gate rows (ungated: up rows) were read; below 1.0 where there is a
+        predictor.
+        """
         return self._shares("gates")
 
     def _shares(self, what: str) -> list[float]:

@@ -1,7 +1,8 @@
-"""How a prompt's FFNs are computed fastest: row by row where neurons fire, or as whole matrices through ggml's products.
+"""How a prompt's FFNs are computed fastest: row by row where neurons fire, or as whole matrices through ggml's
+products.
 
-A pure function of formats and of how many neurons are expected to fire; knows nothing of graphs. It must not depend on what was computed before, so that
-a prompt always gives the same bits.
+A pure function of formats and of how many neurons are expected to fire; knows nothing of graphs. It must not depend on
+what was computed before, so that a prompt always gives the same bits.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from runtime.model_file.reader import GgufFile, TensorInfo
 from runtime.model_file.structure import Structure
 from runtime.model_file.tensor_names import FFN_MATRICES, NEURON_FREQ, in_block, row_matrices, weight_of
 
-# Share of an FFN's rows from which on whole matrices are faster, by format: time per token and row of ggml's product over that of the row kernels, many tokens at once.
-# Measured on two Zen 4 cores by `python -m bench.batches` (docs/performance.md). In formats that have row kernels of ggml's only, the whole is faster from a few percent on.
+# Share of an FFN's rows from which on whole matrices are faster, by format: time per token and row of ggml's product
+# over that of the row kernels, many tokens at once.
+# Measured on two Zen 4 cores by `python -m bench.batches` (docs/performance.md). In formats that have row kernels of
+# ggml's only, the whole is faster from a few percent on.
 _LIMITS = {"q4_0": 0.61, "q8_0": 0.52, "f16": 0.41, "bf16": 0.31, "f32": 0.39, "q4_k": 0.26, "q6_k": 0.31}
 _OTHER_LIMIT = 0.05
 _FILL = 12  # tokens whose products take as long as repacking the matrices that they need
@@ -56,7 +59,9 @@ def _dense_from(ffn: FfnShape, tensors: Mapping[str, TensorInfo], activity: Acti
 
 
 def expected(file: GgufFile, ffn: str, predictor_bias: float) -> Activity:
-    """The activity that the file's calibration lets expect; without calibration, that of a model whose neurons all fire."""
+    """The activity that the file's calibration lets expect; without calibration, that of a model whose neurons all
+    fire.
+    """
     s = file.structure
     if s.neuron_order != "hot":
         return Activity.uniform(ffn, s.block_count, 1.0)

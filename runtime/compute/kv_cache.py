@@ -145,7 +145,9 @@ class CellTable:
             self.trim(sequence, length)
 
     def copy(self, source: int, target: int, length: int | None = None) -> None:
-        """Let another sequence, which is forgotten, begin as `source` does, with its first `length` tokens (None: all). They share cells."""
+        """Let another sequence, which is forgotten, begin as `source` does, with its first `length` tokens (None: all).
+        They share cells.
+        """
         length = self.length(source) if length is None else min(length, self.length(source))
         if source != target:
             self.trim(target)

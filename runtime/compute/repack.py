@@ -1,4 +1,5 @@
-"""Matrices in the layout that this CPU multiplies fastest: ggml's extra buffer types store weights otherwise than a file does ("repacked").
+"""Matrices in the layout that this CPU multiplies fastest: ggml's extra buffer types store weights otherwise than a
+file does ("repacked").
 
 Knows which formats gain by it; knows nothing of what a matrix is for.
 """
@@ -19,8 +20,9 @@ from runtime.errors import UserError
 
 _AT_ONCE = 64  # matrices repacked before the load can be stopped
 
-# Formats whose repacked product was measured to be faster, whatever the number of tokens. On x86 with AVX-512 (docs/log.md, 2026-11-23) Q4_0 gains a factor of 2.2 with one token
-# and 1.6 with many, IQ4_NL 1.7 and 1.6. ggml also repacks q4_K and q2_K: 1.1 with one token, but 0.5 and 0.3 with many.
+# Formats whose repacked product was measured to be faster, whatever the number of tokens. On x86 with AVX-512
+# (docs/log.md, 2026-11-23) Q4_0 gains a factor of 2.2 with one token and 1.6 with many, IQ4_NL 1.7 and 1.6. ggml also
+# repacks q4_K and q2_K: 1.1 with one token, but 0.5 and 0.3 with many.
 GAINING = frozenset({ggml.TYPES["q4_0"], ggml.TYPES["iq4_nl"]})
 
 
@@ -52,7 +54,8 @@ def holds(device: ggml.DeviceP, kind: ggml.BufferTypeP, type_id: int, ne: tuple[
         )
         vector = ggml.ggml_new_tensor_1d(context, ggml.F32, ne[0])
         product = ggml.ggml_mul_mat(context, matrix, vector)
-        # `extra` is what the buffer type does with the matrix: without it, `ggml_backend_tensor_set` would follow a null pointer.
+        # `extra` is what the buffer type does with the matrix: without it, `ggml_backend_tensor_set` would follow a
+        # null pointer.
         return (
             bool(buffer)
             and bool(matrix.struct.extra)
@@ -62,7 +65,9 @@ def holds(device: ggml.DeviceP, kind: ggml.BufferTypeP, type_id: int, ne: tuple[
 
 @dataclass(frozen=True)
 class Fill:
-    """One matrix to repack: the copy's name, and the mapped tensor that it comes from. release: whose file pages are not needed afterwards."""
+    """One matrix to repack: the copy's name, and the mapped tensor that it comes from. release: whose file pages are
+    not needed afterwards.
+    """
 
     name: str
     source: str
@@ -70,9 +75,11 @@ class Fill:
 
 
 class Repacked(Closing):
-    """Copies of matrices in the buffer types where they multiply faster: `tensors`, by name. They hold nothing until an operation of `add_fill` has run.
+    """Copies of matrices in the buffer types where they multiply faster: `tensors`, by name. They hold nothing until an
+    operation of `add_fill` has run.
 
-    like: a tensor of the weights for each name; those that gain nothing are left out. Call `close`. Raises UserError where memory does not suffice.
+    like: a tensor of the weights for each name; those that gain nothing are left out. Call `close`. Raises UserError
+    where memory does not suffice.
     """
 
     def __init__(self, weights: Weights, backend: ggml.BackendP, like: Mapping[str, str]) -> None:
@@ -106,7 +113,8 @@ class Repacked(Closing):
     def add_fill(self, ctx: ggml.ContextP, x: ggml.TensorP, key: int, fills: Sequence[Fill]) -> ggml.TensorP:
         """Add an operation that fills matrices, each by one thread; names that are not in `tensors` are passed over.
 
-        Returns x, to be used by whatever must come after. key: tells the operations of one graph apart; the same one means the same fills.
+        Returns x, to be used by whatever must come after. key: tells the operations of one graph apart; the same one
+        means the same fills.
         """
         self._fills[key] = [fill for fill in fills if fill.name in self.tensors]
         address = ctypes.cast(self._operator, ctypes.c_void_p).value
@@ -144,7 +152,8 @@ def _format(tensor: ggml.TensorP) -> tuple[int, tuple[int, ...]]:
 
 
 def repack(weights: Weights, backend: ggml.BackendP, names: Collection[str]) -> Repacked:
-    """Copy those of the matrices that gain by it, and let `weights.matrix` give the copies; what they take in the file's mapping is released.
+    """Copy those of the matrices that gain by it, and let `weights.matrix` give the copies; what they take in the
+    file's mapping is released.
 
     The copies must outlive the weights' use. Raises UserError where memory does not suffice.
     """
@@ -164,7 +173,8 @@ def _fill_now(copies: Repacked, backend: ggml.BackendP) -> None:
 
 
 def _fill(copies: Repacked, backend: ggml.BackendP, fills: Sequence[Fill]) -> None:
-    # A graph of one operation, so that all of ggml's threads take part: fresh memory costs more time than the repacking.
+    # A graph of one operation, so that all of ggml's threads take part: fresh memory costs more time than the
+    # repacking.
     with Handles() as handles:
         context = handles.add(new_context(4, ggml.ggml_graph_overhead_custom(4, False)), ggml.ggml_free)
         graph = ggml.ggml_new_graph_custom(context, 4, False)

@@ -1,6 +1,7 @@
 """ggml's thread pool: it carries the processors and the priority of the computing threads.
 
-ggml is an OpenMP build. Such a pool has no threads of its own: its settings are applied to the team that computes a graph.
+ggml is an OpenMP build. Such a pool has no threads of its own: its settings are applied to the team that computes a
+graph.
 """
 
 from __future__ import annotations

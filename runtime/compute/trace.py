@@ -1,4 +1,5 @@
-"""When each part of a token was computed where, as a file for chrome://tracing or ui.perfetto.dev (Chrome's trace event format).
+"""When each part of a token was computed where, as a file for chrome://tracing or ui.perfetto.dev (Chrome's trace event
+format).
 
 Knows names and times; knows nothing of what is computed.
 """
@@ -17,7 +18,9 @@ from runtime.base.closing import Closing
 
 @dataclass(frozen=True)
 class Span:
-    """Something that took place on a track; seconds since the trace began. step: which batch of tokens it belongs to."""
+    """Something that took place on a track; seconds since the trace began. step: which batch of tokens it belongs
+    to.
+    """
 
     track: str
     name: str
@@ -27,7 +30,9 @@ class Span:
 
 
 class Trace(Closing):
-    """Collects spans from any thread; `close` writes them to a file, in the place of an old one. Raises UserError where none can be written."""
+    """Collects spans from any thread; `close` writes them to a file, in the place of an old one. Raises UserError where
+    none can be written.
+    """
 
     def __init__(self, path: Path) -> None:
         check_target(path, 0, force=True, example="trace.json")

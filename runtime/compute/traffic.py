@@ -1,4 +1,5 @@
-"""How many bytes one decoded token has to read: what bounds the speed of a machine whose memory is slower than its arithmetic.
+"""How many bytes one decoded token has to read: what bounds the speed of a machine whose memory is slower than its
+arithmetic.
 
 A pure function of a file's tensors and of how many neurons fire; knows nothing of time.
 """
@@ -32,7 +33,9 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Activity:
-    """Which share of each block's neurons is read; of blocks without an FFN it says nothing. fired: up and down rows (ungated: down rows); gates: gate (up) rows."""
+    """Which share of each block's neurons is read; of blocks without an FFN it says nothing. fired: up and down rows
+    (ungated: down rows); gates: gate (up) rows.
+    """
 
     ffn: str  # the mode
     fired: Sequence[float]

@@ -26,7 +26,9 @@ def check_status(status: int, where: str) -> None:
 
 
 class Tensors:
-    """Tensors by name: `tensors[name]` as it is stored; `tensors.matrix(name)` what to multiply with: its copy in another layout, where `copies` has one."""
+    """Tensors by name: `tensors[name]` as it is stored; `tensors.matrix(name)` what to multiply with: its copy in
+    another layout, where `copies` has one.
+    """
 
     def __init__(self, tensors: dict[str, ggml.TensorP]) -> None:
         self.tensors = tensors

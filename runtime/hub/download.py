@@ -1,4 +1,5 @@
-"""Files from the Hugging Face Hub through huggingface_hub: its cache, its resuming, its tokens; their sha256 checked once.
+"""Files from the Hugging Face Hub through huggingface_hub: its cache, its resuming, its tokens; their sha256 checked
+once.
 
 huggingface_hub compares sizes only. Knows nothing of which files make up a model: the caller chooses.
 """
@@ -33,13 +34,14 @@ More = Callable[[Listing, Path], list[str]]
 
 
 def fetch(reference: Reference, choose: Choose, more: More | None = None) -> tuple[Path, list[str]]:
-    """The files that `choose` takes from the repository's list: the folder that holds them in the cache, and their names there.
+    """The files that `choose` takes from the repository's list: the folder that holds them in the cache, and their
+    names there.
 
     more: what else to fetch, once these are there to be read: called with the list and that folder.
 
-    Only what is not in the cache yet is transferred, and resumed where the connection drops. Where the Hub cannot be reached,
-    or HF_HUB_OFFLINE is set, the cache serves. Raises UserError when that is not enough, and for a file whose sha256 differs
-    from the Hub's, which is removed.
+    Only what is not in the cache yet is transferred, and resumed where the connection drops. Where the Hub cannot be
+    reached, or HF_HUB_OFFLINE is set, the cache serves. Raises UserError when that is not enough, and for a file whose
+    sha256 differs from the Hub's, which is removed.
     """
     prepare()
     with hub_errors(str(reference)):
@@ -80,7 +82,9 @@ def list_files(reference: Reference) -> Listing:
 
 
 def _check_listing(listing: Listing) -> None:
-    """Raise ValueError for what no Hub says: values of other types, and names that lead out of the repository's folder."""
+    """Raise ValueError for what no Hub says: values of other types, and names that lead out of the repository's
+    folder.
+    """
     texts = [listing.commit, listing.architecture, *(file.sha256 for file in listing.files.values())]
     if not all(isinstance(text, str) for text in texts) or not re.fullmatch(r"[0-9a-f]*", listing.commit):
         raise ValueError("a commit, an architecture or a sha256 that is none")
@@ -94,7 +98,9 @@ def _check_listing(listing: Listing) -> None:
 
 @contextmanager
 def understood(repo: str) -> Iterator[None]:
-    """Raise UserError where huggingface_hub, or we, cannot make sense of what a server answered; its own errors pass."""
+    """Raise UserError where huggingface_hub, or we, cannot make sense of what a server answered; its own errors
+    pass.
+    """
     try:
         yield
     except (OSError, RuntimeError, UserError, errors.HFValidationError, *_UNREACHABLE):
@@ -176,7 +182,8 @@ def _snapshot(reference: Reference) -> Path | None:
 def _check_sha256(folder: Path, name: str, expected: str) -> None:
     """Hash a file of a cached snapshot, unless that was done since it was fetched; a wrong one is removed.
 
-    expected: "" where the Hub did not say; then it is the name that the cache gave to the file's content, if that is a sha256.
+    expected: "" where the Hub did not say; then it is the name that the cache gave to the file's content, if that is a
+    sha256.
     The note that a file was checked lies in the repository's own cache folder and goes away with it.
     """
     content = (folder / name).resolve()

@@ -1,4 +1,6 @@
-"""Names of models on the Hugging Face Hub, and which files of a repository make one up. No talk with the Hub: see `runtime.hub.download`."""
+"""Names of models on the Hugging Face Hub, and which files of a repository make one up. No talk with the Hub: see
+`runtime.hub.download`.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ FORMS = "user/repo, user/repo:q4_0, user/repo:file.gguf or hf://user/repo@revisi
 
 @dataclass(frozen=True)
 class Reference:
-    """A repository on the Hub. revision: branch, tag or commit, None for the main branch; file: what is wanted of it, "" if not said."""
+    """A repository on the Hub. revision: branch, tag or commit, None for the main branch; file: what is wanted of it,
+    "" if not said.
+    """
 
     repo: str
     revision: str | None = None
@@ -92,7 +96,9 @@ def parse(source: str) -> Reference | None:
 
 
 def choose_model(listing: Listing) -> list[str]:
-    """The GGUF file that is wanted, or all its shards in order. Raises UserError when it is none, several, or not ours."""
+    """The GGUF file that is wanted, or all its shards in order. Raises UserError when it is none, several, or not
+    ours.
+    """
     models = _models(listing)
     # Of several models the Hub tells the architecture of one only.
     if len(models) == 1 and listing.architecture not in ("", ARCHITECTURE):

@@ -35,14 +35,18 @@ _measuring = threading.Lock()  # two threads that measure at once would measure 
 
 @dataclass(frozen=True)
 class Speed:
-    """bandwidth: bytes/s of products with whole matrices. sync: seconds for hidden states to come from the device and go back."""
+    """bandwidth: bytes/s of products with whole matrices. sync: seconds for hidden states to come from the device and
+    go back.
+    """
 
     bandwidth: float
     sync: float
 
 
 def speed_of(device: DeviceInfo, threads: int, anew: bool = False) -> Speed:
-    """A device's speed; the CPU's is that of a backend with so many threads. Measures where nothing is remembered, or `anew` (a second or two)."""
+    """A device's speed; the CPU's is that of a backend with so many threads. Measures where nothing is remembered, or
+    `anew` (a second or two).
+    """
     with _measuring:
         return _speed_of(device, threads, anew)
 
@@ -50,7 +54,9 @@ def speed_of(device: DeviceInfo, threads: int, anew: bool = False) -> Speed:
 def _speed_of(device: DeviceInfo, threads: int, anew: bool) -> Speed:
     folder = cache_folder()
     path = folder and folder / "bandwidths.json"
-    key = f"{device.backend} {device.name} {device.description}, {f'{threads} threads, ' if device.is_stand_in else ''}ggml {ggml.ggml_version().decode()}"
+    team = f"{threads} threads, " if device.is_stand_in else ""
+    version = ggml.ggml_version().decode()
+    key = f"{device.backend} {device.name} {device.description}, {team}ggml {version}"
     known = _remembered(path) if path else {}
     if anew or key not in known:
         speed = on_worker(lambda: measure(device, threads))

@@ -1,6 +1,7 @@
 """Chooses what of a model goes to the devices at hand: turns names, budgets and measured speeds into a `TensorMap`.
 
-The planner itself is runtime/hybrid/planner.py, its inputs are runtime/hybrid/costs.py's. Knows devices and files; computes nothing.
+The planner itself is runtime/hybrid/planner.py, its inputs are runtime/hybrid/costs.py's. Knows devices and files;
+computes nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _LEFT_FREE = 0.05  # of a device's free memory, for whoever else uses it
 class Arrangement:
     """Devices, the bytes that may be used on each, and what is to be there.
 
-    placement: what the planner chose, and what it expects of it. scratch: bytes of the budget that are left to a device's backend itself.
+    placement: what the planner chose, and what it expects of it. scratch: bytes of the budget that are left to a
+    device's backend itself.
     """
 
     devices: tuple[DeviceInfo, ...]
@@ -82,7 +84,9 @@ def machine_options(devices: Sequence[DeviceInfo], budgets: tuple[int, ...], run
 
 
 def usable(budgets: tuple[int, ...], devices: Sequence[DeviceInfo]) -> tuple[int, ...]:
-    """Bytes of each device: no more than the user allows, and no more than is free. budgets: () for no limit. Raises UserError for another number of them."""
+    """Bytes of each device: no more than the user allows, and no more than is free. budgets: () for no limit. Raises
+    UserError for another number of them.
+    """
     if len(budgets) not in (0, len(devices)):
         raise UserError(f"{len(budgets)} memory budgets for {len(devices)} devices, expected one of each")
     free = [int(device.memory_free * (1 - _LEFT_FREE)) for device in devices]

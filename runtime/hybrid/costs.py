@@ -1,6 +1,8 @@
-"""What the planner has to know of a model file: the bytes of every part, on a device and read by the CPU, from the file's exact sizes and frequencies.
+"""What the planner has to know of a model file: the bytes of every part, on a device and read by the CPU, from the
+file's exact sizes and frequencies.
 
-`plan_for` is the door for whoever wants a placement for a file. Knows tensors and how often neurons fire; the choice itself is runtime/hybrid/planner.py's.
+`plan_for` is the door for whoever wants a placement for a file. Knows tensors and how often neurons fire; the choice
+itself is runtime/hybrid/planner.py's.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from runtime.model_file.reader import GgufFile, TensorInfo
 from runtime.model_file.structure import Structure
 from runtime.options import SettledOptions
 
-# A byte of a row that is picked takes as long as this many bytes of a matrix read from end to end: 21 against 13 GB/s (docs/predictors.md).
+# A byte of a row that is picked takes as long as this many bytes of a matrix read from end to end: 21 against 13 GB/s
+# (docs/predictors.md).
 SCATTERED = 1.5
 LOGITS = 32  # positions whose logits a device computes at once
 MARGIN = 1 << 28  # bytes left free on a device: contexts of drivers and libraries, which nobody reports
@@ -40,10 +43,12 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What a model is planned for. budgets: bytes of each device, with bandwidths in bytes/s beside them; sync: seconds.
+    """What a model is planned for. budgets: bytes of each device, with bandwidths in bytes/s beside them; sync:
+    seconds.
 
     n_positions: how many positions a token is expected to see, None for half of the context.
-    reserve: bytes for compute buffers on each device that is used, None to estimate them. margin: part of the estimate, for what drivers take for themselves.
+    reserve: bytes for compute buffers on each device that is used, None to estimate them. margin: part of the estimate,
+    for what drivers take for themselves.
     scattered: how many times as long a row takes that is picked.
     """
 
@@ -80,7 +85,9 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class NeuronBytes:
-    """Bytes of one neuron. first: the row that decides whether it fires (gate; ungated: up); rest: the rows read if it does; device: all that a device holds."""
+    """Bytes of one neuron. first: the row that decides whether it fires (gate; ungated: up); rest: the rows read if it
+    does; device: all that a device holds.
+    """
 
     first: float
     rest: float
@@ -97,7 +104,8 @@ def machine_of(s: Structure, options: PlanOptions) -> Machine:
     """The machine that the options describe."""
     if len(options.budgets) != len(options.device_bandwidths) or not options.budgets:
         raise UserError(
-            f"{len(options.budgets)} memory budgets and {len(options.device_bandwidths)} device bandwidths, expected one of each per device"
+            f"{len(options.budgets)} memory budgets and {len(options.device_bandwidths)} device bandwidths, "
+            "expected one of each per device"
         )
     if min(options.budgets) < 0 or min(*options.device_bandwidths, options.cpu_bandwidth) <= 0 or options.sync < 0:
         raise UserError("budgets and sync cost must not be negative, bandwidths must be positive")
@@ -107,7 +115,8 @@ def machine_of(s: Structure, options: PlanOptions) -> Machine:
 
 
 def reserve_of(s: Structure, options: PlanOptions) -> int:
-    """Bytes that a device needs beside weights, keys and values: activations of a batch, logits, a matrix in F16, staging, and the margin.
+    """Bytes that a device needs beside weights, keys and values: activations of a batch, logits, a matrix in F16,
+    staging, and the margin.
 
     An upper estimate: a graph's allocator reuses buffers of which it here gets one each.
     """
@@ -120,7 +129,9 @@ def reserve_of(s: Structure, options: PlanOptions) -> int:
 
 
 def scratch_of(s: Structure, options: PlanOptions) -> int:
-    """Bytes that a device's backend takes beside the buffers that it is asked for: the largest matrix turned into F16, and the margin."""
+    """Bytes that a device's backend takes beside the buffers that it is asked for: the largest matrix turned into F16,
+    and the margin.
+    """
     largest = 2 * s.embedding_length * max(_widest(s))
     return (largest if options.n_batch >= _FEWEST_BATCH else 0) + options.margin
 
@@ -142,7 +153,9 @@ def model_costs(file: GgufFile, options: PlanOptions) -> tuple[list[BlockCosts],
 
 
 def frequencies(file: GgufFile, i: int) -> Floats:
-    """How often each neuron of block `i` fires, hottest first; 1 for all where the file was not calibrated; empty without an FFN."""
+    """How often each neuron of block `i` fires, hottest first; 1 for all where the file was not calibrated; empty
+    without an FFN.
+    """
     ffn = file.structure.blocks[i].ffn
     if ffn is None or file.structure.neuron_order != "hot":
         return np.ones(ffn.n_ff if ffn else 0)
@@ -150,7 +163,8 @@ def frequencies(file: GgufFile, i: int) -> Floats:
 
 
 def candidates(freq: Floats, share: float) -> Floats:
-    """How often each neuron is a predictor's candidate, if `share` of all are on average: in proportion to how often it fires, at most always.
+    """How often each neuron is a predictor's candidate, if `share` of all are on average: in proportion to how often it
+    fires, at most always.
 
     What is left where even all that ever fire are not enough is spread over the others.
     """
@@ -159,7 +173,8 @@ def candidates(freq: Floats, share: float) -> Floats:
     if wanted >= live:
         rest = (wanted - live) / max(1, len(freq) - live)
         return np.where(freq > 0, 1.0, min(1.0, rest))
-    # The hottest n are always candidates and the others in proportion: the first n for which none of the others is above 1.
+    # The hottest n are always candidates and the others in proportion: the first n for which none of the others is
+    # above 1.
     colder = np.append(np.cumsum(freq[::-1])[::-1], 0.0)
     factors = (wanted - np.arange(live)) / colder[:live]
     n = int(np.argmax(factors * freq[:live] <= 1))
@@ -168,7 +183,9 @@ def candidates(freq: Floats, share: float) -> Floats:
 
 
 def cuts_of(n_ff: int, block_size: int) -> tuple[int, ...]:
-    """The prefixes that a device can hold: whole blocks of the down projection's type, in steps of 32 or 256 neurons; and all."""
+    """The prefixes that a device can hold: whole blocks of the down projection's type, in steps of 32 or 256 neurons;
+    and all.
+    """
     step = max(block_size, _COARSE if n_ff >= _MANY else _FINE)
     return (*range(0, n_ff, step), n_ff)
 
@@ -181,7 +198,8 @@ def cold_bytes(
     cuts: tuple[int, ...],
     scattered: float,
 ) -> tuple[float, ...]:
-    """Bytes that the CPU reads for one token, for each prefix on the device: as if rows that are picked were `scattered` times as long.
+    """Bytes that the CPU reads for one token, for each prefix on the device: as if rows that are picked were
+    `scattered` times as long.
 
     freq, candidate: how often each neuron fires, and has its first row read, [n_ff].
     """

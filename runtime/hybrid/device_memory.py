@@ -1,4 +1,6 @@
-"""Tensors of a model file, or some of their neurons, in a device's memory; and views of some of their neurons in the mapped file."""
+"""Tensors of a model file, or some of their neurons, in a device's memory; and views of some of their neurons in the
+mapped file.
+"""
 
 from __future__ import annotations
 

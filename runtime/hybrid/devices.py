@@ -21,7 +21,9 @@ _INSTALL = (
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """One device. kind: "GPU", "IGPU" (shares the CPU's memory), "CPU" or "ACCEL". Memory in bytes, as the driver reports it."""
+    """One device. kind: "GPU", "IGPU" (shares the CPU's memory), "CPU" or "ACCEL". Memory in bytes, as the driver
+    reports it.
+    """
 
     index: int
     name: str
@@ -41,7 +43,9 @@ class DeviceInfo:
 
     @property
     def is_stand_in(self) -> bool:
-        """Whether this is the CPU itself, a second backend in the place of a device: for tests, it makes nothing faster."""
+        """Whether this is the CPU itself, a second backend in the place of a device: for tests, it makes nothing
+        faster.
+        """
         return self.kind == "CPU"
 
 
@@ -77,9 +81,11 @@ def parse_names(text: str) -> tuple[str, ...]:
 
 
 def find(names: tuple[str, ...]) -> list[DeviceInfo]:
-    """The devices of these names (letter case does not matter), in this order; none for ("none",); the first GPU, if any, for ("auto",).
+    """The devices of these names (letter case does not matter), in this order; none for ("none",); the first GPU, if
+    any, for ("auto",).
 
-    Raises UserError for a name that no device has, one named twice, and a device that has no memory of its own to hold weights in.
+    Raises UserError for a name that no device has, one named twice, and a device that has no memory of its own to hold
+    weights in.
     """
     if _is(NONE, names):
         return []

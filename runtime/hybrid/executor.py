@@ -36,10 +36,11 @@ _EVERY_TOKEN_MULTIPLIES = {
 
 
 class Executor(Closing):
-    """The sides of one model, and schedules for batches, kept for the next batch of the same shape. To be used on the worker.
+    """The sides of one model, and schedules for batches, kept for the next batch of the same shape. To be used on the
+    worker.
 
-    weights, backend: the model's own tensors and the CPU's backend; both must outlive it. arrangement: what is on devices, None
-    for nothing. Raises UserError where a side's memory, or a device's budget, does not suffice.
+    weights, backend: the model's own tensors and the CPU's backend; both must outlive it. arrangement: what is on
+    devices, None for nothing. Raises UserError where a side's memory, or a device's budget, does not suffice.
     """
 
     def __init__(
@@ -71,7 +72,9 @@ class Executor(Closing):
         return self.cache.get(spec, lambda: self._new(spec, self._scratch_for(spec)))
 
     def reserve(self, spec: GraphSpec) -> None:
-        """Ask devices for the memory of the largest prompt at once, so that nothing has to grow later, and a budget that is too small is told now."""
+        """Ask devices for the memory of the largest prompt at once, so that nothing has to grow later, and a budget
+        that is too small is told now.
+        """
         if self.sides.devices:
             self._new(spec, None).close()
 
@@ -95,12 +98,15 @@ class Executor(Closing):
         for device, budget, used in zip(a.devices, a.budgets, self.device_bytes, strict=True):
             if used + a.scratch > budget:
                 raise UserError(
-                    f"device {device.name}: {spec.n_tokens} tokens at once need {memory(used + a.scratch)}, expected at most {memory(budget)}",
+                    f"device {device.name}: {spec.n_tokens} tokens at once need {memory(used + a.scratch)}, "
+                    f"expected at most {memory(budget)}",
                     "allow more with --vram-budget, or shorten --n-ctx",
                 )
 
     def _scratch_for(self, spec: GraphSpec) -> Repacked | None:
-        """Where a block's matrices are repacked for a batch; one for all schedules, and None where nothing is computed that way."""
+        """Where a block's matrices are repacked for a batch; one for all schedules, and None where nothing is computed
+        that way.
+        """
         whole = self.map.whole_on_cpu
         limits = {i: spec.dense_from[i] for i in whole} if spec.dense_from else {}
         if not any(spec.n_tokens >= limit for limit in limits.values()):

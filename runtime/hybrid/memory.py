@@ -19,9 +19,9 @@ SMALLER = "use a smaller --vram-budget or --n-ctx"
 class Memory(Closing):
     """A buffer for tensors that cross between subgraphs, and a compute buffer that the subgraphs use in turn.
 
-    It grows with what is asked of it and is never given back before `close`: freeing and asking again at every change from
-    prompt to token costs time, and some drivers do not survive it (docs/log.md). Whenever `growths` has changed, everything
-    that was placed before has lost its place.
+    It grows with what is asked of it and is never given back before `close`: freeing and asking again at every change
+    from prompt to token costs time, and some drivers do not survive it (docs/log.md). Whenever `growths` has changed,
+    everything that was placed before has lost its place.
     kinds: types of memory for the crossing tensors, the first that can be had; the compute buffer is of the last one.
     hint: for the error where memory does not suffice.
     """
@@ -33,7 +33,9 @@ class Memory(Closing):
         self._allocator = self._handles.add(ggml.ggml_gallocr_new(kinds[-1]), ggml.ggml_gallocr_free)
 
     def place(self, regions: Sequence[Sequence[ggml.TensorP]]) -> None:
-        """Put crossing tensors into the buffer, those of one region at one address. Raises UserError where memory does not suffice."""
+        """Put crossing tensors into the buffer, those of one region at one address. Raises UserError where memory does
+        not suffice.
+        """
         if not regions:
             return
         sizes = [max(self._size(tensor) for tensor in region) for region in regions]
@@ -72,7 +74,9 @@ class Memory(Closing):
         ggml.ggml_backend_buffer_clear(self._buffer, value)
 
     def allocate(self, graphs: Sequence[ggml.GraphP]) -> None:
-        """Give the inner results of graphs their place in the compute buffer. Raises UserError where memory does not suffice."""
+        """Give the inner results of graphs their place in the compute buffer. Raises UserError where memory does not
+        suffice.
+        """
         before = self._compute_size
         # Once the buffer is large enough for the largest, it stays where it is.
         reserved = all(ggml.ggml_gallocr_reserve(self._allocator, graph) for graph in graphs)

@@ -1,11 +1,15 @@
 """Which part of a model goes to which device: a cost model and its exact optimum.
 
-Pure arithmetic on bytes and bandwidths: knows nothing of files, of ggml or of how a placement is carried out. docs/hybrid.md explains the model.
+Pure arithmetic on bytes and bandwidths: knows nothing of files, of ggml or of how a placement is carried out.
+docs/hybrid.md explains the model.
 
-A device holds the last blocks (attention, keys and values, norms, predictor), of each of these the k hottest neurons of the FFN, and the head.
-A block takes: its attention, then max(hot neurons on the device, cold neurons on the CPU), then `sync` if it needs both sides.
-The last term vanishes where a block is wholly on one side, so gains do not diminish and a greedy choice can be wrong (tests/test_placement.py has
-an instance): the choice is a multiple-choice knapsack and is solved by dynamic programming over the blocks and the units of the budget.
+A device holds the last blocks (attention, keys and values, norms, predictor), of each of these the k hottest neurons of
+the FFN, and the head.
+A block takes: its attention, then max(hot neurons on the device, cold neurons on the CPU), then `sync` if it needs both
+sides.
+The last term vanishes where a block is wholly on one side, so gains do not diminish and a greedy choice can be wrong
+(tests/test_placement.py has an instance): the choice is a multiple-choice knapsack and is solved by dynamic programming
+over the blocks and the units of the budget.
 """
 
 from __future__ import annotations
@@ -30,7 +34,8 @@ class BlockCosts:
     """One transformer block, in bytes. Neurons are stored hottest first, so that a device holds a prefix of them.
 
     stored: what a device must hold whatever its share of the FFN (attention, norms, biases, keys and values, padding).
-    read: how much of that one token reads. predictor: stored and read where a predictor chooses among neurons on the CPU.
+    read: how much of that one token reads. predictor: stored and read where a predictor chooses among neurons on the
+    CPU.
     neurons: n_ff. cuts: the prefixes that a device can hold, in neurons: 0 first, increasing; the last one may be n_ff.
     hot: for each cut, the bytes of its neurons on a device, which stores and reads them all.
     cold: for each cut, the bytes that the CPU reads of the others for one token.
@@ -53,7 +58,9 @@ class BlockCosts:
 
 @dataclass(frozen=True)
 class Device:
-    """budget: bytes that may be used. bandwidth: bytes/s. reserve: of the budget, bytes for compute buffers and staging if the device is used at all."""
+    """budget: bytes that may be used. bandwidth: bytes/s. reserve: of the budget, bytes for compute buffers and staging
+    if the device is used at all.
+    """
 
     budget: int
     bandwidth: float
@@ -80,10 +87,14 @@ class Machine:
 class Placement:
     """Where everything is, and what that is expected to cost.
 
-    resident_from: blocks from this one on have attention, keys and values and norms on the first device; those before are wholly on the CPU.
-    head: whether the output head is on the first device. hot: for each block, the neurons on each device: consecutive pieces of its prefix.
-    bytes: for each device, everything on it, reserve included; 0 where it is not used. parts: seconds per token of what the token waits for.
-    slack: bytes by which rounding may have narrowed the choice: no placement within (budget - slack) is faster. 0: exact.
+    resident_from: blocks from this one on have attention, keys and values and norms on the first device; those before
+    are wholly on the CPU.
+    head: whether the output head is on the first device. hot: for each block, the neurons on each device: consecutive
+    pieces of its prefix.
+    bytes: for each device, everything on it, reserve included; 0 where it is not used. parts: seconds per token of what
+    the token waits for.
+    slack: bytes by which rounding may have narrowed the choice: no placement within (budget - slack) is faster. 0:
+    exact.
     """
 
     resident_from: int
@@ -180,8 +191,8 @@ def _block_cost(
 def place(blocks: Sequence[BlockCosts], head: int, machine: Machine) -> Placement:
     """The fastest placement within the budgets. head: bytes of the output head, all read by every token.
 
-    With one device it is the optimum (up to `Placement.slack`), hence never slower with more budget. With several, each block's prefix is cut in
-    proportion to what the devices have room for; it is never slower than with fewer of them.
+    With one device it is the optimum (up to `Placement.slack`), hence never slower with more budget. With several, each
+    block's prefix is cut in proportion to what the devices have room for; it is never slower than with fewer of them.
     """
     cpu_only = evaluate(blocks, head, machine, len(blocks), False, [(0,) * len(machine.devices)] * len(blocks))
     found = [cpu_only]
@@ -191,7 +202,8 @@ def place(blocks: Sequence[BlockCosts], head: int, machine: Machine) -> Placemen
 
 
 class Planner:
-    """Places one model on a machine's only device within any budget up to the device's own: what all budgets share is computed once.
+    """Places one model on a machine's only device within any budget up to the device's own: what all budgets share is
+    computed once.
 
     Each placement is the one that `place` finds for that budget.
     """
@@ -256,7 +268,9 @@ class _Search:
         return self._solved((room / total).tolist(), {(fitting[0], head): total}) if total else []
 
     def _solved(self, shares: list[float], rooms: dict[tuple[int, bool], int]) -> list[Placement]:
-        """The best for those pairs of first resident block and head on the device whose room for neurons, in bytes, is given."""
+        """The best for those pairs of first resident block and head on the device whose room for neurons, in bytes, is
+        given.
+        """
         solver = self._solver(tuple(shares), max(rooms.values()))
         units = {(i, head): solver.units(i, room) for (i, head), room in rooms.items()}
         units = {option: n for option, n in units.items() if n >= 0}
@@ -270,7 +284,9 @@ class _Search:
         return [evaluate(self.blocks, self.head, self.machine, first, head, hot, solver.slack)]
 
     def _solver(self, shares: tuple[float, ...], room: int) -> _Solver:
-        """What solves for devices that share so, within `room` bytes and less: made once, since it is the same for every budget."""
+        """What solves for devices that share so, within `room` bytes and less: made once, since it is the same for
+        every budget.
+        """
         known = self._solvers.get(shares)
         if known is None or known.room < room:
             known = self._solvers[shares] = _Solver([self._table(b, list(shares)) for b in self.blocks], room)
@@ -289,14 +305,16 @@ class _Search:
         seconds = (
             attention + np.maximum(hot * slowest, cold / self.machine.cpu_bandwidth) + self.machine.sync * crossings
         )
-        # Pieces are counted in whole blocks of neurons; a predictor that is not needed frees its bytes on a single device only.
+        # Pieces are counted in whole blocks of neurons; a predictor that is not needed frees its bytes on a single
+        # device only.
         sizes = np.arange(len(cuts)) * _step(b) if self.several else hot + b.predictor * split
         return sizes.astype(np.int64), seconds
 
     def _pieces(self, chosen: Sequence[int], shares: list[float]) -> list[tuple[int, ...]]:
         """Each block's prefix cut into pieces, so that no device gets a block of neurons more than its share of all.
 
-        chosen: index of each block's cut. What is left after rounding down goes where most is missing, so that less than one block ever is too many.
+        chosen: index of each block's cut. What is left after rounding down goes where most is missing, so that less
+        than one block ever is too many.
         """
         missing = np.zeros(len(shares))
         unused = (0,) * (len(self.machine.devices) - len(shares))
@@ -314,7 +332,9 @@ class _Search:
 
 
 class _Solver:
-    """The dynamic programme over the blocks' tables of bytes and seconds. room: the most bytes that it can be asked for."""
+    """The dynamic programme over the blocks' tables of bytes and seconds. room: the most bytes that it can be asked
+    for.
+    """
 
     def __init__(self, tables: Sequence[tuple[Sizes, Seconds]], room: int) -> None:
         self.room = room
@@ -326,7 +346,9 @@ class _Solver:
         self.programme = _Programme(counted, max(0, room // self._unit))
 
     def units(self, first: int, room: int) -> int:
-        """Units that `room` bytes leave to choose about, with blocks `first`.. resident; negative where they do not fit."""
+        """Units that `room` bytes leave to choose about, with blocks `first`.. resident; negative where they do not
+        fit.
+        """
         return (room - sum(self._floors[first:])) // self._unit
 
 
@@ -338,7 +360,8 @@ def _step(b: BlockCosts) -> int:
 def _unit(sizes: Sequence[Sizes]) -> int:
     """Bytes of a unit: the same for every budget, so that more budget never means a worse choice.
 
-    The greatest common divisor if that makes at most MAX_UNITS of everything, else a divisor of most blocks of neurons if one is small enough, else as small as possible.
+    The greatest common divisor if that makes at most MAX_UNITS of everything, else a divisor of most blocks of neurons
+    if one is small enough, else as small as possible.
     """
     least = max(1, -(-sum(int(s.max()) for s in sizes) // MAX_UNITS))
     divisor = math.gcd(*(int(size) for s in sizes for size in s)) or 1
@@ -351,7 +374,9 @@ def _unit(sizes: Sequence[Sizes]) -> int:
 
 
 class _Programme:
-    """Dynamic programme over blocks, last first: least seconds of blocks i.. with at most u units of neurons, for every i and u."""
+    """Dynamic programme over blocks, last first: least seconds of blocks i.. with at most u units of neurons, for every
+    i and u.
+    """
 
     def __init__(self, tables: Sequence[tuple[Any, Seconds]], n_units: int) -> None:
         self._tables = [_undominated(sizes, seconds) for sizes, seconds in tables]

@@ -1,8 +1,9 @@
-"""A side's queue of work: uploads, graphs and downloads, done in order, on a device while the caller does something else.
+"""A side's queue of work: uploads, graphs and downloads, done in order, on a device while the caller does something
+else.
 
 Three kinds with one interface: devices whose ggml backend is asynchronous and has events queue by themselves; all other
-devices (the CPU as a stand-in among them) are driven by a thread of their own, which makes their calls one after the other;
-the CPU computes at once, on the caller's thread.
+devices (the CPU as a stand-in among them) are driven by a thread of their own, which makes their calls one after the
+other; the CPU computes at once, on the caller's thread.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ class Queue(Closing, ABC):
 
     @abstractmethod
     def settle(self) -> None:
-        """Block until nothing is queued any more, and forget what failed and which marks were set: after an error, before memory is freed."""
+        """Block until nothing is queued any more, and forget what failed and which marks were set: after an error,
+        before memory is freed.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -249,7 +252,8 @@ class _Reached(Mark):
 
 
 class CpuQueue(Queue):
-    """The CPU as a side: each call returns when its work is done. Tensors of other sides are copied by their own queues.
+    """The CPU as a side: each call returns when its work is done. Tensors of other sides are copied by their own
+    queues.
 
     backend: the model's own, which stays its owner's.
     """

@@ -96,9 +96,10 @@ class Wait:
 class Schedule(Closing):
     """A built schedule. Call `run` from the thread that owns ggml; `close` frees it.
 
-    inputs: tensors in main memory that `run` fills, the ids or hidden states first. result: where it finds the result. steps: what it does in between.
-    devices: queues that it lets work. ffns: what our own operators count, by block. taps: inner results in main memory, where
-    the spec asks for them. scratch: see `Builder`.
+    inputs: tensors in main memory that `run` fills, the ids or hidden states first. result: where it finds the result.
+    steps: what it does in between.
+    devices: queues that it lets work. ffns: what our own operators count, by block. taps: inner results in main memory,
+    where the spec asks for them. scratch: see `Builder`.
     """
 
     spec: GraphSpec
@@ -113,7 +114,8 @@ class Schedule(Closing):
     handles: Handles = field(repr=False)
 
     def run(self, inputs: GraphInputs) -> npt.NDArray[np.float32]:
-        """Compute a batch and return its logits, float32 [n_outputs, n_vocab]; hidden states where the schedule ends before.
+        """Compute a batch and return its logits, float32 [n_outputs, n_vocab]; hidden states where the schedule ends
+        before.
 
         Raises UserError where ggml fails.
         """

@@ -1,8 +1,8 @@
 """Builds schedules: the subgraphs of each side, and the steps that compute them and carry tensors between them.
 
-Hidden states start in main memory. Each block is computed at its home; where some of its neurons lie elsewhere, the block is
-cut at its FFN: the input goes to the sides that hold a share of the neurons, and their products come back and are added at
-home. Whatever stays on one side is one subgraph.
+Hidden states start in main memory. Each block is computed at its home; where some of its neurons lie elsewhere, the
+block is cut at its FFN: the input goes to the sides that hold a share of the neurons, and their products come back and
+are added at home. Whatever stays on one side is one subgraph.
 """
 
 from __future__ import annotations
@@ -41,13 +41,23 @@ def build(spec: GraphSpec, sides: Sides, scratch: Repacked | None = None) -> Sch
         for there in graphs:
             there.allocate()
         return Schedule(
-            spec, (building.input, *building.inputs[CPU].tensors), result, building.steps,
-            [d.queue for d in sides.devices], building.ffns, building.taps, scratch, sides.cpu.queue.trace, handles.pop_all(),
-        )  # fmt: skip
+            spec,
+            (building.input, *building.inputs[CPU].tensors),
+            result,
+            building.steps,
+            [d.queue for d in sides.devices],
+            building.ffns,
+            building.taps,
+            scratch,
+            sides.cpu.queue.trace,
+            handles.pop_all(),
+        )
 
 
 class _Building:
-    """One schedule while it is built: where the hidden states are, the subgraph that is open there, and the steps so far."""
+    """One schedule while it is built: where the hidden states are, the subgraph that is open there, and the steps so
+    far.
+    """
 
     def __init__(self, spec: GraphSpec, sides: Sides, graphs: list[Subgraphs], scratch: Repacked | None) -> None:
         self._spec, self._sides, self._graphs, self._scratch = spec, sides.all, graphs, scratch
@@ -137,7 +147,9 @@ class _Building:
     # --- an FFN on several sides -------------------------------------------------------------------------------------
 
     def _divided(self, at: AtFfn, i: int) -> tuple[AtFfn, ggml.TensorP]:
-        """Compute the FFN of block `i` on all sides that have neurons of it: where the block goes on at home, and the FFN's product."""
+        """Compute the FFN of block `i` on all sides that have neurons of it: where the block goes on at home, and the
+        FFN's product.
+        """
         home, there, n, d = self._side, self._graphs[self._side], at.x.ne[1], self._s.embedding_length
         sides = self._map.blocks[i].sides
         there.keep(self._subgraph(), at.residual, "kept residual")
@@ -207,8 +219,16 @@ class _Building:
         ffns: dict[int, sparse_ffn.Ffn] = {}
         scratch = self._scratch if whole else None
         builder = Builder(
-            subgraph.ctx, self._s, side.neurons[i, piece.first], None, spec, self.inputs[CPU], side.queue.device, scratch, ffns
-        )  # fmt: skip
+            subgraph.ctx,
+            self._s,
+            side.neurons[i, piece.first],
+            None,
+            spec,
+            self.inputs[CPU],
+            side.queue.device,
+            scratch,
+            ffns,
+        )
         ffn = ffn_of(builder, i, shape.part(piece.length))
         if piece.side == CPU and self._map.scored_at_home(i):
             product = ffn.native(x, ffn.chosen(self._graphs[CPU].at(f"scores {k}", piece.length, x.ne[1])))
@@ -249,7 +269,9 @@ class _Building:
         return Blocks(self._builder())
 
     def _ended(self, last: bool = False) -> list[Step]:
-        """Compute the open subgraph and fetch what was left; returns what to wait for before that is read. last: `Schedule.run` waits."""
+        """Compute the open subgraph and fetch what was left; returns what to wait for before that is read. last:
+        `Schedule.run` waits.
+        """
         subgraph, downloads = self._subgraph(), self._downloads
         subgraph.name = self._name(last)
         self.steps.append(Compute(self._sides[self._side].queue, subgraph))

@@ -34,13 +34,17 @@ class ScheduleCache(Closing):
         return self._schedules[spec]
 
     def scratch(self, make: Callable[[], Repacked]) -> Repacked:
-        """Where a block's matrices are repacked for a batch: one for all schedules, and no longer than any of them uses it."""
+        """Where a block's matrices are repacked for a batch: one for all schedules, and no longer than any of them uses
+        it.
+        """
         if self._scratch is None:
             self._scratch = make()
         return self._scratch
 
     def lost(self) -> None:
-        """Free all schedules, since they have lost their memory. The scratch memory stays: the one that is being made may use it."""
+        """Free all schedules, since they have lost their memory. The scratch memory stays: the one that is being made
+        may use it.
+        """
         self._free(lambda _: True)
 
     def close(self) -> None:

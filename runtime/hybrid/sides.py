@@ -22,7 +22,8 @@ At = tuple[int, int]  # a piece: its block and its first neuron
 class Side:
     """One side. tensors: the blocks at home there, the CPU's being the whole file. kv: their keys and values.
 
-    neurons: the rows and columns of a piece. scorers: what scores of a piece on the CPU are computed with, at its block's home.
+    neurons: the rows and columns of a piece. scorers: what scores of a piece on the CPU are computed with, at its
+    block's home.
     nbytes: of the tensors that were copied to a device.
     """
 
@@ -37,7 +38,8 @@ class Side:
 class Sides(Closing):
     """What lies on all sides, the CPU first; `close` frees it, when the queues have ended what they do.
 
-    devices: their queues, in the order of the map's sides. n_cells: positions of the caches. blocks: those that have caches, None for all.
+    devices: their queues, in the order of the map's sides. n_cells: positions of the caches. blocks: those that have
+    caches, None for all.
     Raises UserError where a side's memory does not suffice.
     """
 
@@ -110,9 +112,11 @@ class Sides(Closing):
         return handles.enter_context(KvCache(queue.backend, self._kv_type, lengths, self._n_cells))
 
     def memories(self, handles: Handles) -> list[Memory]:
-        """Each side's memory for subgraphs. Where there are devices all schedules share it; on the CPU alone it goes with `handles`.
+        """Each side's memory for subgraphs. Where there are devices all schedules share it; on the CPU alone it goes
+        with `handles`.
 
-        A prompt's subgraphs need much of it: main memory is cheap to ask for again, a device's and what a driver copies from is not.
+        A prompt's subgraphs need much of it: main memory is cheap to ask for again, a device's and what a driver copies
+        from is not.
         """
         if not self.devices:
             return [handles.enter_context(Memory("main memory", plain_kinds(), SHORTER))]

@@ -35,8 +35,8 @@ class Subgraph:
 class Subgraphs(Closing):
     """All subgraphs of one schedule on one side, and their crossing tensors. Descriptions only: `close` frees these.
 
-    A crossing tensor has a role, such as "hidden" or "scores". All tensors of a role lie at one address, whatever their shapes: a later
-    one is written when the earlier one has been read. They have memory from `allocate` on.
+    A crossing tensor has a role, such as "hidden" or "scores". All tensors of a role lie at one address, whatever their
+    shapes: a later one is written when the earlier one has been read. They have memory from `allocate` on.
     """
 
     def __init__(self, memory: Memory, max_tensors: int) -> None:
@@ -81,7 +81,8 @@ def check_supported(graph: ggml.GraphP, device: ggml.DeviceP) -> None:
             operation = ggml.ggml_op_name(node.struct.op).decode()
             types = [ggml.ggml_type_name(t).decode() for t in (node.type, *source_types(node))]
             raise UserError(
-                f"device {where}: cannot compute `{name or operation}` ({operation}: {', '.join(types[1:])} -> {types[0]})"
+                f"device {where}: cannot compute `{name or operation}` "
+                f"({operation}: {', '.join(types[1:])} -> {types[0]})"
             )
 
 

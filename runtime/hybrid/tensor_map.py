@@ -1,4 +1,5 @@
-"""Where each block of a model lies: the side of its mixer, and the sides of its neurons; and which tensors or rows that puts on each side.
+"""Where each block of a model lies: the side of its mixer, and the sides of its neurons; and which tensors or rows that
+puts on each side.
 
 Pure: names, shapes and numbers of sides. Side 0 is the CPU, side d + 1 the device d of the list that the user named.
 """
@@ -36,7 +37,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class BlockSides:
-    """The sides of one block. home: of its norms, its mixer, and the mixer's keys and values. pieces: of all its neurons, in their order."""
+    """The sides of one block. home: of its norms, its mixer, and the mixer's keys and values. pieces: of all its
+    neurons, in their order.
+    """
 
     home: int
     pieces: tuple[Piece, ...] = ()
@@ -58,7 +61,9 @@ class BlockSides:
 
 @dataclass(frozen=True)
 class Slice:
-    """A tensor, or some of its neurons: `first`..`end` along `axis` (1: rows, or elements of a vector; 0: columns), all where axis is None."""
+    """A tensor, or some of its neurons: `first`..`end` along `axis` (1: rows, or elements of a vector; 0: columns), all
+    where axis is None.
+    """
 
     name: str
     axis: int | None = None
@@ -106,7 +111,9 @@ class TensorMap:
         return tuple(sum(p.length for p in block.pieces if p.side != CPU) for block in self.blocks)
 
     def scored_at_home(self, i: int) -> bool:
-        """Whether a device computes the predictor's scores for the CPU's neurons of block `i`. Sign bits are the CPU's: no device has an operation for them."""
+        """Whether a device computes the predictor's scores for the CPU's neurons of block `i`. Sign bits are the CPU's:
+        no device has an operation for them.
+        """
         s, block = self.structure, self.blocks[i]
         wanted = self.predicted and s.rank(i) > 0 and s.predictor != "signbit"
         return wanted and block.home != CPU and bool(block.on(CPU))
@@ -147,7 +154,9 @@ class TensorMap:
         return self._there(i, ((1, rows), (0, n.NEURON_COLUMNS)), piece)
 
     def scorer(self, i: int, piece: Piece) -> list[Slice]:
-        """What the home of block `i` computes the scores of a piece on the CPU with, beside the first matrix of the predictor."""
+        """What the home of block `i` computes the scores of a piece on the CPU with, beside the first matrix of the
+        predictor.
+        """
         return self._there(i, ((1, (n.weight(n.PREDICTOR_OUT),)),), piece)
 
     def _there(self, i: int, groups: tuple[tuple[int, tuple[str, ...]], ...], p: Piece) -> list[Slice]:
@@ -166,7 +175,9 @@ def cpu_alone(s: Structure, predicted: bool) -> TensorMap:
 
 
 def of_placement(s: Structure, placement: Placement, predicted: bool) -> TensorMap:
-    """What the planner chose: the last blocks at home on the first device, a prefix of neurons on the devices, the others on the CPU."""
+    """What the planner chose: the last blocks at home on the first device, a prefix of neurons on the devices, the
+    others on the CPU.
+    """
     homes = (CPU if i < placement.resident_from else 1 for i in range(s.block_count))
     sides = (
         BlockSides(home, _cut(block.ffn, hot)) for home, block, hot in zip(homes, s.blocks, placement.hot, strict=True)

@@ -1,4 +1,5 @@
-"""One file of a GGUF model, opened for reading through ggml's own parser, and distrusted: every offset is checked against the file's size before anything is mapped.
+"""One file of a GGUF model, opened for reading through ggml's own parser, and distrusted: every offset is checked
+against the file's size before anything is mapped.
 
 Knows the container; knows neither what the tensors are for nor which files belong together.
 """
@@ -40,7 +41,9 @@ _SCALARS: dict[int, tuple[Any, Callable[[Any], Any]]] = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file. ne: shape in ggml's order, contiguous dimension first, without trailing ones; offset: bytes from the start of the file."""
+    """One tensor of a file. ne: shape in ggml's order, contiguous dimension first, without trailing ones; offset: bytes
+    from the start of the file.
+    """
 
     name: str
     type: str
@@ -51,7 +54,8 @@ class TensorInfo:
 
 
 class GgufPart:
-    """One open file: `metadata` (key -> value; arrays as numpy arrays or lists of str) and `tensors` (name -> TensorInfo).
+    """One open file: `metadata` (key -> value; arrays as numpy arrays or lists of str) and `tensors` (name ->
+    TensorInfo).
 
     magic: its first four bytes, for files that are GGUF in all but these.
     Raises UserError when the file is missing, no GGUF, damaged or shorter than its tensors say.
@@ -120,7 +124,8 @@ class GgufPart:
         for info in self.tensors.values():
             if info.offset + info.nbytes > self.size:
                 raise UserError(
-                    f"`{self.path}`: tensor `{info.name}` ends at byte {info.offset + info.nbytes}, but the file has {self.size}",
+                    f"`{self.path}`: tensor `{info.name}` ends at byte {info.offset + info.nbytes}, "
+                    f"but the file has {self.size}",
                     "the file is truncated: download or convert it again",
                 )
 

@@ -1,4 +1,5 @@
-"""What a file says of its making: its calibration, and what was measured of its predictors. Checked when a file is opened; commands, cards and pages show it.
+"""What a file says of its making: its calibration, and what was measured of its predictors. Checked when a file is
+opened; commands, cards and pages show it.
 
 Nothing here changes what a model computes, but for what the runtime expects of a prompt.
 """
@@ -50,7 +51,9 @@ _SINGLE: dict[str, _Test] = {
 
 
 def check_figures(metadata: Mapping[str, Any], block_count: int, where: str) -> None:
-    """Raise UserError unless every such key that the file has is of its type, has one entry per block, and lies in its range."""
+    """Raise UserError unless every such key that the file has is of its type, has one entry per block, and lies in its
+    range.
+    """
     for name, (test, wanted) in (_SINGLE | _PER_BLOCK).items():
         key = f"{ARCHITECTURE}.{name}"
         if key not in metadata:

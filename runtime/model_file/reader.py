@@ -1,4 +1,5 @@
-"""A model's GGUF file, or the shards that it is split into, opened as one and checked against the model's own description.
+"""A model's GGUF file, or the shards that it is split into, opened as one and checked against the model's own
+description.
 
 Knows the container, and nothing of what the tensors are for.
 """
@@ -27,11 +28,13 @@ _AGAIN = "the file is damaged: download or convert it again"
 
 
 class GgufFile(Closing):
-    """An open model: `metadata` (key -> value; arrays as numpy arrays or lists of str) and `tensors` (name -> TensorInfo).
+    """An open model: `metadata` (key -> value; arrays as numpy arrays or lists of str) and `tensors` (name ->
+    TensorInfo).
 
     path: the file, or the first of its shards; `parts` are all of them, and `size` their bytes together.
     magic: its first four bytes, for files that are GGUF in all but these.
-    Raises UserError when a file is missing, no GGUF, damaged, shorter than its tensors say, or a shard of something else.
+    Raises UserError when a file is missing, no GGUF, damaged, shorter than its tensors say, or a shard of something
+    else.
     """
 
     def __init__(self, path: str | Path, magic: bytes = MAGIC) -> None:
@@ -48,7 +51,9 @@ class GgufFile(Closing):
 
     @functools.cached_property
     def structure(self) -> Structure:
-        """The model's description, checked against the tensors: each required one present with its shape, neurons in the order it says; figures of its making in their range."""
+        """The model's description, checked against the tensors: each required one present with its shape, neurons in
+        the order it says; figures of its making in their range.
+        """
         structure = read_structure(self.metadata, f"`{self.path}`")
         self._check_tensors(structure)
         check_figures(self.metadata, structure.block_count, f"`{self.path}`")
@@ -62,7 +67,9 @@ class GgufFile(Closing):
         return self._part_of[name].path
 
     def address(self, name: str) -> int:
-        """Where the tensor's bytes lie in this process: its file is mapped read-only on first use. Valid until `close`."""
+        """Where the tensor's bytes lie in this process: its file is mapped read-only on first use. Valid until
+        `close`.
+        """
         return self.mapped(name)[0] + self.tensors[name].offset
 
     def mapped(self, name: str) -> tuple[int, int]:
@@ -96,7 +103,8 @@ class GgufFile(Closing):
         for name, ne in required.items():
             if self.tensors[name].ne != ne:
                 raise UserError(
-                    f"`{self.path}`: tensor `{name}` has shape {list(self.tensors[name].ne)}, expected {list(ne)} from the file's own description"
+                    f"`{self.path}`: tensor `{name}` has shape {list(self.tensors[name].ne)}, "
+                    f"expected {list(ne)} from the file's own description"
                 )
             wanted = _wanted_type(self.tensors[name])
             if wanted:

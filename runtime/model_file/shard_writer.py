@@ -1,4 +1,5 @@
-"""Splits a model into shards as llama.cpp does: which tensor goes into which file, and the keys that hold them together.
+"""Splits a model into shards as llama.cpp does: which tensor goes into which file, and the keys that hold them
+together.
 
 Knows sizes and names; writing is `runtime.model_file.writer`'s work.
 """
@@ -70,7 +71,9 @@ def check_sizes(tensors: Sequence[Sized], max_bytes: int) -> None:
 
 
 def check_shards(out: Path, force: bool, inputs: Sequence[Path] = ()) -> None:
-    """Raise UserError where no shards named after `out` can be written: some exist already (and not `force`), are no regular files or among `inputs`, or names would be too long."""
+    """Raise UserError where no shards named after `out` can be written: some exist already (and not `force`), are no
+    regular files or among `inputs`, or names would be too long.
+    """
     place = place_of(out)
     for old in old_shards(place):
         if not old.is_file() or old.is_symlink():

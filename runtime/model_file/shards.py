@@ -34,7 +34,8 @@ def parse_name(name: str) -> tuple[str, int, int] | None:
 def open_shards(first: GgufPart) -> list[GgufPart]:
     """All files of the model whose only or first file is `first`, in order.
 
-    Raises UserError when one is missing, damaged, out of its place or of another model, and when `first` is not the first.
+    Raises UserError when one is missing, damaged, out of its place or of another model, and when `first` is not the
+    first.
     """
     count, number = _integer(first, COUNT, 1), _integer(first, NUMBER, 0)
     named = parse_name(first.path.name)

@@ -27,13 +27,16 @@ NEURON_ORDERS = ("original", "hot")
 PREDICTOR_KINDS = ("none", "lowrank", "mlp", "signbit")
 PREDICTOR_TAPS = ("ffn_norm", "residual")
 
-# Fields that may differ between blocks: an int for all, or a tuple of one for each. A tuple of equal ones becomes the int.
+# Fields that may differ between blocks: an int for all, or a tuple of one for each. A tuple of equal ones becomes the
+# int.
 PER_BLOCK = ("feed_forward_length", "head_count", "head_count_kv", "rope_dimension_count")
 MIXED = 3  # the first schema version whose readers know lists of such values
 
 
 def _key(name: str, choices: tuple[str, ...] = (), since: int = 1, **kwargs: Any) -> Any:
-    """since: the first schema version that knows the key; older readers would ignore it. From 3 on, defaults are not written."""
+    """since: the first schema version that knows the key; older readers would ignore it. From 3 on, defaults are not
+    written.
+    """
     return field(metadata={"key": name, "choices": choices, "since": since}, **kwargs)
 
 
@@ -77,7 +80,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Structure:
-    """A decoder-only transformer with a ReLU-family FFN. One field per GGUF key `lazyneuron.<key>`; lengths are in elements.
+    """A decoder-only transformer with a ReLU-family FFN. One field per GGUF key `lazyneuron.<key>`; lengths are in
+    elements.
 
     What is computed is said block by block in `blocks`, made from the values that may differ between blocks.
     """
@@ -129,7 +133,8 @@ class Structure:
     neuron_order: str = _key("neuron_order", NEURON_ORDERS, default="original")
     predictor: str = _key("predictor.kind", PREDICTOR_KINDS, default="none")
     predictor_tap: str = _key("predictor.tap", PREDICTOR_TAPS, default="ffn_norm")
-    # One per block; rank 0: no predictor, the block is computed exactly. A sign-bit predictor has rank embedding_length.
+    # One per block; rank 0: no predictor, the block is computed exactly. A sign-bit predictor has rank
+    # embedding_length.
     predictor_rank: tuple[int, ...] = _key("predictor.rank", default=())
     # One per block: what the scores are typically off by; the unit of a shift of the threshold at run time.
     predictor_error: tuple[float, ...] = _key("predictor.error", default=())
@@ -185,7 +190,9 @@ class Structure:
 
     @property
     def rope_dimensions(self) -> int:
-        """Elements of a head that are rotated, in the blocks that rotate any: one number wherever frequencies have factors."""
+        """Elements of a head that are rotated, in the blocks that rotate any: one number wherever frequencies have
+        factors.
+        """
         return max((a.rope for a in self.attentions.values()), default=0)
 
     def rank(self, i: int) -> int:

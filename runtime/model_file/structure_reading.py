@@ -15,7 +15,8 @@ from runtime.model_file.structure import ARCHITECTURE, PER_BLOCK, SCHEMA_VERSION
 def read_structure(metadata: Mapping[str, Any], where: str) -> Structure:
     """The structure that GGUF key-value pairs describe; `where` names the file in errors.
 
-    Raises UserError for another architecture or schema version, a missing key, a value of the wrong type or out of its range.
+    Raises UserError for another architecture or schema version, a missing key, a value of the wrong type or out of its
+    range.
     """
     _check_schema(metadata, where)
     structure = Structure(**{f.name: _value(f, metadata, where) for f in fields(Structure)})
@@ -138,7 +139,8 @@ def _check_lists(s: Structure, where: str) -> None:
         if f.name.startswith("predictor") or not isinstance(value, tuple) or len(value) in (0, s.block_count):
             continue
         raise UserError(
-            f"{where}: `{ARCHITECTURE}.{f.metadata['key']}` has {len(value)} values, expected {s.block_count}, one per block"
+            f"{where}: `{ARCHITECTURE}.{f.metadata['key']}` has {len(value)} values, "
+            f"expected {s.block_count}, one per block"
         )
     if s.sliding_window_pattern and not s.sliding_window:
         raise UserError(

@@ -1,6 +1,7 @@
 """The names of a file's tensors: spelt here, and nowhere else. docs/format.md says what each of them is.
 
-A block's tensor is `blk.N.` and its short name: a stem such as `ffn_up`, with `.weight` or `.bias` behind it where there are both.
+A block's tensor is `blk.N.` and its short name: a stem such as `ffn_up`, with `.weight` or `.bias` behind it where
+there are both.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def parsed(name: str) -> tuple[int, str] | None:
 
 
 def row_matrices(ffn: FfnShape) -> tuple[str, ...]:
-    """Stems of the matrices that have a row for each neuron: first the one that decides which fire, then those read of these."""
+    """Stems of the matrices that have a row for each neuron: first the one that decides which fire, then those read of
+    these.
+    """
     return (FFN_GATE, FFN_UP, FFN_DOWN_T) if ffn.gated else (FFN_UP, FFN_DOWN_T)
 
 

@@ -51,7 +51,9 @@ class NewTensor:
 
 @dataclass(frozen=True)
 class Key:
-    """A key's value in the types it is stored in; strings as bytes, which need not be UTF-8. items: type of an array's elements."""
+    """A key's value in the types it is stored in; strings as bytes, which need not be UTF-8. items: type of an array's
+    elements.
+    """
 
     value: Any
     type: GGUFValueType
@@ -72,7 +74,9 @@ def copied(file: GgufFile, name: str, new_name: str | None = None) -> NewTensor:
 
 
 def copied_keys(path: Path) -> dict[str, Key]:
-    """All keys of a file but empty arrays, which the `gguf` package cannot write, what it adds by itself, and what says how a model is split."""
+    """All keys of a file but empty arrays, which the `gguf` package cannot write, what it adds by itself, and what says
+    how a model is split.
+    """
     left = (*_WRITER_ADDS, *shards.KEYS)
     fields = {key: f for key, f in GGUFReader(path).fields.items() if key not in left and len(f.data)}
     return {key: _key(field) for key, field in fields.items() if not key.startswith("GGUF.")}
@@ -89,7 +93,9 @@ def _key(field: Any) -> Key:
 
 @dataclass(frozen=True)
 class NewFile:
-    """A file to be written. metadata: plain values (whole numbers as UINT32, in lists as INT32; empty lists are left out), or `Key`s as they are."""
+    """A file to be written. metadata: plain values (whole numbers as UINT32, in lists as INT32; empty lists are left
+    out), or `Key`s as they are.
+    """
 
     path: Path
     metadata: Mapping[str, Any]
@@ -104,9 +110,11 @@ def write_gguf(
 
 
 def write_files(files: Sequence[NewFile], architecture: str = ARCHITECTURE) -> int:
-    """Write all files, which belong into one folder, replacing those that exist, and return their size in bytes together.
+    """Write all files, which belong into one folder, replacing those that exist, and return their size in bytes
+    together.
 
-    After any exception, an interrupt included, every file is as it was before and nothing else is left behind; an OSError names the file.
+    After any exception, an interrupt included, every file is as it was before and nothing else is left behind; an
+    OSError names the file.
     """
     with writing(files[0].path) as work:
         # The first may be a link to another name.
@@ -164,7 +172,9 @@ def _add_value(writer: Any, key: str, value: Any) -> None:
 
 
 def _type_of(values: Sequence[Any], whole: GGUFValueType) -> GGUFValueType:
-    """The type in which values are stored. whole: of whole numbers, and floats are FLOAT32, but 64 bits where some need them."""
+    """The type in which values are stored. whole: of whole numbers, and floats are FLOAT32, but 64 bits where some need
+    them.
+    """
     kind = type(values[0])
     if kind is int:
         low, high = (-(1 << 31), 1 << 31) if whole == GGUFValueType.INT32 else (0, 1 << 32)

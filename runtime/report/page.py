@@ -1,7 +1,8 @@
 """Facts to one HTML file: the template filled in, with style, script and the facts themselves inside.
 
-Everything that a model file says of itself is escaped by Jinja, or stands in JSON without any character that HTML knows. The page's own policy forbids
-it to load or send anything, and to run any script but its own, by that script's hash.
+Everything that a model file says of itself is escaped by Jinja, or stands in JSON without any character that HTML
+knows. The page's own policy forbids it to load or send anything, and to run any script but its own, by that script's
+hash.
 """
 
 from __future__ import annotations

@@ -201,7 +201,9 @@ def origin(facts: Facts) -> list[tuple[str, str]]:
 
 
 def verdict(facts: Facts) -> dict[str, Any]:
-    """What there is to gain, as far as the file says it. ratio: bytes of a token that reads all, over those of the mode that reads fewest."""
+    """What there is to gain, as far as the file says it. ratio: bytes of a token that reads all, over those of the mode
+    that reads fewest.
+    """
     active, modes = facts["sparsity"]["share"], {mode["mode"]: mode["bytes"] for mode in facts["modes"]}
     return {
         "share": active,
@@ -214,7 +216,9 @@ def verdict(facts: Facts) -> dict[str, Any]:
 
 
 def command(facts: Facts) -> tuple[str, str, list[str]]:
-    """What shows the first placement in a terminal: the words before the budget, the budget, and the options after it."""
+    """What shows the first placement in a terminal: the words before the budget, the budget, and the options after
+    it.
+    """
     budget = f"{beginning(facts)['budget'] / 2**20:.15g}MiB"
     options = re.split(" (?=--)", facts["machine"]["arguments"])
     return f"python -m runtime plan {shlex.quote(facts['model'])} --vram-budget", budget, options

@@ -1,7 +1,9 @@
-"""A Jinja sandbox in which the work of a template is bounded, in time and in memory: a template is as little to be trusted as the file that carries it.
+"""A Jinja sandbox in which the work of a template is bounded, in time and in memory: a template is as little to be
+trusted as the file that carries it.
 
-Jinja's own sandbox keeps templates from Python's internals, and leaves `'x' * 10**10` and loops within loops to them. Here everything that a template
-computes is paid for from a budget of bytes: what goes in, times what can multiply it, before it happens, and what comes out. Knows nothing of chats.
+Jinja's own sandbox keeps templates from Python's internals, and leaves `'x' * 10**10` and loops within loops to them.
+Here everything that a template computes is paid for from a budget of bytes: what goes in, times what can multiply it,
+before it happens, and what comes out. Knows nothing of chats.
 """
 
 from __future__ import annotations
@@ -43,7 +45,23 @@ _DEAR = {
     "striptags": 20,
 }
 # Numbers among the arguments say how long the result is, or how often something stands in it.
-_MULTIPLYING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes", "indent", "tojson", "batch", "slice", "round", "wordwrap", "filesizeformat"})  # fmt: skip
+_MULTIPLYING = frozenset(
+    {
+        "center",
+        "ljust",
+        "rjust",
+        "zfill",
+        "expandtabs",
+        "to_bytes",
+        "indent",
+        "tojson",
+        "batch",
+        "slice",
+        "round",
+        "wordwrap",
+        "filesizeformat",
+    }
+)
 # Each part of the first may be replaced by, or stand between, the others.
 _REPLACING = frozenset({"replace", "translate"})
 _PRINTF = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(\*|\d*)(?:\.(\*|\d*))?")
@@ -68,7 +86,9 @@ class _Budget:
             raise TooMuch(f"it computes for more than {SECONDS:.0f} seconds")
 
     def size(self, *values: Any) -> int:
-        """Bytes of the values when they are spelled out: what stands in two places counts twice. Raises TooMuch above what is left."""
+        """Bytes of the values when they are spelled out: what stands in two places counts twice. Raises TooMuch above
+        what is left.
+        """
         total, stack = 0, list(values)
         while stack:
             value = stack.pop()
@@ -126,7 +146,9 @@ def _joined(values: Iterable[Any]) -> str:
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's immutable sandbox, for templates that are compiled and rendered within `bounded`. They raise TooMuch beyond it."""
+    """Jinja's immutable sandbox, for templates that are compiled and rendered within `bounded`. They raise TooMuch
+    beyond it.
+    """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 

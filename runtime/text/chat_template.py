@@ -1,7 +1,7 @@
 """Chat messages to one prompt string, by the Jinja template that a model file carries.
 
-The template comes from whoever made the file: it runs in Jinja's sandbox, within bounds of time and memory, with the names that
-Hugging Face's own rendering offers. Knows nothing of token ids.
+The template comes from whoever made the file: it runs in Jinja's sandbox, within bounds of time and memory, with the
+names that Hugging Face's own rendering offers. Knows nothing of token ids.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def render(
 ) -> str:
     """The prompt for `messages` (each with `role` and `content`); special tokens are spelled out in it, BOS included.
 
-    special_tokens: what the template may name, such as bos_token -> its text. add_generation_prompt: end where the assistant's
-    reply begins. Raises UserError when the template is broken, refuses the messages, or computes too much.
+    special_tokens: what the template may name, such as bos_token -> its text. add_generation_prompt: end where the
+    assistant's reply begins. Raises UserError when the template is broken, refuses the messages, or computes too much.
     """
     environment = _environment()
     try:

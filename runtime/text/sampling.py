@@ -21,7 +21,8 @@ from runtime.errors import UserError
 
 _TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 _LONGEST = 1 << 24  # tokens of a sequence
-# A logit over a temperature must be a float32, or the probabilities are no numbers: colder than this is greedy, larger logits count as this.
+# A logit over a temperature must be a float32, or the probabilities are no numbers: colder than this is greedy, larger
+# logits count as this.
 _COLDEST, _LARGEST = 1e-6, 1e30
 
 
@@ -29,9 +30,12 @@ _COLDEST, _LARGEST = 1e-6, 1e30
 class Sampling:
     """How the next token is chosen: penalty, top_k, top_p, min_p, temperature, one after the other, as in llama.cpp.
 
-    temperature: 0 takes the likeliest token; so does what is less than a millionth. top_k: keep the k likeliest, 0 or -1 all.
-    top_p: keep the likeliest tokens that hold this share of the probability, 1 all. min_p: keep tokens at least this fraction as likely as the likeliest.
-    repeat_penalty: divides positive logits of the last `repeat_last_n` tokens, prompt included, and multiplies negative ones; 1 none.
+    temperature: 0 takes the likeliest token; so does what is less than a millionth. top_k: keep the k likeliest, 0 or
+    -1 all.
+    top_p: keep the likeliest tokens that hold this share of the probability, 1 all. min_p: keep tokens at least this
+    fraction as likely as the likeliest.
+    repeat_penalty: divides positive logits of the last `repeat_last_n` tokens, prompt included, and multiplies negative
+    ones; 1 none.
     repeat_last_n: 0 none, -1 all. seed: None and -1 draw a new one.
     Raises UserError for a value that is no number or out of its range.
     """
@@ -67,7 +71,8 @@ class Sampling:
 class Sampler(Closing):
     """One sequence's sampler chain, with its random state and the tokens it has seen; owns a llama_sampler.
 
-    prompt: tokens that come before the first one that is sampled, for the repeat penalty. n_ctx: the longest sequence, prompt included.
+    prompt: tokens that come before the first one that is sampled, for the repeat penalty. n_ctx: the longest sequence,
+    prompt included.
     seed: the seed in use, given or drawn.
     """
 

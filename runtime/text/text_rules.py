@@ -1,6 +1,8 @@
-"""What a vocabulary asks for and libllama does not do: where a space goes before a text, white space around added tokens, composed characters.
+"""What a vocabulary asks for and libllama does not do: where a space goes before a text, white space around added
+tokens, composed characters.
 
-A text is rewritten so that libllama's tokens for it are those of the vocabulary's own library. Knows nothing of libllama.
+A text is rewritten so that libllama's tokens for it are those of the vocabulary's own library. Knows nothing of
+libllama.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ _SPACE += "\u202f\u205f\u3000"
 class TextRules:
     """How texts are rewritten before libllama sees them.
 
-    special, user_defined: texts of the tokens that are matched as a whole; special ones only where they are parsed. SentencePiece's
-    own user-defined pieces are none of them: they are found in a text, and spaces are put as if they were any text.
-    prefix: "" for no space, "first" for one before a text that does not begin with such a token, "added" for one after each of
-    these tokens too. once: not before a space (or SentencePiece's sign for it).
+    special, user_defined: texts of the tokens that are matched as a whole; special ones only where they are parsed.
+    SentencePiece's own user-defined pieces are none of them: they are found in a text, and spaces are put as if they
+    were any text.
+    prefix: "" for no space, "first" for one before a text that does not begin with such a token, "added" for one after
+    each of these tokens too. once: not before a space (or SentencePiece's sign for it).
     lstrip, rstrip: tokens that take the white space before or after them. nfc: whether characters are composed (NFC).
     """
 
@@ -42,7 +45,9 @@ class TextRules:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], where: str) -> TextRules | None:
-        """The rules of a file with these keys, None where libllama needs no help. Raises UserError for values that mean nothing."""
+        """The rules of a file with these keys, None where libllama needs no help. Raises UserError for values that mean
+        nothing.
+        """
         names = (
             "space_prefix",
             "space_prefix_once",

@@ -118,7 +118,9 @@ class Tokenizer(Closing):
             ) from None
 
     def is_eog(self, token: int) -> bool:
-        """Whether `token` ends a generation (EOS, end of turn): as the file says, or by libllama's names of such tokens."""
+        """Whether `token` ends a generation (EOS, end of turn): as the file says, or by libllama's names of such
+        tokens.
+        """
         self._check(token)
         by_name = llama.llama_vocab_is_eog(self._handle, token)
         return by_name if self._ends is None else token in self._ends
@@ -129,7 +131,9 @@ class Tokenizer(Closing):
         return [token for token in range(self.n_tokens) if self.is_eog(token)]
 
     def close(self) -> None:
-        """Free libllama's vocabulary, when no other thread uses it any more; the tokenizer cannot be used afterwards."""
+        """Free libllama's vocabulary, when no other thread uses it any more; the tokenizer cannot be used
+        afterwards.
+        """
         self._vocab = None
 
     @property
@@ -181,9 +185,11 @@ def _metadata(path: Path) -> Mapping[str, Any]:
 
 
 def _load(path: Path) -> llama.VocabP:
-    """The vocabulary of a file. It is freed with the last reference to it: a call in another thread holds one until it returns.
+    """The vocabulary of a file. It is freed with the last reference to it: a call in another thread holds one until it
+    returns.
 
-    Not for the main thread: libllama logs hundreds of lines, and Ctrl-C would be lost if it came within the callback that takes them.
+    Not for the main thread: libllama logs hundreds of lines, and Ctrl-C would be lost if it came within the callback
+    that takes them.
     """
     with captured_log() as log:
         params = llama.llama_model_default_params()

@@ -1,4 +1,5 @@
-"""Checks a file's vocabulary before libllama reads it: its loader ends the process where it finds what it did not expect.
+"""Checks a file's vocabulary before libllama reads it: its loader ends the process where it finds what it did not
+expect.
 
 Knows GGUF's keys of tokenizers and what libllama's loader and tokenizers assert; calls nothing of it.
 """
@@ -24,7 +25,9 @@ _BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
 def check_vocabulary(metadata: Mapping[str, Any], where: str) -> None:
-    """Raise UserError where the vocabulary in a file with these keys (see `GgufFile`) is missing or damaged; where: names the file."""
+    """Raise UserError where the vocabulary in a file with these keys (see `GgufFile`) is missing or damaged; where:
+    names the file.
+    """
     problem = next(_problems(metadata), None)
     if problem:
         raise UserError(f"{where}: {problem}", _HINT)
@@ -73,7 +76,9 @@ def _arrays(metadata: Mapping[str, Any], model: Any, n: int) -> Iterator[str]:
         if not isinstance(found, kind):
             yield f"`tokenizer.ggml.{name}` of its vocabulary holds no {what}"
         elif name != "merges" and len(found) != n:
-            yield f"{len(found)} values in `tokenizer.ggml.{name}` of its vocabulary, expected one for each of {n} tokens"
+            yield (
+                f"{len(found)} values in `tokenizer.ggml.{name}` of its vocabulary, expected one for each of {n} tokens"
+            )
         elif name == "scores" and np.isnan(found).any():
             yield "a score of its vocabulary is no number"
         elif name == "merges" and (broken := next((m for m in found if " " not in m[1:-1]), None)) is not None:

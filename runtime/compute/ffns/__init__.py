@@ -1,6 +1,7 @@
 """What is computed of each token by itself: one file for each kind of FFN, and here the table of kinds.
 
-A new kind is a frozen value beside `FfnShape` (runtime/bindings/ffn_shape.py), its tensors (runtime/model_file/tensor_shapes.py), a class in a file here, and its row below.
+A new kind is a frozen value beside `FfnShape` (runtime/bindings/ffn_shape.py), its tensors
+(runtime/model_file/tensor_shapes.py), a class in a file here, and its row below.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""An FFN of neurons, each a row of the up (and gate) and of the transposed down projection: all of them, those that fire, or those that a predictor names.
+"""An FFN of neurons, each a row of the up (and gate) and of the transposed down projection: all of them, those that
+fire, or those that a predictor names.
 
 Shapes in comments are ggml's: the contiguous dimension first.
 """
@@ -18,9 +19,9 @@ from runtime.model_file import tensor_names as n
 class NeuronFfn:
     """The FFN of block `i`, or of its neurons whose rows the builder's tensors hold.
 
-    A product is [n_embd, n], without the bias of the down projection. Where neurons are normalised before they are projected
-    (`sub_norm`) it is [n_embd + 1, n]: the last row holds the sum of their squares, and `finished` divides. So the products of two
-    parts of the neurons add up to the product of all, element by element.
+    A product is [n_embd, n], without the bias of the down projection. Where neurons are normalised before they are
+    projected (`sub_norm`) it is [n_embd + 1, n]: the last row holds the sum of their squares, and `finished` divides.
+    So the products of two parts of the neurons add up to the product of all, element by element.
     """
 
     def __init__(self, b: Builder, shape: FfnShape, i: int) -> None:
@@ -133,7 +134,9 @@ class NeuronFfn:
         return add_predictor(b.ctx, x, self._description(), rows, bias, self._shift())
 
     def scores(self, x: ggml.TensorP) -> ggml.TensorP:
-        """What a predictor of two matrices says of its rows, without bias: [n_embd, n] -> [rows, n]. With ggml's operations alone."""
+        """What a predictor of two matrices says of its rows, without bias: [n_embd, n] -> [rows, n]. With ggml's
+        operations alone.
+        """
         return ggml.ggml_mul_mat(self.b.ctx, self.b.w[n.weight_of(self.i, n.PREDICTOR_OUT)], self._narrowed(x))
 
     def chosen(self, scores: ggml.TensorP) -> ggml.TensorP:

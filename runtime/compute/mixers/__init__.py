@@ -1,6 +1,7 @@
 """What mixes the tokens of a block: one file for each kind, and here the table of kinds.
 
-A new kind is a frozen value beside `Attention` (runtime/model_file/structure.py), its tensors (tensor_shapes.py), a class in a file here, and its row below.
+A new kind is a frozen value beside `Attention` (runtime/model_file/structure.py), its tensors (tensor_shapes.py), a
+class in a file here, and its row below.
 """
 
 from __future__ import annotations

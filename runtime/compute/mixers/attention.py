@@ -44,7 +44,9 @@ class AttentionMixer:
         return ggml.ggml_reshape_3d(b.ctx, projected, self.shape.head_length, n_heads, b.spec.n_tokens)
 
     def _placed(self, x: ggml.TensorP, norm: str) -> ggml.TensorP:
-        """Queries or keys [head_length, n_heads, n_tokens] with their positions, and normalised head by head where the file says so."""
+        """Queries or keys [head_length, n_heads, n_tokens] with their positions, and normalised head by head where the
+        file says so.
+        """
         b, norm = self.b, n.in_block(self.i, norm)
         if b.s.qk_norm == "before_rope":
             x = b.norm(x, norm)
