@@ -15,7 +15,7 @@ from parrot import WOMEN, make_parrot
 from terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_Z, ENTER, PASTE, TAB, UP, Terminal, chat
 
 PROMPT = r"(^|\n)>( |\n|$)"
-FOOTER = r"\[\d+ tokens · [\d.,]+ tokens/s · [\d.]+% of neurons computed · [\d.]+ MB per token( · [a-z ]+)?\]"
+FOOTER = r"\[\d+ tokens · [\d.,]+ tokens/s · [\d.]+% of neurons computed · [\d.]+ [kM]B per token( · [a-z ]+)?\]"
 EMOJI = "👩‍👩‍👧 ❤️ 日本語 éé"  # joined, with a variation selector, wide, and with combining marks
 FAMILY = "\N{WOMAN}"
 
