@@ -1,6 +1,6 @@
 """A model run block by block: what calibration looks at, in memory that does not grow with the number of blocks.
 
-Each sequence is computed on its own, from position 0. Knows nothing of predictors.
+Each sequence is computed on its own, from position 0.
 """
 
 from __future__ import annotations

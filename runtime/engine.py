@@ -1,7 +1,5 @@
 """Runs token ids through a model: owns the weights, the KV cache and the executor, and does all work with them on the
 worker.
-
-Knows ids and logits; knows nothing of text.
 """
 
 from __future__ import annotations

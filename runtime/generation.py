@@ -1,7 +1,4 @@
-"""Text generation: a prompt's ids in, pieces of text out, with the figures of the run.
-
-Knows the engine, the tokenizer and the sampler; knows nothing of terminals.
-"""
+"""Text generation: a prompt's ids in, pieces of text out, with the figures of the run."""
 
 from __future__ import annotations
 

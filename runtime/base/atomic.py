@@ -1,7 +1,4 @@
-"""Where a file may be written, asked before anything is computed for it; and one file written whole or not at all.
-
-Knows nothing of what is in it.
-"""
+"""Where a file may be written, asked before anything is computed for it; and one file written whole or not at all."""
 
 from __future__ import annotations
 

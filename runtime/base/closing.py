@@ -1,6 +1,6 @@
 """What every owner of native handles, files or threads has: `close`, and a `with` statement that calls it.
 
-An owner keeps what it holds in one `Handles`, which frees it in the opposite order. Knows nothing of what is owned.
+An owner keeps what it holds in one `Handles`, which frees it in the opposite order.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """Texts from files and streams: UTF-8, without the mark that some editors put before it. Each is read once: it may be a
 pipe.
-
-Knows nothing of what is done with them.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 or not at all.
 
 The folder's name follows from the file's, and a lock in it tells a run that writes from one that was killed: what the
-latter left behind, the next run to the same file removes. Knows nothing of what is written.
+latter left behind, the next run to the same file removes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How `--help` looks: the same text on every version of Python, without colour, 100 columns wide where no terminal says
 otherwise.
 
-argparse has changed its layout between 3.10 and 3.14; the documentation embeds these texts. Knows nothing of commands.
+argparse has changed its layout between 3.10 and 3.14; the documentation embeds these texts.
 """
 
 from __future__ import annotations

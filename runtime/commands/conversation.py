@@ -1,4 +1,4 @@
-"""A chat as data: its messages, the prompt they make, and the file they are saved in. Knows no terminal and no model.
+"""A chat as data: its messages, the prompt they make, and the file they are saved in.
 
 With a chat template the messages are rendered by it; without one (a base model) the conversation is one running text
 that user and model write in turn.

@@ -1,7 +1,5 @@
 """One reply of a chat, over as many generations as it takes: where the context fills up, old messages make room and it
 goes on.
-
-Knows a model and a conversation; what becomes of the pieces is the session's.
 """
 
 from __future__ import annotations

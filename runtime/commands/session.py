@@ -1,4 +1,4 @@
-"""One chat with one model: texts and slash commands in, replies and notes out. Knows no terminal.
+"""One chat with one model: texts and slash commands in, replies and notes out.
 
 What is typed and how replies are shown belongs to `runtime.commands.terminal` and `runtime.commands.chat`.
 """

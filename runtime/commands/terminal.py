@@ -1,7 +1,4 @@
-"""A chat at a terminal: the prompt with its history and keys, Ctrl-C, and the footer below each reply.
-
-Knows keys and streams; what a text or a command means is the session's.
-"""
+"""A chat at a terminal: the prompt with its history and keys, Ctrl-C, and the footer below each reply."""
 
 from __future__ import annotations
 

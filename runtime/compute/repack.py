@@ -1,7 +1,5 @@
 """Matrices in the layout that this CPU multiplies fastest: ggml's extra buffer types store weights otherwise than a
 file does ("repacked").
-
-Knows which formats gain by it; knows nothing of what a matrix is for.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """When each part of a token was computed where, as a file for chrome://tracing or ui.perfetto.dev (Chrome's trace event
 format).
-
-Knows names and times; knows nothing of what is computed.
 """
 
 from __future__ import annotations

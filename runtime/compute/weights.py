@@ -1,7 +1,4 @@
-"""A model file's tensors as ggml tensors: mapped from the file, not copied.
-
-Knows ggml's buffers; knows nothing of what a tensor is for.
-"""
+"""A model file's tensors as ggml tensors: mapped from the file, not copied."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """How fast this machine's memories and crossings are: measured once for each device, and remembered.
 
-The file is $LAZYNEURON_CACHE/bandwidths.json (default ~/.cache/lazyneuron). Knows devices; knows nothing of models.
+The file is $LAZYNEURON_CACHE/bandwidths.json (default ~/.cache/lazyneuron).
 """
 
 from __future__ import annotations

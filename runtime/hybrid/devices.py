@@ -1,7 +1,4 @@
-"""The devices that the installed ggml sees: what they are called, what they can do, how much memory they have.
-
-Knows nothing of models.
-"""
+"""The devices that the installed ggml sees: what they are called, what they can do, how much memory they have."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """One file of a GGUF model, opened for reading through ggml's own parser, and distrusted: every offset is checked
 against the file's size before anything is mapped.
-
-Knows the container; knows neither what the tensors are for nor which files belong together.
 """
 
 from __future__ import annotations

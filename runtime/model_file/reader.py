@@ -1,7 +1,5 @@
 """A model's GGUF file, or the shards that it is split into, opened as one and checked against the model's own
 description.
-
-Knows the container, and nothing of what the tensors are for.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """Splits a model into shards as llama.cpp does: which tensor goes into which file, and the keys that hold them
 together.
-
-Knows sizes and names; writing is `runtime.model_file.writer`'s work.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The files that a model is split into: their names, and whether they belong together (llama.cpp's `split.*` keys).
-
-Knows nothing of what is in their tensors.
-"""
+"""The files that a model is split into: their names, and whether they belong together (llama.cpp's `split.*` keys)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Writes GGUF files: into a workspace, or into their places, all of them whole or none at all.
 
-The layout of the file is the `gguf` package's work. Knows neither models nor what the tensors mean.
+The layout of the file is the `gguf` package's work.
 """
 
 from __future__ import annotations

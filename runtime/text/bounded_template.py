@@ -3,7 +3,7 @@ trusted as the file that carries it.
 
 Jinja's own sandbox keeps templates from Python's internals, and leaves `'x' * 10**10` and loops within loops to them.
 Here everything that a template computes is paid for from a budget of bytes: what goes in, times what can multiply it,
-before it happens, and what comes out. Knows nothing of chats.
+before it happens, and what comes out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Chat messages to one prompt string, by the Jinja template that a model file carries.
 
 The template comes from whoever made the file: it runs in Jinja's sandbox, within bounds of time and memory, with the
-names that Hugging Face's own rendering offers. Knows nothing of token ids.
+names that Hugging Face's own rendering offers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""From logits to one token id: libllama's sampler chain, applied to an array that we fill; no llama_context is needed.
-
-Knows nothing of models or text.
-"""
+"""From logits to one token id: libllama's sampler chain, applied to an array that we fill, without a llama_context."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """What a vocabulary asks for and libllama does not do: where a space goes before a text, white space around added
 tokens, composed characters.
 
-A text is rewritten so that libllama's tokens for it are those of the vocabulary's own library. Knows nothing of
-libllama.
+A text is rewritten so that libllama's tokens for it are those of the vocabulary's own library.
 """
 
 from __future__ import annotations

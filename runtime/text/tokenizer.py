@@ -1,8 +1,6 @@
 """Text to token ids and back, by libllama's own vocabulary code: the GGUF file is opened with `vocab_only`.
 
 The file's keys are checked first, and texts rewritten where its vocabulary asks for what libllama does not do.
-
-Knows nothing of models, chat templates or sampling; libllama sees no tensor of the file.
 """
 
 from __future__ import annotations
