@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import json
 import os
+import pkgutil
 import random
 import resource
 import signal
@@ -93,6 +95,11 @@ def serve() -> None:
     import convert.publish.push
     import predictors.__main__
     import runtime.__main__
+
+    # What commands import is there already, so that they are disturbed at their own work.
+    for package in ("runtime.commands", "convert.commands", "predictors.commands"):
+        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+            importlib.import_module(f"{package}.{module.name}")
 
     mains = {"convert": convert.__main__.main, "predictors": predictors.__main__.main, "runtime": runtime.__main__.main}
     mains["files"] = _write_files

@@ -14,6 +14,7 @@ import pytest
 
 from runtime.cli import standard_streams
 from runtime.cli.output import print_json
+from runtime.cli.program import run_command
 from runtime.cli.standard_streams import StdoutError, _Descriptor
 
 ROOT = Path(__file__).parent.parent
@@ -240,3 +241,17 @@ sys.exit(run_command(command))
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False, cwd=ROOT
     )
     assert (done.returncode, done.stderr) == (status, "interrupted\n" if number == "SIGINT" else "")
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+def test_a_signal_while_a_class_is_made_ends_the_program_as_ever(error: BaseException, status: int) -> None:
+    """Python 3.11 wraps what `__set_name__` raises; imports make classes."""
+
+    class Field:
+        def __set_name__(self, owner: type, name: str) -> None:
+            raise error
+
+    def command() -> None:
+        type("Made", (), {"field": Field()})
+
+    assert run_command(command) == status

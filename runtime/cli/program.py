@@ -36,7 +36,7 @@ def run_command(command: Callable[[], None]) -> int:
 
 def _run(step: Callable[[], None]) -> int:
     try:
-        step()
+        _unwrapped(step)
     except UserError as error:
         return _report(error)
     except KeyboardInterrupt:
@@ -50,6 +50,16 @@ def _run(step: Callable[[], None]) -> int:
     except OSError as error:
         return _report(os_error(error))
     return 0
+
+
+def _unwrapped(step: Callable[[], None]) -> None:
+    try:
+        step()
+    except RuntimeError as error:
+        # Python 3.11 and older wrap what is raised while a class is made, as an import does.
+        if isinstance(error.__cause__, KeyboardInterrupt | SystemExit):
+            raise error.__cause__ from None
+        raise
 
 
 class _Leave(SystemExit):
