@@ -55,6 +55,7 @@ class Stats:
     layer_shares: list[float] = field(default_factory=list)  # of the neurons computed while decoding
     gate_shares: list[float] = field(default_factory=list)  # of the neurons whose gate rows were read
     bytes_per_token: float = 0.0
+    layer_neurons: list[int] = field(default_factory=list)  # how many each layer has
 
     @property
     def tokens_per_s(self) -> float:
@@ -69,7 +70,8 @@ class Stats:
     @property
     def computed_share(self) -> float:
         """Share of the FFN neurons computed, over all layers."""
-        return sum(self.layer_shares) / len(self.layer_shares) if self.layer_shares else 0.0
+        shares, neurons = self.layer_shares, self.layer_neurons
+        return sum(share * n for share, n in zip(shares, neurons, strict=True)) / sum(neurons) if shares else 0.0
 
     def __add__(self, other: Stats) -> Stats:
         """Both together: sums, and means weighted by tokens."""
@@ -91,6 +93,7 @@ class Stats:
             means(self.layer_shares, other.layer_shares),
             means(self.gate_shares, other.gate_shares),
             mean(self.bytes_per_token, other.bytes_per_token) if n else 0.0,
+            self.layer_neurons or other.layer_neurons,
         )
 
 
@@ -314,6 +317,7 @@ class Generation(Closing):
     def _measure(self) -> None:
         stats, engine = self.stats, self._engine
         stats.layer_shares, stats.gate_shares = self._counters.layer_shares(), self._counters.gate_shares()
+        stats.layer_neurons = [block.ffn.n_ff if block.ffn else 0 for block in engine.structure.blocks]
         positions = stats.prompt_tokens + (stats.tokens + 1) / 2
         activity = Activity(engine.options.ffn, stats.layer_shares, stats.gate_shares)
         stats.bytes_per_token = bytes_per_token(

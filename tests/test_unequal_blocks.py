@@ -244,7 +244,9 @@ def test_figures_count_the_neurons_that_a_block_has(file: Made, name: str) -> No
     with runtime.load(file(name), ffn="exact", device="none", kv_type="f32") as model:
         generation = model.generate(random_ids(20, 4000), max_tokens=8)
         list(generation)
-        shares = generation.stats.layer_shares
+        shares, stats = generation.stats.layer_shares, generation.stats
+    neurons = [block.ff for block in MODELS[name].blocks]
+    assert stats.computed_share == pytest.approx(np.average(shares, weights=neurons))
     for share, block in zip(shares, MODELS[name].blocks, strict=True):
         assert 0.1 < share < 0.9 if block.ff else share == 0.0
 

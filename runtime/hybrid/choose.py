@@ -13,7 +13,7 @@ from runtime.errors import UserError
 from runtime.hybrid.bandwidth import cpu, speed_of
 from runtime.hybrid.costs import MARGIN, PlanOptions, machine_of, model_costs, scratch_of
 from runtime.hybrid.devices import DeviceInfo, find, parse_names
-from runtime.hybrid.planner import Placement, evaluate, place
+from runtime.hybrid.planner import BlockCosts, Placement, evaluate, place
 from runtime.hybrid.tensor_map import TensorMap, of_placement
 from runtime.model_file.reader import GgufFile
 from runtime.options import SettledOptions
@@ -59,12 +59,14 @@ def arrange(file: GgufFile, run: SettledOptions) -> Arrangement | None:
     if run.hot is None:
         placement = place(blocks, head, machine)
     else:
-        hot = [(k, *[0] * (len(devices) - 1)) for k in _wanted(run.hot, len(blocks))]
-        wrong = [k for block, (k, *_) in zip(blocks, hot, strict=True) if k not in block.cuts]
+        hot = [(k, *[0] * (len(devices) - 1)) for k in _wanted(run.hot, blocks)]
+        wrong = [(k, block.cuts) for block, (k, *_) in zip(blocks, hot, strict=True) if k not in block.cuts]
         if wrong:
-            first, *others = map(str, blocks[0].cuts)
-            more = f", {', '.join(others[:2])} .. {others[-1]}" if others else ", since the file has no ffn_down"
-            raise UserError(f"{wrong[0]} hot neurons, expected {'one of ' if others else ''}{first}{more}")
+            k, (first, *others) = wrong[0]
+            more = (
+                f", {', '.join(map(str, others[:2]))} .. {others[-1]}" if others else ", since the file has no ffn_down"
+            )
+            raise UserError(f"{k} hot neurons, expected {'one of ' if others else ''}{first}{more}")
         placement = evaluate(blocks, head, machine, 0, True, hot)
     tensor_map = of_placement(file.structure, placement, run.ffn == "predicted")
     return Arrangement(devices, options.budgets, placement, tensor_map, scratch_of(file.structure, options))
@@ -93,8 +95,10 @@ def usable(budgets: tuple[int, ...], devices: Sequence[DeviceInfo]) -> tuple[int
     return tuple(min(pair) for pair in zip(budgets or free, free, strict=True))
 
 
-def _wanted(hot: int | tuple[int, ...], n_blocks: int) -> tuple[int, ...]:
-    wanted = (hot,) * n_blocks if isinstance(hot, int) else hot
-    if len(wanted) != n_blocks:
-        raise UserError(f"hot neurons of {len(wanted)} blocks, expected one number or {n_blocks}")
-    return wanted
+def _wanted(hot: int | tuple[int, ...], blocks: Sequence[BlockCosts]) -> tuple[int, ...]:
+    """Hot neurons of each block: one number is for all that have any."""
+    if isinstance(hot, int):
+        return tuple(hot if block.neurons else 0 for block in blocks)
+    if len(hot) != len(blocks):
+        raise UserError(f"hot neurons of {len(hot)} blocks, expected one number or {len(blocks)}")
+    return hot
