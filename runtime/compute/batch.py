@@ -54,7 +54,9 @@ class Batch:
         return len(self.tokens)
 
     def part(self, first: int, end: int) -> Batch:
-        """The tokens from `first` to `end` - 1."""
+        """The tokens from `first` to `end` - 1; the batch itself where that is all."""
+        if first == 0 and end >= len(self):
+            return self
         inside = (self.outputs >= first) & (self.outputs < end)
         return Batch(
             self.tokens[first:end],

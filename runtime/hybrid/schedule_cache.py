@@ -25,13 +25,14 @@ class ScheduleCache(Closing):
         if spec.n_tokens == 1:
             # Prompts seldom have the same length twice, and what their schedules hold is large.
             self._drop(lambda kept: kept.n_tokens > 1)
-        if spec in self._schedules:
+        kept = self._schedules.get(spec)
+        if kept:
             self._schedules.move_to_end(spec)
-        else:
-            if len(self._schedules) >= _KEPT:
-                self._drop(next(iter(self._schedules)).__eq__)
-            self._schedules[spec] = make()
-        return self._schedules[spec]
+            return kept
+        if len(self._schedules) >= _KEPT:
+            self._drop(next(iter(self._schedules)).__eq__)
+        made = self._schedules[spec] = make()
+        return made
 
     def scratch(self, make: Callable[[], Repacked]) -> Repacked:
         """Where a block's matrices are repacked for a batch: one for all schedules, and no longer than any of them uses
