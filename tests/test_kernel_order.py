@@ -76,10 +76,11 @@ def test_memory_is_bounded_by_threads_and_by_tokens() -> None:
             # Twice a tile of 16 tokens, a row to unpack into and one to add up; where that is enough, the product itself.
             product = n_tokens * row * sparse_ffn.tokens_alone(ffn, n_tokens)
             assert sparse_ffn.down_size(ffn, n_tokens) <= product + 36 * threads * row + 64
-            assert sparse_ffn.tokens_alone(ffn, n_tokens) == (n_tokens > max(1, 16 * (threads - 1)))
-        assert sparse_ffn.gate_size(ffn) <= 28672 * 8 + 64 * threads
+            assert sparse_ffn.tokens_alone(ffn, n_tokens) == (n_tokens > 16 * max(1, threads - 1))
+        for n_tokens in (1, 16):
+            assert sparse_ffn.gate_size(ffn, n_tokens) <= n_tokens * 28672 * 8 + (24 * n_tokens + 64) * threads
         sparse_ffn.predict(ffn, 1024, 0, 0.0)
-        assert sparse_ffn.predict_size(ffn, 4096) <= 4096 * 28672 + 64 * threads * (row // 8 + 64) + 64
+        assert sparse_ffn.predict_size(ffn, 4096) <= 4096 // 8 * 28672 + 4 * 28672 + 64 * threads * (row // 8 + 64) + 64
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 40])
@@ -108,3 +109,19 @@ def test_other_company_gives_the_same_bits(type_name: str, gated: bool) -> None:
                 y, counted = run_native(ffn, x, threads)
                 found.append((y[at].tobytes(), counted.fired[at], counted.gates[at]))
             assert len(set(found)) == 1, (n_tokens, threads, at)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("type_name", TYPES)
+def test_few_tokens_have_the_same_bits_as_each_alone(type_name: str, gated: bool) -> None:
+    """What makes an answer that was verified in batches the same as one that was not."""
+    rng = np.random.default_rng(5)
+    ffn = uneven(type_name, gated, rng)
+    x = rng.normal(0, 1, (sparse_ffn.FEW_TOKENS, N_EMBD)).astype(np.float32)
+    x[3] *= 0.01  # another number of neurons
+    for threads in (1, 2, 3):
+        alone = [run_native(ffn, x[t : t + 1], threads) for t in range(len(x))]
+        for n_tokens in (2, 3, 5, 8, 16):
+            y, counted = run_native(ffn, x[:n_tokens], threads)
+            assert [t for t in range(n_tokens) if y[t].tobytes() != alone[t][0].tobytes()] == [], (threads, n_tokens)
+            assert counted.fired.tolist() == [one.fired[0] for _, one in alone[:n_tokens]]

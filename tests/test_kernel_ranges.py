@@ -112,3 +112,16 @@ def test_a_predictor_scores_the_chosen_ranges_only(n_tokens: int, threads: int) 
     found = native_candidates("lowrank", (plain("predictor_out.weight", "f32", rows),), bias, x, threads, ranges)
     scores = x.astype(np.float64) @ rows.T.astype(np.float64) + bias
     assert np.array_equal(found, (scores > 0) & ~np.isnan(ranges.per_row(n_ff)))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("type_name", ["f32", "q4_0", "q4_K"])
+def test_few_tokens_have_the_same_bits_as_each_alone(type_name: str, threads: int) -> None:
+    rng = np.random.default_rng(7)
+    ffn = make(structure(N_EMBD, N_FF, True, "relu2", bias=True), type_name, 0.3, rng)
+    x = rng.normal(0, 1, (16, N_EMBD)).astype(np.float32)
+    ranges = some_ranges(16, 4, rng)
+    together = run_native(ffn, x, threads, ranges=ranges)[0]
+    for t in range(16):
+        own = replace(ranges, chosen=ranges.chosen[t : t + 1], weights=ranges.weights[t : t + 1])
+        assert np.array_equal(run_native(ffn, x[t : t + 1], threads, ranges=own)[0][0], together[t])

@@ -21,13 +21,14 @@ from runtime.bindings.ffn_shape import ACTIVATIONS, FfnShape
 from runtime.errors import UserError
 
 MAX_RANGES = 64  # that one token scans: LZN_MAX_RANGES
+FEW_TOKENS = 16  # for which `gate` and `down` are, and each token has the same bits as alone: LZN_FEW_TOKENS
 _FILE = {"win32": "lazyneuron.dll", "darwin": "liblazyneuron.dylib"}.get(sys.platform, "liblazyneuron.so")
 VARIANTS = ("portable", "avx2", "avx512", "neon")
 OPERATORS = ("predict", "predict_sign", "choose", "quantize", "gate", "down", "tokens", "reduce")
 
 
 _CACHE_LINE = 64
-_SIZES = {"lzn_predict_size": (ctypes.c_int64,), "lzn_gate_size": (), "lzn_down_size": (ctypes.c_int64,)}
+_SIZES = {"lzn_predict_size": (ctypes.c_int64,), "lzn_gate_size": (ctypes.c_int64,), "lzn_down_size": (ctypes.c_int64,)}
 
 
 class Rows(ctypes.Structure):
@@ -225,13 +226,13 @@ def predict_size(ffn: Ffn, n_tokens: int) -> int:
     return int(library().lzn_predict_size(ctypes.byref(ffn), n_tokens))
 
 
-def gate_size(ffn: Ffn) -> int:
-    """Bytes of the `gate` operator's result."""
-    return int(library().lzn_gate_size(ctypes.byref(ffn)))
+def gate_size(ffn: Ffn, n_tokens: int) -> int:
+    """Bytes of the `gate` operator's result, for at most FEW_TOKENS."""
+    return int(library().lzn_gate_size(ctypes.byref(ffn), n_tokens))
 
 
 def down_size(ffn: Ffn, n_tokens: int) -> int:
-    """Bytes of the result of `down`, or of `tokens` where there are several."""
+    """Bytes of the result of `down`, or of `tokens` where there are more than FEW_TOKENS."""
     return int(library().lzn_down_size(ctypes.byref(ffn), n_tokens))
 
 

@@ -56,8 +56,8 @@ def add_native_ffn(
     first = (t.gate, t.gate_bias, candidates, *((chosen.ranges, chosen.weights) if chosen else ()))
     rest = (t.down, t.up, t.up_bias)
     quantized = _custom(ctx, ffn, "quantize", ggml.I8, (ffn.x_stride, n), x)
-    if n == 1:
-        gate = _custom(ctx, ffn, "gate", ggml.I8, (sparse_ffn.gate_size(ffn), 1), quantized, *first)
+    if n <= sparse_ffn.FEW_TOKENS:
+        gate = _custom(ctx, ffn, "gate", ggml.I8, (sparse_ffn.gate_size(ffn, n), 1), quantized, *first)
         sums = _custom(ctx, ffn, "down", ggml.I8, (sparse_ffn.down_size(ffn, n), 1), quantized, gate, *rest)
         return _custom(ctx, ffn, "reduce", ggml.F32, (made, n), sums)
     size = -(-sparse_ffn.down_size(ffn, n) // 4)

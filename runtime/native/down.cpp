@@ -1,4 +1,7 @@
-// Operators that add up the neurons that fire: of one token, as `gate` listed them, or of several, with their gates.
+// Operators that add up the neurons that fire: of few tokens, as `gate` listed them, or of many, with their gates.
+#include <new>
+#include <type_traits>
+
 #include "ffn.h"
 
 using namespace lzn;
@@ -41,26 +44,68 @@ bool alone(const lzn_ffn & f, int64_t n_tokens) { return crews::tiles(n_tokens) 
 
 int64_t product_length(const lzn_ffn & f) { return f.n_embd + (f.squares ? 1 : 0); }
 
-void down_one_token(const down_rows & rows, const gate_result & gates, const partial & out, int ith, int nth) {
-    share<gate_result> mine(gates, ith, nth);
-    fired_neuron now[AXPY_ROWS], ahead[AXPY_ROWS];
-    int n = mine.take(now, AXPY_ROWS);
-    while (n > 0) {
-        const int n_ahead = mine.take(ahead, AXPY_ROWS);
-        rows.add(now, n, ahead, n_ahead, 0, out.sums, out.scratch);
-        std::copy(ahead, ahead + n_ahead, now);
-        n = n_ahead;
+// What one thread still has to add up for a token: its share, AXPY_ROWS neurons at a time.
+struct turn {
+    share<gate_result::token> left;
+    fired_neuron now[AXPY_ROWS];
+    int n;
+
+    explicit turn(const gate_result::token & gates, int ith, int nth) : left(gates, ith, nth) { go_on(); }
+    void go_on() { n = left.take(now, AXPY_ROWS); }
+};
+
+// Adds up every token's share by rising rows: so a row that several tokens want is still in the cache. What one token
+// adds up, and in which order, is the same as alone.
+class turns {
+  public:
+    turns(const gate_result & gates, int ith, int nth) : n_tokens_(gates.n_tokens) {
+        for (int64_t t = 0; t < n_tokens_; t++) {
+            new (of_ + t * sizeof(turn)) turn(gates.of(t), ith, nth);
+        }
+    }
+
+    turn & of(int64_t t) { return *reinterpret_cast<turn *>(of_ + t * sizeof(turn)); }
+
+    // The token whose next neuron comes first; -1 for none.
+    int64_t next() {
+        int64_t found = -1;
+        for (int64_t t = 0; t < n_tokens_; t++) {
+            if (of(t).n > 0 && (found < 0 || of(t).now[0].row < of(found).now[0].row)) {
+                found = t;
+            }
+        }
+        return found;
+    }
+
+  private:
+    static_assert(std::is_trivially_destructible<turn>::value, "nothing destroys them");
+    alignas(turn) char of_[LZN_FEW_TOKENS * sizeof(turn)];
+    int64_t n_tokens_;
+};
+
+void down_few_tokens(const down_rows & rows, const gate_result & gates, const partial & out, int ith, int nth) {
+    turns all(gates, ith, nth);
+    for (int64_t t = all.next(); t >= 0;) {
+        turn & mine = all.of(t);
+        fired_neuron now[AXPY_ROWS];
+        const int n = mine.n;
+        std::copy(mine.now, mine.now + n, now);
+        mine.go_on();
+        const int64_t ahead = all.next();
+        float * y = out.sums + t * y_stride(rows.f);
+        rows.add(now, n, ahead < 0 ? nullptr : all.of(ahead).now, ahead < 0 ? 0 : all.of(ahead).n, t, y, out.scratch);
+        t = ahead;
     }
 }
 
-// Several tokens. A block of rows against every token of a tile: its gates, then the neurons that fire. So the rows
+// Many tokens. A block of rows against every token of a tile: its gates, then the neurons that fire. So the rows
 // stay in the cache, and so do the sums. A row that no token of the tile wants is not read. What a token adds up, and
 // in which order, depends on its own neurons alone.
 class tiles_of_tokens {
   public:
     tiles_of_tokens(const lzn_ffn & f, const ggml_tensor * dst)
         : f_(f), from_(dst), x_(from_.next()), gate_(f, x_, from_), rows_(f, x_, from_), n_tokens_(x_->ne[1]),
-          chosen_(f.predicted ? candidates(f, gate_.candidates, n_tokens_).matrix() : nullptr) {}
+          chosen_(f, f.predicted ? gate_.candidates : x_, n_tokens_) {}
 
     int64_t n_tokens() const { return n_tokens_; }
     void finish(const partial & out, int64_t n) const { rows_.finish(out.sums, n); }
@@ -112,6 +157,7 @@ class tiles_of_tokens {
     // The rows of a block that a token scans; returns how many, at most ROW_BLOCK.
     int wanted(int64_t block, const token_rows & ranges, int64_t t, int32_t * neurons, float * weights) const {
         int n = 0;
+        const uint64_t * masks = f_.predicted ? chosen_.masks(t) : nullptr;
         for (int i = 0; i < ranges.n; i++) {
             const row_range & range = ranges.of[i];
             const int64_t first = std::max<int64_t>(block, range.first);
@@ -119,7 +165,7 @@ class tiles_of_tokens {
             for (int64_t r = first; r < end; r++) {
                 neurons[n] = static_cast<int32_t>(r);
                 weights[n] = range.weight;
-                n += !chosen_ || chosen_[r * n_tokens_ + t];
+                n += masks ? masks[r] >> t % MASK_TOKENS & 1 : 1;
             }
         }
         return n;
@@ -131,7 +177,7 @@ class tiles_of_tokens {
     const gate_rows gate_;
     const down_rows rows_;
     const int64_t n_tokens_;
-    const int8_t * chosen_;  // [n_tokens, n_ff], or null where every row is a candidate
+    const candidates chosen_;  // only where there is a predictor
 };
 
 // The tokens first to last - 1 in even tiles: each(first, last).
@@ -181,7 +227,9 @@ void tokens_together(const lzn_ffn & f, const tiles_of_tokens & tokens, ggml_ten
 
 }  // namespace
 
-bool lzn_tokens_alone(const lzn_ffn * ffn, int64_t n_tokens) { return n_tokens > 1 && alone(*ffn, n_tokens); }
+bool lzn_tokens_alone(const lzn_ffn * ffn, int64_t n_tokens) {
+    return n_tokens > LZN_FEW_TOKENS && alone(*ffn, n_tokens);
+}
 
 // Fewer threads than there is room for have more tokens each.
 size_t lzn_down_size(const lzn_ffn * ffn, int64_t n_tokens) {
@@ -200,13 +248,15 @@ void lzn_ffn_down(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const lzn_ffn & f = *static_cast<const lzn_ffn *>(userdata);
     sources from(dst);
     const ggml_tensor * x = from.next();
-    const gate_result gates{static_cast<char *>(from.next()->data), f.n_threads};
+    const gate_result gates{static_cast<char *>(from.next()->data), f, x->ne[1]};
     const down_rows rows(f, x, from);
-    const partial out(f, aligned(dst->data) + ith * partial::size(f, 1), 1);
-    out.clear(f, 1);
-    *out.counts = gates.head_of(ith).counted;
-    down_one_token(rows, gates, out, ith, nth);
-    rows.finish(out.sums, 1);
+    const partial out(f, aligned(dst->data) + ith * partial::size(f, gates.n_tokens), gates.n_tokens);
+    out.clear(f, gates.n_tokens);
+    for (int64_t t = 0; t < gates.n_tokens; t++) {
+        out.counts[t] = gates.of(t).head_of(ith).counted;
+    }
+    down_few_tokens(rows, gates, out, ith, nth);
+    rows.finish(out.sums, gates.n_tokens);
 }
 
 void lzn_ffn_tokens(ggml_tensor * dst, int ith, int nth, void * userdata) {

@@ -1,259 +1,12 @@
-// What the operators of one FFN share: how work is dealt to threads, how rows are read, what is handed on.
+// The rows of one FFN: the gates that decide who fires, and what is added up of those that do.
 #pragma once
 
-#include <algorithm>
-#include <cstring>
-
-#include "kernels.h"
-#include "lazyneuron.h"
+#include "ranges.h"
+#include "results.h"
 
 namespace lzn {
 
-constexpr size_t CACHE_LINE = 64;
 constexpr int64_t TOKEN_TILE = 16;  // partial sums of this many tokens stay in L2 while weight rows pass
-constexpr int64_t SCORE_TILE = 64;  // each thread has a copy of a predictor's input for this many tokens
-constexpr int64_t ROW_BLOCK = 64;   // rows are dealt to threads in blocks of this many: hot rows lie side by side
-
-inline size_t aligned(size_t size) { return (size + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE; }
-
-// ggml aligns its tensors to less than our loops like: operators' results are longer by a cache line.
-inline char * aligned(void * p) { return reinterpret_cast<char *>(aligned(reinterpret_cast<uintptr_t>(p))); }
-
-inline int64_t split(int64_t n, int ith, int nth) { return n * ith / nth; }
-
-// An operator's sources, one after the other.
-class sources {
-  public:
-    explicit sources(const ggml_tensor * dst) : at_(dst->src) {}
-    const ggml_tensor * next() { return *at_++; }
-    const ggml_tensor * next_if(bool present) { return present ? next() : nullptr; }
-
-  private:
-    ggml_tensor * const * at_;
-};
-
-// --- rows ------------------------------------------------------------------------------------------------------------
-
-inline const row_kernels * kernels_of(const lzn_rows & rows) { return static_cast<const row_kernels *>(rows.kernels); }
-
-inline const char * row_of(const ggml_tensor * weights, const lzn_rows & rows, int64_t r) {
-    return static_cast<const char *>(weights->data) + r * rows.row_size;
-}
-
-inline float bias_of(const ggml_tensor * bias, int64_t r) {
-    return bias ? static_cast<const float *>(bias->data)[r] : 0.0f;
-}
-
-// One token's activations as `rows` want them.
-inline void prepare(const lzn_rows & rows, int64_t n, const float * x, char * out) {
-    rows.from_float(x, out + rows.arranged_size, n);
-    if (rows.arranged_size) {
-        kernels_of(rows)->arrange(n, out + rows.arranged_size, out);
-    }
-}
-
-// Several products with one x, the rows' own kernels or ggml's; `next` is fetched meanwhile if it is not null.
-inline void dots(const lzn_rows & rows, int64_t n, int n_rows, const char * const * row, const char * const * next,
-                 const char * x_token, float * out) {
-    const void * x = x_token + rows.x_offset;
-    if (rows.kernels) {
-        return kernels_of(rows)->dots(n, n_rows, row, next, x, out);
-    }
-    for (int k = 0; k < n_rows; k++) {
-        rows.vec_dot(static_cast<int>(n), out + k, 0, row[k], 0, x, 0, 1);
-    }
-}
-
-// --- the rows that a token scans -------------------------------------------------------------------------------------
-
-// Rows first to end - 1; what their neurons give is multiplied by `weight`.
-struct row_range {
-    int32_t first;
-    int32_t end;
-    float weight;
-};
-
-// The ranges of one token, in the order in which they were chosen. They do not overlap.
-struct token_rows {
-    row_range of[LZN_MAX_RANGES];
-    int n = 0;
-
-    int64_t size() const {
-        int64_t total = 0;
-        for (int i = 0; i < n; i++) {
-            total += of[i].end - of[i].first;
-        }
-        return total;
-    }
-
-    float weight(int32_t row) const {
-        int i = 0;
-        while (i + 1 < n && !(of[i].first <= row && row < of[i].end)) {
-            i++;
-        }
-        return of[i].weight;
-    }
-};
-
-// Which ranges each token of a batch scans: all rows, or those of the table that were chosen for it.
-class token_ranges {
-  public:
-    token_ranges(const lzn_ffn & f, const ggml_tensor * chosen, const ggml_tensor * weights)
-        : f_(f), chosen_(chosen), weights_(weights) {}
-
-    // Never more rows than there are, and none outside of the matrix, whatever the sources hold.
-    void of(int64_t t, token_rows & out) const {
-        out.n = 0;
-        if (!f_.n_ranges) {
-            out.of[out.n++] = {0, f_.n_ff, 1.0f};
-            return;
-        }
-        int64_t room = f_.n_ff;
-        for (int64_t i = 0; i < std::min<int64_t>(chosen_->ne[0], LZN_MAX_RANGES); i++) {
-            const int32_t id = at<int32_t>(chosen_, i, t);
-            if (id < 0 || id >= f_.n_ranges) {
-                continue;
-            }
-            const int32_t first = f_.ranges[2 * id], end = f_.ranges[2 * id + 1];
-            if (0 <= first && first < end && end <= f_.n_ff && end - first <= room) {
-                out.of[out.n++] = {first, end, weights_ ? at<float>(weights_, i, t) : 1.0f};
-                room -= end - first;
-            }
-        }
-    }
-
-  private:
-    template <typename T> static T at(const ggml_tensor * m, int64_t i, int64_t t) {
-        return *reinterpret_cast<const T *>(static_cast<const char *>(m->data) + i * m->nb[0] + t * m->nb[1]);
-    }
-
-    const lzn_ffn & f_;
-    const ggml_tensor *chosen_, *weights_;
-};
-
-// Calls each(first, end, weight) for the pieces of a token's rows that one thread gets, when all its ranges, one behind
-// the other, are split evenly. Returns where the thread's part begins in that order.
-template <typename Each> int64_t split_rows(const token_rows & rows, int ith, int nth, Each each) {
-    const int64_t total = rows.size(), first = split(total, ith, nth), last = split(total, ith + 1, nth);
-    int64_t at = 0;  // of the range in that order
-    for (int i = 0; i < rows.n; i++) {
-        const row_range & r = rows.of[i];
-        const int64_t from = std::max(first, at), to = std::min(last, at + r.end - r.first);
-        if (from < to) {
-            each(r.first + from - at, r.first + to - at, r.weight);
-        }
-        at += r.end - r.first;
-    }
-    return first;
-}
-
-// --- what operators hand on ------------------------------------------------------------------------------------------
-
-// What one thread found for a single token: n entries, listed from `start` on.
-struct part {
-    int64_t n;
-    int64_t start;
-};
-
-template <typename Parts> int64_t total_of(const Parts & parts, int nth) {
-    int64_t total = 0;
-    for (int i = 0; i < nth; i++) {
-        total += parts.of(i).n;
-    }
-    return total;
-}
-
-// One thread's even share of what all threads listed, whoever found it.
-template <typename Parts> class share {
-  public:
-    share(const Parts & parts, int ith, int nth) : parts_(parts) {
-        const int64_t total = total_of(parts, nth);
-        at_ = split(total, ith, nth);
-        left_ = split(total, ith + 1, nth) - at_;
-        size_ = left_;
-        while (left_ > 0 && at_ >= parts_.of(part_).n) {
-            at_ -= parts_.of(part_++).n;
-        }
-    }
-
-    int64_t size() const { return size_; }
-
-    // Up to `max` more entries; returns how many.
-    template <typename Entry> int take(Entry * out, int max) {
-        int n = 0;
-        for (; n < max && left_ > 0; n++, left_--) {
-            while (at_ >= parts_.of(part_).n) {
-                at_ = 0;
-                part_++;
-            }
-            out[n] = parts_.list()[parts_.of(part_).start + at_++];
-        }
-        return n;
-    }
-
-  private:
-    const Parts & parts_;
-    int part_ = 0;
-    int64_t at_ = 0, left_ = 0, size_ = 0;
-};
-
-// Bytes of one token's input to the predictor, as its rows want it; sign bits where the rows have no type.
-inline size_t predictor_x_size(const lzn_ffn & f) {
-    return f.predictor.vec_dot ? aligned(f.predictor.arranged_size + f.predictor.x_size) : f.n_embd / 8;
-}
-
-// The result of a predictor: what each thread found, room for its own copy of the input of a tile, then
-//   for one token    I32 [n_ff], the candidates, one thread's after `start`
-//   for several      I8 [n_tokens, n_ff], 1 for a candidate; rows that a token does not scan are not written
-struct candidates {
-    char * base;
-    int32_t n_threads;
-    size_t input_size;  // bytes of one thread's copy
-
-    candidates(const lzn_ffn & f, const ggml_tensor * result, int64_t n_tokens)
-        : base(aligned(result->data)), n_threads(f.n_threads), input_size(thread_input(f, n_tokens)) {}
-
-    static size_t thread_input(const lzn_ffn & f, int64_t n_tokens) {
-        return aligned(std::min(n_tokens, SCORE_TILE) * predictor_x_size(f));
-    }
-
-    part & of(int ith) const { return *reinterpret_cast<part *>(base + ith * CACHE_LINE); }
-    char * input(int ith) const { return base + n_threads * CACHE_LINE + ith * input_size; }
-    char * body() const { return input(n_threads); }
-    int32_t * list() const { return reinterpret_cast<int32_t *>(body()); }
-    int8_t * matrix() const { return reinterpret_cast<int8_t *>(body()); }
-};
-
-// A neuron that fires. strength: what it adds to the output per unit of its up product and of its down row.
-struct fired_neuron {
-    int32_t row;
-    float strength;
-};
-
-// What one thread did for one token.
-struct count {
-    int32_t fired;  // neurons that fired
-    int32_t gates;  // gate rows read
-};
-
-// The result of `gate`, for one token: what each thread found and counted, then the neurons, one thread's after its
-// `start`.
-struct gate_result {
-    struct head {
-        part found;
-        count counted;
-    };
-    static_assert(sizeof(head) <= CACHE_LINE, "one cache line for each thread");
-
-    char * base;
-    int32_t n_threads;
-
-    head & head_of(int ith) const { return *reinterpret_cast<head *>(base + ith * CACHE_LINE); }
-    part & of(int ith) const { return head_of(ith).found; }
-    fired_neuron * list() const { return reinterpret_cast<fired_neuron *>(base + n_threads * CACHE_LINE); }
-};
-
-// --- gate rows, and up and down rows ---------------------------------------------------------------------------------
 
 // The gate rows of one FFN, and who scans which of them.
 struct gate_rows {
@@ -279,6 +32,19 @@ struct gate_rows {
         dots(f.gate, f.n_embd, n, rows, ahead ? next : nullptr, x + t * f.x_stride, out);
         for (int k = 0; k < n; k++) {
             out[k] += bias_of(bias, neurons[k]);
+        }
+    }
+
+    // Gates of one neuron for up to DOT_TOKENS tokens; the row `ahead` is fetched meanwhile if it is not -1.
+    void of_tokens(int32_t neuron, const int * tokens, int n, int32_t ahead, float * out) const {
+        const char * xs[DOT_TOKENS];
+        for (int k = 0; k < n; k++) {
+            xs[k] = x + tokens[k] * f.x_stride;
+        }
+        const char * next = ahead < 0 ? nullptr : row_of(weights, f.gate, ahead);
+        dots_tokens(f.gate, f.n_embd, row_of(weights, f.gate, neuron), next, n, xs, out);
+        for (int k = 0; k < n; k++) {
+            out[k] += bias_of(bias, neuron);
         }
     }
 

@@ -1,76 +1,144 @@
-// Operators that prepare the activations and decide, for one token, which neurons fire.
+// Operators that prepare the activations and decide, for up to LZN_FEW_TOKENS tokens, which neurons fire.
 #include "ffn.h"
 
 using namespace lzn;
 
 namespace {
 
-// Appends the neurons that fire to one thread's list: first with their gates, in the end with their strengths.
-struct firing_list {
-    const gate_rows & gate;
-    fired_neuron * list;
-    int32_t n = 0;
+// Appends the neurons that fire to each token's list of one thread: first with their gates, in the end with their
+// strengths. They rise by rows, as at any number of threads and tokens.
+class firing_lists {
+  public:
+    // start: (token) -> where the thread's part of its list begins
+    template <typename Start>
+    firing_lists(const gate_rows & gate, const few_ranges & ranges, const gate_result & out, int ith, Start start)
+        : gate_(gate), ranges_(ranges), out_(out), ith_(ith) {
+        for (int64_t t = 0; t < ranges.n_tokens; t++) {
+            start_[t] = start(t);
+            list_[t] = out.of(t).list() + start_[t];
+            found_[t] = {0, 0};
+        }
+    }
 
-    void look(const int32_t * neurons, int count, const int32_t * ahead) {
+    // Rows first to end - 1, every one, for some tokens. One stream of bytes is what the hardware fetches best; it does
+    // not follow several at once.
+    void every(int64_t first, int64_t end, const int * tokens, int n_tokens) {
+        for (int64_t r = first; r < end; r++) {
+            look(static_cast<int32_t>(r), tokens, n_tokens, -1);
+        }
+        for (int k = 0; k < n_tokens; k++) {
+            found_[tokens[k]].gates += static_cast<int32_t>(end - first);
+        }
+    }
+
+    // The gates of one row for some tokens; the row `ahead` is fetched meanwhile if there is one.
+    void look(int32_t row, const int * tokens, int n_tokens, int32_t ahead) {
+        for (int k = 0; k < n_tokens; k += DOT_TOKENS) {
+            const int n = std::min(DOT_TOKENS, n_tokens - k);
+            float gates[DOT_TOKENS];
+            gate_.of_tokens(row, tokens + k, n, k ? -1 : ahead, gates);
+            for (int j = 0; j < n; j++) {
+                append(tokens[k + j], row, gates[j]);
+            }
+        }
+    }
+
+    // The gates of up to DOT_ROWS candidates of the only token.
+    void candidates_of_one(const int32_t * rows, int n, const int32_t * ahead) {
         float gates[DOT_ROWS];
-        gate.of(neurons, count, ahead, 0, gates);
-        for (int k = 0; k < count; k++) {
-            // Overwritten by the next one if this does not fire: a branch here would be mispredicted.
-            list[n] = {neurons[k], gates[k]};
-            n += gate.fires(gates[k]);
+        gate_.of(rows, n, ahead, 0, gates);
+        for (int k = 0; k < n; k++) {
+            append(0, rows[k], gates[k]);
+        }
+        found_[0].gates += n;
+    }
+
+    void count_gate(int token) { found_[token].gates++; }
+
+    void finish() {
+        for (int64_t t = 0; t < ranges_.n_tokens; t++) {
+            for (int32_t k = 0; k < found_[t].fired; k++) {
+                fired_neuron & neuron = list_[t][k];
+                neuron.strength = gate_.strength(neuron.strength, ranges_.of[t].around(neuron.row).weight);
+            }
+            out_.of(t).head_of(ith_) = {{found_[t].fired, start_[t]}, found_[t]};
         }
     }
 
-    // weights: (row) -> what the row's strength is multiplied by
-    template <typename Weights> void weigh(Weights weights) {
-        for (int32_t k = 0; k < n; k++) {
-            list[k].strength = gate.strength(list[k].strength, weights(list[k].row));
-        }
+  private:
+    void append(int token, int32_t row, float gate) {
+        // Overwritten by the next one if this does not fire: a branch here would be mispredicted.
+        list_[token][found_[token].fired] = {row, gate};
+        found_[token].fired += gate_.fires(gate);
     }
+
+    const gate_rows & gate_;
+    const few_ranges & ranges_;
+    const gate_result & out_;
+    const int ith_;
+    int64_t start_[LZN_FEW_TOKENS];
+    fired_neuron * list_[LZN_FEW_TOKENS];
+    count found_[LZN_FEW_TOKENS];
 };
 
-// Every row of a range, one by one: one stream of bytes is what the hardware fetches best; it does not follow several
-// at once. Returns how many fire.
-int32_t gate_range(const gate_rows & gate, int64_t first, int64_t end, float weight, fired_neuron * list) {
-    firing_list found{gate, list};
-    for (int64_t r = first; r < end; r++) {
-        const int32_t neuron = static_cast<int32_t>(r);
-        found.look(&neuron, 1, nullptr);
+void gate_every(const gate_rows & gate, const few_ranges & ranges, const gate_result & out, int ith, int nth) {
+    const int64_t first = ranges.start(gate.f.n_ff, ith, nth), last = ranges.start(gate.f.n_ff, ith + 1, nth);
+    firing_lists found(gate, ranges, out, ith, [&](int64_t t) { return ranges.of[t].before(first); });
+    for (int64_t r = first; r < last;) {
+        const few_ranges::company who = ranges.at(r, last);
+        found.every(r, who.end, who.tokens, who.n);
+        r = who.end;
     }
-    found.weigh([=](int32_t) { return weight; });
-    return found.n;
+    found.finish();
 }
 
-void gate_every(const gate_rows & gate, const token_rows & rows, const gate_result & out, int ith, int nth) {
-    const int64_t start = split(rows.size(), ith, nth);
-    count counted{0, 0};
-    split_rows(rows, ith, nth, [&](int64_t first, int64_t end, float weight) {
-        counted.fired += gate_range(gate, first, end, weight, out.list() + start + counted.fired);
-        counted.gates += static_cast<int32_t>(end - first);
-    });
-    out.head_of(ith) = {{counted.fired, start}, counted};
-}
-
-void gate_candidates(const gate_rows & gate, const token_rows & rows, const gate_result & out, int ith, int nth) {
+void gate_candidates_of_one(const gate_rows & gate, const few_ranges & ranges, const gate_result & out, int ith,
+                            int nth) {
     const candidates chosen(gate.f, gate.candidates, 1);
     share<candidates> mine(chosen, ith, nth);
     const int64_t start = split(total_of(chosen, nth), ith, nth);
-    firing_list found{gate, out.list() + start};
+    firing_lists found(gate, ranges, out, ith, [=](int64_t) { return start; });
     int32_t now[DOT_ROWS], ahead[DOT_ROWS];
     int n = mine.take(now, DOT_ROWS);
     while (n > 0) {
         const int n_ahead = mine.take(ahead, DOT_ROWS);
-        found.look(now, n, n_ahead == n ? ahead : nullptr);
+        found.candidates_of_one(now, n, n_ahead == n ? ahead : nullptr);
         std::copy(ahead, ahead + n_ahead, now);
         n = n_ahead;
     }
-    found.weigh([&](int32_t row) { return rows.weight(row); });
-    out.head_of(ith) = {{found.n, start}, {found.n, static_cast<int32_t>(mine.size())}};
+    found.finish();
+}
+
+void gate_candidates(const gate_rows & gate, const few_ranges & ranges, const gate_result & out, int ith, int nth) {
+    const candidates chosen(gate.f, gate.candidates, ranges.n_tokens);
+    const int64_t first = chosen.start(ith, nth), last = chosen.start(ith + 1, nth);
+    const uint64_t * masks = chosen.masks(0);
+    const auto wanted_from = [=](int64_t r) {
+        while (r < last && !masks[r]) {
+            r++;
+        }
+        return r;
+    };
+    firing_lists found(gate, ranges, out, ith, [&](int64_t t) { return ranges.of[t].before(first); });
+    for (int64_t r = wanted_from(first); r < last;) {
+        const int64_t ahead = wanted_from(r + 1);
+        int tokens[LZN_FEW_TOKENS], n = 0;
+        for (int t = 0; t < ranges.n_tokens; t++) {
+            tokens[n] = t;
+            n += masks[r] >> t & 1;
+        }
+        found.look(static_cast<int32_t>(r), tokens, n, ahead < last ? static_cast<int32_t>(ahead) : -1);
+        for (int k = 0; k < n; k++) {
+            found.count_gate(tokens[k]);
+        }
+        r = ahead;
+    }
+    found.finish();
 }
 
 }  // namespace
 
-size_t lzn_gate_size(const lzn_ffn * ffn) { return ffn->n_threads * CACHE_LINE + ffn->n_ff * sizeof(fired_neuron); }
+size_t lzn_gate_size(const lzn_ffn * ffn, int64_t n_tokens) { return gate_result::size(*ffn, n_tokens); }
 
 void lzn_ffn_quantize(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const lzn_ffn & f = *static_cast<const lzn_ffn *>(userdata);
@@ -91,12 +159,13 @@ void lzn_ffn_gate(ggml_tensor * dst, int ith, int nth, void * userdata) {
     sources from(dst);
     const ggml_tensor * x = from.next();
     const gate_rows gate(f, x, from);
-    const gate_result out{static_cast<char *>(dst->data), f.n_threads};
-    token_rows rows;
-    gate.ranges.of(0, rows);
-    if (f.predicted) {
-        gate_candidates(gate, rows, out, ith, nth);
+    const few_ranges ranges(gate.ranges, x->ne[1]);
+    const gate_result out{static_cast<char *>(dst->data), f, x->ne[1]};
+    if (!f.predicted) {
+        gate_every(gate, ranges, out, ith, nth);
+    } else if (ranges.n_tokens == 1) {
+        gate_candidates_of_one(gate, ranges, out, ith, nth);
     } else {
-        gate_every(gate, rows, out, ith, nth);
+        gate_candidates(gate, ranges, out, ith, nth);
     }
 }

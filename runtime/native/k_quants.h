@@ -54,23 +54,34 @@ template <typename Rows> void k_arrange(int64_t n, const void * x, void * out) {
     }
 }
 
-template <typename Rows, int R> void dots_k(int64_t n, const char * const * rows, const char * const * next, const void * x, float * out) {
+// Rows::dot<T>(block, x of T tokens, T sums) adds a block's products.
+template <typename Rows> struct of_k_blocks {
     using block = typename Rows::block;
-    const k_x * xs = static_cast<const k_x *>(x);
-    vec acc[R];
-    for (int k = 0; k < R; k++) {
-        acc[k] = zero();
-    }
-    for (int64_t i = 0; i < n / K_COLUMNS; i++) {
-        fetch<sizeof(block)>(next, R, i * sizeof(block));
+
+    template <int R, int T> static void products(int64_t n, const char * const * rows, const char * const * next, const void * const * xs, float * out) {
+        vec acc[R][T];
+        for (auto & row : acc) {
+            for (vec & a : row) {
+                a = zero();
+            }
+        }
+        for (int64_t i = 0; i < n / K_COLUMNS; i++) {
+            fetch<sizeof(block)>(next, R, i * sizeof(block));
+            const k_x * x[T];
+            for (int t = 0; t < T; t++) {
+                x[t] = static_cast<const k_x *>(xs[t]) + i;
+            }
+            for (int k = 0; k < R; k++) {
+                Rows::template dot<T>(reinterpret_cast<const block *>(rows[k])[i], x, acc[k]);
+            }
+        }
         for (int k = 0; k < R; k++) {
-            acc[k] = Rows::dot(reinterpret_cast<const block *>(rows[k])[i], xs[i], acc[k]);
+            for (int t = 0; t < T; t++) {
+                out[k * T + t] = sum(acc[k][t]);
+            }
         }
     }
-    for (int k = 0; k < R; k++) {
-        out[k] = sum(acc[k]);
-    }
-}
+};
 
 // Rows::finish puts eight vectors of sums in order.
 template <typename Rows> void k_finish(int64_t n, float * y) {

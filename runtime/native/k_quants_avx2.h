@@ -26,6 +26,20 @@ __m256i words(__m256i eight_twice, const word_places & places) { return _mm256_s
 // 2^28.
 __m256i scaled_products(__m256i w, const int8_t * x, __m256i scale) { return _mm256_madd_epi16(_mm256_maddubs_epi16(w, _mm256_load_si256(reinterpret_cast<const __m256i *>(x))), scale); }
 
+// p[t] = the block's scaled products with each token; bytes and scales: of eighth j.
+template <int T, typename Bytes, typename Scales> void add_products(__m256i * p, const k_x * const * x, Bytes bytes, Scales scales) {
+    for (int t = 0; t < T; t++) {
+        p[t] = _mm256_setzero_si256();
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {
+        const __m256i w = bytes(j), scale = scales(j);
+        for (int t = 0; t < T; t++) {
+            p[t] = _mm256_add_epi32(p[t], scaled_products(w, x[t]->q + 32 * j, scale));
+        }
+    }
+}
+
 struct q4_K_rows {
     using block = block_q4_K;
     static constexpr int RUN = 32;  // weights of one scale
@@ -45,16 +59,16 @@ struct q4_K_rows {
         return _mm_or_si128(_mm_and_si128(lower, _mm_set1_epi64x(0x0f0f0f0f3f3f3f3f)), _mm_and_si128(upper, _mm_set1_epi64x(0x3030303000000000)));
     }
 
-    static vec dot(const block & b, const k_x & x, vec acc) {
+    template <int T> static void dot(const block & b, const k_x * const * x, vec * acc) {
         const __m256i both = _mm256_cvtepu8_epi16(scales(b)), scale = _mm256_permute2x128_si256(both, both, 0x00);
-        __m256i p = _mm256_setzero_si256();
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; j++) {
-            p = _mm256_add_epi32(p, scaled_products(bytes(b, j), x.q + 32 * j, words(scale, SAME[j])));
+        __m256i p[T];
+        add_products<T>(p, x, [&](int j) { return bytes(b, j); }, [&](int j) { return words(scale, SAME[j]); });
+        const __m128i least = _mm256_extracti128_si256(both, 1);
+        for (int t = 0; t < T; t++) {
+            const __m128i minus = _mm_madd_epi16(least, _mm_load_si128(reinterpret_cast<const __m128i *>(x[t]->sums)));
+            acc[t] = fma(_mm256_cvtepi32_ps(p[t]), all(f16(b.d) * x[t]->d), acc[t]);
+            acc[t] = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(_mm256_zextsi128_si256(minus)), all(f16(b.dmin) * x[t]->d), acc[t]);
         }
-        const __m128i minus = _mm_madd_epi16(_mm256_extracti128_si256(both, 1), _mm_load_si128(reinterpret_cast<const __m128i *>(x.sums)));
-        acc = fma(_mm256_cvtepi32_ps(p), all(f16(b.d) * x.d), acc);
-        return _mm256_fnmadd_ps(_mm256_cvtepi32_ps(_mm256_zextsi128_si256(minus)), all(f16(b.dmin) * x.d), acc);
     }
 
     // For each run: the coefficient, and what it adds to every weight.
@@ -97,15 +111,14 @@ struct q6_K_rows {
     }
     static __m256i scales(const block & b) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(b.scales))); }
 
-    static vec dot(const block & b, const k_x & x, vec acc) {
+    template <int T> static void dot(const block & b, const k_x * const * x, vec * acc) {
         const __m256i scale = scales(b), halves[2] = {_mm256_permute2x128_si256(scale, scale, 0x00), _mm256_permute2x128_si256(scale, scale, 0x11)};
-        __m256i p = _mm256_setzero_si256();
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; j++) {
-            p = _mm256_add_epi32(p, scaled_products(bytes(b, j), x.q + 32 * j, words(halves[j / 4], NEIGHBOURS[j % 4])));
+        __m256i p[T];
+        add_products<T>(p, x, [&](int j) { return bytes(b, j); }, [&](int j) { return words(halves[j / 4], NEIGHBOURS[j % 4]); });
+        for (int t = 0; t < T; t++) {
+            const __m256i offset = _mm256_slli_epi32(_mm256_madd_epi16(scale, _mm256_load_si256(reinterpret_cast<const __m256i *>(x[t]->sums))), 5);
+            acc[t] = fma(_mm256_cvtepi32_ps(_mm256_sub_epi32(p[t], offset)), all(f16(b.d) * x[t]->d), acc[t]);
         }
-        const __m256i offset = _mm256_slli_epi32(_mm256_madd_epi16(scale, _mm256_load_si256(reinterpret_cast<const __m256i *>(x.sums))), 5);
-        return fma(_mm256_cvtepi32_ps(_mm256_sub_epi32(p, offset)), all(f16(b.d) * x.d), acc);
     }
 
     static void coefficients(const block & b, float a, float * c, vec * off) {

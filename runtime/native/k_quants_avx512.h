@@ -9,15 +9,17 @@ namespace {
 // block times their scales, at most 128, into 32: two quarters of a half, g and g + 1, share each lane of 16 bytes of
 // one vector.
 // of: which of the scales' words belong to the first half; those of the second follow 4 or 8 later.
-template <typename Rows> __m512i k_products(const typename Rows::block & b, const k_x & x, __m512i scales, __m512i of) {
-    const __m512i none = _mm512_setzero_si512();
-    const auto half = [&](int g) {
-        const __m512i first = _mm512_dpbusd_epi32(none, Rows::bytes(b, g), _mm512_load_si512(x.q + 64 * g));
-        return _mm512_packs_epi32(first, _mm512_dpbusd_epi32(none, Rows::bytes(b, g + 1), _mm512_load_si512(x.q + 64 * g + 64)));
-    };
+template <typename Rows, int T> void k_products(const typename Rows::block & b, const k_x * const * x, __m512i scales, __m512i of, __m512i * p) {
     const __m512i after = _mm512_add_epi16(of, _mm512_set1_epi16(128 / Rows::RUN));
-    const __m512i p = _mm512_madd_epi16(half(0), _mm512_permutexvar_epi16(of, scales));
-    return _mm512_dpwssd_epi32(p, half(2), _mm512_permutexvar_epi16(after, scales));
+    const __m512i factors[2] = {_mm512_permutexvar_epi16(of, scales), _mm512_permutexvar_epi16(after, scales)};
+    for (int h = 0; h < 2; h++) {
+        const __m512i none = _mm512_setzero_si512(), w[2] = {Rows::bytes(b, 2 * h), Rows::bytes(b, 2 * h + 1)};
+        for (int t = 0; t < T; t++) {
+            const __m512i first = _mm512_dpbusd_epi32(none, w[0], _mm512_load_si512(x[t]->q + 128 * h));
+            const __m512i half = _mm512_packs_epi32(first, _mm512_dpbusd_epi32(none, w[1], _mm512_load_si512(x[t]->q + 128 * h + 64)));
+            p[t] = h ? _mm512_dpwssd_epi32(p[t], half, factors[1]) : _mm512_madd_epi16(half, factors[0]);
+        }
+    }
 }
 
 // bfloat16 of (the low four bits of each word) - 8. The fifth bit of an index belongs to the next nibble: the table
@@ -69,14 +71,19 @@ struct q4_K_rows {
     }
     static __m128i head(const block & b) { return _mm_loadu_si128(reinterpret_cast<const __m128i *>(&b)); }
 
-    static vec dot(const block & b, const k_x & x, vec acc) {
+    template <int T> static void dot(const block & b, const k_x * const * x, vec * acc) {
         const __m256i words = _mm256_cvtepu8_epi16(scales(head(b)));
         const __m512i of = _mm512_set_epi64(0x0003000300030003, 0x0002000200020002, 0x0003000300030003, 0x0002000200020002, 0x0001000100010001, 0, 0x0001000100010001, 0);
-        const __m512i p = k_products<q4_K_rows>(b, x, _mm512_castsi256_si512(words), of);
-        const __m128i least = _mm_madd_epi16(_mm256_extracti128_si256(words, 1), _mm_load_si128(reinterpret_cast<const __m128i *>(x.sums)));
-        const __m128 d = _mm_mul_ps(_mm_cvtph_ps(head(b)), _mm_set1_ps(x.d));
-        acc = fma(_mm512_cvtepi32_ps(p), _mm512_broadcastss_ps(d), acc);
-        return _mm512_fnmadd_ps(_mm512_zextps128_ps512(_mm_cvtepi32_ps(least)), _mm512_broadcastss_ps(_mm_movehdup_ps(d)), acc);
+        __m512i p[T];
+        k_products<q4_K_rows, T>(b, x, _mm512_castsi256_si512(words), of, p);
+        const __m128i minima = _mm256_extracti128_si256(words, 1);
+        const __m128 scale = _mm_cvtph_ps(head(b));
+        for (int t = 0; t < T; t++) {
+            const __m128i least = _mm_madd_epi16(minima, _mm_load_si128(reinterpret_cast<const __m128i *>(x[t]->sums)));
+            const __m128 d = _mm_mul_ps(scale, _mm_set1_ps(x[t]->d));
+            acc[t] = fma(_mm512_cvtepi32_ps(p[t]), _mm512_broadcastss_ps(d), acc[t]);
+            acc[t] = _mm512_fnmadd_ps(_mm512_zextps128_ps512(_mm_cvtepi32_ps(least)), _mm512_broadcastss_ps(_mm_movehdup_ps(d)), acc[t]);
+        }
     }
 
     // What is added to every weight of a run: with coefficients c in float and r as rounded, c w - m = r (w - 8) + 8 c
@@ -165,13 +172,15 @@ struct q6_K_rows {
     static __m512i bytes(const block & b, int g) { return _mm512_and_si512(six_bits(b, g), _mm512_set1_epi8(63)); }
     static __m128i scales(const block & b) { return _mm_loadu_si128(reinterpret_cast<const __m128i *>(b.scales)); }
 
-    static vec dot(const block & b, const k_x & x, vec acc) {
+    template <int T> static void dot(const block & b, const k_x * const * x, vec * acc) {
         const __m256i words = _mm256_cvtepi8_epi16(scales(b));
         const __m512i of = _mm512_set_epi64(0x0007000700070007, 0x0003000300030003, 0x0006000600060006, 0x0002000200020002, 0x0005000500050005, 0x0001000100010001, 0x0004000400040004, 0);
-        __m512i p = k_products<q6_K_rows>(b, x, _mm512_castsi256_si512(words), of);
-        const __m256i offset = _mm256_slli_epi32(_mm256_madd_epi16(words, _mm256_load_si256(reinterpret_cast<const __m256i *>(x.sums))), 5);
-        p = _mm512_sub_epi32(p, _mm512_zextsi256_si512(offset));
-        return fma(_mm512_cvtepi32_ps(p), all(f16(b.d) * x.d), acc);
+        __m512i p[T];
+        k_products<q6_K_rows, T>(b, x, _mm512_castsi256_si512(words), of, p);
+        for (int t = 0; t < T; t++) {
+            const __m256i offset = _mm256_slli_epi32(_mm256_madd_epi16(words, _mm256_load_si256(reinterpret_cast<const __m256i *>(x[t]->sums))), 5);
+            acc[t] = fma(_mm512_cvtepi32_ps(_mm512_sub_epi32(p[t], _mm512_zextsi256_si512(offset))), all(f16(b.d) * x[t]->d), acc[t]);
+        }
     }
 
     struct offsets {};  // bfloat16 holds the weights less 32

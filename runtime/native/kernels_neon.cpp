@@ -326,16 +326,16 @@ void dots(int64_t n, int n_rows, const char * const * rows, const char * const *
 }
 
 template <typename Rows> constexpr row_kernels float_table() {
-    return {dots<dots_float<Rows, 1>, dots_float<Rows, 2>, dots_float<Rows, 3>, dots_float<Rows, 4>>, axpys_float<Rows>, nullptr, nullptr, nullptr};
+    return {dots<dots_float<Rows, 1>, dots_float<Rows, 2>, dots_float<Rows, 3>, dots_float<Rows, 4>>, nullptr, axpys_float<Rows>, nullptr, nullptr, nullptr};
 }
 template <typename Rows> constexpr row_kernels block_table() {
-    return {dots<dots_block<Rows, 1>, dots_block<Rows, 2>, dots_block<Rows, 3>, dots_block<Rows, 4>>, axpys_block<Rows>, nullptr, nullptr, nullptr};
+    return {dots<dots_block<Rows, 1>, dots_block<Rows, 2>, dots_block<Rows, 3>, dots_block<Rows, 4>>, nullptr, axpys_block<Rows>, nullptr, nullptr, nullptr};
 }
 
 const row_kernels F32 = float_table<f32_rows>(), F16 = float_table<f16_rows>(), BF16 = float_table<bf16_rows>();
 const row_kernels Q8_0 = block_table<q8_0_rows>(), Q4_0 = block_table<q4_0_rows>();
-const row_kernels Q4_K = {dots_k<q4_K_rows>, axpys_k<q4_K_rows>, nullptr, nullptr, nullptr}, Q6_K = {dots_k<q6_K_rows>, axpys_k<q6_K_rows>, nullptr, nullptr, nullptr};
-const row_kernels SIGNS = {dots_signs, nullptr, nullptr, nullptr, nullptr};
+const row_kernels Q4_K = {dots_k<q4_K_rows>, nullptr, axpys_k<q4_K_rows>, nullptr, nullptr, nullptr}, Q6_K = {dots_k<q6_K_rows>, nullptr, axpys_k<q6_K_rows>, nullptr, nullptr, nullptr};
+const row_kernels SIGNS = {dots_signs, nullptr, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

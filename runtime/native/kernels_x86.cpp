@@ -25,46 +25,67 @@ struct bf16_rows {
     static vec get(const element * p) { return load_bf16(p); }
 };
 
-template <typename Rows, int R> void dots_float(int64_t n, const char * const * rows, const char * const * next, const void * x, float * out) {
+// Two sums per product: one would wait for its own additions.
+template <typename Rows> struct of_floats {
     using element = typename Rows::element;
-    const element * xs = static_cast<const element *>(x);
-    const element * w[R];
-    vec acc[R];
-    for (int k = 0; k < R; k++) {
-        w[k] = reinterpret_cast<const element *>(rows[k]);
-        acc[k] = zero();
-    }
-    for (int64_t i = 0; i < n; i += WIDTH) {
-        const vec xv = Rows::get(xs + i);
-        fetch<WIDTH * sizeof(element)>(next, R, i * sizeof(element));
+
+    template <int R, int T> static void products(int64_t n, const char * const * rows, const char * const * next, const void * const * xs, float * out) {
+        vec acc[R][T][2];
+        for (auto & row : acc) {
+            for (auto & pair : row) {
+                pair[0] = pair[1] = zero();
+            }
+        }
+        for (int64_t i = 0; i < n; i += 2 * WIDTH) {
+            fetch<2 * WIDTH * sizeof(element)>(next, R, i * sizeof(element));
+            for (int half = 0; half < 2; half++) {
+                vec x[T];
+                for (int t = 0; t < T; t++) {
+                    x[t] = Rows::get(static_cast<const element *>(xs[t]) + i + half * WIDTH);
+                }
+                for (int k = 0; k < R; k++) {
+                    const vec w = Rows::get(reinterpret_cast<const element *>(rows[k]) + i + half * WIDTH);
+                    for (int t = 0; t < T; t++) {
+                        acc[k][t][half] = fma(w, x[t], acc[k][t][half]);
+                    }
+                }
+            }
+        }
         for (int k = 0; k < R; k++) {
-            acc[k] = fma(Rows::get(w[k] + i), xv, acc[k]);
+            for (int t = 0; t < T; t++) {
+                out[k * T + t] = sum(add(acc[k][t][0], acc[k][t][1]));
+            }
         }
     }
-    for (int k = 0; k < R; k++) {
-        out[k] = sum(acc[k]);
-    }
-}
+};
 
 #if defined(__AVX512F__)
-template <int R> void dots_bf16(int64_t n, const char * const * rows, const char * const * next, const void * x, float * out) {
-    vec acc[R];
-    for (int k = 0; k < R; k++) {
-        acc[k] = zero();
-    }
-    for (int64_t i = 0; i < n; i += BLOCK) {
-        const __m512bh xv = (__m512bh)_mm512_loadu_si512(static_cast<const uint16_t *>(x) + i);
-        fetch<64>(next, R, i * sizeof(uint16_t));
+struct bf16_products {
+    template <int R, int T> static void products(int64_t n, const char * const * rows, const char * const * next, const void * const * xs, float * out) {
+        vec acc[R][T];
+        for (auto & row : acc) {
+            for (vec & a : row) {
+                a = zero();
+            }
+        }
+        for (int64_t i = 0; i < n; i += BLOCK) {
+            fetch<64>(next, R, i * sizeof(uint16_t));
+            for (int k = 0; k < R; k++) {
+                const __m512bh w = (__m512bh)_mm512_loadu_si512(reinterpret_cast<const uint16_t *>(rows[k]) + i);
+                for (int t = 0; t < T; t++) {
+                    acc[k][t] = _mm512_dpbf16_ps(acc[k][t], w, (__m512bh)_mm512_loadu_si512(static_cast<const uint16_t *>(xs[t]) + i));
+                }
+            }
+        }
         for (int k = 0; k < R; k++) {
-            acc[k] = _mm512_dpbf16_ps(acc[k], (__m512bh)_mm512_loadu_si512(reinterpret_cast<const uint16_t *>(rows[k]) + i), xv);
+            for (int t = 0; t < T; t++) {
+                out[k * T + t] = sum(acc[k][t]);
+            }
         }
     }
-    for (int k = 0; k < R; k++) {
-        out[k] = sum(acc[k]);
-    }
-}
+};
 #else
-template <int R> void dots_bf16(int64_t n, const char * const * rows, const char * const * next, const void * x, float * out) { dots_float<bf16_rows, R>(n, rows, next, x, out); }
+using bf16_products = of_floats<bf16_rows>;
 #endif
 
 template <typename Rows> void axpys_float(int64_t n, int n_rows, const char * const * rows, const char * const * next, const float * a, float * y) {
@@ -105,23 +126,20 @@ void axpys_q8_0(int64_t n, int n_rows, const char * const * rows, const char * c
 
 // --- tables ----------------------------------------------------------------------------------------------------------
 
-using dots_fixed = void (*)(int64_t, const char * const *, const char * const *, const void *, float *);
-
-template <dots_fixed One, dots_fixed Two, dots_fixed Three, dots_fixed Four>
-void dots(int64_t n, int n_rows, const char * const * rows, const char * const * next, const void * x, float * out) {
-    static constexpr dots_fixed by_rows[] = {One, Two, Three, Four};
-    by_rows[n_rows - 1](n, rows, next, x, out);
+template <typename P> constexpr row_kernels table(decltype(row_kernels::axpys) axpys, decltype(row_kernels::arranged_size) arranged_size = nullptr,
+                                                  decltype(row_kernels::arrange) arrange = nullptr, decltype(row_kernels::finish) finish = nullptr) {
+    return {dots<P>, dots_tokens<P>, axpys, arranged_size, arrange, finish};
 }
 
-const row_kernels F32 = {dots<dots_float<f32_rows, 1>, dots_float<f32_rows, 2>, dots_float<f32_rows, 3>, dots_float<f32_rows, 4>>, axpys_float<f32_rows>, nullptr, nullptr, nullptr};
-const row_kernels F16 = {dots<dots_float<f16_rows, 1>, dots_float<f16_rows, 2>, dots_float<f16_rows, 3>, dots_float<f16_rows, 4>>, axpys_float<f16_rows>, nullptr, nullptr, nullptr};
-const row_kernels BF16 = {dots<dots_bf16<1>, dots_bf16<2>, dots_bf16<3>, dots_bf16<4>>, axpys_float<bf16_rows>, nullptr, nullptr, nullptr};
+const row_kernels F32 = table<of_floats<f32_rows>>(axpys_float<f32_rows>), F16 = table<of_floats<f16_rows>>(axpys_float<f16_rows>);
+const row_kernels BF16 = table<bf16_products>(axpys_float<bf16_rows>);
 #if defined(__AVX512F__)
-const row_kernels Q8_0 = {dots<dots_q8_0<1>, dots_q8_0<2>, dots_q8_0<3>, dots_q8_0<4>>, axpys_q8_0, q8_0_arranged_size, q8_0_arrange, nullptr};
+const row_kernels Q8_0 = table<q8_0_products>(axpys_q8_0, q8_0_arranged_size, q8_0_arrange);
+const row_kernels Q4_0 = table<q4_0_products>(axpys_q4_0, q4_0_arranged_size, q4_0_arrange, q4_0_finish);
 #else
-const row_kernels Q8_0 = {dots<dots_q8_0<1>, dots_q8_0<2>, dots_q8_0<3>, dots_q8_0<4>>, axpys_q8_0, nullptr, nullptr, nullptr};
+const row_kernels Q8_0 = table<q8_0_products>(axpys_q8_0, arranged_size_of_blocks, arrange_blocks<q8_0_rows>);
+const row_kernels Q4_0 = table<q4_0_products>(axpys_q4_0, arranged_size_of_blocks, arrange_blocks<q4_0_rows>, q4_0_finish);
 #endif
-const row_kernels Q4_0 = {dots<dots_q4_0<1>, dots_q4_0<2>, dots_q4_0<3>, dots_q4_0<4>>, axpys_q4_0, q4_0_arranged_size, q4_0_arrange, q4_0_finish};
 
 }  // namespace
 

@@ -9,16 +9,9 @@
 
 namespace {
 
-template <typename Rows> void dots(int64_t n, int n_rows, const char * const * rows, const char * const * next, const void * x, float * out) {
-    switch (n_rows) {
-        case 1: return dots_k<Rows, 1>(n, rows, next, x, out);
-        case 2: return dots_k<Rows, 2>(n, rows, next, x, out);
-        case 3: return dots_k<Rows, 3>(n, rows, next, x, out);
-        default: return dots_k<Rows, 4>(n, rows, next, x, out);
-    }
+template <typename Rows> constexpr row_kernels table() {
+    return {dots<of_k_blocks<Rows>>, dots_tokens<of_k_blocks<Rows>>, axpys_k<Rows>, k_arranged_size, k_arrange<Rows>, k_finish<Rows>};
 }
-
-template <typename Rows> constexpr row_kernels table() { return {dots<Rows>, axpys_k<Rows>, k_arranged_size, k_arrange<Rows>, k_finish<Rows>}; }
 
 const row_kernels Q4_K = table<q4_K_rows>(), Q6_K = table<q6_K_rows>();
 

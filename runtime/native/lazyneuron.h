@@ -5,14 +5,15 @@
 //   predict   scores of a predictor -> candidates: which neurons may fire. Only where there is a predictor;
 //             `choose` where the scores are given
 //   quantize  x F32 [n_embd, n_tokens] -> x in the types that the dot products want
-// then for one token
+// then for up to LZN_FEW_TOKENS tokens
 //   gate      gate rows (ungated: up rows), of every neuron or of the candidates -> which neurons fire, how strongly
-//   down      up and down_t rows of those -> one partial sum per thread
-//   reduce    partial sums, in order -> y F32 [n_embd, 1]
-// and for several
+//   down      up and down_t rows of those -> one partial sum per thread and token
+//   reduce    partial sums, in order -> y F32 [n_embd, n_tokens]
+// and for more
 //   tokens    gate, up and down_t rows -> partial sums for `reduce`; or, where each thread has tokens of its own, y itself
 // No operator allocates, locks or depends on timing: the same number of threads and tokens gives the same bits, and a
-// token's result does not depend on what the other tokens of its batch are.
+// token's result does not depend on what the other tokens of its batch are. Of few tokens each one's result has the same
+// bits as alone.
 //
 // The neurons are rows of one matrix, and a token may scan some ranges of them only: a table says which ranges there
 // are, and a source of the operators says for each token which of them it scans and what their neurons are multiplied
@@ -75,6 +76,7 @@ struct lzn_ffn {
 };
 
 #define LZN_MAX_RANGES 64  // that one token scans
+#define LZN_FEW_TOKENS 16  // at most, for `gate` and `down`
 
 // ggml's version that the headers belonged to, e.g. "0.25.3"; and the size of the one struct that is shared with it.
 LZN_API const char * lzn_ggml_version(void);
@@ -94,7 +96,7 @@ LZN_API void lzn_guard(void);
 
 // Bytes of the operators' results that are not plain matrices; `down` means `tokens` too.
 LZN_API size_t lzn_predict_size(const struct lzn_ffn * ffn, int64_t n_tokens);
-LZN_API size_t lzn_gate_size(const struct lzn_ffn * ffn);
+LZN_API size_t lzn_gate_size(const struct lzn_ffn * ffn, int64_t n_tokens);
 LZN_API size_t lzn_down_size(const struct lzn_ffn * ffn, int64_t n_tokens);
 // Whether the result of `tokens` begins with y F32 [n_embd, n_tokens], and needs no `reduce`.
 LZN_API bool lzn_tokens_alone(const struct lzn_ffn * ffn, int64_t n_tokens);

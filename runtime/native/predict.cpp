@@ -29,53 +29,73 @@ template <typename Prepare, typename Scores> class chooser {
   private:
     // All threads share the token's rows evenly.
     void one_token(int ith, int nth) const {
-        token_rows rows;
-        ranges_.of(0, rows);
+        const few_ranges rows(ranges_, 1);
         prepare_(0, 1);
-        const int64_t start = split(rows.size(), ith, nth);
+        const int64_t from = rows.start(f_.n_ff, ith, nth), to = rows.start(f_.n_ff, ith + 1, nth);
+        const int64_t start = rows.of[0].before(from);
         int32_t * list = out_.list() + start;
         int64_t n = 0;
-        split_rows(rows, ith, nth, [&](int64_t first, int64_t end, float) {
-            for (int64_t r = first; r < end; r += DOT_ROWS) {
+        for (int64_t first = from; first < to;) {
+            const few_ranges::company who = rows.at(first, to);
+            for (int64_t r = first; who.n && r < who.end; r += DOT_ROWS) {
                 bool chosen[DOT_ROWS];
-                const int n_rows = choose(r, end, 0, 0, chosen);
+                const int n_rows = choose(r, who.end, 0, 0, chosen);
                 for (int k = 0; k < n_rows; k++) {
                     list[n] = static_cast<int32_t>(r + k);  // overwritten by the next one if not chosen
                     n += chosen[k];
                 }
             }
-        });
+            first = who.end;
+        }
         out_.of(ith) = {n, start};
     }
 
-    // Each thread has a part of the matrix, and every token's ranges in it.
+    // Each thread has some blocks of rows, and every token's ranges in them.
     void several(int ith, int nth) const {
-        const int64_t first = split(f_.n_ff, ith, nth), last = split(f_.n_ff, ith + 1, nth);
-        for (int64_t t0 = 0; t0 < n_tokens_; t0 += SCORE_TILE) {
-            const int64_t t1 = std::min(t0 + SCORE_TILE, n_tokens_);
+        const int64_t n_blocks = candidates::blocks(f_.n_ff);
+        for (int64_t t0 = 0; t0 < n_tokens_; t0 += MASK_TOKENS) {
+            const int64_t t1 = std::min(t0 + MASK_TOKENS, n_tokens_);
             prepare_(t0, t1);
-            token_rows ranges[SCORE_TILE];
+            token_rows ranges[MASK_TOKENS];
             for (int64_t t = t0; t < t1; t++) {
                 ranges_.of(t, ranges[t - t0]);
             }
-            for (int64_t r = first; r < last; r += DOT_ROWS) {
-                for (int64_t t = t0; t < t1; t++) {
-                    in_block(ranges[t - t0], r, std::min<int64_t>(r + DOT_ROWS, last), t, t - t0);
+            for (int64_t b = split(n_blocks, ith, nth); b < split(n_blocks, ith + 1, nth); b++) {
+                const int64_t first = b * ROW_BLOCK, last = std::min<int64_t>(first + ROW_BLOCK, f_.n_ff);
+                const int32_t wanted = block(ranges, first, last, t0, t1);
+                if (t0 == 0) {
+                    out_.wanted_of_blocks()[b] = wanted;
                 }
             }
         }
     }
 
+    // The masks of rows first to last - 1 for a tile of tokens; returns how many bits are set.
+    int32_t block(const token_rows * ranges, int64_t first, int64_t last, int64_t t0, int64_t t1) const {
+        uint64_t * masks = out_.masks(t0);
+        std::fill(masks + first, masks + last, 0);
+        int32_t wanted = 0;
+        for (int64_t r = first; r < last; r += DOT_ROWS) {
+            for (int64_t t = t0; t < t1; t++) {
+                wanted += in_rows(ranges[t - t0], r, std::min<int64_t>(r + DOT_ROWS, last), t, t - t0, masks);
+            }
+        }
+        return wanted;
+    }
+
     // at: of token t, within the tile
-    void in_block(const token_rows & rows, int64_t first, int64_t end, int64_t t, int64_t at) const {
+    int32_t in_rows(const token_rows & rows, int64_t first, int64_t end, int64_t t, int64_t at, uint64_t * masks) const {
+        int32_t wanted = 0;
         for (int i = 0; i < rows.n; i++) {
             const int64_t r = std::max<int64_t>(first, rows.of[i].first), to = std::min<int64_t>(end, rows.of[i].end);
             bool chosen[DOT_ROWS];
             const int n_rows = r < to ? choose(r, to, t, at, chosen) : 0;
             for (int k = 0; k < n_rows; k++) {
-                out_.matrix()[(r + k) * n_tokens_ + t] = chosen[k];
+                masks[r + k] |= static_cast<uint64_t>(chosen[k]) << at;
+                wanted += chosen[k];
             }
         }
+        return wanted;
     }
 
     // Up to DOT_ROWS rows from r on; returns how many.
@@ -137,7 +157,7 @@ int64_t count_differing(int64_t n_bytes, const uint8_t * a, const uint8_t * b) {
 }  // namespace
 
 size_t lzn_predict_size(const lzn_ffn * ffn, int64_t n_tokens) {
-    const size_t body = ffn->n_ff * (n_tokens == 1 ? sizeof(int32_t) : n_tokens);
+    const size_t body = candidates::body_size(ffn->n_ff, n_tokens);
     return CACHE_LINE + ffn->n_threads * (CACHE_LINE + candidates::thread_input(*ffn, n_tokens)) + body;
 }
 

@@ -1,7 +1,7 @@
 // Q8_0 and Q4_0 with AVX2: a block of 32 columns at a time, or two.
 //
 // Integer products follow ggml: 4-bit weights are unsigned with an offset of 8, so w . x = q . x - 8 sum(x), and the
-// offset is folded into the sums' start.
+// offsets of eight blocks are taken off at once.
 #pragma once
 
 #include "packed_avx2.h"
@@ -14,72 +14,147 @@ __m256i load_bytes(const void * p) { return _mm256_loadu_si256(static_cast<const
 // * 15 * 128
 __m256i dot_bytes(__m256i u, __m256i s) { return _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)); }
 
-// --- Q8_0 ------------------------------------------------------------------------------------------------------------
+// --- products with blocks of 32 weights of one scale ------------------------------------------------------------------
 
-// The signs of the weights go to x: bytes are multiplied unsigned by signed, and two products are added in 16 bits. x
-// is at least -127, so that they stay below 2 * 128 * 127, and -128 has a size.
-template <int R> void dots_q8_0(int64_t n, const char * const * rows, const char * const * next, const void * x, float * out) {
-    const block_q8_0 * xs = static_cast<const block_q8_0 *>(x);
-    vec acc[R];
-    for (int k = 0; k < R; k++) {
-        acc[k] = zero();
-    }
-    for (int64_t i = 0; i < n / BLOCK; i++) {
-        const __m256i xv = load_bytes(xs[i].qs);
-        const float xd = f16(xs[i].d);
-        fetch<sizeof(block_q8_0)>(next, R, i * sizeof(block_q8_0));
-        for (int k = 0; k < R; k++) {
-            const block_q8_0 & b = reinterpret_cast<const block_q8_0 *>(rows[k])[i];
-            const __m256i w = load_bytes(b.qs), p = dot_bytes(_mm256_abs_epi8(w), _mm256_sign_epi8(xv, w));
-            acc[k] = fma(_mm256_cvtepi32_ps(p), all(f16(b.d) * xd), acc[k]);
-        }
-    }
-    for (int k = 0; k < R; k++) {
-        out[k] = sum(acc[k]);
-    }
-}
+constexpr int GROUP_BLOCKS = 8;  // whose scales are converted at once
 
-// --- Q4_0 ------------------------------------------------------------------------------------------------------------
-
-struct alignas(32) q4_0_x {
-    int8_t q[32];
-    int32_t start[8];  // folds in the offset of 8
-    float d[8];
+// x of eight blocks. offset: for weights that are unsigned with an offset, what that takes off a product per unit of the
+// row's scale.
+struct alignas(32) x_group {
+    int8_t q[GROUP_BLOCKS][BLOCK];
+    float d[GROUP_BLOCKS];
+    float offset[GROUP_BLOCKS];
 };
 
-size_t q4_0_arranged_size(int64_t n) { return (n / BLOCK * sizeof(q4_0_x) + 63) / 64 * 64; }
+constexpr int64_t x_groups(int64_t n) { return (n / BLOCK + GROUP_BLOCKS - 1) / GROUP_BLOCKS; }
 
-void q4_0_arrange(int64_t n, const void * x, void * out) {
+size_t arranged_size_of_blocks(int64_t n) { return (x_groups(n) * sizeof(x_group) + 63) / 64 * 64; }
+
+// Blocks that the last group lacks are zeros.
+template <typename Rows> void arrange_blocks(int64_t n, const void * x, void * out) {
     const block_q8_0 * xs = static_cast<const block_q8_0 *>(x);
-    q4_0_x * to = static_cast<q4_0_x *>(out);
+    x_group * to = static_cast<x_group *>(out);
+    std::memset(out, 0, arranged_size_of_blocks(n));
     for (int64_t b = 0; b < n / BLOCK; b++) {
-        const __m256i q = load_bytes(xs[b].qs);
-        _mm256_store_si256(reinterpret_cast<__m256i *>(to[b].q), q);
-        _mm256_store_si256(reinterpret_cast<__m256i *>(to[b].start), _mm256_sub_epi32(_mm256_setzero_si256(), dot_bytes(_mm256_set1_epi8(8), q)));
-        store(to[b].d, all(f16(xs[b].d)));
+        x_group & group = to[b / GROUP_BLOCKS];
+        const int at = static_cast<int>(b % GROUP_BLOCKS);
+        int total = 0;
+        for (int i = 0; i < BLOCK; i++) {
+            total += xs[b].qs[i];
+        }
+        std::memcpy(group.q[at], xs[b].qs, BLOCK);
+        group.d[at] = f16(xs[b].d);
+        group.offset[at] = -Rows::OFFSET * group.d[at] * static_cast<float>(total);
     }
 }
 
-template <int R> void dots_q4_0(int64_t n, const char * const * rows, const char * const * next, const void * x, float * out) {
-    const q4_0_x * xs = static_cast<const q4_0_x *>(x);
-    vec acc[R];
-    for (int k = 0; k < R; k++) {
-        acc[k] = zero();
+struct q8_0_rows {
+    using block = block_q8_0;
+    static constexpr float OFFSET = 0.0f;
+
+    static __m256i weights(const block & b) { return load_bytes(b.qs); }
+    // The signs of the weights go to x: bytes are multiplied unsigned by signed, and two products are added in 16 bits. x
+    // is at least -127, so that they stay below 2 * 128 * 127, and -128 has a size.
+    static __m256i dot(__m256i w, __m256i x) { return dot_bytes(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)); }
+};
+
+struct q4_0_rows {
+    using block = block_q4_0;
+    static constexpr float OFFSET = 8.0f;
+
+    static __m256i weights(const block & b) {
+        const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i *>(b.qs));
+        return _mm256_and_si256(_mm256_inserti128_si256(_mm256_castsi128_si256(q), _mm_srli_epi16(q, 4), 1), _mm256_set1_epi8(15));
     }
-    for (int64_t i = 0; i < n / BLOCK; i++) {
-        const __m256i xv = load_bytes(xs[i].q), start = load_bytes(xs[i].start);
-        fetch<sizeof(block_q4_0)>(next, R, i * sizeof(block_q4_0));
+    static __m256i dot(__m256i w, __m256i x) { return dot_bytes(w, x); }
+};
+
+// The scales of a group's first n blocks, and zeros.
+template <typename Block> vec scales_of(const Block * b, int n) {
+    if (n == GROUP_BLOCKS) {
+        const auto d = [=](int i) { return static_cast<short>(b[i].d); };
+        return _mm256_cvtph_ps(_mm_set_epi16(d(7), d(6), d(5), d(4), d(3), d(2), d(1), d(0)));
+    }
+    alignas(16) uint16_t d[GROUP_BLOCKS] = {};
+    for (int i = 0; i < n; i++) {
+        d[i] = b[i].d;
+    }
+    return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i *>(d)));
+}
+
+// Two sums per product, of even and of odd blocks: one would wait for its own additions.
+template <typename Rows> struct of_blocks {
+    using block = typename Rows::block;
+
+    template <int R, int T> struct sums {
+        vec of[R][T][2];
+
+        // n: blocks of the group, known to the compiler but for a row's last ones
+        __attribute__((always_inline)) void add(const block * const * w, const x_group * const * x, int n) {
+            alignas(32) float scale[R][T][GROUP_BLOCKS];
+            for (int k = 0; k < R; k++) {
+                const vec d = scales_of(w[k], n);
+                for (int t = 0; t < T; t++) {
+                    store(scale[k][t], _mm256_mul_ps(d, load(x[t]->d)));
+                    if (Rows::OFFSET != 0.0f) {
+                        of[k][t][0] = fma(d, load(x[t]->offset), of[k][t][0]);
+                    }
+                }
+            }
+#pragma GCC unroll 8
+            for (int b = 0; b < n; b++) {
+                for (int k = 0; k < R; k++) {
+                    const __m256i weights = Rows::weights(w[k][b]);
+                    for (int t = 0; t < T; t++) {
+                        const __m256i p = Rows::dot(weights, _mm256_load_si256(reinterpret_cast<const __m256i *>(x[t]->q[b])));
+                        of[k][t][b % 2] = fma(_mm256_cvtepi32_ps(p), _mm256_broadcast_ss(scale[k][t] + b), of[k][t][b % 2]);
+                    }
+                }
+            }
+        }
+    };
+
+    template <int R, int T> static void products(int64_t n, const char * const * rows, const char * const * next, const void * const * xs, float * out) {
+        constexpr int64_t BYTES = GROUP_BLOCKS * sizeof(block);
+        const int rest = static_cast<int>(n / BLOCK % GROUP_BLOCKS);
+        sums<R, T> acc;
+        for (auto & row : acc.of) {
+            for (auto & pair : row) {
+                pair[0] = pair[1] = zero();
+            }
+        }
+        const block * w[R];
+        const x_group * x[T];
+        int64_t g = 0;
+        const auto go_to = [&](int64_t group) {
+            for (int k = 0; k < R; k++) {
+                w[k] = reinterpret_cast<const block *>(rows[k] + group * BYTES);
+            }
+            for (int t = 0; t < T; t++) {
+                x[t] = static_cast<const x_group *>(xs[t]) + group;
+            }
+        };
+        for (; g < n / BLOCK / GROUP_BLOCKS; g++) {
+            fetch<BYTES>(next, R, g * BYTES);
+            go_to(g);
+            acc.add(w, x, GROUP_BLOCKS);
+        }
+        if (rest) {
+            go_to(g);
+            acc.add(w, x, rest);
+        }
         for (int k = 0; k < R; k++) {
-            const block_q4_0 & b = reinterpret_cast<const block_q4_0 *>(rows[k])[i];
-            const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i *>(b.qs));
-            const __m256i w = _mm256_and_si256(_mm256_inserti128_si256(_mm256_castsi128_si256(q), _mm_srli_epi16(q, 4), 1), _mm256_set1_epi8(15));
-            acc[k] = fma(_mm256_cvtepi32_ps(_mm256_add_epi32(start, dot_bytes(w, xv))), _mm256_mul_ps(all(f16(b.d)), load(xs[i].d)), acc[k]);
+            for (int t = 0; t < T; t++) {
+                out[k * T + t] = sum(::add(acc.of[k][t][0], acc.of[k][t][1]));
+            }
         }
     }
-    for (int k = 0; k < R; k++) {
-        out[k] = sum(acc[k]);
-    }
-}
+};
+
+using q8_0_products = of_blocks<q8_0_rows>;
+using q4_0_products = of_blocks<q4_0_rows>;
+
+// --- accumulation of Q4_0 ---------------------------------------------------------------------------------------------
 
 // Two blocks of rows side by side, a block's four words in each half; or one, in the lower half, and zeros.
 template <bool two> struct q4_0_blocks {

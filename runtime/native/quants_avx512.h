@@ -58,37 +58,53 @@ void q4_0_arrange(int64_t n, const void * x, void * out) {
     }
 }
 
-// acc + the products of one group; every lane of 16 bytes has its own scale.
-vec q4_0_dot(const q4_0_group & w, const q4_0_x & x, vec acc) {
+// acc[t] + the products of one group with each token; every lane of 16 bytes has its own scale.
+template <int T> void q4_0_dot(const q4_0_group & w, const q4_0_x * const * x, vec * acc) {
     const __m512i nibbles = _mm512_set1_epi8(15);
     const __m512i scale_words = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 27, 27, 27, 27, 18, 18, 18, 18, 9, 9, 9, 9, 0, 0, 0, 0);
-    __m512i p = _mm512_dpbusd_epi32(_mm512_load_si512(x.start), _mm512_and_si512(w.quants, nibbles), _mm512_load_si512(x.low));
-    p = _mm512_dpbusd_epi32(p, _mm512_and_si512(_mm512_srli_epi16(w.quants, 4), nibbles), _mm512_load_si512(x.high));
+    const __m512i low = _mm512_and_si512(w.quants, nibbles), high = _mm512_and_si512(_mm512_srli_epi16(w.quants, 4), nibbles);
     const vec d = _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_permutexvar_epi16(scale_words, w.first)));
-    return fma(_mm512_cvtepi32_ps(p), _mm512_mul_ps(d, _mm512_load_ps(x.d)), acc);
+    for (int t = 0; t < T; t++) {
+        __m512i p = _mm512_dpbusd_epi32(_mm512_load_si512(x[t]->start), low, _mm512_load_si512(x[t]->low));
+        p = _mm512_dpbusd_epi32(p, high, _mm512_load_si512(x[t]->high));
+        acc[t] = fma(_mm512_cvtepi32_ps(p), _mm512_mul_ps(d, _mm512_load_ps(x[t]->d)), acc[t]);
+    }
 }
 
-template <int R> void dots_q4_0(int64_t n, const char * const * rows, const char * const * next, const void * x, float * out) {
-    const q4_0_x * xs = static_cast<const q4_0_x *>(x);
-    const int64_t whole = n / q4_0_group::COLUMNS;
-    const int rest = static_cast<int>(n % q4_0_group::COLUMNS / BLOCK);
-    vec acc[R];
-    for (int k = 0; k < R; k++) {
-        acc[k] = zero();
-    }
-    for (int64_t g = 0; g < whole; g++) {
-        fetch<q4_0_group::BYTES>(next, R, g * q4_0_group::BYTES);
+struct q4_0_products {
+    template <int R, int T> static void products(int64_t n, const char * const * rows, const char * const * next, const void * const * xs, float * out) {
+        const int64_t whole = n / q4_0_group::COLUMNS;
+        const int rest = static_cast<int>(n % q4_0_group::COLUMNS / BLOCK);
+        vec acc[R][T];
+        for (auto & row : acc) {
+            for (vec & a : row) {
+                a = zero();
+            }
+        }
+        const q4_0_x * x[T];
+        const auto go_to = [&](int64_t group) {
+            for (int t = 0; t < T; t++) {
+                x[t] = static_cast<const q4_0_x *>(xs[t]) + group;
+            }
+        };
+        for (int64_t g = 0; g < whole; g++) {
+            fetch<q4_0_group::BYTES>(next, R, g * q4_0_group::BYTES);
+            go_to(g);
+            for (int k = 0; k < R; k++) {
+                q4_0_dot<T>(q4_0_group::whole(rows[k] + g * q4_0_group::BYTES), x, acc[k]);
+            }
+        }
+        go_to(whole);
         for (int k = 0; k < R; k++) {
-            acc[k] = q4_0_dot(q4_0_group::whole(rows[k] + g * q4_0_group::BYTES), xs[g], acc[k]);
+            if (rest) {
+                q4_0_dot<T>(q4_0_group::part(rows[k] + whole * q4_0_group::BYTES, rest), x, acc[k]);
+            }
+            for (int t = 0; t < T; t++) {
+                out[k * T + t] = sum(acc[k][t]);
+            }
         }
     }
-    for (int k = 0; k < R; k++) {
-        if (rest) {
-            acc[k] = q4_0_dot(q4_0_group::part(rows[k] + whole * q4_0_group::BYTES, rest), xs[whole], acc[k]);
-        }
-        out[k] = sum(acc[k]);
-    }
-}
+};
 
 // Two rows of one group, ready to be added: the words of both alternate, and so do their coefficients a * scale,
 // rounded to bfloat16 (a 4-bit weight is exact in it).
@@ -213,37 +229,52 @@ void q8_0_arrange(int64_t n, const void * x, void * out) {
 }
 
 // first: the group's first 64 bytes; last: the four that follow
-vec q8_0_dot(__m512i first, __m128i last, const q8_0_x & x, vec acc) {
+template <int T> void q8_0_dot(__m512i first, __m128i last, const q8_0_x * const * x, vec * acc) {
     const __m512i from = _mm512_set_epi8(67, 66, 65, 64, 63, 62, 61, 60, 59, 58, 57, 56, 55, 54, 53, 52, 51, 50, 49, 48, 47, 46, 45, 44, 43, 42, 41, 40, 39, 38, 37, 36, 33, 32, 31, 30,
                                          29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2);
     const __m512i scale_words = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 17, 17, 17, 17, 17, 17, 17, 17, 0, 0, 0, 0, 0, 0, 0, 0);
     const __m512i w = _mm512_xor_si512(_mm512_permutex2var_epi8(first, from, _mm512_castsi128_si512(last)), _mm512_set1_epi8(static_cast<char>(0x80)));
-    const __m512i p = _mm512_dpbusd_epi32(_mm512_load_si512(x.start), w, _mm512_load_si512(x.q));
     const vec d = _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_permutexvar_epi16(scale_words, first)));
-    return fma(_mm512_cvtepi32_ps(p), _mm512_mul_ps(d, _mm512_load_ps(x.d)), acc);
+    for (int t = 0; t < T; t++) {
+        const __m512i p = _mm512_dpbusd_epi32(_mm512_load_si512(x[t]->start), w, _mm512_load_si512(x[t]->q));
+        acc[t] = fma(_mm512_cvtepi32_ps(p), _mm512_mul_ps(d, _mm512_load_ps(x[t]->d)), acc[t]);
+    }
 }
 
-template <int R> void dots_q8_0(int64_t n, const char * const * rows, const char * const * next, const void * x, float * out) {
-    const q8_0_x * xs = static_cast<const q8_0_x *>(x);
-    const int64_t whole = n / Q8_0_COLUMNS;
-    vec acc[R];
-    for (int k = 0; k < R; k++) {
-        acc[k] = zero();
-    }
-    for (int64_t g = 0; g < whole; g++) {
-        fetch<Q8_0_BYTES>(next, R, g * Q8_0_BYTES);
+struct q8_0_products {
+    template <int R, int T> static void products(int64_t n, const char * const * rows, const char * const * next, const void * const * xs, float * out) {
+        const int64_t whole = n / Q8_0_COLUMNS;
+        vec acc[R][T];
+        for (auto & row : acc) {
+            for (vec & a : row) {
+                a = zero();
+            }
+        }
+        const q8_0_x * x[T];
+        const auto go_to = [&](int64_t group) {
+            for (int t = 0; t < T; t++) {
+                x[t] = static_cast<const q8_0_x *>(xs[t]) + group;
+            }
+        };
+        for (int64_t g = 0; g < whole; g++) {
+            fetch<Q8_0_BYTES>(next, R, g * Q8_0_BYTES);
+            go_to(g);
+            for (int k = 0; k < R; k++) {
+                const char * p = rows[k] + g * Q8_0_BYTES;
+                q8_0_dot<T>(_mm512_loadu_si512(p), _mm_loadu_si32(p + 64), x, acc[k]);
+            }
+        }
+        go_to(whole);
         for (int k = 0; k < R; k++) {
-            const char * p = rows[k] + g * Q8_0_BYTES;
-            acc[k] = q8_0_dot(_mm512_loadu_si512(p), _mm_loadu_si32(p + 64), xs[g], acc[k]);
+            if (n % Q8_0_COLUMNS) {
+                const __m512i first = _mm512_maskz_loadu_epi8((1ull << sizeof(block_q8_0)) - 1, rows[k] + whole * Q8_0_BYTES);
+                q8_0_dot<T>(first, _mm_setzero_si128(), x, acc[k]);
+            }
+            for (int t = 0; t < T; t++) {
+                out[k * T + t] = sum(acc[k][t]);
+            }
         }
     }
-    for (int k = 0; k < R; k++) {
-        if (n % Q8_0_COLUMNS) {
-            const __m512i first = _mm512_maskz_loadu_epi8((1ull << sizeof(block_q8_0)) - 1, rows[k] + whole * Q8_0_BYTES);
-            acc[k] = q8_0_dot(first, _mm_setzero_si128(), xs[whole], acc[k]);
-        }
-        out[k] = sum(acc[k]);
-    }
-}
+};
 
 }  // namespace

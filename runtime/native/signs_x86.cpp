@@ -49,4 +49,4 @@ void dots(int64_t n, int n_rows, const char * const * rows, const char * const *
 
 }  // namespace
 
-const lzn::row_kernels lzn::LZN_SIGNS = {dots, nullptr, nullptr, nullptr, nullptr};
+const lzn::row_kernels lzn::LZN_SIGNS = {dots, nullptr, nullptr, nullptr, nullptr, nullptr};

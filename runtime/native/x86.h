@@ -22,6 +22,7 @@ struct block_q8_0 {
     uint16_t d;
     int8_t qs[32];
 };
+static_assert(lzn::DOT_ROWS == 4 && lzn::DOT_TOKENS == 4, "as `dots` and `dots_tokens` have cases");
 static_assert(sizeof(block_q4_0) == 18 && sizeof(block_q8_0) == 34, "as in ggml");
 
 constexpr int BLOCK = 32;
@@ -81,6 +82,27 @@ template <size_t size> void fetch(const char * const * next, int n_rows, size_t 
         for (int k = 0; k < n_rows; k++) {
             _mm_prefetch(next[k] + line, _MM_HINT_T1);
         }
+    }
+}
+
+// The two forms of products that a table has, from P::products<R, T>(n, rows, next, xs, out): out[k * T + t] = rows[k] .
+// xs[t], with the same operations in the same order for every R and T.
+template <typename P> void dots(int64_t n, int n_rows, const char * const * rows, const char * const * next, const void * x, float * out) {
+    switch (n_rows) {
+        case 1: return P::template products<1, 1>(n, rows, next, &x, out);
+        case 2: return P::template products<2, 1>(n, rows, next, &x, out);
+        case 3: return P::template products<3, 1>(n, rows, next, &x, out);
+        default: return P::template products<4, 1>(n, rows, next, &x, out);
+    }
+}
+
+template <typename P> void dots_tokens(int64_t n, const char * row, const char * next, int n_tokens, const void * const * x, float * out) {
+    const char * const * ahead = next ? &next : nullptr;
+    switch (n_tokens) {
+        case 1: return P::template products<1, 1>(n, &row, ahead, x, out);
+        case 2: return P::template products<1, 2>(n, &row, ahead, x, out);
+        case 3: return P::template products<1, 3>(n, &row, ahead, x, out);
+        default: return P::template products<1, 4>(n, &row, ahead, x, out);
     }
 }
 

@@ -283,6 +283,36 @@ void test_dots(const row_kernels & kernels, const format & f, const std::string 
     }
 }
 
+// One row and several tokens: the same bits as `dots` gives for each token, whatever the number of rows.
+void test_dots_tokens(const row_kernels & kernels, const format & f, const std::string & name, int64_t n, const rows_of & w, const rows_of & next) {
+    std::snprintf(at_work, sizeof(at_work), "%s dots_tokens\n", name.c_str());
+    std::vector<row> x;
+    std::vector<aligned_memory> arranged;
+    const void * given[lzn::DOT_TOKENS];
+    for (int t = 0; t < lzn::DOT_TOKENS; t++) {
+        x.push_back(random_row(*f.x, n));
+        given[t] = x.back().data();
+        if (kernels.arrange) {
+            arranged.push_back(cache_lines(kernels.arranged_size(n)));
+            kernels.arrange(n, x.back().data(), arranged.back().get());
+            given[t] = arranged.back().get();
+        }
+    }
+    for (int n_tokens = 1; n_tokens <= lzn::DOT_TOKENS; n_tokens++) {
+        for (int k = 0; k < lzn::DOT_ROWS; k++) {
+            float out[lzn::DOT_TOKENS + 1];
+            std::fill(out, out + lzn::DOT_TOKENS + 1, -7.0f);
+            kernels.dots_tokens(n, w.pointers[k], k % 2 ? next.pointers[k] : nullptr, n_tokens, given, out);
+            for (int t = 0; t < n_tokens; t++) {
+                float alone[lzn::DOT_ROWS];
+                kernels.dots(n, k + 1, w.pointers.data(), nullptr, given[t], alone);
+                check(std::memcmp(&alone[k], &out[t], sizeof(float)) == 0, name + " dots_tokens of " + std::to_string(n_tokens), std::fabs(alone[k] - out[t]), 0);
+            }
+            check(out[n_tokens] == -7.0f, name + " dots_tokens writes past its results", out[n_tokens], -7);
+        }
+    }
+}
+
 void test_axpys(const row_kernels & kernels, const std::string & name, int64_t n, const rows_of & w, const rows_of & next, double bound) {
     std::snprintf(at_work, sizeof(at_work), "%s axpys\n", name.c_str());
     const int64_t room = (n + lzn::GROUP - 1) / lzn::GROUP * lzn::GROUP;
@@ -368,6 +398,9 @@ void test_format(const row_kernels & kernels, const format & f, const std::strin
         const std::string name = variant + " " + f.name + " [" + std::to_string(n) + "]";
         const rows_of w(f, n, lzn::AXPY_ROWS), next(f, n, lzn::AXPY_ROWS);
         test_dots(kernels, f, name, n, w, next);
+        if (kernels.dots_tokens) {
+            test_dots_tokens(kernels, f, name, n, w, next);
+        }
         test_axpys(kernels, name, n, w, next, axpy_bound(variant, f.name));
         test_order(kernels, name, n, w);
     }

@@ -1,0 +1,78 @@
+// How the operators read rows, and how work is dealt to threads.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "kernels.h"
+#include "lazyneuron.h"
+
+namespace lzn {
+
+constexpr size_t CACHE_LINE = 64;
+
+inline size_t aligned(size_t size) { return (size + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE; }
+
+// ggml aligns its tensors to less than our loops like: operators' results are longer by a cache line.
+inline char * aligned(void * p) { return reinterpret_cast<char *>(aligned(reinterpret_cast<uintptr_t>(p))); }
+
+inline int64_t split(int64_t n, int ith, int nth) { return n * ith / nth; }
+
+// An operator's sources, one after the other.
+class sources {
+  public:
+    explicit sources(const ggml_tensor * dst) : at_(dst->src) {}
+    const ggml_tensor * next() { return *at_++; }
+    const ggml_tensor * next_if(bool present) { return present ? next() : nullptr; }
+
+  private:
+    ggml_tensor * const * at_;
+};
+
+inline const row_kernels * kernels_of(const lzn_rows & rows) { return static_cast<const row_kernels *>(rows.kernels); }
+
+inline const char * row_of(const ggml_tensor * weights, const lzn_rows & rows, int64_t r) {
+    return static_cast<const char *>(weights->data) + r * rows.row_size;
+}
+
+inline float bias_of(const ggml_tensor * bias, int64_t r) {
+    return bias ? static_cast<const float *>(bias->data)[r] : 0.0f;
+}
+
+// One token's activations as `rows` want them.
+inline void prepare(const lzn_rows & rows, int64_t n, const float * x, char * out) {
+    rows.from_float(x, out + rows.arranged_size, n);
+    if (rows.arranged_size) {
+        kernels_of(rows)->arrange(n, out + rows.arranged_size, out);
+    }
+}
+
+// Several products with one x, the rows' own kernels or ggml's; `next` is fetched meanwhile if it is not null.
+inline void dots(const lzn_rows & rows, int64_t n, int n_rows, const char * const * row, const char * const * next,
+                 const char * x_token, float * out) {
+    const void * x = x_token + rows.x_offset;
+    if (rows.kernels) {
+        return kernels_of(rows)->dots(n, n_rows, row, next, x, out);
+    }
+    for (int k = 0; k < n_rows; k++) {
+        rows.vec_dot(static_cast<int>(n), out + k, 0, row[k], 0, x, 0, 1);
+    }
+}
+
+// One row with several tokens' x, at most DOT_TOKENS: the same bits as one by one. next: null or a row to fetch.
+inline void dots_tokens(const lzn_rows & rows, int64_t n, const char * row, const char * next, int n_tokens,
+                        const char * const * x_tokens, float * out) {
+    if (n_tokens == 1 || !rows.kernels || !kernels_of(rows)->dots_tokens) {
+        for (int t = 0; t < n_tokens; t++) {
+            dots(rows, n, 1, &row, next && !t ? &next : nullptr, x_tokens[t], out + t);
+        }
+        return;
+    }
+    const void * x[DOT_TOKENS];
+    for (int t = 0; t < n_tokens; t++) {
+        x[t] = x_tokens[t] + rows.x_offset;
+    }
+    kernels_of(rows)->dots_tokens(n, row, next, n_tokens, x, out);
+}
+
+}  // namespace lzn
