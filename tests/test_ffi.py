@@ -185,7 +185,7 @@ def test_another_ggml_is_refused(tmp_path: Path) -> None:
     library = tmp_path / "liblazyneuron.so"
     source = tmp_path / "fake.c"
     source.write_text('#include <stddef.h>\nconst char * lzn_ggml_version(void) { return "0.9.0"; }\n'
-                      + "".join(f"size_t {n}(void) {{ return 0; }}\n" for n in ("lzn_sizeof_tensor", "lzn_sizeof_ffn", "lzn_gate_size", "lzn_down_size")))  # fmt: skip
+                      + "".join(f"size_t {n}(void) {{ return 0; }}\n" for n in ("lzn_sizeof_tensor", "lzn_sizeof_ffn", "lzn_sizeof_product", "lzn_gate_size", "lzn_down_size")))  # fmt: skip
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
     done = run_with({"LAZYNEURON_LIBRARY": str(library)}, REPORT.format(module="sparse_ffn", call="sparse_ffn.library"))
     assert done.returncode == 1

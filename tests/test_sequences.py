@@ -13,6 +13,7 @@ import pytest
 from oracle import Logits, random_ids
 
 import runtime
+from convert import convert
 from runtime.compute.batch import Batch
 from runtime.compute.counters import Counters
 from runtime.engine import Engine
@@ -20,7 +21,7 @@ from runtime.errors import UserError
 
 pytestmark = pytest.mark.numeric
 
-Converted = Callable[..., Path]
+MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 LENGTHS = (1, 3, 17, 40, 64, 5, 29, 90)
 NUMBERS = (0, 1, 5, 12, 31, 32, 62, 63)
 TEXTS = [random_ids(n, 4000, seed=n) for n in LENGTHS]
@@ -54,9 +55,11 @@ def divided(logits: Logits, lengths: tuple[int, ...] = LENGTHS) -> list[Logits]:
 
 
 @pytest.fixture(scope="module")
-def f32_fitted(converted: Converted) -> Path:
-    """The bundled model in F32 with predictors."""
-    return converted("bundled", "f32", 4096)
+def f32_fitted(make_once: MakeOnce, checkpoint: Callable[[str], Path]) -> Path:
+    """The bundled model in F32, its predictors too: where these round what they read to 8 bits, sums in another order can
+    turn a rounding, and with it a candidate."""
+    options = {"type": "f32", "predictor_type": "f32", "calibration_tokens": 4096}
+    return make_once("f32-predictors.gguf", lambda path: convert(checkpoint("bundled"), path, force=True, **options))
 
 
 MODES = [

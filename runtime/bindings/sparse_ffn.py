@@ -77,6 +77,17 @@ class Ffn(ctypes.Structure):
     ]
 
 
+class Product(ctypes.Structure):
+    """`struct lzn_product`: one matrix that tokens are multiplied with, the userdata of its operator."""
+
+    _fields_ = [
+        ("n_in", ctypes.c_int32),
+        ("n_out", ctypes.c_int32),
+        ("n_threads", ctypes.c_int32),
+        ("rows", Rows),
+    ]
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The native library.
@@ -86,13 +97,15 @@ def library() -> ctypes.CDLL:
     path = _find()
     lib = ctypes.CDLL(str(path))
     lib.lzn_ggml_version.restype = ctypes.c_char_p
-    for name in ("lzn_sizeof_tensor", "lzn_sizeof_ffn"):
+    for name in ("lzn_sizeof_tensor", "lzn_sizeof_ffn", "lzn_sizeof_product"):
         getattr(lib, name).restype = ctypes.c_size_t
     _check(lib, path)
     lib.lzn_kernels.restype = ctypes.c_void_p
     lib.lzn_has_variant.restype = ctypes.c_bool
     lib.lzn_arranged_size.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     lib.lzn_arranged_size.restype = ctypes.c_size_t
+    lib.lzn_product_size.argtypes = [ctypes.POINTER(Product), ctypes.c_int64]
+    lib.lzn_product_size.restype = ctypes.c_size_t
     lib.lzn_tokens_alone.argtypes = [ctypes.POINTER(Ffn), ctypes.c_int64]
     lib.lzn_tokens_alone.restype = ctypes.c_bool
     for name, arguments in _SIZES.items():
@@ -124,7 +137,8 @@ def _check(lib: ctypes.CDLL, path: Path) -> None:
             f"`{path}`: built for ggml {built}, found ggml {found} in llama-cpp-python",
             "reinstall lazyneuron: it pins the version that fits",
         )
-    if (lib.lzn_sizeof_tensor(), lib.lzn_sizeof_ffn()) != (ctypes.sizeof(ggml.ggml_tensor), ctypes.sizeof(Ffn)):
+    sizes = (lib.lzn_sizeof_tensor(), lib.lzn_sizeof_ffn(), lib.lzn_sizeof_product())
+    if sizes != tuple(ctypes.sizeof(kind) for kind in (ggml.ggml_tensor, Ffn, Product)):
         raise UserError(
             f"`{path}`: struct sizes differ from those of this version of lazyneuron", "rebuild it: make setup"
         )
@@ -132,8 +146,9 @@ def _check(lib: ctypes.CDLL, path: Path) -> None:
 
 @functools.cache
 def operator(name: str) -> int:
-    """Address of the operator `name`, one of OPERATORS."""
-    address = ctypes.cast(getattr(library(), f"lzn_ffn_{name}"), ctypes.c_void_p).value
+    """Address of the operator `name`, one of OPERATORS, or "multiply"."""
+    symbol = "lzn_multiply" if name == "multiply" else f"lzn_ffn_{name}"
+    address = ctypes.cast(getattr(library(), symbol), ctypes.c_void_p).value
     assert address
     return address
 
@@ -241,6 +256,16 @@ def tokens_alone(ffn: Ffn, n_tokens: int) -> bool:
     return bool(library().lzn_tokens_alone(ctypes.byref(ffn), n_tokens))
 
 
+def multiplier(type_id: int, n_in: int, n_out: int, n_threads: int) -> Product:
+    """The description of a matrix of a ggml type, n_out rows of n_in elements."""
+    return Product(n_in=n_in, n_out=n_out, n_threads=n_threads, rows=_rows(type_id, n_in))
+
+
+def product_size(product: Product, n_tokens: int) -> int:
+    """Bytes of the result of `multiply`, with its scratch."""
+    return int(library().lzn_product_size(ctypes.byref(product), n_tokens))
+
+
 def _rows(type_id: int, n_embd: int) -> Rows:
     traits, cpu = ggml.ggml_get_type_traits(type_id).contents, ggml.ggml_get_type_traits_cpu(type_id).contents
     x_type = cpu.vec_dot_type
@@ -263,6 +288,6 @@ def _aligned(size: int) -> int:
     return (size + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE
 
 
-def address_of(ffn: Ffn) -> int:
+def address_of(ffn: Ffn | Product) -> int:
     """Where the description lies; valid while `ffn` lives."""
     return ctypes.addressof(ffn)

@@ -100,8 +100,26 @@ def add_choice(
     return _custom(ctx, ffn, "choose", ggml.I8, (size, 1), scores, bias, ranges)
 
 
+def add_product(
+    ctx: ggml.ContextP, x: ggml.TensorP, weights: ggml.TensorP, product: sparse_ffn.Product
+) -> ggml.TensorP:
+    """Add the product of a matrix [n_in, n_out] as it is stored: x F32 [n_in, n_tokens] -> F32 [n_out, n_tokens].
+
+    Each token has the same bits in any batch. `product` must outlive the graph.
+    """
+    n = x.ne[1]
+    size = -(-sparse_ffn.product_size(product, n) // 4)
+    made = _custom(ctx, product, "multiply", ggml.F32, (size, 1), x, weights)
+    return ggml.ggml_view_2d(ctx, made, product.n_out, n, 4 * product.n_out, 0)
+
+
 def _custom(
-    ctx: ggml.ContextP, ffn: sparse_ffn.Ffn, name: str, type_id: int, ne: tuple[int, int], *sources: ggml.TensorP | None
+    ctx: ggml.ContextP,
+    ffn: sparse_ffn.Ffn | sparse_ffn.Product,
+    name: str,
+    type_id: int,
+    ne: tuple[int, int],
+    *sources: ggml.TensorP | None,
 ) -> ggml.TensorP:
     given = [s for s in sources if s is not None]
     args = (ggml.TensorP * len(given))(*given)

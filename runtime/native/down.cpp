@@ -117,58 +117,79 @@ class tiles_of_tokens {
             gate_.ranges.of(t, ranges[t - t0]);
         }
         for (int64_t block = ith * ROW_BLOCK; block < f_.n_ff; block += nth * ROW_BLOCK) {
-            fired_neuron fired[TOKEN_TILE][ROW_BLOCK];
-            int n_fired[TOKEN_TILE];
+            firing found(t0, t1);
+            uint16_t wanted[ROW_BLOCK] = {};
             for (int64_t t = t0; t < t1; t++) {
-                n_fired[t - t0] = find(block, ranges[t - t0], t, fired[t - t0], out.counts[t - t0]);
+                out.counts[t - t0].gates += want(block, ranges[t - t0], t, 1u << (t - t0), wanted);
+            }
+            for (int64_t t = t0; t < t1; t += DOT_TOKENS) {  // whose x stays in L1
+                for (int64_t r = block; r < std::min<int64_t>(block + ROW_BLOCK, f_.n_ff); r++) {
+                    find(static_cast<int32_t>(r), wanted[r - block] >> (t - t0), t, ranges + (t - t0), found, t - t0);
+                }
             }
             for (int64_t t = t0; t < t1; t++) {
-                float * y = out.sums + (t - t0) * y_stride(f_);
-                for (int k = 0; k < n_fired[t - t0]; k += AXPY_ROWS) {
-                    const int n = std::min(AXPY_ROWS, n_fired[t - t0] - k);
-                    rows_.add(fired[t - t0] + k, n, nullptr, 0, t, y, out.scratch);
+                const int n_fired = found.n[t - t0];
+                out.counts[t - t0].fired += n_fired;
+                for (int k = 0; k < n_fired; k += AXPY_ROWS) {
+                    float * y = out.sums + (t - t0) * y_stride(f_);
+                    rows_.add_strong(found.of[t - t0] + k, std::min(AXPY_ROWS, n_fired - k), y, out.scratch);
                 }
             }
         }
     }
 
   private:
-    // The neurons of a block that fire for a token; returns how many.
-    int find(int64_t block, const token_rows & ranges, int64_t t, fired_neuron * fired, count & counted) const {
-        int32_t neurons[ROW_BLOCK + 1];
-        float weights[ROW_BLOCK + 1];
-        const int n = wanted(block, ranges, t, neurons, weights);
-        int n_fired = 0;
-        for (int k = 0; k < n; k += DOT_ROWS) {
-            float gates[DOT_ROWS];
-            const int n_rows = std::min(DOT_ROWS, n - k);
-            gate_.of(neurons + k, n_rows, nullptr, t, gates);
-            for (int j = 0; j < n_rows; j++) {
-                if (gate_.fires(gates[j])) {
-                    fired[n_fired++] = {neurons[k + j], gate_.strength(gates[j], weights[k + j])};
-                }
-            }
-        }
-        counted.fired += n_fired;
-        counted.gates += n;
-        return n_fired;
-    }
+    // The neurons of a block of rows that fire, for each token of a tile, with all that their down rows are multiplied
+    // by.
+    struct firing {
+        fired_neuron of[TOKEN_TILE][ROW_BLOCK];
+        int n[TOKEN_TILE];
 
-    // The rows of a block that a token scans; returns how many, at most ROW_BLOCK.
-    int wanted(int64_t block, const token_rows & ranges, int64_t t, int32_t * neurons, float * weights) const {
-        int n = 0;
+        firing(int64_t t0, int64_t t1) { std::fill(n, n + (t1 - t0), 0); }
+    };
+
+    // Sets a token's bit for the rows of a block that it scans; returns how many.
+    int32_t want(int64_t block, const token_rows & ranges, int64_t t, unsigned bit, uint16_t * wanted) const {
         const uint64_t * masks = f_.predicted ? chosen_.masks(t) : nullptr;
+        int32_t n = 0;
         for (int i = 0; i < ranges.n; i++) {
-            const row_range & range = ranges.of[i];
-            const int64_t first = std::max<int64_t>(block, range.first);
-            const int64_t end = std::min({block + ROW_BLOCK, static_cast<int64_t>(range.end), first + ROW_BLOCK - n});
+            const int64_t first = std::max<int64_t>(block, ranges.of[i].first);
+            const int64_t end = std::min<int64_t>(block + ROW_BLOCK, ranges.of[i].end);
             for (int64_t r = first; r < end; r++) {
-                neurons[n] = static_cast<int32_t>(r);
-                weights[n] = range.weight;
-                n += masks ? masks[r] >> t % MASK_TOKENS & 1 : 1;
+                const bool wants = !masks || (masks[r] >> t % MASK_TOKENS & 1);
+                wanted[r - block] |= wants ? bit : 0;
+                n += wants;
             }
         }
         return n;
+    }
+
+    // One row's neuron, for those of DOT_TOKENS tokens from t on that want it: its gate, and its up product where it
+    // fires. at: of t, within the tile
+    void find(int32_t row, unsigned wanted, int64_t t, const token_rows * ranges, firing & found, int64_t at) const {
+        int64_t tokens[DOT_TOKENS];
+        int n = 0;
+        for (int k = 0; k < DOT_TOKENS; k++) {
+            tokens[n] = t + k;
+            n += wanted >> k & 1;
+        }
+        if (!n) {
+            return;
+        }
+        float gates[DOT_TOKENS], strengths[DOT_TOKENS];
+        gate_.of_tokens(row, tokens, n, -1, gates);
+        int n_fired = 0;
+        for (int k = 0; k < n; k++) {
+            if (gate_.fires(gates[k])) {
+                strengths[n_fired] = gate_.strength(gates[k], ranges[tokens[k] - t].around(row).weight);
+                tokens[n_fired++] = tokens[k];
+            }
+        }
+        rows_.strengthen(row, tokens, n_fired, strengths);
+        for (int k = 0; k < n_fired; k++) {
+            const int64_t of = at + tokens[k] - t;
+            found.of[of][found.n[of]++] = {row, strengths[k]};
+        }
     }
 
     const lzn_ffn & f_;

@@ -36,7 +36,7 @@ struct gate_rows {
     }
 
     // Gates of one neuron for up to DOT_TOKENS tokens; the row `ahead` is fetched meanwhile if it is not -1.
-    void of_tokens(int32_t neuron, const int * tokens, int n, int32_t ahead, float * out) const {
+    void of_tokens(int32_t neuron, const int64_t * tokens, int n, int32_t ahead, float * out) const {
         const char * xs[DOT_TOKENS];
         for (int k = 0; k < n; k++) {
             xs[k] = x + tokens[k] * f.x_stride;
@@ -116,9 +116,33 @@ struct down_rows {
         for (int k = 0; fetch && k < n; k++) {
             next[k] = row_of(up, f.up, ahead[k].row);
         }
-        axpys(n, rows, fetch ? next : nullptr, strengths, y, scratch);
-        for (int k = 0; f.squares && k < n; k++) {
-            y[y_size(f.n_embd)] += strengths[k] * strengths[k];
+        accumulate(n, rows, fetch ? next : nullptr, strengths, y, scratch);
+    }
+
+    // The same, of neurons whose up products are in their strengths.
+    void add_strong(const fired_neuron * neurons, int n, float * y, float * scratch) const {
+        const char * rows[AXPY_ROWS];
+        float strengths[AXPY_ROWS];
+        for (int k = 0; k < n; k++) {
+            rows[k] = row_of(down, f.down, neurons[k].row);
+            strengths[k] = neurons[k].strength;
+        }
+        accumulate(n, rows, nullptr, strengths, y, scratch);
+    }
+
+    // Multiplies the strengths of one neuron, for up to DOT_TOKENS tokens, with its up products.
+    void strengthen(int32_t neuron, const int64_t * tokens, int n, float * strengths) const {
+        if (!f.gated || !n) {
+            return;
+        }
+        const char * xs[DOT_TOKENS];
+        float ups[DOT_TOKENS];
+        for (int k = 0; k < n; k++) {
+            xs[k] = x + tokens[k] * f.x_stride;
+        }
+        dots_tokens(f.up, f.n_embd, row_of(up, f.up, neuron), nullptr, n, xs, ups);
+        for (int k = 0; k < n; k++) {
+            strengths[k] *= activated(ups[k] + bias_of(bias, neuron));
         }
     }
 
@@ -131,6 +155,16 @@ struct down_rows {
     }
 
   private:
+    float activated(float up) const { return f.activation == LZN_DRELU ? std::max(up, 0.0f) : up; }
+
+    void accumulate(int n, const char * const * rows, const char * const * next, const float * strengths, float * y,
+                    float * scratch) const {
+        axpys(n, rows, next, strengths, y, scratch);
+        for (int k = 0; f.squares && k < n; k++) {
+            y[y_size(f.n_embd)] += strengths[k] * strengths[k];
+        }
+    }
+
     // y += sum of a[k] * rows[k]
     void axpys(int n_rows, const char * const * rows, const char * const * next, const float * a, float * y,
                float * scratch) const {
@@ -168,8 +202,7 @@ struct down_rows {
         float ups[DOT_ROWS];
         dots(f.up, f.n_embd, n, up_rows, fetch ? rows : nullptr, x + t * f.x_stride, ups);
         for (int k = 0; k < n; k++) {
-            const float u = ups[k] + bias_of(bias, neurons[k].row);
-            out[k] = neurons[k].strength * (f.activation == LZN_DRELU ? std::max(u, 0.0f) : u);
+            out[k] = neurons[k].strength * activated(ups[k] + bias_of(bias, neurons[k].row));
         }
     }
 };

@@ -6,7 +6,8 @@ using namespace lzn;
 namespace {
 
 // Appends the neurons that fire to each token's list of one thread: first with their gates, in the end with their
-// strengths. They rise by rows, as at any number of threads and tokens.
+// strengths. They rise by rows, as at any number of threads and tokens. A block of rows stays in L2 and the x of a few
+// tokens in L1. One stream of rows is what the hardware fetches best; it does not follow several at once.
 class firing_lists {
   public:
     // start: (token) -> where the thread's part of its list begins
@@ -20,26 +21,36 @@ class firing_lists {
         }
     }
 
-    // Rows first to end - 1, every one, for some tokens. One stream of bytes is what the hardware fetches best; it does
-    // not follow several at once.
-    void every(int64_t first, int64_t end, const int * tokens, int n_tokens) {
-        for (int64_t r = first; r < end; r++) {
-            look(static_cast<int32_t>(r), tokens, n_tokens, -1);
-        }
-        for (int k = 0; k < n_tokens; k++) {
-            found_[tokens[k]].gates += static_cast<int32_t>(end - first);
+    // Rows first to end - 1, every one, for some tokens.
+    void every(int64_t first, int64_t end, const int64_t * tokens, int n_tokens) {
+        for (int64_t block = first; block < end; block += ROW_BLOCK) {
+            for (int k = 0; k < n_tokens; k += DOT_TOKENS) {
+                for (int64_t r = block; r < std::min(block + ROW_BLOCK, end); r++) {
+                    look(static_cast<int32_t>(r), tokens + k, std::min(DOT_TOKENS, n_tokens - k), -1);
+                }
+            }
         }
     }
 
-    // The gates of one row for some tokens; the row `ahead` is fetched meanwhile if there is one.
-    void look(int32_t row, const int * tokens, int n_tokens, int32_t ahead) {
-        for (int k = 0; k < n_tokens; k += DOT_TOKENS) {
-            const int n = std::min(DOT_TOKENS, n_tokens - k);
-            float gates[DOT_TOKENS];
-            gate_.of_tokens(row, tokens + k, n, k ? -1 : ahead, gates);
-            for (int j = 0; j < n; j++) {
-                append(tokens[k + j], row, gates[j]);
+    // Those of rows first to end - 1 that tokens t to t + DOT_TOKENS - 1 want, by their masks.
+    void wanted(int64_t first, int64_t end, int64_t t, const uint64_t * masks) {
+        const auto bits = [=](int64_t r) { return masks[r] >> t & ((1u << DOT_TOKENS) - 1); };
+        const auto next = [=](int64_t r) {
+            while (r < end && !bits(r)) {
+                r++;
             }
+            return r;
+        };
+        for (int64_t r = next(first); r < end;) {
+            const int64_t ahead = next(r + 1);
+            int64_t tokens[DOT_TOKENS];
+            int n = 0;
+            for (int k = 0; k < DOT_TOKENS; k++) {
+                tokens[n] = t + k;
+                n += bits(r) >> k & 1;
+            }
+            look(static_cast<int32_t>(r), tokens, n, ahead < end ? static_cast<int32_t>(ahead) : -1);
+            r = ahead;
         }
     }
 
@@ -50,10 +61,7 @@ class firing_lists {
         for (int k = 0; k < n; k++) {
             append(0, rows[k], gates[k]);
         }
-        found_[0].gates += n;
     }
-
-    void count_gate(int token) { found_[token].gates++; }
 
     void finish() {
         for (int64_t t = 0; t < ranges_.n_tokens; t++) {
@@ -66,10 +74,20 @@ class firing_lists {
     }
 
   private:
-    void append(int token, int32_t row, float gate) {
+    // The gates of one row for up to DOT_TOKENS tokens; the row `ahead` is fetched meanwhile if it is not -1.
+    void look(int32_t row, const int64_t * tokens, int n, int32_t ahead) {
+        float gates[DOT_TOKENS];
+        gate_.of_tokens(row, tokens, n, ahead, gates);
+        for (int k = 0; k < n; k++) {
+            append(tokens[k], row, gates[k]);
+        }
+    }
+
+    void append(int64_t token, int32_t row, float gate) {
         // Overwritten by the next one if this does not fire: a branch here would be mispredicted.
         list_[token][found_[token].fired] = {row, gate};
         found_[token].fired += gate_.fires(gate);
+        found_[token].gates++;
     }
 
     const gate_rows & gate_;
@@ -112,26 +130,11 @@ void gate_candidates_of_one(const gate_rows & gate, const few_ranges & ranges, c
 void gate_candidates(const gate_rows & gate, const few_ranges & ranges, const gate_result & out, int ith, int nth) {
     const candidates chosen(gate.f, gate.candidates, ranges.n_tokens);
     const int64_t first = chosen.start(ith, nth), last = chosen.start(ith + 1, nth);
-    const uint64_t * masks = chosen.masks(0);
-    const auto wanted_from = [=](int64_t r) {
-        while (r < last && !masks[r]) {
-            r++;
-        }
-        return r;
-    };
     firing_lists found(gate, ranges, out, ith, [&](int64_t t) { return ranges.of[t].before(first); });
-    for (int64_t r = wanted_from(first); r < last;) {
-        const int64_t ahead = wanted_from(r + 1);
-        int tokens[LZN_FEW_TOKENS], n = 0;
-        for (int t = 0; t < ranges.n_tokens; t++) {
-            tokens[n] = t;
-            n += masks[r] >> t & 1;
+    for (int64_t block = first; block < last; block += ROW_BLOCK) {
+        for (int64_t t = 0; t < ranges.n_tokens; t += DOT_TOKENS) {
+            found.wanted(block, std::min(block + ROW_BLOCK, last), t, chosen.masks(0));
         }
-        found.look(static_cast<int32_t>(r), tokens, n, ahead < last ? static_cast<int32_t>(ahead) : -1);
-        for (int k = 0; k < n; k++) {
-            found.count_gate(tokens[k]);
-        }
-        r = ahead;
     }
     found.finish();
 }

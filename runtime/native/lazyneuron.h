@@ -75,6 +75,14 @@ struct lzn_ffn {
     int32_t * counts;
 };
 
+// One matrix that tokens are multiplied with: the userdata of `lzn_multiply`.
+struct lzn_product {
+    int32_t n_in;
+    int32_t n_out;
+    int32_t n_threads;  // that there is room for in the result
+    struct lzn_rows rows;
+};
+
 #define LZN_MAX_RANGES 64  // that one token scans
 #define LZN_FEW_TOKENS 16  // at most, for `gate` and `down`
 
@@ -82,6 +90,7 @@ struct lzn_ffn {
 LZN_API const char * lzn_ggml_version(void);
 LZN_API size_t lzn_sizeof_tensor(void);
 LZN_API size_t lzn_sizeof_ffn(void);
+LZN_API size_t lzn_sizeof_product(void);
 
 // The fastest variant that this CPU and this build have; whether they have `variant`; and its kernels for a ggml type.
 LZN_API int32_t lzn_best_variant(void);
@@ -98,6 +107,7 @@ LZN_API void lzn_guard(void);
 LZN_API size_t lzn_predict_size(const struct lzn_ffn * ffn, int64_t n_tokens);
 LZN_API size_t lzn_gate_size(const struct lzn_ffn * ffn, int64_t n_tokens);
 LZN_API size_t lzn_down_size(const struct lzn_ffn * ffn, int64_t n_tokens);
+LZN_API size_t lzn_product_size(const struct lzn_product * product, int64_t n_tokens);
 // Whether the result of `tokens` begins with y F32 [n_embd, n_tokens], and needs no `reduce`.
 LZN_API bool lzn_tokens_alone(const struct lzn_ffn * ffn, int64_t n_tokens);
 
@@ -114,3 +124,7 @@ LZN_OPERATOR(gate);          // quantize, gate rows [, bias] [, candidates] [, c
 LZN_OPERATOR(down);          // quantize, gate, down_t rows [, up rows [, bias]]
 LZN_OPERATOR(tokens);        // quantize, what `gate` has after it, what `down` has after gate
 LZN_OPERATOR(reduce);        // down or tokens; dst is y F32 [n_embd, n_tokens]
+
+// ggml_custom_op_t: x F32 [n_in, n_tokens], W [n_in, n_out] -> W x F32 [n_out, n_tokens], and scratch behind it. A token's
+// result has the same bits whatever the other tokens and their number are.
+LZN_API void lzn_multiply(struct ggml_tensor * dst, int ith, int nth, void * userdata);

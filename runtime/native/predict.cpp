@@ -84,7 +84,8 @@ template <typename Prepare, typename Scores> class chooser {
     }
 
     // at: of token t, within the tile
-    int32_t in_rows(const token_rows & rows, int64_t first, int64_t end, int64_t t, int64_t at, uint64_t * masks) const {
+    int32_t in_rows(const token_rows & rows, int64_t first, int64_t end, int64_t t, int64_t at,
+                    uint64_t * masks) const {
         int32_t wanted = 0;
         for (int i = 0; i < rows.n; i++) {
             const int64_t r = std::max<int64_t>(first, rows.of[i].first), to = std::min<int64_t>(end, rows.of[i].end);

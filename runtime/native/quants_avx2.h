@@ -89,7 +89,7 @@ template <typename Rows> struct of_blocks {
     template <int R, int T> struct sums {
         vec of[R][T][2];
 
-        // n: blocks of the group, known to the compiler but for a row's last ones
+        // n: blocks of the group. The loop's bound and the sums' indices are constants, so that sums stay in registers.
         __attribute__((always_inline)) void add(const block * const * w, const x_group * const * x, int n) {
             alignas(32) float scale[R][T][GROUP_BLOCKS];
             for (int k = 0; k < R; k++) {
@@ -102,8 +102,8 @@ template <typename Rows> struct of_blocks {
                 }
             }
 #pragma GCC unroll 8
-            for (int b = 0; b < n; b++) {
-                for (int k = 0; k < R; k++) {
+            for (int b = 0; b < GROUP_BLOCKS; b++) {
+                for (int k = 0; k < R && b < n; k++) {
                     const __m256i weights = Rows::weights(w[k][b]);
                     for (int t = 0; t < T; t++) {
                         const __m256i p = Rows::dot(weights, _mm256_load_si256(reinterpret_cast<const __m256i *>(x[t]->q[b])));

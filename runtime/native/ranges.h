@@ -122,7 +122,7 @@ struct few_ranges {
 
     // The tokens that scan `row`, and the row up to which the same ones do.
     struct company {
-        int tokens[LZN_FEW_TOKENS];
+        int64_t tokens[LZN_FEW_TOKENS];
         float weights[LZN_FEW_TOKENS];
         int n = 0;
         int64_t end;
@@ -142,7 +142,7 @@ struct few_ranges {
             const row_range & range = of[t].of[i];
             const bool inside = range.first <= row;
             if (inside) {
-                found.tokens[found.n] = static_cast<int>(t);
+                found.tokens[found.n] = t;
                 found.weights[found.n++] = range.weight;
             }
             found.end = std::min<int64_t>(found.end, inside ? range.end : range.first);

@@ -6,7 +6,6 @@
 namespace lzn {
 
 constexpr int64_t MASK_TOKENS = 64;  // that one word says of each row whether they want it
-constexpr int64_t ROW_BLOCK = 64;    // rows are dealt to threads in blocks of this many: hot rows lie side by side
 
 // What one thread found for a token: n entries, listed from `start` on.
 struct part {
@@ -123,8 +122,8 @@ struct count {
     int32_t gates;  // gate rows read
 };
 
-// The result of `gate`: what each thread found and counted for each token, then each token's neurons by rising rows, one
-// thread's after its `start`.
+// The result of `gate`: what each thread found and counted for each token, then each token's neurons by rising rows,
+// one thread's after its `start`.
 struct gate_result {
     struct head {
         part found;
