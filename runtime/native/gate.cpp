@@ -7,7 +7,7 @@ namespace {
 
 // Appends the neurons that fire to each token's list of one thread: first with their gates, in the end with their
 // strengths. They rise by rows, as at any number of threads and tokens. A block of rows stays in L2 and the x of a few
-// tokens in L1. One stream of rows is what the hardware fetches best; it does not follow several at once.
+// tokens in L1. One stream of rows is what the hardware follows, not several at once; told of rows ahead, it is faster.
 class firing_lists {
   public:
     // start: (token) -> where the thread's part of its list begins
@@ -26,7 +26,9 @@ class firing_lists {
         for (int64_t block = first; block < end; block += ROW_BLOCK) {
             for (int k = 0; k < n_tokens; k += DOT_TOKENS) {
                 for (int64_t r = block; r < std::min(block + ROW_BLOCK, end); r++) {
-                    look(static_cast<int32_t>(r), tokens + k, std::min(DOT_TOKENS, n_tokens - k), -1);
+                    const int64_t ahead = k == 0 && r + ROWS_AHEAD < end ? r + ROWS_AHEAD : -1;
+                    const int n = std::min(DOT_TOKENS, n_tokens - k);
+                    look(static_cast<int32_t>(r), tokens + k, n, static_cast<int32_t>(ahead));
                 }
             }
         }

@@ -39,7 +39,9 @@ void lzn_multiply(ggml_tensor * dst, int ith, int nth, void * userdata) {
                 const int some = std::min(DOT_TOKENS, n - t);
                 for (int64_t r = block; r < std::min(block + ROW_BLOCK, last); r++) {
                     float out[DOT_TOKENS];
-                    dots_tokens(p.rows, p.n_in, row_of(weights, p.rows, r), nullptr, some, xs + t, out);
+                    const bool fetch = t == 0 && r + ROWS_AHEAD < last;
+                    const char * next = fetch ? row_of(weights, p.rows, r + ROWS_AHEAD) : nullptr;
+                    dots_tokens(p.rows, p.n_in, row_of(weights, p.rows, r), next, some, xs + t, out);
                     for (int k = 0; k < some; k++) {
                         result[(t0 + t + k) * p.n_out + r] = out[k];
                     }

@@ -18,17 +18,18 @@ __m256i dot_bytes(__m256i u, __m256i s) { return _mm256_madd_epi16(_mm256_maddub
 
 constexpr int GROUP_BLOCKS = 8;  // whose scales are converted at once
 
-// x of eight blocks. offset: for weights that are unsigned with an offset, what that takes off a product per unit of the
-// row's scale.
+// x of eight blocks, its values in the order in which Rows has the weights. offset: for weights that are unsigned with an
+// offset, what that takes off a product per unit of the row's scale.
 struct alignas(32) x_group {
     int8_t q[GROUP_BLOCKS][BLOCK];
     float d[GROUP_BLOCKS];
     float offset[GROUP_BLOCKS];
 };
 
-constexpr int64_t x_groups(int64_t n) { return (n / BLOCK + GROUP_BLOCKS - 1) / GROUP_BLOCKS; }
-
-size_t arranged_size_of_blocks(int64_t n) { return (x_groups(n) * sizeof(x_group) + 63) / 64 * 64; }
+size_t arranged_size_of_blocks(int64_t n) {
+    const int64_t groups = (n / BLOCK + GROUP_BLOCKS - 1) / GROUP_BLOCKS;
+    return (groups * sizeof(x_group) + 63) / 64 * 64;
+}
 
 // Blocks that the last group lacks are zeros.
 template <typename Rows> void arrange_blocks(int64_t n, const void * x, void * out) {
@@ -42,32 +43,13 @@ template <typename Rows> void arrange_blocks(int64_t n, const void * x, void * o
         for (int i = 0; i < BLOCK; i++) {
             total += xs[b].qs[i];
         }
-        std::memcpy(group.q[at], xs[b].qs, BLOCK);
+        for (int half = 0; half < 2; half++) {
+            std::memcpy(Rows::place(group, at, half), xs[b].qs + 16 * half, 16);
+        }
         group.d[at] = f16(xs[b].d);
         group.offset[at] = -Rows::OFFSET * group.d[at] * static_cast<float>(total);
     }
 }
-
-struct q8_0_rows {
-    using block = block_q8_0;
-    static constexpr float OFFSET = 0.0f;
-
-    static __m256i weights(const block & b) { return load_bytes(b.qs); }
-    // The signs of the weights go to x: bytes are multiplied unsigned by signed, and two products are added in 16 bits. x
-    // is at least -127, so that they stay below 2 * 128 * 127, and -128 has a size.
-    static __m256i dot(__m256i w, __m256i x) { return dot_bytes(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)); }
-};
-
-struct q4_0_rows {
-    using block = block_q4_0;
-    static constexpr float OFFSET = 8.0f;
-
-    static __m256i weights(const block & b) {
-        const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i *>(b.qs));
-        return _mm256_and_si256(_mm256_inserti128_si256(_mm256_castsi128_si256(q), _mm_srli_epi16(q, 4), 1), _mm256_set1_epi8(15));
-    }
-    static __m256i dot(__m256i w, __m256i x) { return dot_bytes(w, x); }
-};
 
 // The scales of a group's first n blocks, and zeros.
 template <typename Block> vec scales_of(const Block * b, int n) {
@@ -82,7 +64,60 @@ template <typename Block> vec scales_of(const Block * b, int n) {
     return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i *>(d)));
 }
 
-// Two sums per product, of even and of odd blocks: one would wait for its own additions.
+// Pair i of eight scales, one in each half.
+vec two_scales(vec scales, int i) {
+    const __m256i first = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0);
+    return _mm256_permutevar8x32_ps(scales, _mm256_add_epi32(first, _mm256_set1_epi32(2 * i)));
+}
+
+// Each kind of rows unpacks two blocks at once, for several tokens; what it adds for one is four-by-four sums, the first
+// block's in the lower half, the second one's in the upper.
+struct q8_0_rows {
+    using block = block_q8_0;
+    static constexpr float OFFSET = 0.0f;
+
+    struct pair {
+        __m256i first, second;
+    };
+    static int8_t * place(x_group & x, int b, int half) { return x.q[b] + 16 * half; }
+    static pair whole(const block * b) { return {load_bytes(b[0].qs), load_bytes(b[1].qs)}; }
+    static pair single(const block * b) { return {load_bytes(b[0].qs), _mm256_setzero_si256()}; }
+    // The signs of the weights go to x: bytes are multiplied unsigned by signed, and two products are added in 16 bits. x
+    // is at least -127, so that they stay below 2 * 128 * 127, and -128 has a size.
+    static __m256i one(__m256i w, const int8_t * x) {
+        return dot_bytes(_mm256_abs_epi8(w), _mm256_sign_epi8(_mm256_load_si256(reinterpret_cast<const __m256i *>(x)), w));
+    }
+    static __m256i dot(const pair & w, const int8_t (*x)[BLOCK]) {
+        const __m256i p = one(w.first, x[0]), q = one(w.second, x[1]);
+        return _mm256_add_epi32(_mm256_permute2x128_si256(p, q, 0x20), _mm256_permute2x128_si256(p, q, 0x31));
+    }
+};
+
+struct q4_0_rows {
+    using block = block_q4_0;
+    static constexpr float OFFSET = 8.0f;
+
+    // The first halves of two blocks, and the second ones.
+    struct pair {
+        __m256i low, high;
+    };
+    static int8_t * place(x_group & x, int b, int half) { return x.q[b / 2 * 2 + half] + 16 * (b % 2); }
+    static pair of(__m256i q) {
+        const __m256i nibbles = _mm256_set1_epi8(15);
+        return {_mm256_and_si256(q, nibbles), _mm256_and_si256(_mm256_srli_epi16(q, 4), nibbles)};
+    }
+    static __m128i quants(const block & b) { return _mm_loadu_si128(reinterpret_cast<const __m128i *>(b.qs)); }
+    static pair whole(const block * b) { return of(_mm256_inserti128_si256(_mm256_castsi128_si256(quants(b[0])), quants(b[1]), 1)); }
+    static pair single(const block * b) { return of(_mm256_zextsi128_si256(quants(b[0]))); }
+    // Four products are added in 16 bits: at most 4 * 15 * 127.
+    static __m256i dot(const pair & w, const int8_t (*x)[BLOCK]) {
+        const __m256i low = _mm256_maddubs_epi16(w.low, _mm256_load_si256(reinterpret_cast<const __m256i *>(x[0])));
+        const __m256i high = _mm256_maddubs_epi16(w.high, _mm256_load_si256(reinterpret_cast<const __m256i *>(x[1])));
+        return _mm256_madd_epi16(_mm256_add_epi16(low, high), _mm256_set1_epi16(1));
+    }
+};
+
+// Two sums per product, of even and of odd pairs: one would wait for its own additions.
 template <typename Rows> struct of_blocks {
     using block = typename Rows::block;
 
@@ -91,23 +126,23 @@ template <typename Rows> struct of_blocks {
 
         // n: blocks of the group. The loop's bound and the sums' indices are constants, so that sums stay in registers.
         __attribute__((always_inline)) void add(const block * const * w, const x_group * const * x, int n) {
-            alignas(32) float scale[R][T][GROUP_BLOCKS];
+            vec scale[R][T];
             for (int k = 0; k < R; k++) {
                 const vec d = scales_of(w[k], n);
                 for (int t = 0; t < T; t++) {
-                    store(scale[k][t], _mm256_mul_ps(d, load(x[t]->d)));
+                    scale[k][t] = _mm256_mul_ps(d, load(x[t]->d));
                     if (Rows::OFFSET != 0.0f) {
                         of[k][t][0] = fma(d, load(x[t]->offset), of[k][t][0]);
                     }
                 }
             }
-#pragma GCC unroll 8
-            for (int b = 0; b < GROUP_BLOCKS; b++) {
-                for (int k = 0; k < R && b < n; k++) {
-                    const __m256i weights = Rows::weights(w[k][b]);
+#pragma GCC unroll 4
+            for (int i = 0; i < GROUP_BLOCKS / 2; i++) {
+                for (int k = 0; k < R && 2 * i < n; k++) {
+                    const typename Rows::pair pair = 2 * i + 1 < n ? Rows::whole(w[k] + 2 * i) : Rows::single(w[k] + 2 * i);
                     for (int t = 0; t < T; t++) {
-                        const __m256i p = Rows::dot(weights, _mm256_load_si256(reinterpret_cast<const __m256i *>(x[t]->q[b])));
-                        of[k][t][b % 2] = fma(_mm256_cvtepi32_ps(p), _mm256_broadcast_ss(scale[k][t] + b), of[k][t][b % 2]);
+                        const __m256i p = Rows::dot(pair, x[t]->q + 2 * i);
+                        of[k][t][i % 2] = fma(_mm256_cvtepi32_ps(p), two_scales(scale[k][t], i), of[k][t][i % 2]);
                     }
                 }
             }

@@ -10,6 +10,7 @@
 namespace lzn {
 
 constexpr size_t CACHE_LINE = 64;
+constexpr int64_t ROWS_AHEAD = 4;  // of those that are scanned one after the other; so many are fetched before their turn
 constexpr int64_t ROW_BLOCK = 64;  // rows that stay in L2, and are dealt to threads together: hot ones lie side by side
 
 inline size_t aligned(size_t size) { return (size + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE; }
