@@ -32,7 +32,6 @@ from runtime.base.workspace import Workspace
 from runtime.errors import UserError
 from runtime.model_file.shard_writer import check_shards, check_sizes, old_shards, shard_size, split_model
 from runtime.model_file.structure import ARCHITECTURE
-from runtime.model_file.tensor_shapes import required_tensors
 from runtime.model_file.writer import NewTensor, write_parts
 
 
@@ -195,10 +194,7 @@ class Fitting:
 @contextmanager
 def _unordered(job: Job, work: Workspace, threads: int, progress: Progress) -> Iterator[Path]:
     """The model with its neurons in the source's order, for as long as it is calibrated."""
-    sparse = replace(job.plan.structure, layout="sparse")
-    tensors = tuple(t for t in job.plan.tensors if t.name in required_tensors(sparse))
-    plain = replace(job, plan=replace(job.plan, tensors=tensors), metadata=job.metadata | sparse.to_metadata())
-    _, (file,) = _write(plain, work, threads, progress)
+    _, (file,) = _write(job, work, threads, progress)
     yield file
     file.unlink()
 

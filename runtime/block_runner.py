@@ -17,13 +17,16 @@ from runtime.bindings.rows import to_floats
 from runtime.compute.batch import Batch, GraphInputs
 from runtime.compute.builder import GraphSpec
 from runtime.compute.kv_cache import CellTable, padded_cells
+from runtime.compute.repack import repack
 from runtime.compute.weights import Weights
 from runtime.errors import UserError
+from runtime.hybrid.executor import multiplies
 from runtime.hybrid.queues import CpuQueue
 from runtime.hybrid.schedule import Schedule, read
 from runtime.hybrid.schedule_builder import build
 from runtime.hybrid.sides import Sides
-from runtime.hybrid.tensor_map import cpu_alone
+from runtime.hybrid.tensor_map import TensorMap, cpu_alone
+from runtime.model_file import tensor_names as n
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import Structure
 from runtime.model_file.tensor_shapes import required_tensors
@@ -44,7 +47,9 @@ class BlockResult:
 class BlockRunner(OfWorker):
     """Runs single blocks of a model file; use it in a `with` statement.
 
-    max_tokens: the longest sequence. The FFN is computed in `dense` mode where the file allows, else `exact`.
+    max_tokens: the longest sequence. The FFN is computed in `dense` mode where the file allows, else `exact`. A block's
+    matrices are repacked when its first sequence comes, and let go of, as its pages of the file, when another block's
+    does: so many sequences should be run through a block before the next.
     """
 
     def __init__(self, file: GgufFile, threads: int, max_tokens: int) -> None:
@@ -56,6 +61,7 @@ class BlockRunner(OfWorker):
             )
         self._file = file
         self._schedule: Schedule | None = None
+        self._held: int | None = None  # the block whose matrices are repacked
         self._n_cells = padded_cells(max_tokens)
         ffn = "exact" if self.structure.layout == "sparse" else "dense"
         self._run = SettledOptions(ffn=ffn, threads=threads, n_ctx=max_tokens, kv_type="f32")
@@ -101,9 +107,10 @@ class BlockRunner(OfWorker):
         spec = GraphSpec(n_tokens, padded_cells(n_tokens), n_tokens, self._run, first=first, end=end, tapped=True)
         if self._schedule is None or self._schedule.spec != spec:
             self._close_schedule()
+            whole, cpu = cpu_alone(self.structure, False), CpuQueue(self._backend, None)
+            self._hold(first, whole)
             with Handles() as handles:
                 # Keys and values of these blocks alone.
-                whole, cpu = cpu_alone(self.structure, False), CpuQueue(self._backend, None)
                 sides = Sides(
                     self._weights, whole, cpu, [], self._n_cells, self._run.kv_type_id, range(first or 0, end)
                 )
@@ -116,6 +123,29 @@ class BlockRunner(OfWorker):
         if self._schedule is not None:
             self._schedule_handles.close()
             self._schedule = None
+
+    def _hold(self, i: int | None, tensor_map: TensorMap) -> None:
+        """Let block `i` be the one whose matrices are repacked, None for no block."""
+        if i == self._held:
+            return
+        self._let_go()
+        if i is None:
+            return
+        names = [name for name in self._of_block(i) if multiplies(tensor_map, name, self._run.ffn)]
+        self._copies, self._held = repack(self._weights, self._backend, names), i
+
+    def _of_block(self, i: int) -> list[str]:
+        return [name for name in self._weights.tensors if (block := n.parsed(name)) and block[0] == i]
+
+    def _let_go(self) -> None:
+        """Free the repacked matrices, and the pages of the block's file that were read."""
+        if self._held is None:
+            return
+        self._weights.copies = {}
+        self._copies.close()
+        for name in self._of_block(self._held):
+            self._weights.release(name)
+        self._held = None
 
     def rows(self, name: str, first: int, end: int) -> Floats:
         """Rows first .. end - 1 of a matrix, e.g. "blk.3.ffn_gate.weight", as float32 [end - first, ne0]."""
@@ -130,6 +160,7 @@ class BlockRunner(OfWorker):
 
     def _free(self) -> None:
         self._close_schedule()
+        self._let_go()
         super()._free()
 
 
