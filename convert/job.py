@@ -23,6 +23,7 @@ from convert.verify.logits import verify as verify_file
 from predictors.adopted import adopt_model
 from predictors.fit import DEFAULT_ENERGY, ModelFit, fit_model
 from predictors.hot_order import order_by_counts
+from predictors.kept_layers import KeptLayers
 from predictors.matrices import Floats
 from runtime.base.atomic import check_space, check_target, new_path, writing
 from runtime.base.home import expanded
@@ -162,7 +163,10 @@ def _with_neurons(
     counts, counted = read_counts(activations, job.plan.structure) if activations else (None, "")
     if fitting:
         with _unordered(job, work, fitting.threads, progress) as file:
-            job = job.changed(fitting.run(file, job, counts, progress))
+            kept = KeptLayers(work.kept)
+            job = job.changed(fitting.run(file, job, counts, progress, kept))
+        if kept.note:
+            job = replace(job, plan=replace(job.plan, notes=(*job.plan.notes, kept.note)))
     elif counts:
         job = job.changed(order_by_counts(counts))
     return replace(job, metadata=job.metadata | {f"{ARCHITECTURE}.calibration.counts": counted}) if counted else job
@@ -180,15 +184,17 @@ class Fitting:
     seed: int
     threads: int
 
-    def run(self, file: Path, job: Job, counts: Sequence[Floats] | None, progress: Progress) -> ModelFit:
+    def run(
+        self, file: Path, job: Job, counts: Sequence[Floats] | None, progress: Progress, kept: KeptLayers
+    ) -> ModelFit:
         """Fit the model in `file`, which is the job's; or measure the predictors that it came with.
 
-        counts: what to order neurons by.
+        counts: what to order neurons by. kept: where fitted layers wait for the others.
         """
         if job.imported:
             shared = (self.calibration, self.tokens, self.seed, self.threads)
             return adopt_model(file, *shared, progress=progress, counts=counts, reorder=job.reorder)
-        return fit_model(file, **self.__dict__, progress=progress, counts=counts)
+        return fit_model(file, **self.__dict__, progress=progress, counts=counts, kept=kept)
 
 
 @contextmanager

@@ -73,6 +73,7 @@ class LayerSamples:
     def __init__(self, runner: BlockRunner, i: int, parts: tuple[TokenSamples, TokenSamples, TokenSamples]) -> None:
         self.structure, self.ffn, self.i, self._runner = runner.structure, runner.structure.ffns[i], i, runner
         self.fit, self.validation, self.test = parts
+        self.output: Floats | None = None  # hidden states after the block, of all windows: see `calibrate`
         self._first = names.row_matrices(self.ffn)[0]
         self._mean_squares: dict[int, Floats] = {}  # by part: see _weight
 
@@ -172,20 +173,24 @@ def calibrate(
     parts: tuple[slice, slice, slice] | None = None,
     residual: bool = False,
     progress: Progress = silent,
+    start: tuple[int, Floats | None] = (0, None),
 ) -> Iterator[LayerSamples]:
     """Run windows [n_windows, length] through the model and yield its layers in turn, those that have an FFN; each is
     valid until the next.
+
+    start: the block to begin with, and an earlier run's `output` of the one before it, which is overwritten.
 
     parts: which windows fit, validate and test (default: 70, 15 and 15 %). residual: keep the stream before the FFN's
     norm as well.
     progress: told layers, with the share of the last one that is done.
     """
     n = runner.structure.block_count
-    hidden = np.stack([runner.embed(window) for window in windows])
+    first, known = start
+    hidden = np.stack([runner.embed(window) for window in windows]) if known is None else known
     inputs = np.empty_like(hidden)
     residuals = np.empty_like(hidden) if residual else None
     weight = np.empty(windows.shape, np.float32)
-    for i in range(n):
+    for i in range(first, n):
         if i not in runner.structure.ffns:
             for k in range(len(windows)):
                 hidden[k] = runner.output(i, hidden[k])
@@ -198,7 +203,9 @@ def calibrate(
                 residuals[k] = result.residual
             progress(f"calibrating layer {i}", i + (k + 1) / len(windows) / 2, n)
         fit, validation, test = (_part(inputs, weight, residuals, at) for at in parts or split(len(windows)))
-        yield LayerSamples(runner, i, (fit, validation, test))
+        layer = LayerSamples(runner, i, (fit, validation, test))
+        layer.output = hidden
+        yield layer
         progress(f"calibrating layer {i}", i + 1, n)
 
 

@@ -7,6 +7,7 @@ Returns what is to be stored; writes nothing.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,9 +19,10 @@ import numpy as np
 from predictors import calibration_text
 from predictors.allocate import LayerOptions, allocate
 from predictors.calibrate import LayerSamples, calibrate, default_tokens
-from predictors.candidate_store import shelve
+from predictors.candidate_store import Shelved, shelve
 from predictors.choose_candidate import Cost, Judged, judge, predicted_bytes
 from predictors.hot_order import Order, as_frequencies, as_it_is, hottest_first
+from predictors.kept_layers import KeptLayers
 from predictors.margins import EDGES, measure
 from predictors.matrices import MATRIX_TYPES, Floats, Tensor, block_size, plain
 from predictors.predictor import Candidate, FitOptions
@@ -146,6 +148,7 @@ def fit_model(
     progress: Progress = silent,
     reorder: bool = True,
     counts: Sequence[Floats] | None = None,
+    kept: KeptLayers | None = None,
 ) -> ModelFit:
     """Fit predictors to the converted model `path`.
 
@@ -155,12 +158,13 @@ def fit_model(
     predictor_type: ggml type of the matrices, "auto" for the cheaper of q4_0 and q8_0 in each layer.
     reorder: put neurons hottest first; else they stay as they are. counts: of each block's neurons, [n_ff]: what to
     order them by, in place of the text.
+    kept: where finished layers wait for the others, and for another run if this one is killed.
     progress: told layers, with the share of the last one that is done.
     Raises UserError for options out of range, and for calibration text that is too short, empty or not UTF-8.
     """
     if not 0 < energy <= 1:
         raise UserError(f"energy {energy}, expected more than 0 and at most 1")
-    fitted = fit_candidates(path, kind, calibration, tokens, predictor_type, seed, threads, progress, counts)
+    fitted = fit_candidates(path, kind, calibration, tokens, predictor_type, seed, threads, progress, counts, kept)
     return fitted.at(energy, reorder)
 
 
@@ -174,6 +178,7 @@ def fit_candidates(
     threads: int | None = None,
     progress: Progress = silent,
     counts: Sequence[Floats] | None = None,
+    kept: KeptLayers | None = None,
 ) -> Candidates:
     """All of `fit_model` but the choice: parameters and errors are the same."""
     if kind not in KINDS:
@@ -187,12 +192,35 @@ def fit_candidates(
         cores = threads or default_threads()
         options = FitOptions(_types(predictor_type, s), seed, cores)
         with BlockRunner(file, cores, windows.shape[1]) as runner:
-            layers = [
-                _fit_layer(layer, file, kind, options, counts)
-                for layer in calibrate(runner, windows, progress=progress)
-            ]
+            what = [kind, options.types, seed, cores, corpus.sha256, windows.shape, _digest(counts)]
+            layers, first, hidden = kept.load(path, {"fit": what}) if kept else ([], 0, None)
+            for layer in calibrate(runner, windows, progress=progress, start=(first, hidden)):
+                layers.append(_fit_layer(layer, file, kind, options, counts))
+                if kept and layer.output is not None:
+                    kept.keep(layer.i, [done.i for done in layers], _in_memory(layers[-1]), layer.output)
     calibrated = {"corpus": corpus.name, "sha256": corpus.sha256, "tokens": int(windows.size), "seed": seed}
     return Candidates(s, kind, tuple(layers), calibrated | {"method": METHODS[kind]})
+
+
+def _digest(counts: Sequence[Floats] | None) -> str:
+    digest = hashlib.sha256()
+    for each in counts or ():
+        digest.update(np.ascontiguousarray(each).tobytes())
+    return digest.hexdigest()
+
+
+def _in_memory(layer: _Layer) -> _Layer:
+    """A layer whose candidates' tensors are no longer in a temporary file: what can be kept elsewhere."""
+    candidates = [
+        replace(judged, candidate=replace(judged.candidate, tensors=tuple(map(_copied, judged.candidate.tensors))))
+        for judged in layer.options.candidates
+        if isinstance(judged.candidate, Shelved)
+    ]
+    return replace(layer, options=replace(layer.options, candidates=candidates))
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return replace(tensor, data=np.array(tensor.data))
 
 
 def calibration_windows(

@@ -31,6 +31,7 @@ _NONE = -1  # no descriptor
 _LOCK = "lock"
 _COMING = "coming"  # names of the files of an exchange that is not finished
 _ASIDE = "replaced"  # a folder of those that they replace
+_KEPT = "kept"  # a folder: see `Workspace.kept`
 _BUSY = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # how systems say that somebody else holds a lock
 
 
@@ -42,6 +43,13 @@ class Workspace:
 
     folder: Path
     target: Path
+
+    @property
+    def kept(self) -> Path:
+        """A folder, which may not exist yet, for what a killed run leaves to the next one. It goes when files are
+        published, and after an exception.
+        """
+        return self.folder / _KEPT
 
     def publish(self, names: Sequence[str], obsolete: Sequence[Path] = ()) -> None:
         """Move files of the folder to where `target` is, replacing what is there; then `obsolete` ones are gone. After
@@ -59,6 +67,7 @@ class Workspace:
             self._exchange(names, obsolete)
         with suppress(OSError):  # some file systems cannot sync folders
             _sync(self.target.parent)
+        shutil.rmtree(self.kept, ignore_errors=True)
 
     def _exchange(self, names: Sequence[str], obsolete: Sequence[Path]) -> None:
         (self.folder / _ASIDE).mkdir()
@@ -90,7 +99,7 @@ def _take_back(folder: Path, target: Path) -> None:
 
 @contextmanager
 def workspace(target: Path, name: Path) -> Iterator[Workspace]:
-    """A workspace for `target`, emptied of what a killed run has left in it, and removed at the end.
+    """A workspace for `target`, emptied of what a killed run has left in it but what it kept, and removed at the end.
 
     name: what errors about files in the workspace are to say instead. Raises UserError where another process (or
     thread) writes to the same target, and OSError where the folder cannot be written.
@@ -104,6 +113,10 @@ def workspace(target: Path, name: Path) -> Iterator[Workspace]:
         with _placing(absolute, name, folder):
             _empty(folder, absolute)
             yield Workspace(folder, absolute)
+    except BaseException:
+        if lock != _NONE:
+            shutil.rmtree(folder / _KEPT, ignore_errors=True)
+        raise
     finally:
         if lock == _NONE:  # refused, or interrupted on the way
             _discard(folder, absolute)
@@ -223,6 +236,8 @@ def _empty(folder: Path, target: Path) -> None:
         _take_back(folder, target)
         (folder / _COMING).unlink()
     for path in folder.iterdir():
+        if path.name == _KEPT:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != _LOCK:

@@ -1,0 +1,98 @@
+"""A conversion that was killed goes on where it stopped, and ends with the same bytes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import make_llama
+
+ROOT = Path(__file__).parent.parent
+# Converts as the command does, counts the layers that it fits, and dies when so many are kept.
+CHILD = """
+import os, signal, sys
+from predictors import fit, kept_layers
+source, out, tokens, deadly = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+fitted, kept = [], []
+fit_layer, keep = fit._fit_layer, kept_layers.KeptLayers.keep
+def counted(layer, *others):
+    fitted.append(layer.i)
+    return fit_layer(layer, *others)
+def deadly_keep(self, i, *others):
+    keep(self, i, *others)
+    kept.append(i)
+    if len(kept) == deadly:
+        os.kill(os.getpid(), signal.SIGKILL)
+fit._fit_layer, kept_layers.KeptLayers.keep = counted, deadly_keep
+import convert
+report = convert.convert(source, out, type="q8_0", calibration_tokens=int(tokens), threads=1, force=True)
+print(fitted, *report.notes, sep="\\n")
+"""
+
+
+def run(source: Path, out: Path, tokens: int = 1024, deadly: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", CHILD, str(source), str(out), str(tokens), str(deadly)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kept") / "four"
+    make_llama(folder, num_hidden_layers=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(four: Path) -> bytes:
+    """What an uninterrupted run writes, under the name that all use."""
+    out = four.parent / "whole" / "m.gguf"
+    out.parent.mkdir()
+    done = run(four, out)
+    assert done.stdout.startswith("[0, 1, 2, 3]"), done.stderr
+    return out.read_bytes()
+
+
+def killed(four: Path, folder: Path) -> Path:
+    """A folder in which a run died when two layers were kept; the name that it would have written."""
+    out = folder / "m.gguf"
+    assert run(four, out, deadly=2).returncode == -signal.SIGKILL
+    assert not out.exists()
+    return out
+
+
+def kept(folder: Path) -> Path:
+    (found,) = folder.glob(".lazyneuron-*/kept")
+    return found
+
+
+def test_a_second_run_does_the_other_layers_only(four: Path, whole: bytes, tmp_path: Path) -> None:
+    out = killed(four, tmp_path)
+    again = run(four, out)
+    assert again.stdout.splitlines()[0] == "[2, 3]", again.stderr
+    assert "not used" not in again.stdout
+    assert out.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_damaged_layers_are_not_used(four: Path, whole: bytes, tmp_path: Path) -> None:
+    out = killed(four, tmp_path)
+    file = kept(tmp_path) / "layer-1"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    again = run(four, out)
+    assert again.stdout.splitlines()[0] == "[0, 1, 2, 3]", again.stderr
+    assert again.stdout.count("were not used: `layer-1` is damaged") == 1
+    assert out.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_layers_of_another_fit_are_not_used(four: Path, tmp_path: Path) -> None:
+    out = killed(four, tmp_path)
+    again = run(four, out, tokens=1536)
+    assert again.stdout.splitlines()[0] == "[0, 1, 2, 3]", again.stderr
+    assert again.stdout.count("were not used: they are of another model, text, or other options") == 1
+    assert list(tmp_path.iterdir()) == [out]
