@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from runtime.base.progress import Progress, silent
 
+_PERIOD = 24 * 3600.0  # seconds
+
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
@@ -21,7 +23,8 @@ def progress_bar() -> Iterator[Progress]:
     from rich.progress import Progress as Bar  # noqa: PLC0415
 
     columns = (TextColumn("{task.description:<26}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    # The time left follows from all that was done: a layer takes longer than the half minute that is usual.
+    with Bar(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=_PERIOD) as bar:
         task = bar.add_task("", visible=False)
 
         def show(what: str, done: float, total: float) -> None:
