@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import runtime
-from bench import batches, kernels, predictors, stock
+from bench import batches, converting, kernels, predictors, stock
 from bench.case import Case
 from bench.contenders import LLAMA_CPP, LlamaCpp, Spec
 from bench.firing_rates import plan_firing
@@ -228,3 +228,12 @@ def test_predictors_are_compared(models: dict[str, Path], tmp_path: Path) -> Non
         assert (row["recall"], row["bytes"]) == (1.0, row["bytes_exact"])
     assert any(rows[0]["ranks"]) and rows[0]["recall"] < 1 and rows[0]["bytes"] < rows[0]["bytes_exact"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "text.txt"]
+
+
+def test_converting_counts_the_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAZYNEURON_CACHE", str(tmp_path))
+    found = converting.measure(layers=2, type_name="q4_0", tokens=512, width=256, neurons=1024)
+    assert 0 < found["plain"]["core_s"] < found["calibrated"]["core_s"]
+    assert found["per_layer_s"] * 2 == pytest.approx(found["calibrated"]["core_s"] - found["plain"]["core_s"])
+    checkpoint = Path(found["checkpoint"])
+    assert list((tmp_path / "bench").iterdir()) == [checkpoint]  # what was converted is gone
