@@ -11,7 +11,7 @@ from convert.formats import row_bytes
 from runtime.bindings.ffn_shape import FfnShape
 from runtime.model_file.structure import Structure
 
-VARIANTS = ("plain", "repacked", "exact", "listed", "predictor")
+VARIANTS = ("plain", "repacked", "whole", "exact", "listed", "predictor")
 RANK = 128  # of the predictor
 
 
@@ -45,13 +45,14 @@ class Case:
         """Format of the predictor's matrices."""
         return "q4_0" if self.type.startswith(("q4", "q5", "iq4")) else "q8_0"
 
-    def nbytes(self, variant: str) -> float:
-        """Bytes of weights that one FFN has to read."""
+    def nbytes(self, variant: str, tokens: int = 1) -> float:
+        """Bytes of weights that one FFN has to read for tokens whose neurons are independent of each other."""
         ffn = self.ffn
         matrix = row_bytes(self.type, ffn.n_embd) * ffn.n_ff
         rest = matrix * (2 if ffn.gated else 1)
         if variant == "predictor":
             per_row = row_bytes(self.predictor_type, RANK) + 4
             return per_row * ffn.n_ff + RANK * row_bytes(self.predictor_type, ffn.n_embd)
-        share = {"exact": (1.0, self.active), "listed": (self.active, self.active)}.get(variant, (1.0, 1.0))
+        some = 1 - (1 - self.active) ** tokens  # of the rows are wanted by any of them
+        share = {"exact": (1.0, some), "listed": (some, some)}.get(variant, (1.0, 1.0))
         return share[0] * matrix + share[1] * rest

@@ -1,18 +1,21 @@
 """Several copies of one FFN in memory, and graphs that compute them one after the other, so that no cache holds what
 comes next.
 
-Four ways to compute: ggml's products on plain rows (`plain`) and on rows repacked for the CPU (`repacked`), and our
-operators with every gate (`exact`) and with the list of neurons given (`listed`); beside them the predictor that makes
-such a list (`predictor`). Which neurons fire is planted in the gate's bias. Everything here is called on the thread
-that owns ggml.
+Five ways to compute: ggml's products on plain rows (`plain`) and on rows repacked for the CPU (`repacked`), our
+products of whole matrices (`whole`), and our operators with every gate (`exact`) and with the list of neurons given
+(`listed`); beside them the predictor that makes such a list (`predictor`). Which neurons fire is planted in the gate's
+bias, or left to the weights. Everything here is called on the thread that owns ggml.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +23,13 @@ import numpy.typing as npt
 from bench.case import RANK, Case
 from convert.formats import NUMBERS, encode, row_bytes
 from runtime.bindings import ggml, sparse_ffn
-from runtime.compute.operators import NativeTensors, add_native_ffn, add_predictor
+from runtime.compute.operators import NativeTensors, add_native_ffn, add_predictor, add_product
 from runtime.compute.repack import extra_buffer_types, holds
 from runtime.compute.weights import new_context
 
 _NODES = 32  # of one copy, at most
 _CERTAIN = 100.0  # a bias that decides whether a neuron fires
+_DISTINCT = 1024  # rows of a matrix that differ, where they decide who fires
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -55,21 +59,25 @@ class Prepared:
 class Copies:
     """Weights and graphs of a case; `prepared` maps the variants that this machine and type allow. Call `close`.
 
-    tokens: computed at once; the same neurons fire for each.
+    tokens: computed at once. independent: each token fires neurons of its own; else the same ones fire for all.
     """
 
-    def __init__(self, case: Case, tokens: int = 1) -> None:
+    def __init__(self, case: Case, tokens: int = 1, independent: bool = False) -> None:
         self.case, self._ffn, self._tokens = case, replace(case.ffn, bias=True), tokens
+        self._independent = independent
         self._closing: list[Callable[[], None]] = []
         self.backend = ggml.ggml_backend_cpu_init()
         ggml.ggml_backend_cpu_set_n_threads(self.backend, case.threads)
+        self._kept: list[ctypes.Structure] = []  # that graphs read
         self._bytes: dict[tuple[str, int, int], Bytes] = {}
         self.names = ("gate", "up") if self._ffn.gated else ("gate",)  # ungated: the up rows decide who fires
-        plain = self._weights((*self.names, "down", "down_t", "gate_bias", "up_bias", "predictor_in", "predictor_out"))
+        biases = ("gate_bias", "up_bias", "listed_bias", "predictor_bias")
+        plain = self._weights((*self.names, "down", "down_t", *biases, "predictor_in", "predictor_out"))
         assert plain
         self.prepared = {"plain": self._products(plain)}
         if repacked := self._repacked():
             self.prepared["repacked"] = self._products(repacked)
+        self.prepared["whole"] = self._products(plain, own=True)
         self.prepared["exact"] = self._native(plain, None)
         predictor, lists = self._predictor(plain)
         self.prepared["listed"] = self._native(plain, lists)
@@ -88,8 +96,7 @@ class Copies:
         d, ff, kind = self._ffn.n_embd, self._ffn.n_ff, self.case.type
         return {
             "down": (kind, ff, d),
-            "gate_bias": ("f32", ff, 1),
-            "up_bias": ("f32", ff, 1),
+            **dict.fromkeys(("gate_bias", "up_bias", "listed_bias", "predictor_bias"), ("f32", ff, 1)),
             "predictor_in": (self.case.predictor_type, d, RANK),
             "predictor_out": (self.case.predictor_type, RANK, ff),
         }.get(name, (kind, d, ff))
@@ -130,15 +137,25 @@ class Copies:
         return next((weights for weights in found if weights), None)
 
     def _data(self, name: str) -> Bytes:
-        if name == "gate_bias":
-            return np.where(self.case.fires, _CERTAIN, -_CERTAIN).astype(np.float32).view(np.uint8)
-        if name == "up_bias":
-            return np.zeros(self._ffn.n_ff * 4, np.uint8)
+        if name.endswith("_bias"):
+            return self._bias(name).astype(np.float32).view(np.uint8)
         kind, length, rows = self._shape(name)
         if (kind, length, rows) not in self._bytes:
-            some = np.random.default_rng(1).standard_normal((64, length), np.float32) / np.float32(math.sqrt(length))
+            n = min(rows, _DISTINCT if self._independent else 64)
+            some = np.random.default_rng(rows).standard_normal((n, length), np.float32) / np.float32(math.sqrt(length))
             self._bytes[kind, length, rows] = np.resize(encode(some, kind), rows * row_bytes(kind, length))
         return self._bytes[kind, length, rows]
+
+    def _bias(self, name: str) -> npt.NDArray[np.floating[Any]]:
+        # Products with the inputs are about standard normal: where they decide, a bias says how many are above zero.
+        n = self._ffn.n_ff
+        if name == "up_bias":
+            return np.zeros(n)
+        if not self._independent:
+            return np.where(self.case.fires, _CERTAIN, -_CERTAIN)
+        if name == "listed_bias" or self.case.active == 1:
+            return np.full(n, _CERTAIN)
+        return np.full(n, -statistics.NormalDist().inv_cdf(1 - self.case.active))
 
     # --- graphs ------------------------------------------------------------------------------------------------------
 
@@ -162,21 +179,28 @@ class Copies:
         ggml.ggml_backend_tensor_set(x, values.ctypes.data, 0, values.nbytes)
         return Prepared(self.backend, graph), results
 
-    def _products(self, weights: list[dict[str, ggml.TensorP]]) -> Prepared:
-        """The whole FFN through ggml's own operators."""
+    def _products(self, weights: list[dict[str, ggml.TensorP]], own: bool = False) -> Prepared:
+        """The whole FFN through ggml's products, or our own ones."""
+
+        def times(ctx: ggml.ContextP, w: ggml.TensorP, x: ggml.TensorP) -> ggml.TensorP:
+            if not own:
+                return ggml.ggml_mul_mat(ctx, w, x)
+            product = sparse_ffn.multiplier(w.type, w.ne[0], w.ne[1], self.case.threads)
+            self._kept.append(product)
+            return add_product(ctx, x, w, product)
 
         def build(ctx: ggml.ContextP, x: ggml.TensorP, i: int) -> ggml.TensorP:
             w = weights[i]
-            h = ggml.ggml_relu(ctx, ggml.ggml_mul_mat(ctx, w["gate"], x))
+            h = ggml.ggml_relu(ctx, times(ctx, w["gate"], x))
             if self._ffn.gated:
-                h = ggml.ggml_mul(ctx, h, ggml.ggml_mul_mat(ctx, w["up"], x))
-            return ggml.ggml_mul_mat(ctx, w["down"], h)
+                h = ggml.ggml_mul(ctx, h, times(ctx, w["up"], x))
+            return times(ctx, w["down"], h)
 
         return self._graph(build)[0]
 
     def _native(self, weights: list[dict[str, ggml.TensorP]], lists: list[Bytes] | None) -> Prepared:
         """Our operators; lists: the candidates of each copy, or None for every neuron."""
-        rows = [self._rows(w) for w in weights]
+        rows = [self._rows(w, "gate_bias" if lists is None else "listed_bias") for w in weights]
         ffns = [sparse_ffn.describe(self._ffn, t.types, self.case.threads) for t in rows]
         given: list[ggml.TensorP] = []
 
@@ -193,13 +217,13 @@ class Copies:
         prepared.ffns = ffns
         return prepared
 
-    def _rows(self, w: dict[str, ggml.TensorP]) -> NativeTensors:
+    def _rows(self, w: dict[str, ggml.TensorP], bias: str = "gate_bias") -> NativeTensors:
         gated = self._ffn.gated
         return NativeTensors(
             gate=w["gate"],
             down=w["down_t"],
             up=w["up"] if gated else None,
-            gate_bias=w["gate_bias"],
+            gate_bias=w[bias],
             up_bias=w["up_bias"] if gated else None,
         )
 
@@ -209,12 +233,12 @@ class Copies:
 
         def build(ctx: ggml.ContextP, x: ggml.TensorP, i: int) -> ggml.TensorP:
             z = ggml.ggml_mul_mat(ctx, weights[i]["predictor_in"], x)
-            return add_predictor(ctx, z, ffns[i], weights[i]["predictor_out"], weights[i]["gate_bias"], 0.0)
+            return add_predictor(ctx, z, ffns[i], weights[i]["predictor_out"], weights[i]["predictor_bias"], 0.0)
 
         prepared, results = self._graph(build)
         prepared.run()
         lists = [np.empty(int(np.prod(r.ne)), np.uint8) for r in results]
         for result, data in zip(results, lists, strict=True):
             ggml.ggml_backend_tensor_get(ggml.ConstTensorP(result.value), data.ctypes.data, 0, data.nbytes)
-        self._kept = ffns  # the graph reads them
+        self._kept += ffns
         return prepared, lists

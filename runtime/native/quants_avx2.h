@@ -51,17 +51,31 @@ template <typename Rows> void arrange_blocks(int64_t n, const void * x, void * o
     }
 }
 
-// The scales of a group's first n blocks, and zeros.
-template <typename Block> vec scales_of(const Block * b, int n) {
+// The scales of a group's first n blocks, and zeros. Half a group is what the rows of many predictors end with.
+template <typename Block> __attribute__((always_inline)) inline vec scales_of(const Block * b, int n) {
+    const auto d = [=](int i) { return static_cast<short>(b[i].d); };
     if (n == GROUP_BLOCKS) {
-        const auto d = [=](int i) { return static_cast<short>(b[i].d); };
         return _mm256_cvtph_ps(_mm_set_epi16(d(7), d(6), d(5), d(4), d(3), d(2), d(1), d(0)));
     }
-    alignas(16) uint16_t d[GROUP_BLOCKS] = {};
-    for (int i = 0; i < n; i++) {
-        d[i] = b[i].d;
+    if (n == GROUP_BLOCKS / 2) {
+        return _mm256_cvtph_ps(_mm_set_epi16(0, 0, 0, 0, d(3), d(2), d(1), d(0)));
     }
-    return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i *>(d)));
+    alignas(16) uint16_t some[GROUP_BLOCKS] = {};
+    for (int i = 0; i < n; i++) {
+        some[i] = b[i].d;
+    }
+    return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i *>(some)));
+}
+
+// The sums of four vectors, each with the additions of `sum`.
+void four_sums(const vec * v, float * out) {
+    __m128 s[4];
+    for (int i = 0; i < 4; i++) {
+        s[i] = _mm_add_ps(_mm256_castps256_ps128(v[i]), _mm256_extractf128_ps(v[i], 1));
+    }
+    const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(s[0], s[1]), _mm_unpackhi_ps(s[0], s[1]));
+    const __m128 cd = _mm_add_ps(_mm_unpacklo_ps(s[2], s[3]), _mm_unpackhi_ps(s[2], s[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
 }
 
 // Pair i of eight scales, one in each half.
@@ -174,14 +188,22 @@ template <typename Rows> struct of_blocks {
             go_to(g);
             acc.add(w, x, GROUP_BLOCKS);
         }
-        if (rest) {
+        if (rest == GROUP_BLOCKS / 2) {
+            go_to(g);
+            acc.add(w, x, GROUP_BLOCKS / 2);
+        } else if (rest) {
             go_to(g);
             acc.add(w, x, rest);
         }
-        for (int k = 0; k < R; k++) {
-            for (int t = 0; t < T; t++) {
-                out[k * T + t] = sum(::add(acc.of[k][t][0], acc.of[k][t][1]));
-            }
+        vec both[R * T];
+        for (int i = 0; i < R * T; i++) {
+            both[i] = ::add(acc.of[i / T][i % T][0], acc.of[i / T][i % T][1]);
+        }
+        if (R * T == 4) {
+            return four_sums(both, out);
+        }
+        for (int i = 0; i < R * T; i++) {
+            out[i] = sum(both[i]);
         }
     }
 };
