@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from runtime.cli.verbs import BUSY_MACHINE, Program, Verb
+from runtime.cli.verbs import Program, Verb
 
 PROGRAM = Program(
     name="convert",
@@ -28,7 +28,6 @@ All options: python -m convert --help""",
         Verb("push", "send a converted file to the Hub, with its card", "convert.commands.push"),
     ),
     plain=Verb("convert", "convert a checkpoint", "convert.commands.convert", "convert_source"),
-    environment=BUSY_MACHINE,
 )
 main = PROGRAM.main
 

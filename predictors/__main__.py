@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from runtime.cli.verbs import BUSY_MACHINE, Program, Verb
+from runtime.cli.verbs import Program, Verb
 
 PROGRAM = Program(
     name="predictors",
@@ -19,7 +19,6 @@ Fit other predictors to a converted model, or see what a model's predictors are 
         Verb("fit", "write a model file again with other predictors", "predictors.commands.fit"),
         Verb("evaluate", "measure a model's predictors on a text", "predictors.commands.evaluate", "show_evaluation"),
     ),
-    environment=BUSY_MACHINE,
 )
 main = PROGRAM.main
 

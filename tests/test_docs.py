@@ -183,7 +183,7 @@ def test_pages_name_every_key(run: Client, tmp_path: Path) -> None:
         "convert push": (model, "user/model", "--no-plot"),
     }
     lines = [(*name.split(), *arguments, "--json") for name, arguments in commands.items()]
-    variables = {"GOMP_SPINCOUNT": "10000", "LAZYNEURON_CACHE": str(tmp_path / "cache"), "HF_TOKEN": TOKEN}
+    variables = {"LAZYNEURON_CACHE": str(tmp_path / "cache"), "HF_TOKEN": TOKEN}
     for name, done in zip(commands, run.many(*lines, stdin="My fellow citizens,\n", **variables), strict=True):
         page = DOCUMENTS[f"docs/commands/{name.replace(' ', '-')}.md"]
         section = page[page.index("## With `--json`") : page.index("## Exit status")]

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from runtime.bindings.waiting import settle
 from runtime.errors import UserError
 
 PINNED = "0.3.36"  # of llama-cpp-python, as in pyproject.toml
@@ -87,6 +88,8 @@ class Library:
         """
         for library in self.needs:
             _ = library.cdll
+        if not self.needs:
+            _settle_waiting()
         return _open(self.name)
 
     def symbol(self, name: str) -> Any:
@@ -107,6 +110,13 @@ def library_folder() -> Path:
     if spec is None or spec.origin is None:
         raise UserError("llama-cpp-python is not installed", f"pip install llama-cpp-python=={PINNED}")
     return Path(spec.origin).parent / "lib"
+
+
+def _settle_waiting() -> None:
+    """Before the first library, which brings OpenMP's with it."""
+    line = settle()
+    if os.environ.get("LAZYNEURON_LOG"):
+        print(line, file=sys.stderr)
 
 
 def _file_names(name: str) -> tuple[str, ...]:

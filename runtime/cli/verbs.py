@@ -6,20 +6,17 @@ programs among its verbs, and one verb without a name.
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 
+from runtime.bindings.waiting import settle
 from runtime.cli.completion import answer, asked
 from runtime.cli.parser import Parser, did_you_mean
 from runtime.cli.program import run_command
 from runtime.errors import UserError
 
-# For programs that compute with pauses: threads of OpenMP that wait longer than this sleep, or a machine with other
-# work stalls at every operator (docs/predictors.md).
-BUSY_MACHINE = {"GOMP_SPINCOUNT": "10000"}
 _NAME_WIDTH = 12  # in the list of verbs
 
 
@@ -59,7 +56,6 @@ class Program:
     `--help`; help: as of a verb.
 
     start: what is shown where nothing follows the name, above the list of verbs. plain: the verb without a name.
-    environment: variables that libraries read when they are loaded, unless they are set.
     """
 
     name: str
@@ -69,7 +65,6 @@ class Program:
     verbs: tuple[Verb, ...]
     programs: tuple[Program, ...] = ()
     plain: Verb | None = None
-    environment: Mapping[str, str] = field(default_factory=dict)
 
     def main(self, argv: Sequence[str] | None = None, prog: str = "") -> int:
         """Run a command line; returns the exit status. prog: how help calls the program."""
@@ -90,8 +85,7 @@ class Program:
         return parser
 
     def _run(self, words: Sequence[str], prog: str) -> None:
-        for name, value in self.environment.items():
-            os.environ.setdefault(name, value)
+        settle()  # before a verb imports torch, which brings an OpenMP of its own
         if not words:
             print(self._overview())
         elif found := self._find(words[0]):
