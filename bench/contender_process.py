@@ -7,18 +7,21 @@ so that it takes no time from the others.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from bench.contenders import Spec, make, timed_decode, timed_open, timed_prompt
+from bench.contenders import LLAMA_CPP, Spec, make, timed_decode, timed_open, timed_prompt
 from bench.resident_memory import DenseProduct, resident
 from runtime.base.closing import Closing
 from runtime.bindings.logs import silence
+from runtime.bindings.waiting import unsettled
 from runtime.errors import UserError
 from runtime.hybrid.devices import find
 
@@ -36,7 +39,7 @@ class ContenderProcess(Closing):
         command = [sys.executable, "-m", "bench.contender_process", json.dumps(asdict(spec))]
         folder = str(Path(__file__).parent.parent)
         environment = {
-            **os.environ,
+            **unsettled(),
             "PYTHONPATH": os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
         self._process = subprocess.Popen(
@@ -91,9 +94,11 @@ class _FarEnd:
     def prompt(self, ids: list[int]) -> float:
         return timed_prompt(self._contender, ids)
 
-    def decode(self, prompt: list[int], ids: list[int], warm_up: Sequence[int] = ()) -> dict[str, Any]:
-        seconds = timed_decode(self._contender, prompt, ids, warm_up)
-        return {"seconds": seconds, **self._contender.facts()}
+    def decode(
+        self, prompt: list[int], ids: list[int], warm_up: Sequence[int] = (), limit_s: float = math.inf
+    ) -> dict[str, Any]:
+        tokens, seconds = timed_decode(self._contender, prompt, ids, warm_up, limit_s)
+        return {"tokens": tokens, "seconds": seconds, **self._contender.facts()}
 
     def memory(self) -> dict[str, int]:
         return resident()
@@ -139,8 +144,10 @@ def _main(description: str) -> None:
     # Libraries that print must not print into the replies.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    silence()
     spec = Spec(**json.loads(description))
+    if spec.kind == LLAMA_CPP:
+        import_module("llama_cpp")  # before our libraries are opened: its threads wait as they do by themselves
+    silence()
     target = _Yardstick(spec.threads) if spec.kind == BANDWIDTH else _FarEnd(spec)
     _serve(target, replies.write)
 

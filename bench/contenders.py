@@ -9,6 +9,7 @@ All get the same ids to compute, whatever they would have said themselves.
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -252,12 +253,22 @@ def timed_prompt(contender: Contender, ids: Sequence[int]) -> float:
     return time.perf_counter() - begin
 
 
-def timed_decode(contender: Contender, prompt: Sequence[int], ids: Sequence[int], warm_up: Sequence[int] = ()) -> float:
-    """Seconds that the tokens `ids` take one by one, after a prompt and tokens to warm up that are not counted."""
+def timed_decode(
+    contender: Contender,
+    prompt: Sequence[int],
+    ids: Sequence[int],
+    warm_up: Sequence[int] = (),
+    limit_s: float = math.inf,
+) -> tuple[int, float]:
+    """How many of the tokens `ids` were computed one by one and the seconds that they took, after a prompt and tokens
+    to warm up that are not counted. Ends after the token with which `limit_s` is reached.
+    """
     contender.start(prompt)
     for token in warm_up:
         contender.step(token)
     begin = time.perf_counter()
-    for token in ids:
-        contender.step(token)
-    return time.perf_counter() - begin
+    n, seconds = 0, 0.0
+    while n < len(ids) and seconds < limit_s:
+        contender.step(ids[n])
+        n, seconds = n + 1, time.perf_counter() - begin
+    return n, seconds

@@ -2,11 +2,13 @@
 in one run.
 
     python -m bench.decode --shape mistral-7b --active 0.10 --type q4_0 --threads 2 [--rounds N] [--tokens N] [--prompt]
+        [--busy N]
     python -m bench.decode MODEL.gguf
 
 Prints medians with their spread, ratios to llama.cpp, bytes read per token (with the activity measured in the run) and
 the speed that these bytes allow at the memory bandwidth that ggml's dense product reaches in the same run; with
-`--prompt` also prompt processing, load time and resident memory. The last line is one JSON object.
+`--prompt` also prompt processing, load time and resident memory; with `--busy N` also the speed beside N processes that
+compute all the time. The speeds of a round are printed as it ends. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -29,27 +31,36 @@ from runtime.cli.help import HelpParser
 from runtime.cli.program import run_command
 from runtime.errors import UserError
 
+MAX_PROGRAMS = 256  # busy ones
 _KINDS = (LLAMA_CPP, "dense", "exact", "predicted")
 
 
 def measure(
-    path: Path, twin: Path | None, threads: int, tokens: int = 64, rounds: int = 5, prompts: bool = False
-) -> dict[str, Any]:
-    """Race on a model; twin: a stock file with the same weights, or None to make one.
+    path: Path, twin: Path | None, threads: int, tokens: int = 64, rounds: int = 5, prompts: bool = False,
+    programs: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Race on a model; twin: a stock file with the same weights, or None to make one; programs: busy ones beside it.
 
     Returns what is printed as JSON.
     """
     if tokens < 1 or rounds < 1:
         raise UserError("--tokens and --rounds: expected at least 1")
+    if not 0 <= programs <= MAX_PROGRAMS:
+        raise UserError(f"--busy {programs}, expected 0 to {MAX_PROGRAMS}")
     with set_up(path, twin, threads, tokens) as setup:
-        return race(setup, tokens, rounds, prompts, lambda text: print(text, file=sys.stderr))
+        return race(setup, tokens, rounds, prompts, lambda text: print(text, file=sys.stderr), programs)
 
 
 def _decoding(result: Mapping[str, Any]) -> Table:
     bandwidth = result["bandwidth_bytes_per_s"] / 1e9
     spread = f"{result['bandwidth_min'] / 1e9:.1f} - {result['bandwidth_max'] / 1e9:.1f}"
-    title = f"decoding {result['model']}, {result['threads']} threads, memory {bandwidth:.1f} GB/s ({spread})"
-    columns = ("", "tokens/s", "min - max", "x llama.cpp", "active", "MB/token", "bound", "of bound")
+    title = (
+        f"decoding {result['model']}, {result['threads']} threads, memory {bandwidth:.1f} GB/s ({spread})\n"
+        f"{result['cpu']} ({' '.join(result['instruction_sets'])}), kernels: {result['kernels']}"
+    )
+    programs = result["busy_programs"]
+    beside = (f"beside {programs} busy", "of idle") if programs else ()
+    columns = ("", "tokens/s", "min - max", "x llama.cpp", "active", "MB/token", "bound", "of bound", *beside)
     rows = [
         (
             kind,
@@ -60,10 +71,21 @@ def _decoding(result: Mapping[str, Any]) -> Table:
             f"{r['bytes_per_token'] / 1e6:.1f}",
             f"{r['bound_tokens_per_s']:.1f}",
             f"{r['share_of_bound']:.0%}",
+            *_busy(r),
         )
         for kind, r in _entries(result)
     ]
     return table(title, columns, rows)
+
+
+def _busy(r: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a contender did beside busy programs, if there were any."""
+    if not (beside := r.get("busy")):
+        return ()
+    return (
+        f"{beside['tokens_per_s']:.2f}",
+        f"{beside['share_of_idle']:.0%}",
+    )
 
 
 def _entries(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -118,11 +140,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="tokens decoded per turn")
     parser.add_argument("--rounds", type=int, default=5, help="turns that count")
     parser.add_argument("--prompt", action="store_true", help="also prompts, load time and memory")
+    parser.add_argument("--busy", type=int, default=0, help="also decode beside so many processes that compute")
     args = parser.parse_args()
     if (args.model is None) == (args.shape is None):
         raise UserError("expected either a model file or --shape")
     path, twin = (args.model, None) if args.model else cached(recipe_of(args))
-    result = measure(path, twin, args.threads, args.tokens, args.rounds, args.prompt)
+    result = measure(path, twin, args.threads, args.tokens, args.rounds, args.prompt, args.busy)
     show(result, console())
     print(json.dumps(result))
 

@@ -47,6 +47,7 @@ OURS = "lazyneuron"
 _GPUS = ("GPU", "IGPU")
 _KIB = 1 << 10
 _WARM_UP = 16  # tokens
+_OF_DECODING = ("tokens", "seconds", "fired", "gates")
 _FIRST = PROMPT + _WARM_UP  # position of the first token that counts
 
 
@@ -70,7 +71,7 @@ class BudgetEntry:
 
     def figures(self) -> dict[str, Any]:
         """What is printed as JSON; `driver_bytes` is None where the driver does not report free memory."""
-        last = {key: value for key, value in self.turns[-1].items() if key not in ("seconds", "fired", "gates")}
+        last = {key: value for key, value in self.turns[-1].items() if key not in _OF_DECODING}
         medians = {
             key: statistics.median(turn[key] for turn in self.turns)
             for key in ("load_s", "first_token_s", "driver_bytes")

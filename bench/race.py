@@ -14,6 +14,7 @@ from typing import Any
 from bench import stock
 from bench.contender_process import BANDWIDTH, ContenderProcess
 from bench.contenders import LLAMA_CPP, Spec
+from bench.machine import busy, describe
 from bench.make_model import ACTIVE_KEY, random_ids
 from bench.resident_memory import read_through
 from runtime.compute.traffic import Activity, bytes_per_token, kv_bytes
@@ -25,6 +26,7 @@ from runtime.text.tokenizer import Tokenizer
 PROMPT = 16  # tokens in the context before decoding starts
 PROMPTS = (32, 128, 512)  # lengths of the prompts that are timed
 N_CTX = 1024
+BUSY_S = 3.0  # seconds of decoding beside busy programs in a turn: a process that slept before goes first for a while
 _BUSY = 0.7  # load average above which others take part
 _KV_ELEMENT = 2  # bytes; F16, as in every contender
 _TEXT = Path(__file__).parent.parent / "examples/heldout.txt"
@@ -66,6 +68,7 @@ class RaceEntry:
     worker: ContenderProcess
     path: Path
     speeds: list[float] = field(default_factory=list)  # tokens per second
+    busy: list[float] = field(default_factory=list)  # the same beside busy programs
     loads: list[dict[str, float]] = field(default_factory=list)
     prompts: dict[int, list[float]] = field(default_factory=dict)  # tokens per second, by length
     activity: dict[str, list[float]] = field(default_factory=dict)
@@ -117,8 +120,14 @@ def load_average(say: Callable[[str], object]) -> float:
     return others
 
 
-def race(setup: RaceSetup, tokens: int, rounds: int, prompts: bool, say: Callable[[str], object]) -> dict[str, Any]:
-    """Let the contenders take turns, the first round to warm up; returns the figures that are printed as JSON."""
+def race(
+    setup: RaceSetup, tokens: int, rounds: int, prompts: bool, say: Callable[[str], object], programs: int = 0
+) -> dict[str, Any]:
+    """Let the contenders take turns, the first round to warm up; returns the figures that are printed as JSON.
+
+    programs: that compute all the time, beside which every contender decodes a second time in each round, if any.
+    say: gets a line when something begins, and the speeds of a round when it has ended.
+    """
     others = load_average(say)
     with ExitStack() as stack:
         entries = {}
@@ -134,6 +143,9 @@ def race(setup: RaceSetup, tokens: int, rounds: int, prompts: bool, say: Callabl
             say(f"round {i} of {rounds}" if i else "warming up")
             _decode_round(entries, setup, tokens, counts=i > 0)
             bandwidths.append(yardstick.ask("measure"))
+            if i:
+                _busy_round(entries, setup, tokens, programs)
+                say(_speeds_of_round(entries, programs))
         for entry in entries.values():
             entry.memory = entry.worker.ask("memory")
         for i in range(rounds + 1 if prompts else 0):
@@ -143,7 +155,8 @@ def race(setup: RaceSetup, tokens: int, rounds: int, prompts: bool, say: Callabl
             entry
         ) in entries.values():  # what is mapped and allocated now includes prompts; the peak is that of the whole run
             entry.memory |= {"peak_bytes": entry.worker.ask("memory").get("peak_bytes", 0)}
-    return {**_figures(entries, setup, bandwidths[1:], tokens, prompts), "load_average_before": others}
+    figures = _figures(entries, setup, bandwidths[1:], tokens, prompts)
+    return {**figures, **describe(), "busy_programs": programs, "load_average_before": others}
 
 
 def _load(entries: dict[str, RaceEntry], setup: RaceSetup, times: int) -> None:
@@ -156,8 +169,27 @@ def _decode_round(entries: dict[str, RaceEntry], setup: RaceSetup, tokens: int, 
     for entry in entries.values():
         reply = entry.turn().ask("decode", prompt=setup.ids[:PROMPT], ids=setup.ids[PROMPT : PROMPT + tokens])
         if counts:
-            entry.speeds.append(tokens / reply.pop("seconds"))
+            entry.speeds.append(reply.pop("tokens") / reply.pop("seconds"))
             entry.activity = reply
+
+
+def _busy_round(entries: dict[str, RaceEntry], setup: RaceSetup, tokens: int, programs: int) -> None:
+    """Every contender beside the same busy programs, again and again until the time is over."""
+    ids = setup.ids[PROMPT : PROMPT + tokens]
+    for entry in entries.values() if programs else ():
+        worker, computed, seconds = entry.turn(), 0, 0.0
+        with busy(programs):
+            while seconds < BUSY_S:
+                reply = worker.ask("decode", prompt=setup.ids[:PROMPT], ids=ids, limit_s=BUSY_S - seconds)
+                computed, seconds = computed + reply["tokens"], seconds + reply["seconds"]
+        entry.busy.append(computed / seconds)
+
+
+def _speeds_of_round(entries: dict[str, RaceEntry], programs: int) -> str:
+    """A line with what the round that has ended gave: it is all that is left of a run that is cut short."""
+    parts = [f"{kind} {e.speeds[-1]:.2f}" + (f" ({e.busy[-1]:.2f})" if e.busy else "") for kind, e in entries.items()]
+    beside = f" (beside {programs} busy programs)" if programs else ""
+    return f"  tokens/s{beside}: {', '.join(parts)}"
 
 
 def _prompt_round(entries: dict[str, RaceEntry], setup: RaceSetup, counts: bool) -> None:
@@ -200,7 +232,13 @@ def _entry_figures(kind: str, entry: RaceEntry, setup: RaceSetup, bandwidth: flo
     traffic = bytes_per_token(setup.structure, setup.tensors, Activity(mode, fired, gates), kv)
     speed = statistics.median(entry.speeds)
     loads = {key: statistics.median(load[key] for load in entry.loads) for key in ("load_s", "first_token_s")}
+    beside = {}
+    if entry.busy:
+        busy_speed = statistics.median(entry.busy)
+        beside = {"tokens_per_s": busy_speed, "min": min(entry.busy), "max": max(entry.busy)}
+        beside["share_of_idle"] = busy_speed / speed
     return {
+        **({"busy": beside} if beside else {}),
         "tokens_per_s": speed,
         "min": min(entry.speeds),
         "max": max(entry.speeds),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-_WIDTH = 110  # characters, where the output is no terminal or a narrow one
+_WIDTH = 132  # characters, where the output is no terminal or a narrow one
 
 
 def console() -> Console:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +19,17 @@ import numpy as np
 import pytest
 
 import runtime
-from bench import batches, converting, kernels, predictors, stock
+from bench import batches, converting, kernels, machine, predictors, stock
 from bench.case import Case
-from bench.contenders import LLAMA_CPP, LlamaCpp, Spec
+from bench.contenders import LLAMA_CPP, LlamaCpp, Spec, timed_decode
+from bench.decode import measure as decode_race
 from bench.firing_rates import plan_firing
 from bench.make_model import Recipe, measure, random_ids, write_model
 from bench.pool import GROUP, ColumnPool, RowPool, choose_groups, decode, row_ids
 from bench.shapes import shape
 from runtime.base.worker import on_worker
+from runtime.bindings import waiting
+from runtime.bindings.sparse_ffn import variants
 from runtime.block_runner import BlockRunner
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
@@ -146,6 +153,98 @@ def test_a_race_prints_one_line_for_scripts(tmp_path: Path) -> None:
     assert read["predicted"] < read["exact"] < read["dense"] == read["llama_cpp"]
     assert result["exact"]["active"] == pytest.approx(0.1, rel=0.3)
     assert len(list((tmp_path / "bench").glob("*.gguf"))) == 2  # the race took what make_model had made
+    assert result["busy_programs"] == 0
+    assert not any("busy" in result[kind] for kind in kinds)
+    assert result["cpu"]
+    assert result["kernels"] in variants()
+
+
+def test_every_contender_decodes_beside_busy_programs_too(tiny_gguf: Path, tmp_path: Path) -> None:
+    options = ("--rounds", "1", "--tokens", "3", "--threads", "2", "--busy", "1")
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.decode", str(tiny_gguf), *options],
+        capture_output=True, text=True, check=True, cwd=ROOT, env={**os.environ, "LAZYNEURON_CACHE": str(tmp_path)},
+    )  # fmt: skip
+    result = json.loads(done.stdout.splitlines()[-1])
+    kinds = [kind for kind in ("llama_cpp", "dense", "exact", "predicted") if kind in result]
+    assert result["busy_programs"] == 1
+    for kind in kinds:
+        beside = result[kind]["busy"]
+        assert 0 < beside["min"] <= beside["tokens_per_s"] <= beside["max"]
+        assert beside["share_of_idle"] == pytest.approx(beside["tokens_per_s"] / result[kind]["tokens_per_s"])
+    shown = " ".join(done.stdout.split())
+    assert all(part in shown for part in (result["cpu"], f"kernels: {result['kernels']}", "of idle"))
+    rounds = [line for line in done.stderr.splitlines() if line.startswith("  tokens/s (beside 1 busy programs)")]
+    assert len(rounds) == 1
+    assert all(f"{kind} " in line and line.count("(") == 1 + len(kinds) for kind in kinds for line in rounds)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_busy_programs_compute_and_end() -> None:
+    def children() -> set[str]:
+        return set(Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split())
+
+    before = children()
+    with machine.busy(2):
+        started = children() - before
+        assert len(started) == 2
+        deadline = time.monotonic() + 60
+        while min(map(ticks, started)) < 10:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert not started & children()
+
+
+def ticks(process: str) -> int:
+    """Processor time that a process has had."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def test_a_cpu_is_described_as_the_system_does() -> None:
+    x86 = "processor\t: 0\nmodel name\t: AMD EPYC 7B13\nflags\t\t: fpu avx2 fma avx512ifma\nvmx flags\t: avx_vnni\n"
+    assert machine.parse(x86) == {"cpu": "AMD EPYC 7B13", "instruction_sets": ["fma", "avx2"]}
+    arm = machine.parse("processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\n")
+    assert arm["instruction_sets"] == ["asimd", "asimddp", "i8mm"]
+    assert machine.parse("")["instruction_sets"] == []
+
+
+def test_a_contender_ends_when_its_time_is_over() -> None:
+    class Slow:
+        def __init__(self) -> None:
+            self.computed: list[int] = []
+
+        def start(self, ids: list[int]) -> None:
+            self.computed = list(ids)
+
+        def step(self, token: int) -> None:
+            self.computed.append(token)
+            time.sleep(0.02)
+
+    slow: Any = Slow()
+    tokens, seconds = timed_decode(slow, [1], list(range(1000)), limit_s=0.05)
+    assert 1 <= tokens <= 3
+    assert seconds >= 0.05
+    assert slow.computed == [1, *range(tokens)]
+    assert timed_decode(slow, [1], [7, 8], warm_up=[5])[0] == 2
+    assert slow.computed == [1, 5, 7, 8]
+
+
+def test_llama_cpp_waits_as_it_does_by_itself() -> None:
+    """Its OpenMP is loaded before ours could set anything, as GNU's own line shows."""
+    plain = {name: v for name, v in os.environ.items() if name not in {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}}
+    found = {}
+    for kind in (LLAMA_CPP, "exact"):
+        spec = json.dumps(dataclasses.asdict(Spec(kind, "never.gguf", 2, 64)))
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.contender_process", spec], capture_output=True, text=True, check=False,
+            cwd=ROOT, input="", env={**plain, "OMP_DISPLAY_ENV": "VERBOSE"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found[kind] = re.findall(r"GOMP_SPINCOUNT = '(\w+)'", done.stderr)
+    if not found["exact"]:
+        pytest.skip("ggml was not built with GNU's OpenMP")
+    assert found[LLAMA_CPP] != found["exact"] == [waiting.TURNS]
 
 
 def test_a_race_takes_a_real_model(tiny_gguf: Path, tmp_path: Path) -> None:
@@ -198,6 +297,8 @@ def test_row_and_column_pools_hold_one_matrix() -> None:
 
 
 def test_mistakes_are_reported() -> None:
+    with pytest.raises(UserError, match="--busy -1"):
+        decode_race(Path("never.gguf"), None, threads=1, programs=-1)
     for recipe in (Recipe("tiny", 0.0), Recipe("tiny", 1.5), Recipe("tiny", type="q4_k"), Recipe("tiny", layers=0)):
         with pytest.raises(UserError):
             write_model(recipe, Path("never.gguf"))
