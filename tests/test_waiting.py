@@ -81,9 +81,9 @@ def test_the_log_says_how_threads_wait_once() -> None:
     assert lines == [f"OpenMP: threads wait with GOMP_SPINCOUNT={done.stdout.strip()}"]
 
 
-def test_programs_decide_before_a_verb_imports_anything() -> None:
+def test_a_verb_decides_before_it_imports_anything() -> None:
     for program in ("runtime", "convert", "predictors"):
-        done = python(f"from {program}.__main__ import main; main([]);" + SHOWN)
+        done = python(f"from {program}.__main__ import PROGRAM; PROGRAM.verbs[0].load('');" + SHOWN)
         assert done.stdout.splitlines()[-1].isdecimal()
         assert spin_count(done) == []
 

@@ -7,7 +7,6 @@ be set before it is loaded. Knows nothing of ggml.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import sys
@@ -55,6 +54,8 @@ def _loaded() -> bool:
     """Whether the OpenMP library that ggml is going to use is in this process already: one whose functions all
     libraries see, as that of torch, or the one of ggml's name.
     """
+    import ctypes  # noqa: PLC0415  (a list of commands needs it not)
+
     if hasattr(ctypes.CDLL(None), "GOMP_parallel"):
         return True
     try:

@@ -34,6 +34,7 @@ class Verb:
 
     def load(self, prog: str) -> tuple[Parser, Callable[..., None]]:
         """Its parser, and the function that takes what is parsed."""
+        settle()  # before a verb imports torch, which brings an OpenMP of its own
         module = import_module(self.module)
         command: Callable[..., None] = getattr(module, self.function or self.name)
         parser = Parser(prog=prog, description=command.__doc__)
@@ -85,7 +86,6 @@ class Program:
         return parser
 
     def _run(self, words: Sequence[str], prog: str) -> None:
-        settle()  # before a verb imports torch, which brings an OpenMP of its own
         if not words:
             print(self._overview())
         elif found := self._find(words[0]):
