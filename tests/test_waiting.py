@@ -84,8 +84,9 @@ def test_the_log_says_how_threads_wait_once() -> None:
 def test_a_verb_decides_before_it_imports_anything() -> None:
     for program in ("runtime", "convert", "predictors"):
         done = python(f"from {program}.__main__ import PROGRAM; PROGRAM.verbs[0].load('');" + SHOWN)
-        assert done.stdout.splitlines()[-1].isdecimal()
-        assert spin_count(done) == []
+        settled = done.stdout.splitlines()[-1]
+        assert settled.isdecimal()
+        assert set(spin_count(done)) <= {settled}  # where something that it imports has loaded the library
 
 
 def test_a_program_to_be_compared_with_gets_the_environment_as_it_was() -> None:
