@@ -4,8 +4,8 @@ its own.
     python -m bench.converting [--layers N] [--type q4_0] [--tokens N] [--width N] [--neurons N]
 
 The checkpoint is made in $LAZYNEURON_CACHE and kept. Prints core-seconds (user and system time) and the peak of
-resident memory, with calibration and without; what lies between is the calibration's, by layer. The last line is one
-JSON object.
+resident memory, with calibration and without; what lies between is the calibration's, by layer. Then what each part of
+the calibration takes (see `runtime.base.phases`). The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -31,6 +31,26 @@ from runtime.errors import UserError
 
 _TOKENIZER = Path(__file__).parent.parent / "examples/tiny-relu-llama"
 _STD = 0.02
+# The command in a process of its own, whose last line says where its time went.
+_CHILD = """
+import json, sys
+from convert.__main__ import main
+from runtime.base.phases import core_seconds
+status = main(sys.argv[1:])
+print(json.dumps(core_seconds()))
+sys.exit(status)
+"""
+_LABELS = {
+    "blocks": "running the blocks over the text",
+    "frequencies": "counting how often neurons fire",
+    "covariance": "covariance of the inputs",
+    "directions": "the rows' main directions",
+    "candidates": "candidates of each rank and type",
+    "margins": "scores and margins of the candidates",
+    "judging": "thresholds and prices",
+    "keeping": "keeping the layer for a later run",
+    "calibration": "the rest",
+}
 
 
 def shapes(width: int, neurons: int, layers: int, vocab: int) -> dict[str, tuple[int, ...]]:
@@ -79,15 +99,18 @@ def save_bf16(path: Path, name: str, values: Any) -> None:
     path.write_bytes(head.to_bytes(8, "little") + stored[8:])
 
 
-def convert(source: Path, out: Path, *options: str) -> dict[str, float]:
-    """Core-seconds and peak bytes of one conversion."""
-    command = [sys.executable, "-m", "convert", str(source), str(out), "--force", *options]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+def convert(source: Path, out: Path, *options: str) -> dict[str, Any]:
+    """Core-seconds, in all and by phase, and peak bytes of one conversion."""
+    command = [sys.executable, "-c", _CHILD, str(source), str(out), "--force", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    printed = process.stdout.read()
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise UserError(f"the conversion ended with status {process.returncode}")
-    return {"core_s": used.ru_utime + used.ru_stime, "peak_bytes": used.ru_maxrss * 1024}
+    phases = json.loads(printed.splitlines()[-1])
+    return {"core_s": used.ru_utime + used.ru_stime, "peak_bytes": used.ru_maxrss * 1024, "phases_s": phases}
 
 
 def measure(layers: int, type_name: str, tokens: int | None, width: int, neurons: int) -> dict[str, Any]:
@@ -122,6 +145,11 @@ def main() -> None:
     ]
     title = f"{result['layers']} layers: calibrating one takes {result['per_layer_s']:.1f} core-seconds"
     console().print(table(title, ("conversion", "core-seconds", "peak GiB"), rows))
+    phases = [
+        (label, f"{result['calibrated']['phases_s'].get(name, 0.0) / result['layers']:.1f}")
+        for name, label in _LABELS.items()
+    ]
+    console().print(table("Where the calibration of a layer goes", ("part", "core-seconds"), phases))
     print(json.dumps(result))
 
 

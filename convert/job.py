@@ -27,6 +27,7 @@ from predictors.kept_layers import KeptLayers
 from predictors.matrices import Floats
 from runtime.base.atomic import check_space, check_target, new_path, writing
 from runtime.base.home import expanded
+from runtime.base.phases import phase
 from runtime.base.processors import default_threads
 from runtime.base.progress import Progress, silent
 from runtime.base.workspace import Workspace
@@ -164,7 +165,9 @@ def _with_neurons(
     if fitting:
         with _unordered(job, work, fitting.threads, progress) as file:
             kept = KeptLayers(work.kept)
-            job = job.changed(fitting.run(file, job, counts, progress, kept))
+            with phase("calibration"):
+                fit = fitting.run(file, job, counts, progress, kept)
+            job = job.changed(fit)
         if kept.note:
             job = replace(job, plan=replace(job.plan, notes=(*job.plan.notes, kept.note)))
     elif counts:
@@ -238,7 +241,8 @@ def _write(job: Job, work: Workspace, threads: int, progress: Progress, max_byte
             for t in job.plan.tensors
         ]
         files = split_model(work.folder / work.target.name, job.metadata, streams, max_bytes)
-        return write_parts(files), [file.path for file in files]
+        with phase("writing"):
+            return write_parts(files), [file.path for file in files]
 
 
 @dataclass

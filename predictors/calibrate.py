@@ -7,19 +7,25 @@ not grow with the number of blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from runtime.base.phases import phase
 from runtime.base.progress import Progress, silent
-from runtime.block_runner import BlockRunner
+from runtime.bindings.ffn_shape import FfnShape
+from runtime.block_runner import BlockResult, BlockRunner
 from runtime.model_file import tensor_names as names
 from runtime.model_file.structure import Structure
 
 Floats = npt.NDArray[np.float32]
+Halves = npt.NDArray[np.float16]
+Counts = npt.NDArray[np.int64]
+Number = TypeVar("Number", np.float32, np.float16)
 
 DEFAULT_TOKENS = 24576
 SHARES = (0.7, 0.15, 0.15)  # of the windows: to fit predictors, to choose among them, to say what they achieve
@@ -52,11 +58,14 @@ class TokenSamples:
     for.
 
     weight: float32 [n_tokens], one over the squared norm of the residual stream after the block.
+    gate, up: what the rows say of each neuron, biases included, float16 [n_tokens, n_ff]; None where it was not kept.
     """
 
     x: Floats
     weight: Floats
     residual: Floats | None = None
+    gate: Halves | None = None
+    up: Halves | None = None
 
     @property
     def seen(self) -> Floats:
@@ -74,6 +83,7 @@ class LayerSamples:
         self.structure, self.ffn, self.i, self._runner = runner.structure, runner.structure.ffns[i], i, runner
         self.fit, self.validation, self.test = parts
         self.output: Floats | None = None  # hidden states after the block, of all windows: see `calibrate`
+        self.fired: Counts | None = None  # at how many tokens each neuron fires, [n_ff], where the runner has said so
         self._first = names.row_matrices(self.ffn)[0]
         self._mean_squares: dict[int, Floats] = {}  # by part: see _weight
 
@@ -100,6 +110,9 @@ class LayerSamples:
 
     def gate(self, part: TokenSamples, first: int, end: int) -> Floats:
         """Pre-activations of the neurons first .. end - 1: float32 [len(part), end - first]."""
+        known = part.gate if self.ffn.gated else part.up
+        if known is not None:
+            return known[:, first:end].astype(np.float32)
         return part.x @ self.gate_rows(first, end).T + self.gate_bias[first:end]
 
     def responses(self, part: TokenSamples, first: int, end: int) -> Responses:
@@ -120,9 +133,14 @@ class LayerSamples:
         fired = gate > ffn.threshold
         h = np.where(fired, gate**2 if ffn.activation == "relu2" else gate, np.float32(0))
         if ffn.gated:
-            up = part.x @ self._rows(names.FFN_UP, first, end).T + self._bias(names.FFN_UP)[first:end]
+            up = self._up(part, first, end)
             h *= np.maximum(up, 0) if ffn.activation == "drelu" else up
         return fired, h
+
+    def _up(self, part: TokenSamples, first: int, end: int) -> Floats | Halves:
+        if part.up is not None:
+            return part.up[:, first:end]
+        return part.x @ self._rows(names.FFN_UP, first, end).T + self._bias(names.FFN_UP)[first:end]
 
     def _weight(self, part: TokenSamples) -> Floats:
         """A part's `weight`, with what the block itself multiplies the FFN's product by: float32 [n_tokens]."""
@@ -139,13 +157,21 @@ class LayerSamples:
     @cached_property
     def frequency(self) -> Floats:
         """Share of all calibration tokens at which each neuron fires, float32 [n_ff]."""
-        counts = np.zeros(self.ffn.n_ff, np.int64)
+        with phase("frequencies"):
+            return self._frequency()
+
+    def _frequency(self) -> Floats:
         parts = (self.fit, self.validation, self.test)
+        counts = self._counted(parts) if self.fired is None else self.fired
+        return (counts / sum(len(p) for p in parts)).astype(np.float32)
+
+    def _counted(self, parts: Sequence[TokenSamples]) -> Counts:
+        counts = np.zeros(self.ffn.n_ff, np.int64)
         for first, end in self.chunks(1):
             rows, least = self.gate_rows(first, end).T, self.ffn.threshold - self.gate_bias[first:end]
             for x in (part.x[at : at + _CACHED] for part in parts for at in range(0, len(part), _CACHED)):
                 counts[first:end] += np.count_nonzero(x @ rows > least, axis=0)
-        return (counts / sum(len(p) for p in parts)).astype(np.float32)
+        return counts
 
     def _rows(self, stem: str, first: int, end: int) -> Floats:
         return self._runner.rows(names.weight_of(self.i, stem), first, end)
@@ -187,30 +213,88 @@ def calibrate(
     n = runner.structure.block_count
     first, known = start
     hidden = np.stack([runner.embed(window) for window in windows]) if known is None else known
-    inputs = np.empty_like(hidden)
-    residuals = np.empty_like(hidden) if residual else None
-    weight = np.empty(windows.shape, np.float32)
+    at = parts or split(len(windows))
+    seen = _Seen(hidden.shape, residual, judged=None if parts else slice(at[1].start, at[2].stop))
     for i in range(first, n):
         if i not in runner.structure.ffns:
             for k in range(len(windows)):
                 hidden[k] = runner.output(i, hidden[k])
             continue
+        seen.begin(runner.structure.ffns[i])
         for k in range(len(windows)):
             result = runner.block(i, hidden[k])
-            hidden[k], inputs[k] = result.output, result.ffn_input
-            weight[k] = 1 / np.maximum((result.output**2).sum(-1), np.finfo(np.float32).tiny)
-            if residuals is not None:
-                residuals[k] = result.residual
+            hidden[k] = result.output
+            seen.add(k, result)
             progress(f"calibrating layer {i}", i + (k + 1) / len(windows) / 2, n)
-        fit, validation, test = (_part(inputs, weight, residuals, at) for at in parts or split(len(windows)))
+        fit, validation, test = map(seen.part, at)
         layer = LayerSamples(runner, i, (fit, validation, test))
-        layer.output = hidden
+        layer.output, layer.fired = hidden, seen.fired
         yield layer
         progress(f"calibrating layer {i}", i + 1, n)
 
 
-def _part(x: Floats, weight: Floats, residual: Floats | None, at: slice) -> TokenSamples:
-    d = x.shape[-1]
-    return TokenSamples(
-        x[at].reshape(-1, d), weight[at].reshape(-1), None if residual is None else residual[at].reshape(-1, d)
-    )
+class _Seen:
+    """What calibration keeps of one block, in memory that serves the next one too.
+
+    shape: n_windows, length, n_embd. judged: the windows of which the neurons' pre-activations are kept, None for none.
+    """
+
+    def __init__(self, shape: tuple[int, ...], residual: bool, judged: slice | None) -> None:
+        self._inputs = np.empty(shape, np.float32)
+        self._residuals = np.empty(shape, np.float32) if residual else None
+        self._weight = np.empty(shape[:2], np.float32)
+        self._judged = judged
+        self._neurons: dict[str, Halves] = {}  # by role: gate, up [n_judged, length, n_ff]
+        self.fired: Counts | None = None
+
+    def begin(self, ffn: FfnShape) -> None:
+        """Begin with another block."""
+        self._ffn = ffn
+        self.fired = np.zeros(ffn.n_ff, np.int64)
+        if self._neurons and next(iter(self._neurons.values())).shape[-1] != ffn.n_ff:
+            self._neurons = {}
+
+    def add(self, k: int, result: BlockResult) -> None:
+        """Keep window `k`."""
+        self._inputs[k] = result.ffn_input
+        self._weight[k] = 1 / np.maximum((result.output**2).sum(-1), np.finfo(np.float32).tiny)
+        if self._residuals is not None:
+            self._residuals[k] = result.residual
+        deciding = result.gate if self._ffn.gated else result.up
+        if deciding is None:  # a run that computes some neurons only
+            self.fired = None
+            return
+        assert self.fired is not None
+        self.fired += (deciding > self._ffn.threshold).sum(0, dtype=np.int32)
+        if self._judged and self._judged.start <= k < self._judged.stop:
+            for role, values in (("gate", result.gate), ("up", result.up)):
+                if values is not None:
+                    self._kept(role, values.shape)[k - self._judged.start] = _halves(values)
+
+    def _kept(self, role: str, shape: tuple[int, ...]) -> Halves:
+        if role not in self._neurons:
+            assert self._judged
+            self._neurons[role] = np.empty((self._judged.stop - self._judged.start, *shape), np.float16)
+        return self._neurons[role]
+
+    def part(self, at: slice) -> TokenSamples:
+        """The tokens of some windows."""
+        residual = None if self._residuals is None else _tokens(self._residuals[at])
+        gate, up = (self._of_neurons(role, at) for role in ("gate", "up"))
+        return TokenSamples(_tokens(self._inputs[at]), self._weight[at].reshape(-1), residual, gate, up)
+
+    def _of_neurons(self, role: str, at: slice) -> Halves | None:
+        if self.fired is None or role not in self._neurons or not self._judged or at.start < self._judged.start:
+            return None
+        return _tokens(self._neurons[role][at.start - self._judged.start : at.stop - self._judged.start])
+
+
+def _tokens(windows: npt.NDArray[Number]) -> npt.NDArray[Number]:
+    """[n_windows, length, n] -> [n_tokens, n]."""
+    return windows.reshape(-1, windows.shape[-1])
+
+
+def _halves(values: Floats) -> Halves:
+    """In float16; numbers that it does not have become the largest that it has."""
+    largest = np.finfo(np.float16).max
+    return np.clip(values, -largest, largest).astype(np.float16)

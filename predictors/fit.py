@@ -27,6 +27,7 @@ from predictors.margins import EDGES, measure
 from predictors.matrices import MATRIX_TYPES, Floats, Tensor, block_size, plain
 from predictors.predictor import Candidate, FitOptions
 from predictors.registry import KINDS, METHODS
+from runtime.base.phases import phase
 from runtime.base.processors import default_threads
 from runtime.base.progress import Progress, silent
 from runtime.base.text_file import TextFile
@@ -197,7 +198,8 @@ def fit_candidates(
             for layer in calibrate(runner, windows, progress=progress, start=(first, hidden)):
                 layers.append(_fit_layer(layer, file, kind, options, counts))
                 if kept and layer.output is not None:
-                    kept.keep(layer.i, [done.i for done in layers], _in_memory(layers[-1]), layer.output)
+                    with phase("keeping"):
+                        kept.keep(layer.i, [done.i for done in layers], _in_memory(layers[-1]), layer.output)
     calibrated = {"corpus": corpus.name, "sha256": corpus.sha256, "tokens": int(windows.size), "seed": seed}
     return Candidates(s, kind, tuple(layers), calibrated | {"method": METHODS[kind]})
 
@@ -243,7 +245,10 @@ def _fit_layer(
     cost = cost_of(file, layer.ffn, layer.i)
     known = LayerOptions([], cost, float(layer.frequency.mean()))
     for batch in _batches(KINDS[kind](layer, options), cost.n_ff):
-        new = [judge(c, m, cost) for c, m in zip(batch, measure(layer, batch), strict=True)]
+        with phase("margins"):
+            measured = measure(layer, batch)
+        with phase("judging"):
+            new = [judge(c, m, cost) for c, m in zip(batch, measured, strict=True)]
         known = replace(known, candidates=[*known.candidates, *new]).worth_keeping()
     return _Layer(layer.i, frequency(layer, counts), replace(known, candidates=shelve(known.candidates)))
 
@@ -270,8 +275,13 @@ def cost_of(file: GgufFile, ffn: FfnShape, i: int) -> Cost:
 def _batches(candidates: Iterator[Candidate], n_ff: int) -> Iterator[list[Candidate]]:
     """Candidates in groups whose margins fit in memory together."""
     size = max(1, _BATCH_BYTES // (6 * 4 * n_ff * len(EDGES)))
-    while batch := list(islice(candidates, size)):
+    while batch := _next(candidates, size):
         yield batch
+
+
+def _next(candidates: Iterator[Candidate], size: int) -> list[Candidate]:
+    with phase("candidates"):
+        return list(islice(candidates, size))
 
 
 def _block(layer: _Layer, choice: tuple[Judged, int] | None, reorder: bool) -> BlockFit:

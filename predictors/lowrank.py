@@ -19,6 +19,7 @@ import numpy.typing as npt
 from predictors.calibrate import LayerSamples
 from predictors.matrices import Floats, Tensor, block_size, matrix
 from predictors.predictor import FitOptions
+from runtime.base.phases import phase
 from runtime.model_file import tensor_names as names
 
 RIDGE = 1e-2  # added to the covariance, times its mean diagonal: directions that the text hardly shows count a little
@@ -52,8 +53,10 @@ def fit(layer: LayerSamples, options: FitOptions) -> Iterator[LowRank]:
     """One candidate for each rank and matrix type."""
     if not ranks(layer.ffn.n_embd, layer.ffn.n_ff, 32):
         return
-    spread = covariance(layer.fit.x)
-    directions = basis(layer, spread)
+    with phase("covariance"):
+        spread = covariance(layer.fit.x)
+    with phase("directions"):
+        directions = basis(layer, spread)
     for type_name in options.types:
         yield from _candidates(layer, spread, directions, type_name)
 

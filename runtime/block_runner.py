@@ -5,14 +5,16 @@ Each sequence is computed on its own, from position 0.
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from runtime.base.closing import Handles
+from runtime.base.phases import phase
 from runtime.base.worker import OfWorker
-from runtime.bindings import ggml
+from runtime.bindings import ggml, sparse_ffn
 from runtime.bindings.rows import to_floats
 from runtime.compute.batch import Batch, GraphInputs
 from runtime.compute.builder import GraphSpec
@@ -42,6 +44,10 @@ class BlockResult:
     output: Floats  # hidden states after the block
     ffn_input: Floats  # what gate and up rows are multiplied with
     residual: Floats  # the stream before the norm whose result the FFN reads
+    # What the gate and up rows say of each neuron, biases included, float32 [n_tokens, n_ff]: overwritten when the next
+    # sequence is computed. None where there is no gate, or where only those that fire are computed.
+    gate: Floats | None
+    up: Floats | None
 
 
 class BlockRunner(OfWorker):
@@ -82,7 +88,9 @@ class BlockRunner(OfWorker):
 
         def compute() -> BlockResult:
             output, schedule = self._computed(i, hidden)
-            return BlockResult(output, read(schedule.taps["ffn_input"]), read(schedule.taps["residual"]))
+            copies = (read(schedule.taps[role]) for role in ("ffn_input", "residual"))
+            views = (_viewed(schedule.taps[role]) if role in schedule.taps else None for role in ("gate", "up"))
+            return BlockResult(output, *copies, *views)
 
         return self._do(compute)
 
@@ -91,8 +99,9 @@ class BlockRunner(OfWorker):
         return self._do(lambda: self._computed(i, hidden)[0])
 
     def _computed(self, i: int, hidden: Floats) -> tuple[Floats, Schedule]:
-        schedule = self._part(len(hidden), i, i + 1)
-        return schedule.run(self._inputs(np.ascontiguousarray(hidden, np.float32))), schedule
+        with phase("blocks"):
+            schedule = self._part(len(hidden), i, i + 1)
+            return schedule.run(self._inputs(np.ascontiguousarray(hidden, np.float32))), schedule
 
     def _inputs(self, data: npt.NDArray[np.int32] | Floats) -> GraphInputs:
         """A whole sequence, by its ids or its hidden states, in a cache that held nothing."""
@@ -104,7 +113,8 @@ class BlockRunner(OfWorker):
 
     def _part(self, n_tokens: int, first: int | None, end: int) -> Schedule:
         """The schedule of blocks `first` .. end - 1, or of the embeddings."""
-        spec = GraphSpec(n_tokens, padded_cells(n_tokens), n_tokens, self._run, first=first, end=end, tapped=True)
+        shape = (n_tokens, padded_cells(n_tokens), n_tokens)
+        spec = GraphSpec(*shape, self._run, first=first, end=end, tapped=True, tiled=True)
         if self._schedule is None or self._schedule.spec != spec:
             self._close_schedule()
             whole, cpu = cpu_alone(self.structure, False), CpuQueue(self._backend, None)
@@ -131,11 +141,16 @@ class BlockRunner(OfWorker):
         self._let_go()
         if i is None:
             return
-        names = [name for name in self._of_block(i) if multiplies(tensor_map, name, self._run.ffn)]
+        every = (name for name in self._of_block(i) if multiplies(tensor_map, name, self._run.ffn))
+        names = [name for name in every if not self._tiled(name)]
         self._copies, self._held = repack(self._weights, self._backend, names), i
 
     def _of_block(self, i: int) -> list[str]:
         return [name for name in self._weights.tensors if (block := n.parsed(name)) and block[0] == i]
+
+    def _tiled(self, name: str) -> bool:
+        stored = self._weights[name]
+        return sparse_ffn.tiles(stored.type, *stored.ne[:2]) is not None
 
     def _let_go(self) -> None:
         """Free the repacked matrices, and the pages of the block's file that were read."""
@@ -162,6 +177,14 @@ class BlockRunner(OfWorker):
         self._close_schedule()
         self._let_go()
         super()._free()
+
+
+def _viewed(tensor: ggml.TensorP) -> Floats:
+    """An F32 matrix in host memory where it lies, [ne1, ne0]."""
+    n_rows, n_columns = tensor.ne[1], tensor.ne[0]
+    numbers = (ctypes.c_float * (n_rows * n_columns)).from_address(tensor.data)
+    floats: Floats = np.ctypeslib.as_array(numbers).reshape(n_rows, n_columns)
+    return floats
 
 
 def dequantize(tensor: ggml.TensorP, first: int, end: int) -> Floats:

@@ -21,7 +21,7 @@ from plain import convert
 import runtime
 from predictors import calibration_text, fit_model
 from predictors.__main__ import main
-from predictors.calibrate import calibrate, default_tokens, split
+from predictors.calibrate import LayerSamples, calibrate, default_tokens, split
 from predictors.evaluate import Evaluation, evaluate
 from predictors.fit import fit_candidates
 from predictors.replace_predictors import replace_predictors
@@ -126,14 +126,41 @@ def test_frequencies_and_order(tiny_gguf: Path) -> None:
     with Tokenizer(tiny_gguf) as tokenizer:
         windows = calibration_text.windows(calibration_text.read_corpus(None), tokenizer, FEW, 1024, 0)
     with BlockRunner(GgufFile(tiny_gguf), 2, windows.shape[1]) as runner:
-        for block, layer in zip(fit.blocks, calibrate(runner, windows), strict=True):
-            parts = [layer.gate(p, 0, 1024) > 0 for p in (layer.fit, layer.validation, layer.test)]
-            fired = np.concatenate(parts).mean(0)
+        hidden = [runner.embed(window) for window in windows]
+        for i, block in enumerate(fit.blocks):
+            counts = np.zeros(1024)
+            for k, h in enumerate(hidden):
+                result = runner.block(i, h)
+                assert result.gate is not None
+                counts += (result.gate > 0).sum(0)
+                hidden[k] = result.output
+            fired = counts / windows.size
             assert np.array_equal(np.sort(block.order), np.arange(1024))
             assert (np.diff(block.freq) <= 0).all()
             assert np.allclose(block.freq, fired[block.order], atol=1e-6)
             ties = np.diff(block.freq) == 0
             assert (np.diff(block.order)[ties] > 0).all()
+
+
+def test_what_neurons_say_is_kept_of_the_windows_that_judge(tiny_gguf: Path) -> None:
+    with Tokenizer(tiny_gguf) as tokenizer:
+        windows = calibration_text.windows(calibration_text.read_corpus(None), tokenizer, FEW, 1024, 0)
+    with BlockRunner(GgufFile(tiny_gguf), 2, windows.shape[1]) as runner:
+        for layer in calibrate(runner, windows):
+            assert layer.fit.gate is None and layer.fit.up is None
+            for part in (layer.validation, layer.test):
+                assert part.gate is not None and part.up is not None
+                computed = replace(part, gate=None, up=None)
+                assert relative(layer.gate(computed, 100, 300), layer.gate(part, 100, 300)) < 3e-3
+                kept, again = (layer.responses(p, 100, 300) for p in (part, computed))
+                assert (kept.fired != again.fired).mean() < 2e-3
+                assert relative(again.energy, kept.energy) < 1e-2
+                assert layer.frequency[100:300] == pytest.approx(all_fired(layer, 100, 300), abs=3e-3)
+
+
+def all_fired(layer: LayerSamples, first: int, end: int) -> np.ndarray:
+    parts = (replace(part, gate=None) for part in (layer.fit, layer.validation, layer.test))
+    return np.concatenate([layer.gate(part, first, end) > 0 for part in parts]).mean(0)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ FEW_TOKENS = 16  # for which `gate` and `down` are, and each token has the same 
 _FILE = {"win32": "lazyneuron.dll", "darwin": "liblazyneuron.dylib"}.get(sys.platform, "liblazyneuron.so")
 VARIANTS = ("portable", "avx2", "avx512", "neon")
 OPERATORS = ("predict", "predict_sign", "choose", "quantize", "gate", "down", "tokens", "reduce")
+PRODUCTS = ("multiply", "tiles_arrange", "tiles_multiply")
 
 
 _CACHE_LINE = 64
@@ -88,6 +89,18 @@ class Product(ctypes.Structure):
     ]
 
 
+class Tiles(ctypes.Structure):
+    """`struct lzn_tiles`: one matrix that many tokens are multiplied with, the userdata of its operators."""
+
+    _fields_ = [
+        ("n_in", ctypes.c_int32),
+        ("n_out", ctypes.c_int32),
+        ("row_size", ctypes.c_size_t),
+        ("block_size", ctypes.c_size_t),
+        ("kernels", ctypes.c_void_p),
+    ]
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The native library.
@@ -97,15 +110,17 @@ def library() -> ctypes.CDLL:
     path = _find()
     lib = ctypes.CDLL(str(path))
     lib.lzn_ggml_version.restype = ctypes.c_char_p
-    for name in ("lzn_sizeof_tensor", "lzn_sizeof_ffn", "lzn_sizeof_product"):
+    for name in ("lzn_sizeof_tensor", "lzn_sizeof_ffn", "lzn_sizeof_product", "lzn_sizeof_tiles"):
         getattr(lib, name).restype = ctypes.c_size_t
     _check(lib, path)
-    lib.lzn_kernels.restype = ctypes.c_void_p
+    lib.lzn_kernels.restype = lib.lzn_tile_kernels.restype = ctypes.c_void_p
     lib.lzn_has_variant.restype = ctypes.c_bool
     lib.lzn_arranged_size.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     lib.lzn_arranged_size.restype = ctypes.c_size_t
     lib.lzn_product_size.argtypes = [ctypes.POINTER(Product), ctypes.c_int64]
     lib.lzn_product_size.restype = ctypes.c_size_t
+    lib.lzn_tiles_size.argtypes = [ctypes.POINTER(Tiles), ctypes.c_int64]
+    lib.lzn_tiles_size.restype = ctypes.c_size_t
     lib.lzn_tokens_alone.argtypes = [ctypes.POINTER(Ffn), ctypes.c_int64]
     lib.lzn_tokens_alone.restype = ctypes.c_bool
     for name, arguments in _SIZES.items():
@@ -137,8 +152,8 @@ def _check(lib: ctypes.CDLL, path: Path) -> None:
             f"`{path}`: built for ggml {built}, found ggml {found} in llama-cpp-python",
             "reinstall lazyneuron: it pins the version that fits",
         )
-    sizes = (lib.lzn_sizeof_tensor(), lib.lzn_sizeof_ffn(), lib.lzn_sizeof_product())
-    if sizes != tuple(ctypes.sizeof(kind) for kind in (ggml.ggml_tensor, Ffn, Product)):
+    sizes = (lib.lzn_sizeof_tensor(), lib.lzn_sizeof_ffn(), lib.lzn_sizeof_product(), lib.lzn_sizeof_tiles())
+    if sizes != tuple(ctypes.sizeof(kind) for kind in (ggml.ggml_tensor, Ffn, Product, Tiles)):
         raise UserError(
             f"`{path}`: struct sizes differ from those of this version of lazyneuron", "rebuild it: make setup"
         )
@@ -146,8 +161,8 @@ def _check(lib: ctypes.CDLL, path: Path) -> None:
 
 @functools.cache
 def operator(name: str) -> int:
-    """Address of the operator `name`, one of OPERATORS, or "multiply"."""
-    symbol = "lzn_multiply" if name == "multiply" else f"lzn_ffn_{name}"
+    """Address of the operator `name`, one of OPERATORS, or of those of whole matrices."""
+    symbol = f"lzn_{name}" if name in PRODUCTS else f"lzn_ffn_{name}"
     address = ctypes.cast(getattr(library(), symbol), ctypes.c_void_p).value
     assert address
     return address
@@ -266,6 +281,26 @@ def product_size(product: Product, n_tokens: int) -> int:
     return int(library().lzn_product_size(ctypes.byref(product), n_tokens))
 
 
+def tiles(type_id: int, n_in: int, n_out: int) -> Tiles | None:
+    """The description of the same for many tokens; None where the kernels have nothing for it. It is never freed."""
+    return _tiles(type_id, n_in, n_out, variant())
+
+
+@functools.cache
+def _tiles(type_id: int, n_in: int, n_out: int, of_variant: int) -> Tiles | None:
+    block = ggml.ggml_blck_size(type_id)
+    kernels = None if n_in % 32 or block != 32 else library().lzn_tile_kernels(type_id, of_variant)
+    if not kernels:
+        return None
+    row, part = ggml.ggml_row_size(type_id, n_in), ggml.ggml_row_size(type_id, block)
+    return Tiles(n_in=n_in, n_out=n_out, row_size=row, block_size=part, kernels=kernels)
+
+
+def tiles_size(matrix: Tiles, n_tokens: int) -> int:
+    """Bytes of the result of `tiles_arrange`."""
+    return int(library().lzn_tiles_size(ctypes.byref(matrix), n_tokens))
+
+
 def _rows(type_id: int, n_embd: int) -> Rows:
     traits, cpu = ggml.ggml_get_type_traits(type_id).contents, ggml.ggml_get_type_traits_cpu(type_id).contents
     x_type = cpu.vec_dot_type
@@ -288,6 +323,6 @@ def _aligned(size: int) -> int:
     return (size + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE
 
 
-def address_of(ffn: Ffn | Product) -> int:
+def address_of(ffn: Ffn | Product | Tiles) -> int:
     """Where the description lies; valid while `ffn` lives."""
     return ctypes.addressof(ffn)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from runtime.bindings import ggml, sparse_ffn
 from runtime.compute.kv_cache import KvCache
+from runtime.compute.operators import add_tiled, add_tiled_product
 from runtime.compute.repack import Repacked
 from runtime.compute.weights import Tensors
 from runtime.model_file import tensor_names as n
@@ -31,6 +32,7 @@ class GraphSpec:
     first: int | None = None
     end: int | None = None
     tapped: bool = False  # keep inner results
+    tiled: bool = False  # matrices are multiplied as they are stored, tile by tile, where there are kernels for it
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Builder:
 
     device: what will compute it. scratch: where matrices of one block are repacked, for blocks that are computed
     densely without being copied. ffns: the userdata of our own operators, by block; must live as long as the graph.
+    taps: inner results, by role, where the spec asks for them. arranged: what matrices were multiplied with so far, as
+    tiles want it.
     """
 
     ctx: ggml.ContextP
@@ -69,6 +73,8 @@ class Builder:
     device: ggml.DeviceP
     scratch: Repacked | None = None
     ffns: dict[int, sparse_ffn.Ffn] = field(default_factory=dict)
+    taps: dict[str, ggml.TensorP] = field(default_factory=dict)
+    arranged: dict[tuple[int | None, int | None], ggml.TensorP] = field(default_factory=dict)
 
     def norm(self, x: ggml.TensorP, stem: str) -> ggml.TensorP:
         """RMS or layer norm over the first dimension, scaled (and shifted)."""
@@ -78,7 +84,18 @@ class Builder:
 
     def linear(self, x: ggml.TensorP, stem: str) -> ggml.TensorP:
         """[n_in, n] -> [n_out, n]."""
-        return self.biased(ggml.ggml_mul_mat(self.ctx, self.w.matrix(n.weight(stem)), x), stem)
+        return self.biased(self.times(n.weight(stem), x), stem)
+
+    def times(self, name: str, x: ggml.TensorP) -> ggml.TensorP:
+        """The product of a matrix [n_in, n_out] with x [n_in, n]: [n_out, n]."""
+        stored = self.w[name]
+        tiles = sparse_ffn.tiles(stored.type, *stored.ne[:2]) if self.spec.tiled else None
+        if tiles is None:
+            return ggml.ggml_mul_mat(self.ctx, self.w.matrix(name), x)
+        key = x.value, tiles.kernels
+        if key not in self.arranged:
+            self.arranged[key] = add_tiled(self.ctx, x, tiles)
+        return add_tiled_product(self.ctx, self.arranged[key], stored, tiles, x.ne[1])
 
     def biased(self, x: ggml.TensorP, stem: str) -> ggml.TensorP:
         """x plus the bias of that stem, where there is one."""

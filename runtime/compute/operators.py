@@ -113,9 +113,24 @@ def add_product(
     return ggml.ggml_view_2d(ctx, made, product.n_out, n, 4 * product.n_out, 0)
 
 
+def add_tiled(ctx: ggml.ContextP, x: ggml.TensorP, matrix: sparse_ffn.Tiles) -> ggml.TensorP:
+    """Add the operator that rounds x F32 [n_in, n_tokens] to 8 bits, for products with matrices of one type."""
+    return _custom(ctx, matrix, "tiles_arrange", ggml.I8, (sparse_ffn.tiles_size(matrix, x.ne[1]), 1), x)
+
+
+def add_tiled_product(
+    ctx: ggml.ContextP, tiled: ggml.TensorP, weights: ggml.TensorP, matrix: sparse_ffn.Tiles, n_tokens: int
+) -> ggml.TensorP:
+    """Add the product of a matrix [n_in, n_out] as it is stored with many tokens: F32 [n_out, n_tokens].
+
+    tiled: from `add_tiled`. A token has the same bits in any batch.
+    """
+    return _custom(ctx, matrix, "tiles_multiply", ggml.F32, (matrix.n_out, n_tokens), tiled, weights)
+
+
 def _custom(
     ctx: ggml.ContextP,
-    ffn: sparse_ffn.Ffn | sparse_ffn.Product,
+    what: sparse_ffn.Ffn | sparse_ffn.Product | sparse_ffn.Tiles,
     name: str,
     type_id: int,
     ne: tuple[int, int],
@@ -123,7 +138,6 @@ def _custom(
 ) -> ggml.TensorP:
     given = [s for s in sources if s is not None]
     args = (ggml.TensorP * len(given))(*given)
-    address = sparse_ffn.address_of(ffn)
-    return ggml.ggml_custom_4d(
-        ctx, type_id, *ne, 1, 1, args, len(given), sparse_ffn.operator(name), ffn.n_threads, address
-    )
+    address = sparse_ffn.address_of(what)
+    n_tasks = ggml.N_TASKS_MAX if isinstance(what, sparse_ffn.Tiles) else what.n_threads
+    return ggml.ggml_custom_4d(ctx, type_id, *ne, 1, 1, args, len(given), sparse_ffn.operator(name), n_tasks, address)

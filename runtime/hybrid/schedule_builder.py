@@ -234,6 +234,8 @@ class _Building:
             product = ffn.native(x, ffn.chosen(self._graphs[CPU].at(f"scores {k}", piece.length, x.ne[1])))
         else:
             product = ffn.product(x, stream)
+        if spec.tapped:
+            self.taps |= {role: self._left(t, role) for role, t in builder.taps.items()}
         if ffns:
             self.ffns.setdefault(i, []).extend(ffns.values())
         return product

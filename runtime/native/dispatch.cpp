@@ -1,6 +1,7 @@
 // Chooses among the variants of the row kernels by what the CPU can do.
 #include "kernels.h"
 #include "lazyneuron.h"
+#include "tiles.h"
 
 #if defined(LZN_ARM64) && defined(__linux__)
 #include <asm/hwcap.h>
@@ -46,6 +47,20 @@ const void * lzn_kernels(int32_t type, int32_t variant) {
 #elif defined(LZN_ARM64)
     if (variant == LZN_NEON) {
         return lzn::kernels_neon(type);
+    }
+#endif
+    (void) type;
+    (void) variant;
+    return nullptr;
+}
+
+const void * lzn_tile_kernels(int32_t type, int32_t variant) {
+#if defined(LZN_X86)
+    if (variant == LZN_AVX2) {
+        return lzn::tiles_avx2(type);
+    }
+    if (variant == LZN_AVX512) {
+        return lzn::tiles_avx512(type);
     }
 #endif
     (void) type;

@@ -83,6 +83,15 @@ struct lzn_product {
     struct lzn_rows rows;
 };
 
+// One matrix that many tokens are multiplied with: the userdata of `lzn_tiles_arrange` and `lzn_tiles_multiply`.
+struct lzn_tiles {
+    int32_t n_in;       // a multiple of 32
+    int32_t n_out;
+    size_t row_size;    // bytes of a row of weights
+    size_t block_size;  // bytes of 32 weights
+    const void * kernels;  // `lzn_tile_kernels` of the type
+};
+
 #define LZN_MAX_RANGES 64  // that one token scans
 #define LZN_FEW_TOKENS 16  // at most, for `gate` and `down`
 
@@ -91,11 +100,13 @@ LZN_API const char * lzn_ggml_version(void);
 LZN_API size_t lzn_sizeof_tensor(void);
 LZN_API size_t lzn_sizeof_ffn(void);
 LZN_API size_t lzn_sizeof_product(void);
+LZN_API size_t lzn_sizeof_tiles(void);
 
 // The fastest variant that this CPU and this build have; whether they have `variant`; and its kernels for a ggml type.
 LZN_API int32_t lzn_best_variant(void);
 LZN_API bool lzn_has_variant(int32_t variant);
 LZN_API const void * lzn_kernels(int32_t type, int32_t variant);
+LZN_API const void * lzn_tile_kernels(int32_t type, int32_t variant);
 LZN_API size_t lzn_arranged_size(const void * kernels, int64_t n);
 
 // What happens when ggml gives up (an assertion, a lost device) or nobody catches a C++ exception: one line on stderr,
@@ -108,6 +119,7 @@ LZN_API size_t lzn_predict_size(const struct lzn_ffn * ffn, int64_t n_tokens);
 LZN_API size_t lzn_gate_size(const struct lzn_ffn * ffn, int64_t n_tokens);
 LZN_API size_t lzn_down_size(const struct lzn_ffn * ffn, int64_t n_tokens);
 LZN_API size_t lzn_product_size(const struct lzn_product * product, int64_t n_tokens);
+LZN_API size_t lzn_tiles_size(const struct lzn_tiles * tiles, int64_t n_tokens);  // of `lzn_tiles_arrange`
 // Whether the result of `tokens` begins with y F32 [n_embd, n_tokens], and needs no `reduce`.
 LZN_API bool lzn_tokens_alone(const struct lzn_ffn * ffn, int64_t n_tokens);
 
@@ -128,3 +140,9 @@ LZN_OPERATOR(reduce);        // down or tokens; dst is y F32 [n_embd, n_tokens]
 // ggml_custom_op_t: x F32 [n_in, n_tokens], W [n_in, n_out] -> W x F32 [n_out, n_tokens], and scratch behind it. A token's
 // result has the same bits whatever the other tokens and their number are.
 LZN_API void lzn_multiply(struct ggml_tensor * dst, int ith, int nth, void * userdata);
+
+// ggml_custom_op_t: the same product for many tokens. First x F32 [n_in, n_tokens] -> tiles; then tiles, W [n_in, n_out]
+// -> W x F32 [n_out, n_tokens]. x is rounded to 8 bits by blocks of 32, as ggml does. A token's result has the same bits
+// in any batch, but not those of `lzn_multiply`.
+LZN_API void lzn_tiles_arrange(struct ggml_tensor * dst, int ith, int nth, void * userdata);
+LZN_API void lzn_tiles_multiply(struct ggml_tensor * dst, int ith, int nth, void * userdata);

@@ -30,44 +30,44 @@ constexpr int BLOCK = 32;
 #if defined(__AVX512F__)
 using vec = __m512;
 constexpr int WIDTH = 16;
-vec zero() { return _mm512_setzero_ps(); }
-vec all(float a) { return _mm512_set1_ps(a); }
-vec load(const float * p) { return _mm512_loadu_ps(p); }
-void store(float * p, vec v) { _mm512_storeu_ps(p, v); }
-vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
-float sum(vec v) { return _mm512_reduce_add_ps(v); }
-vec load_f16(const uint16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))); }
-vec load_bf16(const uint16_t * p) {
+inline vec zero() { return _mm512_setzero_ps(); }
+inline vec all(float a) { return _mm512_set1_ps(a); }
+inline vec load(const float * p) { return _mm512_loadu_ps(p); }
+inline void store(float * p, vec v) { _mm512_storeu_ps(p, v); }
+inline vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline float sum(vec v) { return _mm512_reduce_add_ps(v); }
+inline vec load_f16(const uint16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))); }
+inline vec load_bf16(const uint16_t * p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))), 16));
 }
-vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
-vec from_i8(const int8_t * p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)))); }
+inline vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
+inline vec from_i8(const int8_t * p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)))); }
 #else
 using vec = __m256;
 constexpr int WIDTH = 8;
-vec zero() { return _mm256_setzero_ps(); }
-vec all(float a) { return _mm256_set1_ps(a); }
-vec load(const float * p) { return _mm256_loadu_ps(p); }
-void store(float * p, vec v) { _mm256_storeu_ps(p, v); }
-vec fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
-float sum(vec v) {
+inline vec zero() { return _mm256_setzero_ps(); }
+inline vec all(float a) { return _mm256_set1_ps(a); }
+inline vec load(const float * p) { return _mm256_loadu_ps(p); }
+inline void store(float * p, vec v) { _mm256_storeu_ps(p, v); }
+inline vec fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline float sum(vec v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
-vec load_f16(const uint16_t * p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))); }
-vec load_bf16(const uint16_t * p) {
+inline vec load_f16(const uint16_t * p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))); }
+inline vec load_bf16(const uint16_t * p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))), 16));
 }
-vec add(vec a, vec b) { return _mm256_add_ps(a, b); }
-vec from_i8(const int8_t * p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)))); }
+inline vec add(vec a, vec b) { return _mm256_add_ps(a, b); }
+inline vec from_i8(const int8_t * p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)))); }
 #endif
 
-float f16(uint16_t h) { return _cvtsh_ss(h); }
+inline float f16(uint16_t h) { return _cvtsh_ss(h); }
 
 // Adds the sums of one pass to y. They began at 0 and not at y: numbers lose less when they are added to small ones
 // first.
-void add_pass(const vec * sums, int n, float * y) {
+inline void add_pass(const vec * sums, int n, float * y) {
     for (int j = 0; j < n; j++) {
         store(y + j * WIDTH, add(load(y + j * WIDTH), sums[j]));
     }

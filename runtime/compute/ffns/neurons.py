@@ -67,11 +67,13 @@ class NeuronFfn:
             x = b.scratch.add_fill(b.ctx, x, self.i, fills)
 
         def times(x: ggml.TensorP, stem: str) -> ggml.TensorP:
-            return ggml.ggml_mul_mat(b.ctx, staged.get(stem) or b.w.matrix(n.weight_of(self.i, stem)), x)
+            place = staged.get(stem)
+            return ggml.ggml_mul_mat(b.ctx, place, x) if place else b.times(n.weight_of(self.i, stem), x)
 
-        h = b.biased(times(x, n.FFN_UP), self._named(n.FFN_UP))
+        h = b.taps["up"] = b.biased(times(x, n.FFN_UP), self._named(n.FFN_UP))
         if self.shape.gated:
-            gate = self._activated(b.biased(times(x, n.FFN_GATE), self._named(n.FFN_GATE)))
+            gate = b.taps["gate"] = b.biased(times(x, n.FFN_GATE), self._named(n.FFN_GATE))
+            gate = self._activated(gate)
             h = ggml.ggml_mul(b.ctx, gate, ggml.ggml_relu(b.ctx, h) if self.shape.activation == "drelu" else h)
         else:
             h = self._activated(h)
