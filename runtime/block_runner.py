@@ -19,7 +19,7 @@ from runtime.bindings.rows import to_floats
 from runtime.compute.batch import Batch, GraphInputs
 from runtime.compute.builder import GraphSpec
 from runtime.compute.kv_cache import CellTable, padded_cells
-from runtime.compute.repack import repack
+from runtime.compute.repack import Repacked, repack
 from runtime.compute.weights import Weights
 from runtime.errors import UserError
 from runtime.hybrid.executor import multiplies
@@ -67,7 +67,8 @@ class BlockRunner(OfWorker):
             )
         self._file = file
         self._schedule: Schedule | None = None
-        self._held: int | None = None  # the block whose matrices are repacked
+        self._held: int | None = None  # the block whose matrices are repacked, or whose pages are read
+        self._copies: Repacked | None = None
         self._n_cells = padded_cells(max_tokens)
         ffn = "exact" if self.structure.layout == "sparse" else "dense"
         self._run = SettledOptions(ffn=ffn, threads=threads, n_ctx=max_tokens, kv_type="f32")
@@ -141,9 +142,10 @@ class BlockRunner(OfWorker):
         self._let_go()
         if i is None:
             return
-        every = (name for name in self._of_block(i) if multiplies(tensor_map, name, self._run.ffn))
-        names = [name for name in every if not self._tiled(name)]
-        self._copies, self._held = repack(self._weights, self._backend, names), i
+        if self._run.ffn == "dense":
+            every = (name for name in self._of_block(i) if multiplies(tensor_map, name))
+            self._copies = repack(self._weights, self._backend, [name for name in every if not self._tiled(name)])
+        self._held = i
 
     def _of_block(self, i: int) -> list[str]:
         return [name for name in self._weights.tensors if (block := n.parsed(name)) and block[0] == i]
@@ -157,7 +159,9 @@ class BlockRunner(OfWorker):
         if self._held is None:
             return
         self._weights.copies = {}
-        self._copies.close()
+        if self._copies:
+            self._copies.close()
+            self._copies = None
         for name in self._of_block(self._held):
             self._weights.release(name)
         self._held = None

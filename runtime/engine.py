@@ -56,13 +56,12 @@ class Engine(OfWorker):
     ) -> None:
         super().__init__(f"`{file.path}`: the model")
         self.structure, self.options, self._trace = file.structure, options, trace
+        self._run = options.deciding
         self.asked, self.arrangement = arrangement, arrangement if arrangement and arrangement.used else None
-        self.map = (
-            self.arrangement.tensor_map if self.arrangement else cpu_alone(self.structure, options.ffn == "predicted")
-        )
+        self.map = self.arrangement.tensor_map if self.arrangement else cpu_alone(self.structure, options.predicts)
         self.cells = CellTable(options.n_ctx)
         self.counters = Counters(self.structure, options.ffn)  # of all that is computed
-        activity = expected(file, options.ffn, options.predictor_bias)
+        activity = expected(file, self._run.ffn, options.predictor_bias)
         self._dense_from = dense_from(self.structure, file.tensors, activity, gains)
         self._open(lambda handles: self._collect(file, handles))
 
@@ -74,7 +73,7 @@ class Engine(OfWorker):
         self._executor = Executor(self.weights, self._backend, self.options, self.arrangement, self.map, self._trace)
         handles.enter_context(self._executor)
         n = min(self.options.n_batch, self.options.n_ctx)
-        self._executor.reserve(self._spec(n, padded_cells(self.options.n_ctx), 1))
+        self._executor.reserve(self._spec(n, padded_cells(self.options.n_ctx), 1, self._run))
         if self._trace:
             handles.enter_context(self._trace)
 
@@ -93,18 +92,23 @@ class Engine(OfWorker):
         """Run something on the worker, where nothing else is computed meanwhile, and return what it returns."""
         return self._do(work)
 
-    def compute(self, batch: Batch, counters: Mapping[int, Counters] | None = None) -> npt.NDArray[np.float32]:
+    def compute(
+        self, batch: Batch, counters: Mapping[int, Counters] | None = None, run: SettledOptions | None = None
+    ) -> npt.NDArray[np.float32]:
         """Logits of the tokens that `batch.outputs` names: float32 [n_outputs, n_vocab]. All tokens are in the cache
         afterwards.
 
         A batch of more than n_batch tokens is computed in pieces. counters: of sequences, by their numbers; what the
-        FFNs did for a sequence's tokens is added to its own. After an error cache and counters are as before.
+        FFNs did for a sequence's tokens is added to its own. run: for drafts, which are computed in another way; the
+        engine's own counters leave them out. After an error cache and counters are as before.
         Raises UserError where the cache is full, and ValueError for tokens that do not continue their sequences or are
         not in the vocabulary.
         """
-        return self._do(lambda: self._compute(batch, counters or {}))
+        return self._do(lambda: self._compute(batch, counters or {}, run))
 
-    def _compute(self, batch: Batch, counters: Mapping[int, Counters]) -> npt.NDArray[np.float32]:
+    def _compute(
+        self, batch: Batch, counters: Mapping[int, Counters], run: SettledOptions | None
+    ) -> npt.NDArray[np.float32]:
         n_vocab = self.structure.vocab_size
         if len(batch) and not 0 <= int(batch.tokens.min()) <= int(batch.tokens.max()) < n_vocab:
             raise ValueError(f"tokens {batch.tokens}, expected 0 to {n_vocab - 1}")
@@ -115,7 +119,7 @@ class Engine(OfWorker):
         try:
             for first in range(0, len(batch), step):
                 worker.stop_if_unwanted()
-                logits, counts = self._piece(batch.part(first, first + step))
+                logits, counts = self._piece(batch.part(first, first + step), run or self._run)
                 parts.append(logits)
                 counted.append(counts)
         except BaseException:
@@ -123,29 +127,29 @@ class Engine(OfWorker):
             raise
         for counts in counted:
             for sequence, layers in counts.items():
-                self.counters.add(layers)
+                if run is None:
+                    self.counters.add(layers)
                 if sequence in counters:
                     counters[sequence].add(layers)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _piece(self, batch: Batch) -> tuple[npt.NDArray[np.float32], dict[int, dict[int, LayerCount]]]:
+    def _piece(
+        self, batch: Batch, run: SettledOptions
+    ) -> tuple[npt.NDArray[np.float32], dict[int, dict[int, LayerCount]]]:
         cells = self.cells.take(batch)
         # A schedule has a result: where none is wanted, the last token's is not looked at.
         outputs = batch.outputs if len(batch.outputs) else np.array([len(batch) - 1], np.int32)
-        schedule = self._schedule(len(batch), self.cells.n_kv, len(outputs))
+        schedule = self._executor.schedule(self._spec(len(batch), self.cells.n_kv, len(outputs), run))
         masks = self.cells.masks(batch, self.structure.windows)
         logits = schedule.run(GraphInputs(batch.tokens, batch.positions, cells, outputs, masks))
         return logits[: len(batch.outputs)], self._counted(schedule, batch.sequences.tolist(), batch.outputs)
 
-    def _schedule(self, n_tokens: int, n_kv: int, n_outputs: int) -> Schedule:
-        return self._executor.schedule(self._spec(n_tokens, n_kv, n_outputs))
-
-    def _spec(self, n_tokens: int, n_kv: int, n_outputs: int) -> GraphSpec:
+    def _spec(self, n_tokens: int, n_kv: int, n_outputs: int, run: SettledOptions) -> GraphSpec:
         return GraphSpec(
             n_tokens,
             n_kv,
             n_outputs,
-            self.options,
+            run,
             # Whoever wants every position's logits wants to know what this mode computes.
             self._dense_from if n_outputs < n_tokens else (),
         )

@@ -21,6 +21,7 @@ from runtime.compute.traffic import Activity, bytes_per_token
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
 from runtime.sequence import CachedSequence
+from runtime.speculation import Speculation
 from runtime.text.sampling import Sampler, Sampling
 from runtime.text.tokenizer import Tokenizer
 
@@ -48,6 +49,8 @@ class Stats:
 
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompts, reused from the sequence before
+    drafted_tokens: int = 0  # proposed before they were computed
+    accepted_tokens: int = 0  # of these, the ones that were right
     prompt_seconds: float = 0.0
     tokens: int = 0
     decoded_tokens: int = 0  # all but the first of each generation, which belongs to its prompt
@@ -84,16 +87,18 @@ class Stats:
             return [mean(*pair) for pair in zip(a, b, strict=True)] if n and a and b else a or b
 
         return Stats(
-            self.prompt_tokens + other.prompt_tokens,
-            self.cached_tokens + other.cached_tokens,
-            self.prompt_seconds + other.prompt_seconds,
-            n,
-            self.decoded_tokens + other.decoded_tokens,
-            self.seconds + other.seconds,
-            means(self.layer_shares, other.layer_shares),
-            means(self.gate_shares, other.gate_shares),
-            mean(self.bytes_per_token, other.bytes_per_token) if n else 0.0,
-            self.layer_neurons or other.layer_neurons,
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            cached_tokens=self.cached_tokens + other.cached_tokens,
+            prompt_seconds=self.prompt_seconds + other.prompt_seconds,
+            tokens=n,
+            decoded_tokens=self.decoded_tokens + other.decoded_tokens,
+            seconds=self.seconds + other.seconds,
+            layer_shares=means(self.layer_shares, other.layer_shares),
+            gate_shares=means(self.gate_shares, other.gate_shares),
+            bytes_per_token=mean(self.bytes_per_token, other.bytes_per_token) if n else 0.0,
+            layer_neurons=self.layer_neurons or other.layer_neurons,
+            drafted_tokens=self.drafted_tokens + other.drafted_tokens,
+            accepted_tokens=self.accepted_tokens + other.accepted_tokens,
         )
 
 
@@ -157,6 +162,7 @@ class Generation(Closing):
         self._sequence, self._engine, self._tokenizer, self._file = sequence, engine, tokenizer, file
         self._counters = Counters(engine.structure, engine.options.ffn)
         self._request, self._turns, self._done = request, turns, done
+        self._speculation: Speculation | None = None
         self._ids = list(prompt)
         self._sampling = request.sampling.seeded()
         self.seed = self._sampling.seed
@@ -207,6 +213,8 @@ class Generation(Closing):
         emitted = 0
         prompt, n_ctx = self._request.prompt, self._engine.options.n_ctx
         with Sampler(self._sampling, self._engine.structure.vocab_size, prompt, n_ctx) as self._sampler:
+            if self._engine.options.drafts:
+                self._speculation = Speculation(self._sequence, self._file, self._sampler.clone, self._counters)
             try:
                 for text, final in self._texts():
                     self.text, end = self._cut(text, emitted, final)
@@ -263,7 +271,15 @@ class Generation(Closing):
                 return
             if self._is_complete() or self._cancelled:
                 return
-            logits = self._sequence.logits(self._ids, counters=self._counters)
+            logits = self._next_logits()
+
+    def _next_logits(self) -> Floats:
+        """float32 [1, n_vocab]."""
+        if self._speculation is None:
+            return self._sequence.logits(self._ids, counters=self._counters)
+        limit = self._request.max_tokens
+        left = self._engine.options.n_ctx if limit is None else limit - len(self.token_ids)
+        return self._speculation.logits(self._ids, left - 1)
 
     def _prefill(self) -> Floats | None:
         """Compute the prompt batch by batch; float32 [1, n_vocab] after its last token, None where it was stopped
@@ -318,11 +334,14 @@ class Generation(Closing):
         stats, engine = self.stats, self._engine
         stats.layer_shares, stats.gate_shares = self._counters.layer_shares(), self._counters.gate_shares()
         stats.layer_neurons = [block.ffn.n_ff if block.ffn else 0 for block in engine.structure.blocks]
-        positions = stats.prompt_tokens + (stats.tokens + 1) / 2
+        kv = engine.kv_bytes(stats.prompt_tokens + (stats.tokens + 1) / 2)
+        if self._speculation:
+            did = self._speculation.did
+            stats.drafted_tokens, stats.accepted_tokens = did.drafted, did.accepted
+            stats.bytes_per_token = did.bytes_read(kv) / max(1, stats.decoded_tokens)
+            return
         activity = Activity(engine.options.ffn, stats.layer_shares, stats.gate_shares)
-        stats.bytes_per_token = bytes_per_token(
-            engine.structure, self._file.tensors, activity, engine.kv_bytes(positions)
-        ).total
+        stats.bytes_per_token = bytes_per_token(engine.structure, self._file.tensors, activity, kv).total
 
 
 def _scores(found: Any, shape: tuple[int, ...]) -> Floats:

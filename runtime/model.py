@@ -45,6 +45,9 @@ def load(
     flash_attention: bool = True,
     n_batch: int = BATCH,
     predictor_bias: float = 0.0,
+    draft_max: int = 8,
+    draft_bias: float | None = None,
+    lookup: bool = False,
     cpus: str | Iterable[int] = (),
     priority: str = "normal",
     device: str = AUTO,
@@ -56,12 +59,15 @@ def load(
     which is fetched.
 
     ffn: "predicted" computes the neurons that the file's predictor expects to fire, "exact" those that fire, "dense"
-    all; default: "predicted" where the file has a predictor that pays, else "exact".
+    all; "verified" gives the tokens of "exact", drafted by "predicted" and checked several at once. Default:
+    "predicted" where the file has a predictor that pays, else "exact".
     threads: default, one per physical core, and no more than the CPU quota allows. n_ctx: context in tokens; default,
     the model's own limit, at most 8192.
     kv_type: "f16" or "f32". n_batch: tokens of a prompt computed at once. flash_attention: False builds attention from
     plain products.
     predictor_bias: more recall (positive) or more speed (negative), in units of the predictors' typical error.
+    draft_max: tokens drafted at once, at most. draft_bias: predictor_bias for the drafts of "verified"; None to choose
+    it while running. lookup: draft what followed where the text's last tokens stood before, in any mode but "dense".
     cpus: processors to compute on, also as text such as "0-3,6" (default: all that the process may use); priority:
     "low", "normal", "medium", "high" or "realtime".
     device: names as `python -m runtime devices` lists them, with commas; "none" for the CPU alone; "auto" for the first
@@ -176,7 +182,7 @@ class Model(Closing):
                 f"{len(known)} tokens, expected 1 to the context of {self.n_ctx}",
                 "split the text, or raise n_ctx if the model allows",
             )
-        return self._sequence.logits(known, every=True)
+        return self._sequence.logits(known, last=len(known))
 
     def generate(
         self,

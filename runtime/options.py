@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from runtime.base.arguments import integer, integers, number, whole
+from runtime.base.arguments import boolean, integer, integers, number, whole
 from runtime.base.arguments import path as as_path
 from runtime.base.processors import Threads, chosen_cpus
 from runtime.base.sizes import parse_budgets
@@ -15,11 +15,12 @@ from runtime.bindings import ggml
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
 
-FFN_MODES = ("predicted", "exact", "dense")
+FFN_MODES = ("predicted", "exact", "verified", "dense")
 KV_TYPES = {"f16": ggml.F16, "f32": ggml.F32}
 AUTO = "auto"  # the first GPU, if there is one
 BATCH = 512  # tokens of a prompt computed at once
 MOST_TOKENS = 1 << 24  # at once
+DRAFT_MAX = 15  # tokens drafted at once: with the one before them, as many as have the same bits in any batch
 DEFAULT_N_CTX = 8192  # at most, where nobody names one: keys and values are allocated when the model is loaded
 
 
@@ -30,7 +31,9 @@ class RunOptions:
     ffn: one of FFN_MODES. threads: None for one per physical core, within the CPU quota. n_ctx: positions.
     kv_type: one of KV_TYPES. flash_attention: False builds attention from plain products.
     n_batch: tokens of a prompt computed at once. predictor_bias: added to the predictors' scores, in units of their
-    typical error; infinity makes every neuron a candidate. cpus: processors to compute on, () for all.
+    typical error; infinity makes every neuron a candidate. draft_max: tokens drafted at once, at most, where `verified`
+    or `lookup` draft any. draft_bias: as predictor_bias, for `verified`'s drafts; None to choose it while running.
+    lookup: draft what followed where the text's last tokens stood before. cpus: processors to compute on, () for all.
     priority: as in runtime/base/processors.py. device: names as `python -m runtime devices` lists them, with commas.
     vram_budget: bytes on each device, () for what is free. hot: neurons of every block, or of each, on the first
     device; with it, all attention and the head are there too. trace: a file for Chrome's trace viewer.
@@ -45,6 +48,9 @@ class RunOptions:
     flash_attention: bool = True
     n_batch: int = BATCH
     predictor_bias: float = 0.0
+    draft_max: int = 8
+    draft_bias: float | None = None
+    lookup: bool = False
     cpus: tuple[int, ...] = ()
     priority: str = "normal"
     device: str = AUTO
@@ -64,6 +70,11 @@ class RunOptions:
             "n_ctx": None if self.n_ctx is None else integer("n_ctx", self.n_ctx),
             "n_batch": whole("n_batch", self.n_batch, 1, MOST_TOKENS),
             "predictor_bias": number("predictor_bias", self.predictor_bias, -math.inf, math.inf),
+            "draft_max": whole("draft_max", self.draft_max, 1, DRAFT_MAX),
+            "draft_bias": None
+            if self.draft_bias is None
+            else number("draft_bias", self.draft_bias, -math.inf, math.inf),
+            "lookup": boolean("lookup", self.lookup),
             "vram_budget": _bytes(self.vram_budget),
             "hot": integers("hot", self.hot),
             "trace": as_path("trace", self.trace) if self.trace else None,
@@ -75,6 +86,7 @@ class RunOptions:
         s, limit = file.structure, file.structure.context_length
         ffn = self.ffn or ("predicted" if any(s.predictor_rank) else "exact")
         _check_mode(file, ffn)
+        _check_drafts(ffn, self)
         n_ctx = min(limit, DEFAULT_N_CTX) if self.n_ctx is None else self.n_ctx
         if not 1 <= n_ctx <= limit:
             raise UserError(f"`{file.path}`: n_ctx {n_ctx}, expected 1 to {limit}, the model's own limit")
@@ -90,6 +102,25 @@ class SettledOptions(RunOptions):
     ffn: str = "exact"
     threads: int = 1
     n_ctx: int = 0
+
+    @property
+    def drafts(self) -> bool:
+        """Whether tokens are drafted, and then checked in batches."""
+        return self.lookup or self.ffn == "verified"
+
+    @property
+    def predicts(self) -> bool:
+        """Whether predictors are used, for the tokens themselves or for drafts."""
+        return self.ffn in ("predicted", "verified")
+
+    @property
+    def deciding(self) -> SettledOptions:
+        """How the logits are computed that decide the tokens."""
+        return self.as_mode("exact", self.predictor_bias) if self.ffn == "verified" else self
+
+    def as_mode(self, ffn: str, predictor_bias: float) -> SettledOptions:
+        """The same, in another mode."""
+        return replace(self, ffn=ffn, predictor_bias=predictor_bias)
 
     @property
     def team(self) -> Threads:
@@ -113,8 +144,22 @@ def _check_mode(file: GgufFile, ffn: str) -> None:
             f"`{file.path}`: has no ffn_down tensors (layout `sparse`), which `dense` mode needs",
             "use --ffn exact, or convert with --layout both",
         )
-    if ffn == "predicted" and not any(file.structure.predictor_rank):
+    if ffn in ("predicted", "verified") and not any(file.structure.predictor_rank):
         raise UserError(
-            f"`{file.path}`: has no predictor that pays, which `predicted` mode needs",
+            f"`{file.path}`: has no predictor that pays, which `{ffn}` mode needs",
             "use --ffn exact, or fit one: python -m predictors fit MODEL.gguf OUT.gguf",
+        )
+
+
+def _check_drafts(ffn: str, options: RunOptions) -> None:
+    if options.lookup and ffn == "dense":
+        raise UserError(
+            "lookup in `dense` mode, expected another: its products depend on how many tokens are computed at once, so "
+            "drafts could change the text",
+            "use --ffn exact, which computes the same",
+        )
+    if (options.lookup or ffn == "verified") and not options.flash_attention:
+        raise UserError(
+            "drafts without flash attention, expected with it: plain products depend on how many tokens are computed "
+            "at once, so drafts could change the text"
         )

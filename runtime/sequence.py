@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,7 @@ import numpy.typing as npt
 from runtime.compute.batch import Batch
 from runtime.compute.counters import Counters
 from runtime.engine import Engine
+from runtime.options import SettledOptions
 
 
 class CachedSequence:
@@ -31,33 +32,64 @@ class CachedSequence:
         """
         return self.engine.exclusively(lambda: self._reusable(ids))
 
-    def logits(
-        self, ids: Sequence[int], every: bool = False, counters: Counters | None = None
-    ) -> npt.NDArray[np.float32]:
-        """Logits after the last of `ids`, float32 [1, n_vocab]; every: at each of them, [n, n_vocab], all computed
-        anew.
+    def logits(self, ids: Sequence[int], last: int = 1, counters: Counters | None = None) -> npt.NDArray[np.float32]:
+        """Logits after each of the last `last` of `ids`, which are computed anew: float32 [last, n_vocab].
 
         counters: what the FFNs did is added to them.
         """
         # What is known is asked where it is changed: another thread's batch, or one whose caller was interrupted,
         # may still be running.
-        return self.engine.exclusively(lambda: self._logits(ids, every, counters))
+        return self.engine.exclusively(lambda: self._logits(ids, last, counters))
 
-    def _logits(self, ids: Sequence[int], every: bool, counters: Counters | None) -> npt.NDArray[np.float32]:
-        start = 0 if every else self._reusable(ids)
+    def _logits(self, ids: Sequence[int], last: int, counters: Counters | None) -> npt.NDArray[np.float32]:
+        start = self._reusable(ids, last)
         self._keep(start)
         new = ids[start:]
-        batch = Batch.of(new, start, self.number, range(len(new)) if every else None)
+        batch = Batch.of(new, start, self.number, range(len(new) - last, len(new)))
         logits = self.engine.compute(batch, {self.number: counters} if counters else None)
         self._ids += new
         return logits
+
+    def drafts(
+        self,
+        ids: Sequence[int],
+        n: int,
+        run: SettledOptions,
+        choose: Callable[[npt.NDArray[np.float32]], int],
+        counters: Counters,
+    ) -> list[int]:
+        """The next n tokens after `ids`, as another way of running the model would have them; nothing of them is kept.
+
+        choose: a token, by logits float32 [n_vocab]. counters: as in `logits`.
+        """
+        return self.engine.exclusively(lambda: self._drafts(list(ids), n, run, choose, counters))
+
+    def _drafts(
+        self,
+        ids: list[int],
+        n: int,
+        run: SettledOptions,
+        choose: Callable[[npt.NDArray[np.float32]], int],
+        counters: Counters,
+    ) -> list[int]:
+        known, end = self._reusable(ids), len(ids)
+        self._keep(known)
+        at = known
+        try:
+            while len(ids) < end + n:
+                batch = Batch.of(ids[at:], at, self.number)
+                at = len(ids)
+                ids.append(choose(self.engine.compute(batch, {self.number: counters}, run)[0]))
+        finally:
+            self._keep(known)
+        return ids[end:]
 
     def _keep(self, length: int) -> None:
         del self._ids[length:]
         self.engine.cells.trim(self.number, length)
 
-    def _reusable(self, ids: Sequence[int]) -> int:
-        known = list(ids[: min(len(self._ids), len(ids) - 1)])
+    def _reusable(self, ids: Sequence[int], last: int = 1) -> int:
+        known = list(ids[: min(len(self._ids), len(ids) - last)])
         if self._ids[: len(known)] == known:
             return len(known)
         return next(n for n, (a, b) in enumerate(zip(self._ids, known, strict=False)) if a != b)

@@ -212,17 +212,17 @@ def test_a_prompt_begun_while_another_is_computed_is_not_taken_for_cached(
     third = model.tokenize(" trees", False)
     expected = model.logits([*second, *third])[-1]
     engine, resetting = model._engine, threading.Thread(target=model._sequence.clear)
-    graph, asked = engine._schedule, []
+    schedule, asked = engine._executor.schedule, []
 
-    def reset_meanwhile(n_tokens: int, n_kv: int, n_outputs: int) -> Any:
-        asked.append(n_tokens)
+    def reset_meanwhile(spec: Any) -> Any:
+        asked.append(spec)
         if len(asked) == 2:
             resetting.start()
             resetting.join(0.5)
-        return graph(n_tokens, n_kv, n_outputs)
+        return schedule(spec)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_schedule", reset_meanwhile)
+        patch.setattr(engine._executor, "schedule", reset_meanwhile)
         model._sequence.logits([*first, *second])
     resetting.join()
     # F16 keys and values in other batches; another context differs by more than 1.

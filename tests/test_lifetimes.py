@@ -212,7 +212,7 @@ def interrupt_when(event: threading.Event) -> threading.Thread:
 @linux
 @pytest.mark.parametrize(
     ("options", "where"),
-    [({}, "ggml_backend_graph_compute"), ({"device": "CPU", "hot": 512}, "ggml_backend_tensor_set")],
+    [({"ffn": "dense"}, "ggml_backend_graph_compute"), ({"device": "CPU", "hot": 512}, "ggml_backend_tensor_set")],
 )
 def test_ctrl_c_while_loading_frees_nothing_that_the_worker_reads(
     path: Path, handles: Handles, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], where: str

@@ -39,12 +39,14 @@ def after(model: runtime.Model, ids: list[int], from_tokens: float) -> Logits:
 @pytest.mark.parametrize("name", ["bundled", "llama-gqa", "opt-pre-norm", "opt-post-norm"])
 @pytest.mark.parametrize("type_name", ["f32", "q4_0", "q8_0", "q4_k"])
 def test_a_dense_prompt_is_that_of_dense_mode(converted: Converted, name: str, type_name: str) -> None:
+    """But for attention and head, whose products add up in another order."""
     path, ids = converted(name, type_name), random_ids(70, 4000)
-    with runtime.load(path, ffn="dense") as model:
+    with runtime.load(path, ffn="dense", kv_type="f32") as model:
         wanted = after(model, ids, NOWHERE)
-    with runtime.load(path, ffn="exact") as model:
-        assert np.array_equal(after(model, ids, EVERYWHERE), wanted)
-        assert np.array_equal(after(model, ids, EVERYWHERE), wanted)
+    with runtime.load(path, ffn="exact", kv_type="f32") as model:
+        found = after(model, ids, EVERYWHERE)
+        assert relative(wanted, found) < (1e-5 if type_name == "f32" else 0.05)
+        assert np.array_equal(after(model, ids, EVERYWHERE), found)
 
 
 @pytest.mark.parametrize("n_tokens", [2, 33, 300])
@@ -138,10 +140,11 @@ def test_each_block_is_repacked_by_its_own_formats(mixed_gguf: Path) -> None:
         few, many = model._engine._dense_from[:2]
         assert model._engine._dense_from == (few, many) * 3
         assert 16 == few < many  # only what is repacked takes longer than its products
-        assert np.array_equal(after(model, ids, EVERYWHERE), wanted)
+        assert relative(wanted, after(model, ids, EVERYWHERE)) < 0.05
         scratch = model._engine._executor.cache._scratch
         assert scratch is not None
-        assert sorted(name.split(",")[0] for name in scratch.tensors) == ["ffn_down", "ffn_gate", "ffn_up"]
+        places = {name.split(".")[0] for name in scratch.tensors}
+        assert {place for place in places if place.startswith("ffn")} == {"ffn_down", "ffn_gate", "ffn_up"}
 
 
 def test_a_prompt_for_which_a_devices_memory_grows_keeps_what_it_repacks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -17,8 +18,8 @@ from oracle import Logits, random_ids, relative
 import runtime
 from convert.formats import NUMBERS, encode
 from runtime.base.worker import on_worker
-from runtime.bindings import ggml
-from runtime.compute import repack
+from runtime.bindings import ggml, sparse_ffn
+from runtime.compute import products, repack
 from runtime.compute.weights import new_context
 from runtime.model_file.reader import GgufFile
 
@@ -28,7 +29,7 @@ Converted = Callable[..., Path]
 NAMES = {number: name for name, number in NUMBERS.items()}
 
 
-def products(kind: int, weights: np.ndarray[Any, Any], x: np.ndarray[Any, Any]) -> dict[str, Logits]:
+def product_by_layout(kind: int, weights: np.ndarray[Any, Any], x: np.ndarray[Any, Any]) -> dict[str, Logits]:
     """weights [n_out, n_in] encoded as `kind`, times x [n_tokens, n_in]: plain, and from each extra buffer type that can hold them."""
     backend = ggml.ggml_backend_cpu_init()
     device = ggml.ggml_backend_get_device(backend)
@@ -65,7 +66,7 @@ def products(kind: int, weights: np.ndarray[Any, Any], x: np.ndarray[Any, Any]) 
 def test_repacked_products_are_those_of_plain_matrices(kind: int, shape: tuple[int, int], n_tokens: int) -> None:
     rng = np.random.default_rng(0)
     weights, x = rng.standard_normal(shape, np.float32), rng.standard_normal((n_tokens, shape[1]), np.float32)
-    found = on_worker(lambda: products(kind, weights, x))
+    found = on_worker(lambda: product_by_layout(kind, weights, x))
     plain = found.pop("plain")
     assert relative(x @ weights.T, plain) < 0.15  # four bits
     for repacked in found.values():
@@ -93,22 +94,38 @@ def logits(path: Path, ids: list[int], **options: Any) -> tuple[Logits, int]:
         return model.logits(ids), len(model._engine.weights.copies)
 
 
-@pytest.mark.parametrize("ffn", ["exact", "dense"])
 @pytest.mark.parametrize("name", ["bundled", *CHECKPOINTS])
-def test_repacked_models_compute_the_same(
-    converted: Converted, monkeypatch: pytest.MonkeyPatch, name: str, ffn: str
-) -> None:
+def test_repacked_models_compute_the_same(converted: Converted, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     path, ids = converted(name, "q4_0"), random_ids(40, 4000)
-    repacked, n_repacked = logits(path, ids, ffn=ffn)
+    repacked, n_repacked = logits(path, ids, ffn="dense")
     monkeypatch.setattr(repack, "GAINING", frozenset())
-    plain, n_plain = logits(path, ids, ffn=ffn)
+    plain, n_plain = logits(path, ids, ffn="dense")
     assert n_plain == 0
     assert (
         relative(plain, repacked) < 0.02
     )  # sums in another order flip roundings of activations to 8 bits; a wrong layout gives 1
+    assert bool(n_repacked) == has_q4_0_attention(path)
+
+
+@pytest.mark.parametrize("name", ["bundled", *CHECKPOINTS])
+def test_attention_that_is_repacked_for_a_batch_computes_the_same(
+    converted: Converted, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path, ids, found = converted(name, "q4_0"), random_ids(40, 4000), []
+    for n_tokens in (math.inf, 17):
+        monkeypatch.setattr(products, "_REPACKED_FROM", dict.fromkeys(sparse_ffn.VARIANTS, n_tokens))
+        monkeypatch.setattr(products, "_OTHERS_FROM", n_tokens)
+        with runtime.load(path, kv_type="f32", ffn="exact") as model:
+            found.append(model.logits(ids))
+            used = model._engine._executor.cache._scratch
+            assert bool(used and used.tensors) == (n_tokens == 17 and has_q4_0_attention(path))
+    plain, repacked = found
+    assert relative(plain, repacked) < 0.02
+
+
+def has_q4_0_attention(path: Path) -> bool:
     with GgufFile(path) as file:
-        some = any(".attn_q." in n and t.type == "q4_0" for n, t in file.tensors.items())
-    assert bool(n_repacked) == some
+        return any(".attn_q." in n and t.type == "q4_0" for n, t in file.tensors.items())
 
 
 def test_a_tied_head_is_repacked_beside_the_embeddings(converted: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +134,7 @@ def test_a_tied_head_is_repacked_beside_the_embeddings(converted: Converted, mon
     with GgufFile(path) as file:
         head = file.tensors["token_embd.weight"]
     monkeypatch.setattr(repack, "GAINING", frozenset({*repack.GAINING, head.type_id}))
-    with runtime.load(path) as model:
+    with runtime.load(path, ffn="dense") as model:
         weights = model._engine.weights
         copied = "token_embd.weight" in weights.copies
         assert copied == (weights.matrix("token_embd.weight").data != weights["token_embd.weight"].data)

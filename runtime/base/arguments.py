@@ -47,6 +47,13 @@ def number(name: str, value: Any, low: float, high: float) -> float:
     return found
 
 
+def boolean(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise _wrong(name, value, "True or False")
+    return value
+
+
 def limit(name: str, value: Any) -> int | None:
     """The most of something; None and -1: no limit."""
     found = None if value is None else whole(name, value, -1, (1 << 31) - 1)

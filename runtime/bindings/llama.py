@@ -29,6 +29,10 @@ class SamplerP(Handle):
     spelling = "struct llama_sampler *"
 
 
+class ConstSamplerP(SamplerP):
+    spelling = "const struct llama_sampler *"
+
+
 class llama_model_kv_override(ctypes.Structure):
     # the union's widest member is the string
     _fields_ = [
@@ -138,6 +142,8 @@ def llama_sampler_apply(smpl: SamplerP, cur_p: TokenDataArrayP) -> None: ...
 def llama_sampler_accept(smpl: SamplerP, token: Token) -> None: ...
 @stub(LLAMA)
 def llama_sampler_reset(smpl: SamplerP) -> None: ...
+@stub(LLAMA)
+def llama_sampler_clone(smpl: ConstSamplerP) -> SamplerP: ...
 @stub(LLAMA)
 def llama_sampler_free(smpl: SamplerP) -> None: ...
 @stub(LLAMA)

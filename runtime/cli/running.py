@@ -24,7 +24,8 @@ from runtime.text.sampling import Sampling
 
 # The fields of `RunOptions` that commands offer.
 _RUN_OPTIONS = {
-    *("ffn", "threads", "n_ctx", "kv_type", "predictor_bias", "cpus", "priority", "device", "vram_budget", "trace"),
+    *("ffn", "threads", "n_ctx", "kv_type", "predictor_bias", "draft_max", "draft_bias", "lookup"),
+    *("cpus", "priority", "device", "vram_budget", "trace"),
 }
 
 
@@ -36,7 +37,7 @@ def add_loading(parser: Parser) -> None:
     group.add_argument(
         "--ffn",
         choices=FFN_MODES,
-        help="compute the neurons expected to fire, those that do, or all "
+        help="compute the neurons expected to fire, those that do (verified: the same, drafted by predicted), or all "
         "(predicted where the file has a predictor, else exact)",
     )
     group.add_argument(
@@ -46,6 +47,19 @@ def add_loading(parser: Parser) -> None:
         metavar="X",
         help="compute more neurons (above 0; inf: all that fire) or fewer, "
         "in units of the predictor's typical error (0)",
+    )
+    group.add_argument(
+        "--draft-max",
+        type=int,
+        default=8,
+        metavar="N",
+        help="tokens drafted at once by verified or --lookup, at most (8)",
+    )
+    group.add_argument(
+        "--draft-bias", type=float, metavar="X", help="--predictor-bias of verified's drafts (chosen while running)"
+    )
+    group.add_argument(
+        "--lookup", action="store_true", help="draft what followed where the last tokens stood before; changes no token"
     )
     group.add_argument("--threads", "-t", type=int, metavar="N", help="default: one per physical core")
     group.add_argument(

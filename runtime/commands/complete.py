@@ -81,6 +81,8 @@ def _result(model: Model, generation: Generation) -> dict[str, Any]:
         "computed_share": stats.computed_share,
         "layer_shares": stats.layer_shares,
         "bytes_per_token": stats.bytes_per_token,
+        "drafted_tokens": stats.drafted_tokens,
+        "accepted_tokens": stats.accepted_tokens,
         "prompt_tokens": stats.prompt_tokens,
         "prompt_tokens_per_s": stats.prompt_tokens_per_s,
         "stop_reason": generation.stop_reason,

@@ -27,6 +27,8 @@ def footer(stats: Stats, stop_reason: str | None) -> str:
         f"{share(stats.computed_share)} of neurons computed",
         f"{size(stats.bytes_per_token)} per token",
     ]
+    if stats.drafted_tokens:
+        parts.append(f"{stats.accepted_tokens} of {stats.drafted_tokens} drafts accepted")
     return " · ".join([*parts, _REASONS[stop_reason]] if stop_reason in _REASONS else parts)
 
 

@@ -181,6 +181,8 @@ class Session:
         note(f"prompt tokens       {total['prompt_tokens']}, {total['cached_tokens']} of them cached")
         note(f"neurons computed    {share(total['computed_share'])} ({self.model.ffn})")
         note(f"bytes per token     {size(total['bytes_per_token'])}")
+        if total["drafted_tokens"]:
+            note(f"drafts              {total['drafted_tokens']}, {total['accepted_tokens']} of them right")
         note(f"context             {last.positions} of {self.model.n_ctx} tokens after the last reply{dropped}")
         print_layers("last reply, neurons computed by layer", last.stats.layer_shares)
 
@@ -192,6 +194,8 @@ class Session:
             "tokens_per_s": total.tokens_per_s,
             "computed_share": total.computed_share,
             "bytes_per_token": total.bytes_per_token,
+            "drafted_tokens": total.drafted_tokens,
+            "accepted_tokens": total.accepted_tokens,
             "prompt_tokens": total.prompt_tokens,
             "cached_tokens": total.cached_tokens,
         }

@@ -6,12 +6,14 @@ Shapes in comments are ggml's: the contiguous dimension first.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from runtime.bindings import ggml, sparse_ffn
 from runtime.compute.kv_cache import KvCache
-from runtime.compute.operators import add_tiled, add_tiled_product
-from runtime.compute.repack import Repacked
+from runtime.compute.operators import add_product, add_tiled, add_tiled_product
+from runtime.compute.products import by_rows, repacked_from
+from runtime.compute.repack import Fill, Repacked
 from runtime.compute.weights import Tensors
 from runtime.model_file import tensor_names as n
 from runtime.model_file.structure import Structure
@@ -58,10 +60,10 @@ class Inputs:
 class Builder:
     """One ggml context, and what is added to it: of a whole model, or of a part.
 
-    device: what will compute it. scratch: where matrices of one block are repacked, for blocks that are computed
-    densely without being copied. ffns: the userdata of our own operators, by block; must live as long as the graph.
-    taps: inner results, by role, where the spec asks for them. arranged: what matrices were multiplied with so far, as
-    tiles want it.
+    device: what will compute it. own: whether our operators may, which only the CPU can. scratch: where matrices of one
+    block are repacked for a batch. ffns, products: the userdata of our own operators; must live as long as the graph.
+    placed: repacked matrices, by the tensor that they are copies of. taps: inner results, by role, where the spec asks
+    for them. arranged: what matrices were multiplied with so far, as tiles want it.
     """
 
     ctx: ggml.ContextP
@@ -71,8 +73,11 @@ class Builder:
     spec: GraphSpec
     inputs: Inputs
     device: ggml.DeviceP
+    own: bool = False
     scratch: Repacked | None = None
     ffns: dict[int, sparse_ffn.Ffn] = field(default_factory=dict)
+    products: list[sparse_ffn.Product] = field(default_factory=list)
+    placed: dict[str, ggml.TensorP] = field(default_factory=dict)
     taps: dict[str, ggml.TensorP] = field(default_factory=dict)
     arranged: dict[tuple[int | None, int | None], ggml.TensorP] = field(default_factory=dict)
 
@@ -87,15 +92,44 @@ class Builder:
         return self.biased(self.times(n.weight(stem), x), stem)
 
     def times(self, name: str, x: ggml.TensorP) -> ggml.TensorP:
-        """The product of a matrix [n_in, n_out] with x [n_in, n]: [n_out, n]."""
+        """A whole matrix [n_in, n_out] with every token: x [n_in, n] -> [n_out, n]."""
+        matrix, n_tokens = self.placed.get(name), x.ne[1]
+        if matrix is None and self.own and self.spec.run.ffn != "dense" and by_rows(self.w[name], n_tokens):
+            matrix = self.w[name]
+            product = sparse_ffn.multiplier(matrix.type, matrix.ne[0], matrix.ne[1], self.spec.run.threads)
+            self.products.append(product)
+            return add_product(self.ctx, x, matrix, product)
+        if matrix is None and self.spec.tiled and (tiles := self._tiles(name)):
+            return self._tiled(self.w[name], tiles, x)
+        return ggml.ggml_mul_mat(self.ctx, matrix or self.w.matrix(name), x)
+
+    def _tiles(self, name: str) -> sparse_ffn.Tiles | None:
         stored = self.w[name]
-        tiles = sparse_ffn.tiles(stored.type, *stored.ne[:2]) if self.spec.tiled else None
-        if tiles is None:
-            return ggml.ggml_mul_mat(self.ctx, self.w.matrix(name), x)
+        return sparse_ffn.tiles(stored.type, stored.ne[0], stored.ne[1])
+
+    def _tiled(self, matrix: ggml.TensorP, tiles: sparse_ffn.Tiles, x: ggml.TensorP) -> ggml.TensorP:
         key = x.value, tiles.kernels
         if key not in self.arranged:
             self.arranged[key] = add_tiled(self.ctx, x, tiles)
-        return add_tiled_product(self.ctx, self.arranged[key], stored, tiles, x.ne[1])
+        return add_tiled_product(self.ctx, self.arranged[key], matrix, tiles, x.ne[1])
+
+    def repacked(self, x: ggml.TensorP, names: Collection[str], release: Collection[str] = ()) -> ggml.TensorP:
+        """Let matrices be repacked before x is used, where there is a place for them; returns x, to be used from here
+        on.
+
+        release: whose pages of the file are not needed afterwards.
+        """
+        if not self.scratch:
+            return x
+        found = {name: self.scratch.tensors.get(place_of(name, self.w[name])) for name in names}
+        self.placed.update({name: place for name, place in found.items() if place})
+        fills = [Fill(place_of(name, self.w[name]), name, name in release) for name in self.placed if name in found]
+        return self.scratch.add_fill(self.ctx, x, fills) if fills else x
+
+    def repacked_for_batch(self, x: ggml.TensorP, names: Collection[str]) -> ggml.TensorP:
+        """As `repacked`, for those matrices only that gain by it with so many tokens."""
+        some = [name for name in names if self.spec.n_tokens >= repacked_from(self.w[name])] if self.own else ()
+        return self.repacked(x, some)
 
     def biased(self, x: ggml.TensorP, stem: str) -> ggml.TensorP:
         """x plus the bias of that stem, where there is one."""
@@ -105,3 +139,12 @@ class Builder:
     def scaled(self, x: ggml.TensorP, factor: float) -> ggml.TensorP:
         """x times a factor; x itself where that is 1."""
         return x if factor == 1 else ggml.ggml_scale_bias(self.ctx, x, factor, 0.0)
+
+
+def place_of(name: str, tensor: ggml.TensorP) -> str:
+    """What the scratch memory calls a matrix: one place for all blocks whose matrices are alike, of which they need not
+    have the same formats and shapes.
+    """
+    block = n.parsed(name)
+    n_in, n_out = tensor.ne[:2]
+    return f"{block[1] if block else name}, type {tensor.type}, {n_in} x {n_out}"

@@ -84,7 +84,7 @@ class Repacked(Closing):
         self.tensors: dict[str, ggml.TensorP] = {}
         self._weights = weights
         self._buffers: list[ggml.BufferP] = []
-        self._fills: dict[int, list[Fill]] = {}
+        self._fills: list[tuple[Fill, ...]] = []  # an operation's userdata is its place here
         self._failed: Exception | None = None
         self._operator = ggml.CUSTOM1_OP(self._run)
         device = ggml.ggml_backend_get_device(backend)
@@ -108,13 +108,15 @@ class Repacked(Closing):
         self._buffers.append(handles.add(buffer, ggml.ggml_backend_buffer_free))
         self.tensors |= made
 
-    def add_fill(self, ctx: ggml.ContextP, x: ggml.TensorP, key: int, fills: Sequence[Fill]) -> ggml.TensorP:
+    def add_fill(self, ctx: ggml.ContextP, x: ggml.TensorP, fills: Sequence[Fill]) -> ggml.TensorP:
         """Add an operation that fills matrices, each by one thread; names that are not in `tensors` are passed over.
 
-        Returns x, to be used by whatever must come after. key: tells the operations of one graph apart; the same one
-        means the same fills.
+        Returns x, to be used by whatever must come after.
         """
-        self._fills[key] = [fill for fill in fills if fill.name in self.tensors]
+        wanted = tuple(fill for fill in fills if fill.name in self.tensors)
+        if wanted not in self._fills:
+            self._fills.append(wanted)
+        key = self._fills.index(wanted)
         address = ctypes.cast(self._operator, ctypes.c_void_p).value
         return ggml.ggml_map_custom1_inplace(ctx, x, address, ggml.N_TASKS_MAX, key)
 
@@ -177,7 +179,7 @@ def _fill(copies: Repacked, backend: ggml.BackendP, fills: Sequence[Fill]) -> No
         context = handles.add(new_context(4, ggml.ggml_graph_overhead_custom(4, False)), ggml.ggml_free)
         graph = ggml.ggml_new_graph_custom(context, 4, False)
         x = ggml.ggml_new_tensor_1d(context, ggml.F32, 1)
-        ggml.ggml_build_forward_expand(graph, copies.add_fill(context, x, 0, fills))
+        ggml.ggml_build_forward_expand(graph, copies.add_fill(context, x, fills))
         handles.add(ggml.ggml_backend_alloc_ctx_tensors(context, backend), ggml.ggml_backend_buffer_free)
         check_status(ggml.ggml_backend_graph_compute(backend, graph), "the CPU")
         copies.check()

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from runtime.bindings.ffn_shape import FfnShape
 from runtime.model_file import tensor_names as names
 from runtime.model_file.reader import TensorInfo
@@ -59,6 +62,17 @@ def bytes_per_token(
     always = (names.OUTPUT_NORM, names.OUTPUT_PROJ, names.TOKEN_EMBD_PROJ, names.ROPE_FREQS)
     other += sum(t.nbytes for name, t in tensors.items() if name.startswith(always) or f".{names.FFN_NORM}" in name)
     return Traffic(ffn=ffn, attention=attention, head=head, other=other, kv=kv_bytes)
+
+
+def union(frequencies: npt.NDArray[np.float64], share: float, n: int) -> float:
+    """Share of neurons that n tokens need together, of which each needs `share`, if neurons fire independently.
+
+    frequencies: how often each fires, [n_ff]; they say how much tokens have in common.
+    """
+    usual = float(frequencies.mean())
+    if n == 1 or not usual:
+        return min(1.0, n * share)
+    return min(1.0, share / usual * float(1 - np.mean((1 - frequencies) ** n)))
 
 
 def kv_bytes(s: Structure, n_positions: float, element_size: int) -> float:

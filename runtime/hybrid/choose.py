@@ -68,7 +68,7 @@ def arrange(file: GgufFile, run: SettledOptions) -> Arrangement | None:
             )
             raise UserError(f"{k} hot neurons, expected {'one of ' if others else ''}{first}{more}")
         placement = evaluate(blocks, head, machine, 0, True, hot)
-    tensor_map = of_placement(file.structure, placement, run.ffn == "predicted")
+    tensor_map = of_placement(file.structure, placement, run.predicts)
     return Arrangement(devices, options.budgets, placement, tensor_map, scratch_of(file.structure, options))
 
 

@@ -64,8 +64,8 @@ class PlanOptions:
 
     @property
     def ffn(self) -> str:
-        """The mode."""
-        return self.run.ffn
+        """The mode; of `verified` that of its drafts, which are most of its work."""
+        return "predicted" if self.run.predicts else self.run.ffn
 
     @property
     def n_ctx(self) -> int:

@@ -9,9 +9,9 @@ from runtime.base import worker
 from runtime.base.closing import Closing, Handles
 from runtime.base.figures import memory
 from runtime.bindings import ggml
-from runtime.compute.builder import GraphSpec
-from runtime.compute.ffns.neurons import staged_as
+from runtime.compute.builder import GraphSpec, place_of
 from runtime.compute.kv_cache import padded_cells
+from runtime.compute.products import repacked_from
 from runtime.compute.repack import Repacked, repack
 from runtime.compute.trace import Trace
 from runtime.compute.weights import Weights
@@ -26,13 +26,8 @@ from runtime.hybrid.tensor_map import CPU, TensorMap
 from runtime.model_file import tensor_names as n
 from runtime.options import SettledOptions
 
-# By mode: matrices of a block that every token is multiplied with as a whole.
-_ALWAYS = r"attn_(q|k|v|output)"
-_EVERY_TOKEN_MULTIPLIES = {
-    "exact": re.compile(rf"({_ALWAYS})\.weight"),
-    "predicted": re.compile(rf"({_ALWAYS}|predictor_in)\.weight"),
-    "dense": re.compile(rf"({_ALWAYS}|ffn_(gate|up|down))\.weight"),
-}
+# Matrices of a block that every token is multiplied with as a whole.
+_MULTIPLIED = re.compile(r"(attn_(q|k|v|output)|ffn_(gate|up|down))\.weight")
 
 
 class Executor(Closing):
@@ -57,8 +52,9 @@ class Executor(Closing):
         self.device_bytes: tuple[int, ...] = ()  # of all buffers on each device
         with Handles() as handles:
             devices = open_queues(handles, arrangement.devices, options.threads, trace) if arrangement else []
-            multiplied = [name for name in weights.tensors if multiplies(tensor_map, name, options.ffn)]
-            handles.enter_context(repack(weights, backend, multiplied))
+            if options.ffn == "dense":
+                multiplied = [name for name in weights.tensors if multiplies(tensor_map, name)]
+                handles.enter_context(repack(weights, backend, multiplied))
             worker.stop_if_unwanted()
             cells, kv_type = padded_cells(options.n_ctx), options.kv_type_id
             self.sides = Sides(weights, tensor_map, CpuQueue(backend, trace), devices, cells, kv_type)
@@ -107,22 +103,30 @@ class Executor(Closing):
         """Where a block's matrices are repacked for a batch; one for all schedules, and None where nothing is computed
         that way.
         """
-        whole = self.map.whole_on_cpu
-        limits = {i: spec.dense_from[i] for i in whole} if spec.dense_from else {}
+        if spec.run.ffn == "dense":
+            return None
+        limits = self._attention_limits()
+        if spec.dense_from:
+            for i in self.map.whole_on_cpu:
+                limits |= dict.fromkeys((n.weight_of(i, stem) for stem in n.FFN_MATRICES), spec.dense_from[i])
         if not any(spec.n_tokens >= limit for limit in limits.values()):
             return None
-        dense = [i for i, limit in limits.items() if limit < math.inf]
-        names = [(stem, n.weight_of(i, stem)) for i in dense for stem in n.FFN_MATRICES]
-        held = {staged_as(stem, t.type): name for stem, name in names if (t := self._weights.get(name))}
-        return self.cache.scratch(lambda: Repacked(self._weights, self._backend, held))
+        held = {name: t for name, limit in limits.items() if limit < math.inf and (t := self._weights.get(name))}
+        places = {place_of(name, tensor): name for name, tensor in held.items()}
+        return self.cache.scratch(lambda: Repacked(self._weights, self._backend, places))
+
+    def _attention_limits(self) -> dict[str, float]:
+        """From how many tokens at once on each of the attention's matrices on the CPU is repacked for a batch."""
+        names = (n.weight_of(i, stem) for i in self.map.homes(CPU) for stem in n.ATTENTION_MATRICES)
+        return {name: repacked_from(tensor) for name in names if (tensor := self._weights.get(name))}
 
     def close(self) -> None:
         """Free everything but the mapped weights, when the devices have ended what they do."""
         self._handles.close()
 
 
-def multiplies(tensor_map: TensorMap, name: str, ffn: str) -> bool:
-    """Whether the CPU multiplies with all of a matrix for every token, in a mode of the FFN."""
+def multiplies(tensor_map: TensorMap, name: str) -> bool:
+    """Whether the CPU multiplies with all of a matrix for every token, in `dense` mode."""
     block = n.parsed(name)
     if block is None:
         if name == n.weight(n.TOKEN_EMBD_PROJ):
@@ -131,4 +135,4 @@ def multiplies(tensor_map: TensorMap, name: str, ffn: str) -> bool:
     i, short = block
     if tensor_map.blocks[i].home != CPU or (short.startswith("ffn") and i not in tensor_map.whole_on_cpu):
         return False
-    return _EVERY_TOKEN_MULTIPLIES[ffn].fullmatch(short) is not None
+    return _MULTIPLIED.fullmatch(short) is not None

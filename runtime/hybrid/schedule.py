@@ -43,6 +43,21 @@ class Compute:
 
 
 @dataclass(frozen=True)
+class InOneOrder:
+    """Let the CPU's attention add up in the same order for any batch and any number of cells, or in the fastest one.
+
+    ggml else divides the cells of a single query among threads, and takes many queries in tiles.
+    """
+
+    queue: Queue
+    wanted: bool
+
+    def run(self) -> None:
+        """Set it, for what is computed from here on."""
+        ggml.ggml_backend_cpu_set_use_ref(self.queue.backend, self.wanted)
+
+
+@dataclass(frozen=True)
 class Upload:
     """Copy a tensor from main memory to a device."""
 
@@ -98,7 +113,8 @@ class Schedule(Closing):
 
     inputs: tensors in main memory that `run` fills, the ids or hidden states first. result: where it finds the result.
     steps: what it does in between.
-    devices: queues that it lets work. ffns: what our own operators count, by block. taps: inner results in main memory,
+    devices: queues that it lets work. ffns: what our own operators count, by block. products: what others of them read.
+    taps: inner results in main memory,
     where the spec asks for them. scratch: see `Builder`.
     """
 
@@ -108,6 +124,7 @@ class Schedule(Closing):
     steps: Sequence[Step]
     devices: Sequence[Queue]
     ffns: Mapping[int, Sequence[sparse_ffn.Ffn]]
+    products: Sequence[sparse_ffn.Product]
     taps: Mapping[str, ggml.TensorP]
     scratch: Repacked | None
     trace: Trace | None

@@ -16,7 +16,7 @@ from runtime.compute.blocks import AtFfn, Blocks
 from runtime.compute.builder import Builder, GraphSpec, Inputs
 from runtime.compute.ffns import ffn_of
 from runtime.compute.repack import Repacked
-from runtime.hybrid.schedule import Compute, Download, Schedule, SetMark, Step, Upload, Wait
+from runtime.hybrid.schedule import Compute, Download, InOneOrder, Schedule, SetMark, Step, Upload, Wait
 from runtime.hybrid.sides import Sides
 from runtime.hybrid.subgraphs import Subgraph, Subgraphs, check_supported
 from runtime.hybrid.tensor_map import CPU, Piece
@@ -47,6 +47,7 @@ def build(spec: GraphSpec, sides: Sides, scratch: Repacked | None = None) -> Sch
             building.steps,
             [d.queue for d in sides.devices],
             building.ffns,
+            building.products,
             building.taps,
             scratch,
             sides.cpu.queue.trace,
@@ -64,8 +65,10 @@ class _Building:
         self._map, self._s = sides.map, sides.map.structure
         self._first = spec.first or 0
         self._end = self._s.block_count if spec.end is None else spec.end
-        self.steps: list[Step] = []
+        few = spec.n_tokens <= sparse_ffn.FEW_TOKENS and spec.run.ffn != "dense"
+        self.steps: list[Step] = [InOneOrder(sides.cpu.queue, few)]
         self.ffns: dict[int, list[sparse_ffn.Ffn]] = {}
+        self.products: list[sparse_ffn.Product] = []
         self.taps: dict[str, ggml.TensorP] = {}
         self.inputs = {side: self._new_inputs(side) for side in range(len(self._sides)) if self._computes(side)}
         for side in self.inputs:
@@ -183,11 +186,18 @@ class _Building:
     def _sees_stream(self, i: int) -> bool:
         """Whether the CPU chooses among neurons of block `i` by the hidden states before the FFN's norm."""
         s, here = self._s, bool(self._map.blocks[i].on(CPU)) and not self._map.scored_at_home(i)
-        return here and self._map.predicted and s.rank(i) > 0 and s.predictor_tap == "residual"
+        return here and self._predicts and s.rank(i) > 0 and s.predictor_tap == "residual"
+
+    @property
+    def _predicts(self) -> bool:
+        return self._map.predicted and self._spec.run.ffn == "predicted"
+
+    def _scored_at_home(self, i: int) -> bool:
+        return self._predicts and self._map.scored_at_home(i)
 
     def _leave_scores(self, at: AtFfn, i: int) -> None:
         """Where a device is home to block `i`: the predictor's scores of the CPU's neurons."""
-        if not self._map.scored_at_home(i):
+        if not self._scored_at_home(i):
             return
         seen = at.stream if self._s.predictor_tap == "residual" else at.x
         for k, piece in enumerate(self._map.blocks[i].on(CPU)):
@@ -226,11 +236,13 @@ class _Building:
             spec,
             self.inputs[CPU],
             side.queue.device,
+            piece.side == CPU,
             scratch,
             ffns,
+            self.products,
         )
         ffn = ffn_of(builder, i, shape.part(piece.length))
-        if piece.side == CPU and self._map.scored_at_home(i):
+        if piece.side == CPU and self._scored_at_home(i):
             product = ffn.native(x, ffn.chosen(self._graphs[CPU].at(f"scores {k}", piece.length, x.ne[1])))
         else:
             product = ffn.product(x, stream)
@@ -265,7 +277,11 @@ class _Building:
     def _builder(self) -> Builder:
         side, inputs = self._sides[self._side], self.inputs.get(self._side, self.inputs[CPU])
         ctx, spec = self._subgraph().ctx, self._spec_on(self._side)
-        return Builder(ctx, self._s, side.tensors, side.kv, spec, inputs, side.queue.device)
+        own = self._side == CPU
+        scratch = self._scratch if own else None
+        return Builder(
+            ctx, self._s, side.tensors, side.kv, spec, inputs, side.queue.device, own, scratch, {}, self.products
+        )
 
     def _blocks(self) -> Blocks:
         return Blocks(self._builder())

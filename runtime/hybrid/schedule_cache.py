@@ -6,11 +6,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from runtime.base.closing import Closing
+from runtime.bindings.sparse_ffn import FEW_TOKENS
 from runtime.compute.builder import GraphSpec
 from runtime.compute.repack import Repacked
 from runtime.hybrid.schedule import Schedule
 
-_KEPT = 4
+_KEPT_SMALL, _KEPT_LARGE = 12, 4  # of up to FEW_TOKENS tokens; of prompts
 
 
 class ScheduleCache(Closing):
@@ -22,15 +23,16 @@ class ScheduleCache(Closing):
 
     def get(self, spec: GraphSpec, make: Callable[[], Schedule]) -> Schedule:
         """The schedule of `spec`, made where it is not kept."""
-        if spec.n_tokens == 1:
+        if not _is_large(spec):
             # Prompts seldom have the same length twice, and what their schedules hold is large.
-            self._drop(lambda kept: kept.n_tokens > 1)
+            self._drop(_is_large)
         kept = self._schedules.get(spec)
         if kept:
             self._schedules.move_to_end(spec)
             return kept
-        if len(self._schedules) >= _KEPT:
-            self._drop(next(iter(self._schedules)).__eq__)
+        like = [other for other in self._schedules if _is_large(other) == _is_large(spec)]
+        if len(like) >= (_KEPT_LARGE if _is_large(spec) else _KEPT_SMALL):
+            self._drop(like[0].__eq__)
         made = self._schedules[spec] = make()
         return made
 
@@ -61,3 +63,7 @@ class ScheduleCache(Closing):
         if self._scratch and not any(schedule.scratch for schedule in self._schedules.values()):
             self._scratch.close()
             self._scratch = None
+
+
+def _is_large(spec: GraphSpec) -> bool:
+    return spec.n_tokens > FEW_TOKENS

@@ -61,6 +61,7 @@ def row_matrices(ffn: FfnShape) -> tuple[str, ...]:
     return (FFN_GATE, FFN_UP, FFN_DOWN_T) if ffn.gated else (FFN_UP, FFN_DOWN_T)
 
 
+ATTENTION_MATRICES = (ATTN_Q, ATTN_K, ATTN_V, ATTN_OUTPUT)
 FFN_MATRICES = (FFN_GATE, FFN_UP, FFN_DOWN)  # what ggml multiplies with
 
 # Of an FFN, what has neurons as its rows (vectors: as its elements), in the matrices that every file has.

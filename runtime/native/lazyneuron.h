@@ -108,6 +108,7 @@ LZN_API bool lzn_has_variant(int32_t variant);
 LZN_API const void * lzn_kernels(int32_t type, int32_t variant);
 LZN_API const void * lzn_tile_kernels(int32_t type, int32_t variant);
 LZN_API size_t lzn_arranged_size(const void * kernels, int64_t n);
+LZN_API bool lzn_unpacks_once(const void * kernels);  // a row for several tokens
 
 // What happens when ggml gives up (an assertion, a lost device) or nobody catches a C++ exception: one line on stderr,
 // exit status 1. `lzn_on_abort` is a ggml_abort_callback_t; `lzn_guard` sets the handler of exceptions.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import math
 import secrets
@@ -110,6 +111,16 @@ class Sampler(Closing):
     def accept(self, token: int) -> None:
         """Take `token` as the next one of the sequence, e.g. one of the prompt's, for the repeat penalty."""
         llama.llama_sampler_accept(self._open_chain, token)
+
+    def clone(self) -> Sampler:
+        """Another sampler in this one's state, which chooses what this one would. Call its `close`, too."""
+        other = copy.copy(self)
+        other._candidates, other._array = np.zeros_like(self._candidates), llama.llama_token_data_array()
+        with Handles() as handles:
+            clone = llama.llama_sampler_clone(llama.ConstSamplerP(self._open_chain.value))
+            other._chain = handles.add(clone, llama.llama_sampler_free)
+            other._handles = handles.pop_all()
+        return other
 
     def reset(self) -> None:
         """Forget the tokens seen and start the random sequence again."""

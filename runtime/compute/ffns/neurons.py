@@ -12,7 +12,6 @@ from runtime.bindings import ggml, sparse_ffn
 from runtime.bindings.ffn_shape import FfnShape
 from runtime.compute.builder import Builder
 from runtime.compute.operators import NativeTensors, add_choice, add_native_ffn, add_predictor
-from runtime.compute.repack import Fill
 from runtime.model_file import tensor_names as n
 
 
@@ -57,39 +56,21 @@ class NeuronFfn:
 
     def dense(self, x: ggml.TensorP) -> ggml.TensorP:
         """The product through ggml's own products of every neuron."""
-        b, staged = self.b, self._staged()
-        if staged and b.scratch:
-            # No other mode reads `ffn_down`: its pages are released again.
-            fills = [
-                Fill(staged_as(stem, tensor.type), n.weight_of(self.i, stem), release=stem == n.FFN_DOWN)
-                for stem, tensor in staged.items()
-            ]
-            x = b.scratch.add_fill(b.ctx, x, self.i, fills)
-
-        def times(x: ggml.TensorP, stem: str) -> ggml.TensorP:
-            place = staged.get(stem)
-            return ggml.ggml_mul_mat(b.ctx, place, x) if place else b.times(n.weight_of(self.i, stem), x)
-
-        h = b.taps["up"] = b.biased(times(x, n.FFN_UP), self._named(n.FFN_UP))
+        b = self.b
+        names = [name for stem in n.FFN_MATRICES if b.w.get(name := n.weight_of(self.i, stem))]
+        # No other mode reads `ffn_down`: its pages are released again.
+        x = b.repacked(x, names, release=[n.weight_of(self.i, n.FFN_DOWN)])
+        h = b.taps["up"] = b.linear(x, self._named(n.FFN_UP))
         if self.shape.gated:
-            gate = b.taps["gate"] = b.biased(times(x, n.FFN_GATE), self._named(n.FFN_GATE))
+            gate = b.taps["gate"] = b.linear(x, self._named(n.FFN_GATE))
             gate = self._activated(gate)
             h = ggml.ggml_mul(b.ctx, gate, ggml.ggml_relu(b.ctx, h) if self.shape.activation == "drelu" else h)
         else:
             h = self._activated(h)
-        y = times(h, n.FFN_DOWN)
+        y = b.times(n.weight_of(self.i, n.FFN_DOWN), h)
         if self.shape.sub_norm:
             y = ggml.ggml_concat(b.ctx, y, ggml.ggml_sum_rows(b.ctx, ggml.ggml_sqr(b.ctx, h)), 0)
         return y
-
-    def _staged(self) -> dict[str, ggml.TensorP]:
-        """By stem, the scratch tensors that can hold this block's matrices."""
-        b = self.b
-        if not b.scratch:
-            return {}
-        held = {stem: tensor for stem in n.FFN_MATRICES if (tensor := b.w.get(n.weight_of(self.i, stem)))}
-        places = {stem: b.scratch.tensors.get(staged_as(stem, tensor.type)) for stem, tensor in held.items()}
-        return {stem: tensor for stem, tensor in places.items() if tensor}
 
     def _activated(self, gate: ggml.TensorP) -> ggml.TensorP:
         """What a neuron's gate (ungated: its only) product is turned into."""
@@ -148,15 +129,10 @@ class NeuronFfn:
 
     def _narrowed(self, x: ggml.TensorP) -> ggml.TensorP:
         """The first half of a predictor of two matrices: [n_embd, n] -> [rank, n]."""
-        z = ggml.ggml_mul_mat(self.b.ctx, self.b.w.matrix(n.weight_of(self.i, n.PREDICTOR_IN)), x)
+        z = self.b.times(n.weight_of(self.i, n.PREDICTOR_IN), x)
         return ggml.ggml_relu(self.b.ctx, z) if self.b.s.predictor == "mlp" else z
 
     def _shift(self) -> float:
         """What is added to the predictor's scores."""
         bias = self.b.spec.run.predictor_bias
         return bias * self.b.s.predictor_error[self.i] if math.isfinite(bias) else bias
-
-
-def staged_as(stem: str, type_id: int) -> str:
-    """What the scratch memory calls a matrix: blocks need not have the same formats."""
-    return f"{stem}, type {type_id}"

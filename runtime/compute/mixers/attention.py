@@ -25,6 +25,7 @@ class AttentionMixer:
     def mixed(self, x: ggml.TensorP) -> ggml.TensorP:
         """The new tokens' attention: [n_embd, n_tokens] -> as long. Writes their keys and values to the cache."""
         b, a = self.b, self.shape
+        x = b.repacked_for_batch(x, [n.weight_of(self.i, stem) for stem in n.ATTENTION_MATRICES])
         q = self._placed(self._heads(x, n.ATTN_Q, a.head_count), n.ATTN_Q_NORM)
         k = self._placed(self._heads(x, n.ATTN_K, a.head_count_kv), n.ATTN_K_NORM)
         assert b.kv
