@@ -62,7 +62,7 @@ SANITIZERS  = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -prin
 	UBSAN_OPTIONS=print_stacktrace=1 LAZYNEURON_LIBRARY=$(CURDIR)/$(SANITIZED)
 
 $(SANITIZED): $(VENV)/.test $(NATIVE)
-	cmake -S runtime/native -B build/sanitize -DLZN_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX) -DPython_EXECUTABLE=$(CURDIR)/$(PY) >&2
+	cmake -S runtime/native -B build/sanitize -DLZN_SANITIZE=ON -DLZN_EMULATE_AVXVNNI=ON -DCMAKE_CXX_COMPILER=$(CXX) -DPython_EXECUTABLE=$(CURDIR)/$(PY) >&2
 	cmake --build build/sanitize --parallel 2 --target lazyneuron row_kernels_test >&2
 	@touch $@
 

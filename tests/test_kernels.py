@@ -75,10 +75,15 @@ def test_rounding_of_activations_costs_less_than_a_percent(type_name: str) -> No
     )
 
 
-def test_an_unknown_variant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LAZYNEURON_KERNELS", "mmx")
-    with pytest.raises(UserError, match="`mmx`, expected one of portable"):
+@pytest.mark.parametrize("name", ["mmx", *(set(sparse_ffn.VARIANTS) - set(sparse_ffn.variants()))])
+def test_a_variant_that_is_unknown_or_that_this_cpu_lacks_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAZYNEURON_KERNELS", name)
+    expected = f"LAZYNEURON_KERNELS is `{name}`, expected one of {', '.join(sparse_ffn.variants())} on this CPU"
+    with pytest.raises(UserError) as refused:
         sparse_ffn.variant()
+    assert str(refused.value).splitlines() == [expected]
 
 
 @pytest.mark.parametrize("active", [0, 0.01, 0.1, 1])

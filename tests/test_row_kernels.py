@@ -52,6 +52,17 @@ def test_row_kernels_of_this_machine() -> None:
     assert [line.split(":")[0] for line in tested.splitlines()[:-1]] == variants
 
 
+@needs("cmake", "c++")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64") or sys.platform == "win32", reason="of x86-64")
+@pytest.mark.skipif("avx2" not in sparse_ffn.variants(), reason="AVX-VNNI stands on AVX2")
+def test_row_kernels_for_avx_vnni_with_its_instructions_emulated() -> None:
+    """On CPUs that lack them; and the emulation against the instructions, where this CPU has them in any encoding."""
+    targets = ("row_kernels_test", "avxvnni_emulated_test")
+    program = build("row-kernels-avxvnni", "-DLZN_EMULATE_AVXVNNI=ON", targets=targets)
+    assert "avxvnni: f32 f16 bf16 q8_0 q4_0 q4_K q6_K signs\n" in run(program, "avxvnni")
+    assert run(program.parent / "avxvnni_emulated_test").endswith(" compared, 0 wrong\n")
+
+
 @needs("cmake", CROSS_COMPILER, EMULATOR)
 @pytest.mark.skipif(platform.machine() == "aarch64", reason="aarch64 itself runs the test above")
 def test_row_kernels_of_aarch64() -> None:

@@ -15,7 +15,7 @@ from runtime.compute.weights import new_context
 pytestmark = [pytest.mark.native, pytest.mark.usefixtures("variant")]
 
 TYPES = ("q4_0", "q8_0")
-THERE = {("avx2", "q4_0"), ("avx512", "q4_0"), ("avx512", "q8_0")}  # what there are tiles for
+THERE = {("avx2", "q4_0"), ("avxvnni", "q4_0"), ("avx512", "q4_0"), ("avx512", "q8_0")}  # what there are tiles for
 
 
 def there(type_name: str) -> bool:

@@ -1,4 +1,5 @@
 // Chooses among the variants of the row kernels by what the CPU can do.
+#include "cpu_x86.h"
 #include "kernels.h"
 #include "lazyneuron.h"
 #include "tiles.h"
@@ -13,6 +14,9 @@ bool lzn_has_variant(int32_t variant) {
         case LZN_PORTABLE: return true;
 #if defined(LZN_X86)
         case LZN_AVX2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#if defined(LZN_HAS_AVXVNNI)
+        case LZN_AVXVNNI: return lzn_has_variant(LZN_AVX2) && lzn::has_avx_vnni();
+#endif
         case LZN_AVX512:
             // Every CPU with BF16 and VBMI has VPOPCNTDQ as well.
             return lzn_has_variant(LZN_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -35,35 +39,50 @@ int32_t lzn_best_variant(void) {
     return best;
 }
 
-const void * lzn_kernels(int32_t type, int32_t variant) {
 #if defined(LZN_X86)
-    const bool k_quant = type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q6_K;
-    if (variant == LZN_AVX2) {
-        return type == GGML_TYPE_I8 ? &lzn::signs_avx2 : k_quant ? lzn::k_kernels_avx2(type) : lzn::kernels_avx2(type);
+namespace {
+
+// The tables of one variant.
+struct x86_tables {
+    const lzn::row_kernels * (*plain)(int type);
+    const lzn::row_kernels * (*k_quants)(int type);
+    const lzn::row_kernels & signs;
+
+    const lzn::row_kernels * of(int type) const {
+        const lzn::row_kernels * found = type == GGML_TYPE_I8 ? &signs : plain(type);
+        return found ? found : k_quants(type);
     }
-    if (variant == LZN_AVX512) {
-        return type == GGML_TYPE_I8 ? &lzn::signs_avx512 : k_quant ? lzn::k_kernels_avx512(type) : lzn::kernels_avx512(type);
-    }
-#elif defined(LZN_ARM64)
-    if (variant == LZN_NEON) {
-        return lzn::kernels_neon(type);
-    }
+};
+
+}  // namespace
 #endif
+
+const void * lzn_kernels(int32_t type, int32_t variant) {
     (void) type;
-    (void) variant;
-    return nullptr;
+    switch (variant) {
+#if defined(LZN_X86)
+        case LZN_AVX2: return x86_tables{lzn::kernels_avx2, lzn::k_kernels_avx2, lzn::signs_avx2}.of(type);
+#if defined(LZN_HAS_AVXVNNI)
+        case LZN_AVXVNNI: return x86_tables{lzn::kernels_avxvnni, lzn::k_kernels_avxvnni, lzn::signs_avxvnni}.of(type);
+#endif
+        case LZN_AVX512: return x86_tables{lzn::kernels_avx512, lzn::k_kernels_avx512, lzn::signs_avx512}.of(type);
+#elif defined(LZN_ARM64)
+        case LZN_NEON: return lzn::kernels_neon(type);
+#endif
+        default: return nullptr;
+    }
 }
 
 const void * lzn_tile_kernels(int32_t type, int32_t variant) {
-#if defined(LZN_X86)
-    if (variant == LZN_AVX2) {
-        return lzn::tiles_avx2(type);
-    }
-    if (variant == LZN_AVX512) {
-        return lzn::tiles_avx512(type);
-    }
-#endif
     (void) type;
-    (void) variant;
-    return nullptr;
+    switch (variant) {
+#if defined(LZN_X86)
+        case LZN_AVX2: return lzn::tiles_avx2(type);
+#if defined(LZN_HAS_AVXVNNI)
+        case LZN_AVXVNNI: return lzn::tiles_avxvnni(type);
+#endif
+        case LZN_AVX512: return lzn::tiles_avx512(type);
+#endif
+        default: return nullptr;
+    }
 }

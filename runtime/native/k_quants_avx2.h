@@ -1,43 +1,48 @@
-// q4_K and q6_K with AVX2: 32 weights at a time, eighth j of a block.
+// q4_K and q6_K with AVX2, or AVX-VNNI: 32 weights at a time, eighth j of a block.
 #pragma once
 
 #include "k_quants.h"
+#include "integers_avx2.h"
 #include "packed_avx2.h"
 
 namespace {
 
-// Which bytes to take for one 16-bit number of eight in the lower 16 bytes, and one in the upper. From memory: gcc
-// would put such constants together in the loop.
-struct alignas(32) word_places {
+// Which bytes of eight words, in both lanes of 16 bytes, are the scales of eighths j and k of a block: of j in the first
+// four words of each lane, of k in the others. From memory: gcc would put such constants together in the loop.
+struct alignas(32) scale_places {
     uint8_t at[32];
 
-    constexpr word_places(int lower, int upper) : at{} {
+    // run: weights of one scale; an eighth of 32 has one of them, or one in each lane
+    constexpr scale_places(int run, int j, int k) : at{} {
         for (int i = 0; i < 32; i++) {
-            at[i] = static_cast<uint8_t>(2 * (i < 16 ? lower : upper) + i % 2);
+            const int eighth = i % 16 < 8 ? j : k, scale = run == 32 ? eighth : 2 * eighth + i / 16;
+            at[i] = static_cast<uint8_t>(2 * (scale % 8) + i % 2);
         }
     }
 };
-constexpr word_places SAME[8] = {{0, 0}, {1, 1}, {2, 2}, {3, 3}, {4, 4}, {5, 5}, {6, 6}, {7, 7}};
-constexpr word_places NEIGHBOURS[4] = {{0, 1}, {2, 3}, {4, 5}, {6, 7}};
 
-__m256i words(__m256i eight_twice, const word_places & places) { return _mm256_shuffle_epi8(eight_twice, _mm256_load_si256(reinterpret_cast<const __m256i *>(places.at))); }
+// Of eighths j and j + 1, for each of `whose`.
+template <int RUN, int j> constexpr scale_places PLACES[3] = {{RUN, j, j + 1}, {RUN, j, j}, {RUN, j + 1, j + 1}};
 
-// Pairs of products stay below 2 * 63 * 128 in 16 bits; scaled by at most 128, a block of 256 adds up to less than
-// 2^28.
-__m256i scaled_products(__m256i w, const int8_t * x, __m256i scale) { return _mm256_madd_epi16(_mm256_maddubs_epi16(w, _mm256_load_si256(reinterpret_cast<const __m256i *>(x))), scale); }
+// Adds what eighths j and j + 1 of a block give with each token. words: eight with their scales among them, twice.
+template <typename Rows, int T, int j> void add_products(const typename Rows::block & b, const k_x * const * x, __m256i words, __m256i * p) {
+    const auto scales = [=](whose of) { return _mm256_shuffle_epi8(words, _mm256_load_si256(reinterpret_cast<const __m256i *>(PLACES<Rows::RUN, j>[of].at))); };
+    const scaled_products products = scaled_products::of(Rows::bytes(b, j), Rows::bytes(b, j + 1), scales);
+    for (int t = 0; t < T; t++) {
+        p[t] = products.add_to(p[t], x[t]->q + 32 * j);
+    }
+}
 
-// p[t] = the block's scaled products with each token; bytes and scales: of eighth j.
-template <int T, typename Bytes, typename Scales> void add_products(__m256i * p, const k_x * const * x, Bytes bytes, Scales scales) {
+// p[t] = the block's scaled products with each token: below 2^28, as scales are at most 128. first, second: the words of
+// each half of the block.
+template <typename Rows, int T> void scaled_dots(const typename Rows::block & b, const k_x * const * x, __m256i first, __m256i second, __m256i * p) {
     for (int t = 0; t < T; t++) {
         p[t] = _mm256_setzero_si256();
     }
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; j++) {
-        const __m256i w = bytes(j), scale = scales(j);
-        for (int t = 0; t < T; t++) {
-            p[t] = _mm256_add_epi32(p[t], scaled_products(w, x[t]->q + 32 * j, scale));
-        }
-    }
+    add_products<Rows, T, 0>(b, x, first, p);
+    add_products<Rows, T, 2>(b, x, first, p);
+    add_products<Rows, T, 4>(b, x, second, p);
+    add_products<Rows, T, 6>(b, x, second, p);
 }
 
 struct q4_K_rows {
@@ -62,7 +67,7 @@ struct q4_K_rows {
     template <int T> static void dot(const block & b, const k_x * const * x, vec * acc) {
         const __m256i both = _mm256_cvtepu8_epi16(scales(b)), scale = _mm256_permute2x128_si256(both, both, 0x00);
         __m256i p[T];
-        add_products<T>(p, x, [&](int j) { return bytes(b, j); }, [&](int j) { return words(scale, SAME[j]); });
+        scaled_dots<q4_K_rows, T>(b, x, scale, scale, p);
         const __m128i least = _mm256_extracti128_si256(both, 1);
         for (int t = 0; t < T; t++) {
             const __m128i minus = _mm_madd_epi16(least, _mm_load_si128(reinterpret_cast<const __m128i *>(x[t]->sums)));
@@ -112,9 +117,9 @@ struct q6_K_rows {
     static __m256i scales(const block & b) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(b.scales))); }
 
     template <int T> static void dot(const block & b, const k_x * const * x, vec * acc) {
-        const __m256i scale = scales(b), halves[2] = {_mm256_permute2x128_si256(scale, scale, 0x00), _mm256_permute2x128_si256(scale, scale, 0x11)};
+        const __m256i scale = scales(b);
         __m256i p[T];
-        add_products<T>(p, x, [&](int j) { return bytes(b, j); }, [&](int j) { return words(halves[j / 4], NEIGHBOURS[j % 4]); });
+        scaled_dots<q6_K_rows, T>(b, x, _mm256_permute2x128_si256(scale, scale, 0x00), _mm256_permute2x128_si256(scale, scale, 0x11), p);
         for (int t = 0; t < T; t++) {
             const __m256i offset = _mm256_slli_epi32(_mm256_madd_epi16(scale, _mm256_load_si256(reinterpret_cast<const __m256i *>(x[t]->sums))), 5);
             acc[t] = fma(_mm256_cvtepi32_ps(_mm256_sub_epi32(p[t], offset)), all(f16(b.d) * x[t]->d), acc[t]);

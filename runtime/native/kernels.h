@@ -31,14 +31,17 @@ struct row_kernels {
 
 // The tables of each variant; null where the variant has none of its own for a type.
 const row_kernels * kernels_avx2(int type);
+const row_kernels * kernels_avxvnni(int type);
 const row_kernels * kernels_avx512(int type);
 const row_kernels * k_kernels_avx2(int type);  // q4_K and q6_K
+const row_kernels * k_kernels_avxvnni(int type);
 const row_kernels * k_kernels_avx512(int type);
 const row_kernels * kernels_neon(int type);
 
 // Rows of sign bits, ggml type I8: n of them, eight to a byte, against n sign bits; dots gives -(how many differ), and
 // there are no axpys.
 extern const row_kernels signs_avx2;
+extern const row_kernels signs_avxvnni;
 extern const row_kernels signs_avx512;
 
 }  // namespace lzn

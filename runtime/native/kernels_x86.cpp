@@ -1,5 +1,5 @@
-// The row kernels for x86-64, compiled once for AVX2 (with FMA and F16C) and once for AVX-512 (F, BW, DQ, VL, VBMI,
-// VNNI, BF16): LZN_VARIANT names the table.
+// The row kernels for x86-64, compiled once for AVX2 (with FMA and F16C), once for the same with AVX-VNNI and once for
+// AVX-512 (F, BW, DQ, VL, VBMI, VNNI, BF16): LZN_VARIANT names the table.
 #include "x86.h"
 
 #if defined(__AVX512F__)

@@ -1,18 +1,13 @@
-// Q8_0 and Q4_0 with AVX2: a block of 32 columns at a time, or two.
+// Q8_0 and Q4_0 with AVX2, or AVX-VNNI: a block of 32 columns at a time, or two.
 //
 // Integer products follow ggml: 4-bit weights are unsigned with an offset of 8, so w . x = q . x - 8 sum(x), and the
 // offsets of eight blocks are taken off at once.
 #pragma once
 
+#include "integers_avx2.h"
 #include "packed_avx2.h"
 
 namespace {
-
-__m256i load_bytes(const void * p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
-
-// four-by-four sums of unsigned times signed bytes; two products are added in 16 bits: for weights of 4 bits at most 2
-// * 15 * 128
-__m256i dot_bytes(__m256i u, __m256i s) { return _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)); }
 
 // --- products with blocks of 32 weights of one scale ------------------------------------------------------------------
 
@@ -44,7 +39,7 @@ template <typename Rows> void arrange_blocks(int64_t n, const void * x, void * o
             total += xs[b].qs[i];
         }
         for (int half = 0; half < 2; half++) {
-            std::memcpy(Rows::place(group, at, half), xs[b].qs + 16 * half, 16);
+            std::memcpy(group.q[at / 2 * 2 + half] + 16 * (at % 2), xs[b].qs + 16 * half, 16);
         }
         group.d[at] = f16(xs[b].d);
         group.offset[at] = -Rows::OFFSET * group.d[at] * static_cast<float>(total);
@@ -84,50 +79,39 @@ vec two_scales(vec scales, int i) {
     return _mm256_permutevar8x32_ps(scales, _mm256_add_epi32(first, _mm256_set1_epi32(2 * i)));
 }
 
-// Each kind of rows unpacks two blocks at once, for several tokens; what it adds for one is four-by-four sums, the first
-// block's in the lower half, the second one's in the upper.
+// Each kind of rows unpacks two blocks at once, for several tokens: their first halves side by side, and their second
+// ones. What it adds for one token is four-by-four sums, the first block's in the lower half, the second one's in the
+// upper.
+struct halves {
+    __m256i first, second;
+};
+__m128i sixteen(const void * p) { return _mm_loadu_si128(static_cast<const __m128i *>(p)); }
+
 struct q8_0_rows {
     using block = block_q8_0;
-    static constexpr float OFFSET = 0.0f;
+    static constexpr float OFFSET = signed_products::OFFSET;
 
-    struct pair {
-        __m256i first, second;
-    };
-    static int8_t * place(x_group & x, int b, int half) { return x.q[b] + 16 * half; }
-    static pair whole(const block * b) { return {load_bytes(b[0].qs), load_bytes(b[1].qs)}; }
-    static pair single(const block * b) { return {load_bytes(b[0].qs), _mm256_setzero_si256()}; }
-    // The signs of the weights go to x: bytes are multiplied unsigned by signed, and two products are added in 16 bits. x
-    // is at least -127, so that they stay below 2 * 128 * 127, and -128 has a size.
-    static __m256i one(__m256i w, const int8_t * x) {
-        return dot_bytes(_mm256_abs_epi8(w), _mm256_sign_epi8(_mm256_load_si256(reinterpret_cast<const __m256i *>(x)), w));
-    }
-    static __m256i dot(const pair & w, const int8_t (*x)[BLOCK]) {
-        const __m256i p = one(w.first, x[0]), q = one(w.second, x[1]);
-        return _mm256_add_epi32(_mm256_permute2x128_si256(p, q, 0x20), _mm256_permute2x128_si256(p, q, 0x31));
-    }
+    static halves whole(const block * b) { return {both(b[0].qs, b[1].qs), both(b[0].qs + 16, b[1].qs + 16)}; }
+    static halves single(const block * b) { return {lower(b->qs), lower(b->qs + 16)}; }
+    static __m256i dot(const halves & w, const int8_t (*x)[BLOCK]) { return signed_products::of(w.first, x[0], w.second, x[1]); }
+
+  private:
+    static __m256i both(const int8_t * p, const int8_t * q) { return signed_products::weights(_mm256_set_m128i(sixteen(q), sixteen(p))); }
+    static __m256i lower(const int8_t * p) { return signed_products::weights(_mm256_zextsi128_si256(sixteen(p))); }
 };
 
 struct q4_0_rows {
     using block = block_q4_0;
     static constexpr float OFFSET = 8.0f;
 
-    // The first halves of two blocks, and the second ones.
-    struct pair {
-        __m256i low, high;
-    };
-    static int8_t * place(x_group & x, int b, int half) { return x.q[b / 2 * 2 + half] + 16 * (b % 2); }
-    static pair of(__m256i q) {
-        const __m256i nibbles = _mm256_set1_epi8(15);
-        return {_mm256_and_si256(q, nibbles), _mm256_and_si256(_mm256_srli_epi16(q, 4), nibbles)};
-    }
-    static __m128i quants(const block & b) { return _mm_loadu_si128(reinterpret_cast<const __m128i *>(b.qs)); }
-    static pair whole(const block * b) { return of(_mm256_inserti128_si256(_mm256_castsi128_si256(quants(b[0])), quants(b[1]), 1)); }
-    static pair single(const block * b) { return of(_mm256_zextsi128_si256(quants(b[0]))); }
-    // Four products are added in 16 bits: at most 4 * 15 * 127.
-    static __m256i dot(const pair & w, const int8_t (*x)[BLOCK]) {
-        const __m256i low = _mm256_maddubs_epi16(w.low, _mm256_load_si256(reinterpret_cast<const __m256i *>(x[0])));
-        const __m256i high = _mm256_maddubs_epi16(w.high, _mm256_load_si256(reinterpret_cast<const __m256i *>(x[1])));
-        return _mm256_madd_epi16(_mm256_add_epi16(low, high), _mm256_set1_epi16(1));
+    static halves whole(const block * b) { return nibbles(_mm256_set_m128i(sixteen(b[1].qs), sixteen(b[0].qs))); }
+    static halves single(const block * b) { return nibbles(_mm256_zextsi128_si256(sixteen(b->qs))); }
+    static __m256i dot(const halves & w, const int8_t (*x)[BLOCK]) { return small_products(w.first, x[0], w.second, x[1]); }
+
+  private:
+    static halves nibbles(__m256i q) {
+        const __m256i mask = _mm256_set1_epi8(15);
+        return {_mm256_and_si256(q, mask), _mm256_and_si256(_mm256_srli_epi16(q, 4), mask)};
     }
 };
 
@@ -153,7 +137,7 @@ template <typename Rows> struct of_blocks {
 #pragma GCC unroll 4
             for (int i = 0; i < GROUP_BLOCKS / 2; i++) {
                 for (int k = 0; k < R && 2 * i < n; k++) {
-                    const typename Rows::pair pair = 2 * i + 1 < n ? Rows::whole(w[k] + 2 * i) : Rows::single(w[k] + 2 * i);
+                    const halves pair = 2 * i + 1 < n ? Rows::whole(w[k] + 2 * i) : Rows::single(w[k] + 2 * i);
                     for (int t = 0; t < T; t++) {
                         const __m256i p = Rows::dot(pair, x[t]->q + 2 * i);
                         of[k][t][i % 2] = fma(_mm256_cvtepi32_ps(p), two_scales(scale[k][t], i), of[k][t][i % 2]);

@@ -1,4 +1,4 @@
-// Rows of sign bits against sign bits, once for AVX2 and once for AVX-512 (with VPOPCNTDQ): LZN_SIGNS names the table.
+// Rows of sign bits against sign bits, for AVX2 and for AVX-512 (with VPOPCNTDQ): LZN_SIGNS names the table.
 // Whole numbers, so every variant gives the same bits.
 #include <immintrin.h>
 

@@ -34,6 +34,7 @@ struct tile_kernels {
 
 // Null where the variant has none for a type.
 const tile_kernels * tiles_avx2(int type);
+const tile_kernels * tiles_avxvnni(int type);
 const tile_kernels * tiles_avx512(int type);
 
 }  // namespace lzn

@@ -234,7 +234,7 @@ void check(bool right, const std::string & what, double found, double bound) {
     }
 }
 
-const char * const VARIANTS[] = {"portable", "avx2", "avx512", "neon"};
+const char * const VARIANTS[] = {"portable", "avx2", "avxvnni", "avx512", "neon"};
 
 // Bounds of the error in units of the sum of the terms' sizes. Some accumulations round each coefficient to bfloat16, by at most 1/256 of itself.
 constexpr double FLOAT = 1e-6;
