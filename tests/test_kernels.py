@@ -36,7 +36,7 @@ TYPES = (
 )
 TOLERANCE = 1e-5  # relative error of y; sums in float32 over a few hundred terms
 # These accumulations round each coefficient to bfloat16, by at most 2**-8 of itself.
-IN_BFLOAT16 = {("avx512", "q4_0"): 2**-8, ("avx512", "q4_K"): 2**-8, ("avx512", "q6_K"): 2**-8}
+IN_BFLOAT16 = {("avx512", type_name): 2**-8 for type_name in ("q4_0", "q4_K", "q5_K", "q6_K")}
 # q4_1 and q5_1 rows are multiplied with activations (q8_1) that carry their own sum in half precision.
 SUM_IN_F16 = {"q4_1": 2e-3, "q5_1": 2e-3}
 ROUNDED = {"f32": 1e-5, "f16": 1e-3, "bf16": 4e-3}  # with the activations' rounding; 1e-2 for quantised types

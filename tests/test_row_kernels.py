@@ -59,7 +59,7 @@ def test_row_kernels_for_avx_vnni_with_its_instructions_emulated() -> None:
     """On CPUs that lack them; and the emulation against the instructions, where this CPU has them in any encoding."""
     targets = ("row_kernels_test", "avxvnni_emulated_test")
     program = build("row-kernels-avxvnni", "-DLZN_EMULATE_AVXVNNI=ON", targets=targets)
-    assert "avxvnni: f32 f16 bf16 q8_0 q4_0 q4_K q6_K signs\n" in run(program, "avxvnni")
+    assert "avxvnni: f32 f16 bf16 q8_0 q4_0 q4_K q5_K q6_K signs\n" in run(program, "avxvnni")
     assert run(program.parent / "avxvnni_emulated_test").endswith(" compared, 0 wrong\n")
 
 

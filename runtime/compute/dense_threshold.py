@@ -22,7 +22,7 @@ from runtime.model_file.tensor_names import FFN_MATRICES, NEURON_FREQ, in_block,
 # over that of the row kernels, many tokens at once.
 # Measured on two Zen 4 cores by `python -m bench.batches` (docs/performance.md). In formats that have row kernels of
 # ggml's only, the whole is faster from a few percent on.
-_LIMITS = {"q4_0": 0.61, "q8_0": 0.52, "f16": 0.41, "bf16": 0.31, "f32": 0.39, "q4_k": 0.26, "q6_k": 0.31}
+_LIMITS = {"q4_0": 0.61, "q8_0": 0.52, "f16": 0.41, "bf16": 0.31, "f32": 0.39, "q4_k": 0.26, "q5_k": 0.28, "q6_k": 0.31}
 _OTHER_LIMIT = 0.05
 _FILL = 12  # tokens whose products take as long as repacking the matrices that they need
 _FEWEST = 16  # tokens; with fewer, ggml's products take longer per token than the limits say

@@ -1,4 +1,4 @@
-// q4_K and q6_K with AVX2, or AVX-VNNI: 32 weights at a time, eighth j of a block.
+// q4_K, q5_K and q6_K with AVX2, or AVX-VNNI: 32 weights at a time, eighth j of a block.
 #pragma once
 
 #include "k_quants.h"
@@ -45,16 +45,12 @@ template <typename Rows, int T> void scaled_dots(const typename Rows::block & b,
     add_products<Rows, T, 6>(b, x, second, p);
 }
 
-struct q4_K_rows {
-    using block = block_q4_K;
+// What q4_K and q5_K share: eight scales and eight minima of 6 bits. Rows: the one or the other.
+template <typename Rows, typename Block> struct rows_with_minima {
+    using block = Block;
     static constexpr int RUN = 32;  // weights of one scale
 
     static int place(int column) { return column; }
-
-    static __m256i bytes(const block & b, int j) {
-        const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(b.qs + j / 2 * 32));
-        return _mm256_and_si256(j % 2 ? _mm256_srli_epi16(q, 4) : q, _mm256_set1_epi8(15));
-    }
 
     // Eight scales, eight minima.
     static __m128i scales(const block & b) {
@@ -67,7 +63,7 @@ struct q4_K_rows {
     template <int T> static void dot(const block & b, const k_x * const * x, vec * acc) {
         const __m256i both = _mm256_cvtepu8_epi16(scales(b)), scale = _mm256_permute2x128_si256(both, both, 0x00);
         __m256i p[T];
-        scaled_dots<q4_K_rows, T>(b, x, scale, scale, p);
+        scaled_dots<Rows, T>(b, x, scale, scale, p);
         const __m128i least = _mm256_extracti128_si256(both, 1);
         for (int t = 0; t < T; t++) {
             const __m128i minus = _mm_madd_epi16(least, _mm_load_si128(reinterpret_cast<const __m128i *>(x[t]->sums)));
@@ -82,6 +78,16 @@ struct q4_K_rows {
         store(c, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(both)), all(a * f16(b.d))));
         off[0] = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(both, 8))), all(a * f16(b.dmin)), off[0]);
     }
+
+  protected:
+    static __m256i nibbles(const block & b, int j) {
+        const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(b.qs + j / 2 * 32));
+        return _mm256_and_si256(j % 2 ? _mm256_srli_epi16(q, 4) : q, _mm256_set1_epi8(15));
+    }
+};
+
+struct q4_K_rows : rows_with_minima<q4_K_rows, block_q4_K> {
+    static __m256i bytes(const block & b, int j) { return nibbles(b, j); }
 
     // Quarter g: a run in the low nibbles, one in the high ones.
     static constexpr int BITS = 4;
@@ -101,7 +107,39 @@ struct q4_K_rows {
     }
 };
 
-struct q6_K_rows {
+// Two vectors of 32 bytes, a weight in each byte.
+struct sums_of_bytes {
+    static constexpr int BITS = 8;
+    static int unit(int j) { return j % 4; }
+    static void add_bytes_times(__m256i w, vec factor, vec * sums) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            sums[j] = fma(packed<8>::weights(w, j), factor, sums[j]);
+        }
+    }
+    static void finish(const vec * sums, float * y) {
+        store_words<8>(sums, 0, y, y + 16);
+        store_words<8>(sums + 4, 0, y + 32, y + 48);
+    }
+};
+
+struct q5_K_rows : rows_with_minima<q5_K_rows, block_q5_K>, sums_of_bytes {
+    static __m256i bytes(const block & b, int j) {
+        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(b.qh));
+        const __m256i fifth = j < 4 ? _mm256_slli_epi16(bits, 4 - j) : _mm256_srli_epi16(bits, j - 4);
+        return _mm256_or_si256(nibbles(b, j), _mm256_and_si256(fifth, _mm256_set1_epi8(16)));
+    }
+
+    // Quarter g: two runs.
+    static void add(const block & b, int g, const float * c, vec * sums) {
+        for (int e = 0; e < 2; e++) {
+            add_bytes_times(bytes(b, 2 * g + e), _mm256_broadcast_ss(c + 2 * g + e), sums + 4 * e);
+        }
+    }
+    static vec offset(const float * off, int g, int j) { return _mm256_broadcast_ss(off + 2 * g + j / 4); }
+};
+
+struct q6_K_rows : sums_of_bytes {
     using block = block_q6_K;
     static constexpr int RUN = 16;
 
@@ -135,23 +173,12 @@ struct q6_K_rows {
     }
 
     // Quarter g: twice 32 columns, a run in each half.
-    static constexpr int BITS = 8;
     static void add(const block & b, int g, const float * c, vec * sums) {
         for (int e = 0; e < 2; e++) {
-            const __m256i w = bytes(b, 2 * g + e);
-            const vec factor = two_runs(c + 4 * g + 2 * e);
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
-                sums[4 * e + j] = fma(packed<8>::weights(w, j), factor, sums[4 * e + j]);
-            }
+            add_bytes_times(bytes(b, 2 * g + e), two_runs(c + 4 * g + 2 * e), sums + 4 * e);
         }
     }
-    static int unit(int j) { return j % 4; }
     static vec offset(const float * off, int g, int j) { return two_runs(off + 4 * g + j / 4 * 2); }
-    static void finish(const vec * sums, float * y) {
-        store_words<8>(sums, 0, y, y + 16);
-        store_words<8>(sums + 4, 0, y + 32, y + 48);
-    }
 
   private:
     static vec two_runs(const float * c) {

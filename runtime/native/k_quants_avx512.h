@@ -1,9 +1,14 @@
-// q4_K and q6_K with AVX-512 (VBMI, VNNI, BF16): 64 weights at a time, quarter g of a block.
+// q4_K, q5_K and q6_K with AVX-512 (VBMI, VNNI, BF16): 64 weights at a time, quarter g of a block.
 #pragma once
 
 #include "k_quants.h"
 
 namespace {
+
+// 64 weights of quarter g: the nibbles of their bytes, low or high, below bits 4 and above of `upper`; a ? b : c.
+__m512i with_upper_bits(__m512i bytes, int g, __m512i upper) {
+    return _mm512_ternarylogic_epi64(_mm512_set1_epi8(15), g % 2 ? _mm512_srli_epi16(bytes, 4) : bytes, upper, 0xca);
+}
 
 // Products with x, times their scales. Four weights' products fit into 16 bits, 4 * 63 * 128 < 2^15, and those of a
 // block times their scales, at most 128, into 32: two quarters of a half, g and g + 1, share each lane of 16 bytes of
@@ -30,18 +35,23 @@ __m512bh bf16_nibbles(__m512i words) {
     return (__m512bh)_mm512_permutexvar_epi16(words, weights);
 }
 
+// A whole number of at most 8 bits, exactly.
+constexpr uint16_t bf16_of(int number) {
+    const int size = number < 0 ? -number : number;
+    int exponent = 0;
+    while (size >> (exponent + 1)) {
+        exponent++;
+    }
+    return static_cast<uint16_t>(size ? (number < 0) << 15 | (127 + exponent) << 7 | (size << 7 >> exponent & 127) : 0);
+}
+
 // bfloat16 of (the low six bits of each word) - 32.
 struct alignas(64) less_32 {
     uint16_t of[64];
 
     constexpr less_32() : of{} {
         for (int w = 0; w < 64; w++) {
-            const int size = w < 32 ? 32 - w : w - 32;
-            int exponent = 0;
-            while (size >> (exponent + 1)) {
-                exponent++;
-            }
-            of[w] = static_cast<uint16_t>(size ? (w < 32) << 15 | (127 + exponent) << 7 | (size << 7 >> exponent & 127) : 0);
+            of[w] = bf16_of(w - 32);
         }
     }
 };
@@ -49,16 +59,13 @@ constexpr less_32 LESS_32;
 
 __m512bh bf16_bytes(__m512i words) { return (__m512bh)_mm512_permutex2var_epi16(_mm512_load_si512(LESS_32.of), words, _mm512_load_si512(LESS_32.of + 32)); }
 
-struct q4_K_rows {
-    using block = block_q4_K;
+// What q4_K and q5_K share: the order of the columns, and eight scales and eight minima of 6 bits. Rows: the one or the
+// other.
+template <typename Rows, typename Block> struct rows_with_minima {
+    using block = Block;
     static constexpr int RUN = 32;  // weights of one scale
 
     static int place(int column) { return column / 128 * 128 + column % 64 / 32 * 64 + column % 128 / 64 * 32 + column % 32; }
-
-    static __m512i bytes(const block & b, int g) {
-        const __m512i q = _mm512_loadu_si512(b.qs + g / 2 * 64);
-        return _mm512_and_si512(g % 2 ? _mm512_srli_epi16(q, 4) : q, _mm512_set1_epi8(15));
-    }
 
     // The block's first 16 bytes -> eight scales, eight minima. The first four of either are the low 6 bits of a byte;
     // of the others 4 bits lie together and 2 above one of the first.
@@ -75,7 +82,7 @@ struct q4_K_rows {
         const __m256i words = _mm256_cvtepu8_epi16(scales(head(b)));
         const __m512i of = _mm512_set_epi64(0x0003000300030003, 0x0002000200020002, 0x0003000300030003, 0x0002000200020002, 0x0001000100010001, 0, 0x0001000100010001, 0);
         __m512i p[T];
-        k_products<q4_K_rows, T>(b, x, _mm512_castsi256_si512(words), of, p);
+        k_products<Rows, T>(b, x, _mm512_castsi256_si512(words), of, p);
         const __m128i minima = _mm256_extracti128_si256(words, 1);
         const __m128 scale = _mm_cvtph_ps(head(b));
         for (int t = 0; t < T; t++) {
@@ -86,8 +93,8 @@ struct q4_K_rows {
         }
     }
 
-    // What is added to every weight of a run: with coefficients c in float and r as rounded, c w - m = r (w - 8) + 8 c
-    // - m, and the products are r (w - 8).
+    // What is added to every weight of a run: with coefficients c in float, r as rounded and h = Rows::MIDDLE, c w - m =
+    // r (w - h) + h c - m, and the products are r (w - h).
     struct offsets {
         vec exact = zero();  // of the first rows of each pair in the lower half
 
@@ -107,7 +114,7 @@ struct q4_K_rows {
         const vec scale = _mm512_permutexvar_ps(lower, _mm512_castps128_ps512(d));
         const vec least = _mm512_permutexvar_ps(_mm512_add_epi32(lower, _mm512_set1_epi32(1)), _mm512_castps128_ps512(d));
         const vec c = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi64(su, sv))));
-        off.exact = fma(c, all(8.0f), off.exact);
+        off.exact = fma(c, all(Rows::MIDDLE), off.exact);
         off.exact = _mm512_fnmadd_ps(least, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpackhi_epi64(su, sv))), off.exact);
         const __m512i words = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(c));
 #pragma GCC unroll 4
@@ -116,6 +123,15 @@ struct q4_K_rows {
             const __m512i pair = _mm512_mask_add_epi32(run, 0xff00, run, _mm512_set1_epi32(2 | 2 << 16));
             out[g] = (__m512bh)_mm512_permutexvar_epi16(pair, words);
         }
+    }
+};
+
+struct q4_K_rows : rows_with_minima<q4_K_rows, block_q4_K> {
+    static constexpr float MIDDLE = 8.0f;
+
+    static __m512i bytes(const block & b, int g) {
+        const __m512i q = _mm512_loadu_si512(b.qs + g / 2 * 64);
+        return _mm512_and_si512(g % 2 ? _mm512_srli_epi16(q, 4) : q, _mm512_set1_epi8(15));
     }
 
     // Half h of two rows: a word's nibbles are of two runs in turn. 2 s + i of the sums holds nibble s of words 4 i to
@@ -153,7 +169,78 @@ struct q4_K_rows {
     }
 };
 
-struct q6_K_rows {
+// Sums of two quarters of 64 bytes, a weight in each byte of two rows' words that alternate: 4 g + 2 o + i of the sums
+// holds byte o of words 4 i to 4 i + 3 of each lane of quarter g.
+struct sums_of_bytes {
+    template <typename Weights> static void add_words(__m512i u, __m512i v, __m512bh c, Weights weights, vec * sums) {
+        const __m512i words[2] = {_mm512_unpacklo_epi16(u, v), _mm512_unpackhi_epi16(u, v)};
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            sums[j] = _mm512_dpbf16_ps(sums[j], weights(j / 2 ? _mm512_srli_epi16(words[j % 2], 8) : words[j % 2]), c);
+        }
+    }
+
+    // column(g, lane): the first of 16 in y.
+    template <typename Column> static void in_order(const vec * sums, float * y, Column column) {
+        for (int g = 0; g < 2; g++) {
+            for (int i = 0; i < 2; i++) {
+                alignas(64) float by_four[2][16];
+                store(by_four[0], _mm512_unpacklo_ps(sums[4 * g + i], sums[4 * g + 2 + i]));
+                store(by_four[1], _mm512_unpackhi_ps(sums[4 * g + i], sums[4 * g + 2 + i]));
+                for (int lane = 0; lane < 4; lane++) {
+                    std::memcpy(y + column(g, lane) + 8 * i, by_four[0] + 4 * lane, 16);
+                    std::memcpy(y + column(g, lane) + 8 * i + 4, by_four[1] + 4 * lane, 16);
+                }
+            }
+        }
+    }
+};
+
+// bfloat16 of (the low five bits of each word) - 16.
+struct alignas(64) less_16 {
+    uint16_t of[32];
+
+    constexpr less_16() : of{} {
+        for (int w = 0; w < 32; w++) {
+            of[w] = bf16_of(w - 16);
+        }
+    }
+};
+constexpr less_16 LESS_16;
+
+struct q5_K_rows : rows_with_minima<q5_K_rows, block_q5_K>, sums_of_bytes {
+    static constexpr float MIDDLE = 16.0f;
+
+    // A weight in the low five bits of each byte, and others' bits above. Its fifth bit is bit g / 2 * 4 + g % 2 of a byte,
+    // or two bits higher in the upper half.
+    static __m512i five_bits(const block & b, int g) {
+        const __m512i bits = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(b.qh)));
+        const __m512i bytewise = _mm512_set1_epi64(0x3830282018100800);
+        const __m512i from = _mm512_mask_add_epi8(bytewise, 0xffffffff00000000, bytewise, _mm512_set1_epi8(2));
+        const int up = g / 2 * 4 + g % 2 - 4;
+        return with_upper_bits(_mm512_loadu_si512(b.qs + g / 2 * 64), g, _mm512_multishift_epi64_epi8(_mm512_add_epi8(from, _mm512_set1_epi8(static_cast<char>(up))), bits));
+    }
+    static __m512i bytes(const block & b, int g) { return _mm512_and_si512(five_bits(b, g), _mm512_set1_epi8(31)); }
+
+    static void add(const block & u, const block & v, int h, const __m512bh * c, vec * sums) {
+        const auto weights = [](__m512i words) { return (__m512bh)_mm512_permutexvar_epi16(words, _mm512_load_si512(LESS_16.of)); };
+#pragma GCC unroll 2
+        for (int g = 0; g < 2; g++) {
+            add_words(five_bits(u, 2 * h + g), five_bits(v, 2 * h + g), c[2 * h + g], weights, sums + 4 * g);
+        }
+    }
+    static void add_offsets(const offsets & off, int h, vec * sums) {
+        const vec of[2] = {off.of(2 * h), off.of(2 * h + 1)};
+        for (int j = 0; j < 8; j++) {
+            sums[j] = _mm512_add_ps(sums[j], of[j / 4]);
+        }
+    }
+    static void finish(const vec * sums, float * y) {
+        in_order(sums, y, [](int g, int lane) { return lane / 2 * 64 + g * 32 + lane % 2 * 16; });
+    }
+};
+
+struct q6_K_rows : sums_of_bytes {
     using block = block_q6_K;
     static constexpr int RUN = 16;
 
@@ -167,7 +254,7 @@ struct q6_K_rows {
         const __m512i bytewise = _mm512_set1_epi64(0x3830282018100800);
         const __m512i from = _mm512_mask_add_epi8(bytewise, 0xffffffff00000000, bytewise, _mm512_set1_epi8(2));
         const __m512i high = _mm512_multishift_epi64_epi8(g % 2 ? from : _mm512_sub_epi8(from, _mm512_set1_epi8(4)), pairs);
-        return _mm512_ternarylogic_epi64(_mm512_set1_epi8(15), g % 2 ? _mm512_srli_epi16(low, 4) : low, high, 0xca);  // a ? b : c
+        return with_upper_bits(low, g, high);
     }
     static __m512i bytes(const block & b, int g) { return _mm512_and_si512(six_bits(b, g), _mm512_set1_epi8(63)); }
     static __m128i scales(const block & b) { return _mm_loadu_si128(reinterpret_cast<const __m128i *>(b.scales)); }
@@ -196,34 +283,17 @@ struct q6_K_rows {
         }
     }
 
-    // Half h of two rows, 64 columns at a time. 4 g + 2 o + i of the sums holds byte o of words 4 i to 4 i + 3 of each
-    // lane.
+    // Half h of two rows, 64 columns at a time.
     static void add(const block & u, const block & v, int h, const __m512bh * c, vec * sums) {
 #pragma GCC unroll 2
         for (int g = 0; g < 2; g++) {
-            const __m512i bu = six_bits(u, 2 * h + g), bv = six_bits(v, 2 * h + g);
-            const __m512i words[2] = {_mm512_unpacklo_epi16(bu, bv), _mm512_unpackhi_epi16(bu, bv)};
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
-                sums[4 * g + j] = _mm512_dpbf16_ps(sums[4 * g + j], bf16_bytes(j / 2 ? _mm512_srli_epi16(words[j % 2], 8) : words[j % 2]), c[2 * h + g]);
-            }
+            add_words(six_bits(u, 2 * h + g), six_bits(v, 2 * h + g), c[2 * h + g], bf16_bytes, sums + 4 * g);
         }
     }
     static void add_offsets(const offsets &, int, vec *) {}
 
     static void finish(const vec * sums, float * y) {
-        for (int g = 0; g < 2; g++) {
-            for (int i = 0; i < 2; i++) {
-                alignas(64) float by_four[2][16];
-                store(by_four[0], _mm512_unpacklo_ps(sums[4 * g + i], sums[4 * g + 2 + i]));
-                store(by_four[1], _mm512_unpackhi_ps(sums[4 * g + i], sums[4 * g + 2 + i]));
-                for (int lane = 0; lane < 4; lane++) {
-                    float * to = y + g * 64 + lane * 16 + 8 * i;
-                    std::memcpy(to, by_four[0] + 4 * lane, 16);
-                    std::memcpy(to + 4, by_four[1] + 4 * lane, 16);
-                }
-            }
-        }
+        in_order(sums, y, [](int g, int lane) { return 64 * g + 16 * lane; });
     }
 };
 

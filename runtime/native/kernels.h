@@ -33,7 +33,7 @@ struct row_kernels {
 const row_kernels * kernels_avx2(int type);
 const row_kernels * kernels_avxvnni(int type);
 const row_kernels * kernels_avx512(int type);
-const row_kernels * k_kernels_avx2(int type);  // q4_K and q6_K
+const row_kernels * k_kernels_avx2(int type);  // k-quants
 const row_kernels * k_kernels_avxvnni(int type);
 const row_kernels * k_kernels_avx512(int type);
 const row_kernels * kernels_neon(int type);

@@ -119,19 +119,19 @@ void read_q8_K(const uint8_t * b, double * out) {
     }
 }
 
-// d, dmin; eight scales and eight minima of 6 bits in 12 bytes; 128 bytes of nibbles, the low ones of 32 bytes before the high ones.
-void make_q4_K(uint8_t * b) {
+// d, dmin; eight scales and eight minima of 6 bits in 12 bytes; in q5_K 32 bytes of fifth bits; 128 bytes of nibbles, the low ones of 32 bytes before the high ones.
+template <int bytes> void make_with_minima(uint8_t * b) {
     put_word(b, random_f16());
     put_word(b + 2, random_f16());
-    random_bytes(b + 4, 140);
+    random_bytes(b + 4, bytes - 4);
 }
-void read_q4_K(const uint8_t * b, double * out) {
-    const uint8_t *s = b + 4, *q = b + 16;
+template <bool five> void read_with_minima(const uint8_t * b, double * out) {
+    const uint8_t *s = b + 4, *fifth = b + 16, *q = five ? b + 48 : b + 16;
     for (int j = 0; j < 8; j++) {
         const int scale = j < 4 ? s[j] & 63 : (s[j + 4] & 15) | s[j - 4] >> 6 << 4;
         const int least = j < 4 ? s[j + 4] & 63 : s[j + 4] >> 4 | s[j] >> 6 << 4;
         for (int i = 0; i < 32; i++) {
-            const int v = j % 2 ? q[j / 2 * 32 + i] >> 4 : q[j / 2 * 32 + i] & 15;
+            const int v = (j % 2 ? q[j / 2 * 32 + i] >> 4 : q[j / 2 * 32 + i] & 15) + (five ? 16 * (fifth[i] >> j & 1) : 0);
             out[32 * j + i] = from_f16(word(b)) * scale * v - from_f16(word(b + 2)) * least;
         }
     }
@@ -158,9 +158,10 @@ const format Q8_0_X = {"q8_0", GGML_TYPE_Q8_0, 32, 34, make_q8_0_x, read_q8_0, n
 const format Q8_0 = {"q8_0", GGML_TYPE_Q8_0, 32, 34, make_q8_0, read_q8_0, &Q8_0_X};
 const format Q4_0 = {"q4_0", GGML_TYPE_Q4_0, 32, 18, make_q4_0, read_q4_0, &Q8_0_X};
 const format Q8_K = {"q8_K", GGML_TYPE_Q8_K, 256, 292, make_q8_K, read_q8_K, nullptr};
-const format Q4_K = {"q4_K", GGML_TYPE_Q4_K, 256, 144, make_q4_K, read_q4_K, &Q8_K};
+const format Q4_K = {"q4_K", GGML_TYPE_Q4_K, 256, 144, make_with_minima<144>, read_with_minima<false>, &Q8_K};
+const format Q5_K = {"q5_K", GGML_TYPE_Q5_K, 256, 176, make_with_minima<176>, read_with_minima<true>, &Q8_K};
 const format Q6_K = {"q6_K", GGML_TYPE_Q6_K, 256, 210, make_q6_K, read_q6_K, &Q8_K};
-const format * const FORMATS[] = {&F32, &F16, &BF16, &Q8_0, &Q4_0, &Q4_K, &Q6_K};
+const format * const FORMATS[] = {&F32, &F16, &BF16, &Q8_0, &Q4_0, &Q4_K, &Q5_K, &Q6_K};
 
 // `size` bytes, the last of them before a page that nobody may touch.
 class guarded {
@@ -239,7 +240,7 @@ const char * const VARIANTS[] = {"portable", "avx2", "avxvnni", "avx512", "neon"
 // Bounds of the error in units of the sum of the terms' sizes. Some accumulations round each coefficient to bfloat16, by at most 1/256 of itself.
 constexpr double FLOAT = 1e-6;
 double axpy_bound(const std::string & variant, const std::string & type) {
-    return variant == "avx512" && (type == "q4_0" || type == "q4_K" || type == "q6_K") ? 1.0 / 256 : FLOAT;
+    return variant == "avx512" && (type == "q4_0" || type == "q4_K" || type == "q5_K" || type == "q6_K") ? 1.0 / 256 : FLOAT;
 }
 
 struct rows_of {
