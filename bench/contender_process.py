@@ -43,8 +43,9 @@ class ContenderProcess(Closing):
             "PYTHONPATH": os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            start_new_session=True,  # Ctrl-C is for the race, which then ends its contenders
+        )  # fmt: skip
 
     def ask(self, do: str, **arguments: Any) -> Any:
         """Send one request and wait for its reply."""
@@ -66,8 +67,12 @@ class ContenderProcess(Closing):
         """Load the model and answer to a prompt: `load_s` and `first_token_s`."""
         return dict(self.ask("open", ids=list(ids)))
 
+    def kill(self) -> None:
+        """End the process at once, whatever it is doing."""
+        self._process.kill()
+
     def close(self) -> None:
-        """End the process."""
+        """End the process when it has done what it was asked for."""
         assert self._process.stdin and self._process.stdout
         try:
             self._process.stdin.close()

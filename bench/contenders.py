@@ -1,7 +1,8 @@
 """The contenders of a race, each in a process of its own: llama.cpp, and our modes, on the CPU alone or on a device
 too.
 
-All get the same ids to compute, whatever they would have said themselves.
+All get the same ids to compute, whatever they would have said themselves: our modes but those that compute several
+tokens at once because they expect them. These write what they would (`Writing`).
 
 `open` is timed, so whatever a contender imports is imported when it is made.
 """
@@ -12,7 +13,7 @@ import ctypes
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,13 +23,22 @@ import runtime
 from runtime.bindings import ggml_devices as gd
 from runtime.bindings.logs import captured_log, silence
 from runtime.errors import UserError
+from runtime.generation import Token
 from runtime.hybrid.bandwidth import cpu
 from runtime.hybrid.devices import NONE, find
 from runtime.options import FFN_MODES
+from runtime.text.sampling import Sampling
 
 LLAMA_CPP = "llama_cpp"
+TOKEN_BY_TOKEN = ("dense", "exact", "predicted")  # modes that compute any token, one after the other
 BATCH = 512  # tokens of a prompt computed at once, by every contender
 _MIB = 1 << 20
+
+
+def in_order(modes: Iterable[str]) -> list[str]:
+    """Our modes as tables show them: from the plainest on, others last."""
+    known = [mode for mode in TOKEN_BY_TOKEN if mode in modes]
+    return [*known, *(mode for mode in modes if mode not in known)]
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,46 @@ class Ours:
     def close(self) -> None:
         """Free the model."""
         self._model.close()
+
+
+class Writing(Ours):
+    """Our runtime in a mode that guesses tokens and computes several at once: it writes its own text, the likeliest
+    token each time, and tokens that are given only count.
+
+    A text that ends goes on with the first token of the prompt.
+    """
+
+    def start(self, ids: Sequence[int]) -> None:
+        """Forget the context, compute `ids` as a prompt and choose the first token."""
+        self._taken = self._written = 0
+        self._tokens = self._write(list(ids))
+        self.step(ids[0])
+
+    def step(self, token: int) -> None:
+        """Take one more token of the text, which is written as far as it has to be."""
+        self._taken += 1
+        while self._written < self._taken:
+            next(self._tokens)
+
+    def _write(self, ids: list[int]) -> Iterator[None]:
+        """Write on without end."""
+        first, cached = ids[0], False
+        while True:
+            self._generation = self._model.generate(
+                ids, sampling=Sampling(temperature=0), cache_prompt=cached, on_token=self._count
+            )
+            for _ in self._generation:
+                yield
+            ids, cached = [*ids, *self._generation.token_ids, first], True
+
+    def _count(self, _: Token) -> None:
+        self._written += 1
+
+    def facts(self) -> dict[str, Any]:
+        """What the generation says of itself."""
+        self._generation.close()
+        stats = self._generation.stats
+        return {"fired": stats.layer_shares, "gates": stats.gate_shares, "bytes_per_token": stats.bytes_per_token}
 
 
 class _BufferTypeOverride(ctypes.Structure):
@@ -232,7 +282,7 @@ class LlamaCpp:
 def make(spec: Spec) -> Contender:
     """The contender that is described."""
     if spec.kind in FFN_MODES:
-        return Ours(spec)
+        return Ours(spec) if spec.kind in TOKEN_BY_TOKEN else Writing(spec)
     assert spec.kind == LLAMA_CPP, spec.kind
     return LlamaCpp(spec)
 

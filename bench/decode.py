@@ -1,153 +1,140 @@
-"""Decoding speed, side by side: llama.cpp's own runtime and ours in `dense`, `exact` and `predicted` mode, taking turns
-in one run.
+"""Decoding speed, side by side: llama.cpp's own runtime and ours in all its modes, taking turns in one run.
 
-    python -m bench.decode --shape mistral-7b --active 0.10 --type q4_0 --threads 2 [--rounds N] [--tokens N] [--prompt]
-        [--busy N]
+    python -m bench.decode --shape mistral-7b --active 0.10 --type q4_0 q4_k --threads 1,2 [--rounds N] [--tokens N]
+        [--ffn exact,predicted] [--prompt] [--busy N] [--minutes M]
     python -m bench.decode MODEL.gguf
 
 Prints medians with their spread, ratios to llama.cpp, bytes read per token (with the activity measured in the run) and
 the speed that these bytes allow at the memory bandwidth that ggml's dense product reaches in the same run; with
 `--prompt` also prompt processing, load time and resident memory; with `--busy N` also the speed beside N processes that
-compute all the time. The speeds of a round are printed as it ends. The last line is one JSON object.
+compute all the time. A table for each file, with a part for each number of threads. The speeds of a round are printed
+as it ends; where the time is over, and after Ctrl-C, the rounds that have ended are shown. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from bench.contenders import LLAMA_CPP
-from bench.make_model import add_recipe, cached, recipe_of
-from bench.race import race, set_up
-from bench.tables import console, table
+from bench.decode_tables import show
+from bench.machine import describe
+from bench.make_model import add_recipe, cached, recipes_of
+from bench.race import INTERRUPTED, RacePlan, race, set_up
+from bench.tables import console
 from runtime.base.processors import default_threads
 from runtime.cli.help import HelpParser
 from runtime.cli.program import run_command
 from runtime.errors import UserError
 
-MAX_PROGRAMS = 256  # busy ones
-_KINDS = (LLAMA_CPP, "dense", "exact", "predicted")
+MINUTES = 10.0  # for each file, making it included
+MAX_THREADS = 1024
 
 
 def measure(
-    path: Path, twin: Path | None, threads: int, tokens: int = 64, rounds: int = 5, prompts: bool = False,
-    programs: int = 0,
-) -> dict[str, Any]:  # fmt: skip
-    """Race on a model; twin: a stock file with the same weights, or None to make one; programs: busy ones beside it.
+    path: Path, twin: Path | None, threads: Sequence[int], plan: RacePlan, ends: float
+) -> Iterator[dict[str, Any]]:
+    """Race on a model with each number of threads; twin: a stock file with the same weights, or None to make one.
 
-    Returns what is printed as JSON.
+    ends: of `time.monotonic`, when all should be over. Yields what is printed as JSON; after one that was interrupted
+    there are no more.
     """
-    if tokens < 1 or rounds < 1:
-        raise UserError("--tokens and --rounds: expected at least 1")
-    if not 0 <= programs <= MAX_PROGRAMS:
-        raise UserError(f"--busy {programs}, expected 0 to {MAX_PROGRAMS}")
-    with set_up(path, twin, threads, tokens) as setup:
-        return race(setup, tokens, rounds, prompts, lambda text: print(text, file=sys.stderr), programs)
+    with set_up(path, twin, max(threads), plan.tokens) as setup:
+        for i, n in enumerate(threads):
+            now = time.monotonic()
+            result = race(replace(setup, threads=n), plan, _say, now + (ends - now) / (len(threads) - i))
+            yield result
+            if result["cut_short"] == INTERRUPTED:
+                return
 
 
-def _decoding(result: Mapping[str, Any]) -> Table:
-    bandwidth = result["bandwidth_bytes_per_s"] / 1e9
-    spread = f"{result['bandwidth_min'] / 1e9:.1f} - {result['bandwidth_max'] / 1e9:.1f}"
-    title = (
-        f"decoding {result['model']}, {result['threads']} threads, memory {bandwidth:.1f} GB/s ({spread})\n"
-        f"{result['cpu']} ({' '.join(result['instruction_sets'])}), kernels: {result['kernels']}"
-    )
-    programs = result["busy_programs"]
-    beside = (f"beside {programs} busy", "of idle") if programs else ()
-    columns = ("", "tokens/s", "min - max", "x llama.cpp", "active", "MB/token", "bound", "of bound", *beside)
-    rows = [
-        (
-            kind,
-            f"{r['tokens_per_s']:.2f}",
-            f"{r['min']:.2f} - {r['max']:.2f}",
-            f"{result['ratios'].get(kind, 1.0):.2f}",
-            f"{r['active']:.1%}",
-            f"{r['bytes_per_token'] / 1e6:.1f}",
-            f"{r['bound_tokens_per_s']:.1f}",
-            f"{r['share_of_bound']:.0%}",
-            *_busy(r),
-        )
-        for kind, r in _entries(result)
-    ]
-    return table(title, columns, rows)
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
-def _busy(r: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a contender did beside busy programs, if there were any."""
-    if not (beside := r.get("busy")):
-        return ()
-    return (
-        f"{beside['tokens_per_s']:.2f}",
-        f"{beside['share_of_idle']:.0%}",
-    )
+def _files(args: argparse.Namespace) -> Iterator[tuple[Path, Path | None]]:
+    """The model that was named, or one of each type, made when its turn comes."""
+    if args.model:
+        yield args.model, None
+    else:
+        yield from map(cached, recipes_of(args))
 
 
-def _entries(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    return [(kind, result[kind]) for kind in _KINDS if kind in result]
+def _race_all(args: argparse.Namespace, races: list[dict[str, Any]]) -> bool:
+    """Race on every file, show each one's tables and add the results to `races`; returns whether it was interrupted."""
+    plan = RacePlan(args.tokens, args.rounds, args.prompt, args.busy, args.ffn)
+    machine, files = describe(), _files(args)
+    while True:
+        ends, found = time.monotonic() + 60 * args.minutes, len(races)
+        try:
+            file = next(files, None)
+            if file:
+                for result in measure(*file, args.threads, plan, ends):
+                    races.append({**result, **machine})  # noqa: PERF401  (an interrupt leaves what is there)
+        except KeyboardInterrupt:
+            if not races:
+                raise
+            file, races[-1]["cut_short"] = None, INTERRUPTED
+        if races[found:]:
+            show(races[found:], console())
+        if races and races[-1]["cut_short"] == INTERRUPTED:
+            return True
+        if not file:
+            return False
 
 
-def _prompts(result: Mapping[str, Any]) -> Table:
-    base = result[LLAMA_CPP]["prompt"]
-    rows = [
-        (kind, *(f"{r['prompt'][n]:.1f} ({r['prompt'][n] / base[n]:.2f}x)" for n in base))
-        for kind, r in _entries(result)
-    ]
-    return table("prompts, tokens/s (x llama.cpp)", ("", *(f"{n} tokens" for n in base)), rows)
+def _numbers(text: str) -> list[int]:
+    numbers = [int(part) for part in text.split(",")]
+    if not all(1 <= number <= MAX_THREADS for number in numbers):
+        raise UserError(f"--threads {text}, expected numbers from 1 to {MAX_THREADS}, with commas")
+    return numbers
 
 
-def _loading(result: Mapping[str, Any]) -> Table:
-    columns = ("", "load s", "first token s", "peak MB", "anonymous MB", "file MB", "touchable MB")
-    keys = ("peak_bytes", "anonymous_bytes", "file_bytes", "touchable_bytes")
-    rows = [
-        (
-            kind,
-            f"{r['load_s']:.2f}",
-            f"{r['first_token_s']:.2f}",
-            *(f"{r['memory'].get(key, 0) / 1e6:.0f}" for key in keys),
-        )
-        for kind, r in _entries(result)
-    ]
-    return table("loading a mapped, cached file; memory after decoding", columns, rows)
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
-def show(result: Mapping[str, Any], out: Console) -> None:
-    """Print the tables for people."""
-    out.print(_decoding(result))
-    if "prompt" in result[LLAMA_CPP]:
-        out.print(_prompts(result))
-        out.print("In every mode a prompt goes through whole matrices where that is expected to be faster.")
-        out.print(_loading(result))
-    if result["synthetic"]:
-        out.print("SYNTHETIC weights: speed and memory only.")
-    out.print("The bound is bandwidth / bytes per token; a model that fits the CPU's caches may exceed it.")
-
-
-def main() -> None:
+def _arguments() -> argparse.Namespace:
     parser = HelpParser(
         prog="python -m bench.decode", description="Decoding speed beside llama.cpp on the same weights."
     )
     parser.add_argument("model", type=Path, nargs="?", help="a converted GGUF file (else: --shape)")
-    add_recipe(parser, required=False)
+    add_recipe(parser, required=False, several=True)
     parser.add_argument(
-        "--threads", type=int, default=default_threads(), help="threads for every contender (default: physical cores)"
+        "--threads", type=_numbers, default=[default_threads()], metavar="N[,N..]",
+        help="threads for every contender, or several numbers (default: physical cores)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ffn", type=_names, default=(), metavar="MODE[,MODE..]", help="our modes (default: all that the file allows)"
     )
-    parser.add_argument("--tokens", type=int, default=64, help="tokens decoded per turn")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens decoded per turn, of 5 seconds at most")
     parser.add_argument("--rounds", type=int, default=5, help="turns that count")
     parser.add_argument("--prompt", action="store_true", help="also prompts, load time and memory")
     parser.add_argument("--busy", type=int, default=0, help="also decode beside so many processes that compute")
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES,
+        help="for each file, making it included: then the rounds that have ended are shown (default: 10)",
+    )  # fmt: skip
     args = parser.parse_args()
     if (args.model is None) == (args.shape is None):
         raise UserError("expected either a model file or --shape")
-    path, twin = (args.model, None) if args.model else cached(recipe_of(args))
-    result = measure(path, twin, args.threads, args.tokens, args.rounds, args.prompt, args.busy)
-    show(result, console())
-    print(json.dumps(result))
+    if not args.minutes > 0:
+        raise UserError(f"--minutes {args.minutes}, expected more than 0")
+    return args
+
+
+def main() -> None:
+    args, races = _arguments(), list[dict[str, Any]]()
+    interrupted = _race_all(args, races)
+    print(json.dumps({"races": races}), flush=True)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

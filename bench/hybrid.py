@@ -104,7 +104,7 @@ def measure(
         raise UserError("--tokens and --rounds: expected at least 1; --budgets: 0 to 100")
     load = load_average(_say)
     with set_up(path, twin, threads, tokens, _WARM_UP) as setup, GgufFile(path) as file:
-        mode = ffn or setup.modes[-1]
+        mode = ffn or RunOptions().for_file(file).ffn
         run = RunOptions(ffn=mode, threads=threads, n_ctx=setup.n_ctx).for_file(file)
         options = machine_options([device], usable((), [device]), run)
         full = full_bytes(file, options)

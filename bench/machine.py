@@ -1,5 +1,5 @@
-"""What a figure depends on and its table has to name: the CPU, what it can do, the kernels chosen for it, and programs
-that keep it busy meanwhile.
+"""What a figure depends on and its table has to name: the day, the CPU, what it can do, what ggml was built for, the
+kernels chosen, and programs that keep the CPU busy meanwhile.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from runtime.bindings.ffi import GGML_CPU
 from runtime.bindings.sparse_ffn import VARIANTS, variant
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -21,17 +23,24 @@ _SETS = (
     "sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vbmi", "avx512_vnni",
     "avx512_bf16", "avx512_fp16", "avx10", "amx_int8", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2",
 )  # fmt: skip
+# What ggml says that it was compiled for: functions of ggml-cpu.h.
+_GGML_HAS = (
+    "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512", "avx512_vbmi", "avx512_vnni", "avx512_bf16", "amx_int8", "neon",
+    "dotprod", "matmul_int8", "sve",
+)  # fmt: skip
 _SPIN = "print(flush=True)\nwhile True: pass"
 
 
 def describe() -> dict[str, Any]:
-    """`cpu`, its name; `instruction_sets` that it has, as Linux names them, empty on other systems; `kernels`, the
-    variant of ours that computes.
+    """`date`, of today, by UTC; `cpu`, its name; `instruction_sets` that it has, as Linux names them, empty on other
+    systems; `ggml`, those that ggml was built for; `kernels`, the variant of ours that computes.
 
     Raises UserError where LAZYNEURON_KERNELS names none.
     """
     text = _CPUINFO.read_text(encoding="utf-8", errors="replace") if _CPUINFO.exists() else ""
-    return {**parse(text), "kernels": VARIANTS[variant()]}
+    ggml = [name for name in _GGML_HAS if GGML_CPU.symbol(f"ggml_cpu_has_{name}")()]
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    return {"date": date, **parse(text), "ggml": ggml, "kernels": VARIANTS[variant()]}
 
 
 def parse(cpuinfo: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from runtime.cli.program import run_command
 from runtime.errors import UserError
 from runtime.model_file.writer import write_gguf
 
-REVISION = 1  # of what is planted; part of the cached files' names
+REVISION = 2  # of what is planted; part of the cached files' names
 ACTIVE_KEY = "lazyneuron.synthetic.active"  # the wanted share; a file that has it is synthetic
 _MEASURED_TOKENS = 48
 _BYTE_TOKEN, _CONTROL, _UNKNOWN, _NORMAL = 6, 3, 2, 1  # GGUF's token types
@@ -149,17 +149,27 @@ def show(recipe: Recipe, result: Mapping[str, Any], out: Console) -> None:
     out.print(table(title, ("block", "active", "predicted", "recall"), [*rows, mean]))
 
 
-def add_recipe(parser: argparse.ArgumentParser, required: bool) -> None:
-    """The options that say which model."""
+def add_recipe(parser: argparse.ArgumentParser, required: bool, several: bool = False) -> None:
+    """The options that say which model; several: of several types."""
     parser.add_argument("--shape", choices=SHAPES, required=required, help="shape of the synthetic model")
     parser.add_argument("--active", type=float, default=0.10, help="share of neurons that fire (default: 0.10)")
-    parser.add_argument("--type", default="q4_0", help=f"format of the matrices: {', '.join(TYPES)} (default: q4_0)")
+    parser.add_argument(
+        "--type",
+        nargs="+" if several else None,
+        default=["q4_0"] if several else "q4_0",
+        help=f"format of the matrices{', or several' if several else ''}: {', '.join(TYPES)} (default: q4_0)",
+    )
     parser.add_argument("--layers", type=int, help="number of blocks (default: the shape's own)")
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """The recipe behind parsed options. Raises UserError for an unknown type."""
     return Recipe(args.shape, args.active, check_type(args.type, "--type"), args.layers)
+
+
+def recipes_of(args: argparse.Namespace) -> list[Recipe]:
+    """The recipes of all types behind parsed options. Raises UserError for an unknown type."""
+    return [recipe_of(argparse.Namespace(**vars(args) | {"type": kind})) for kind in args.type]
 
 
 def main() -> None:

@@ -7,7 +7,9 @@ nothing of models.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -39,13 +41,19 @@ def decode(data: Bytes, type_name: str, row_length: int) -> Floats:
     return unpack(data, NUMBERS[type_name], row_length)
 
 
+def encode_rows(rows: Floats, type_name: str) -> Bytes:
+    """The bytes of `rows` [n, length], encoded by several threads."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        parts = threads.map(lambda at: encode(rows[at : at + _STEP], type_name), range(0, len(rows), _STEP))
+        return np.concatenate(list(parts))
+
+
 class RowPool:
     """Encoded rows [n, length]; n is a multiple of GROUP."""
 
     def __init__(self, rows: Floats, type_name: str) -> None:
         self.type, self.length, self.rows = type_name, rows.shape[1], len(rows)
-        parts = [encode(rows[i : i + _STEP], type_name) for i in range(0, len(rows), _STEP)]
-        self._groups = np.concatenate(parts).reshape(self.rows // GROUP, -1)
+        self._groups = encode_rows(rows, type_name).reshape(self.rows // GROUP, -1)
 
     def pieces(self, groups: Groups, rows: int, zeros: int = 0) -> Iterator[Bytes]:
         """The bytes of `rows` rows, of which the first `zeros` hold only zeros."""
@@ -65,8 +73,7 @@ class ColumnPool:
 
     def __init__(self, rows: Floats, type_name: str) -> None:
         self.type, (self.columns, self.height) = type_name, rows.shape
-        turned = [encode(rows[:, i : i + _STEP].T, type_name) for i in range(0, self.height, _STEP)]
-        self._groups = np.concatenate(turned).reshape(self.height, self.columns // GROUP, -1)
+        self._groups = encode_rows(rows.T, type_name).reshape(self.height, self.columns // GROUP, -1)
 
     def pieces(self, groups: Groups) -> Iterator[Bytes]:
         """The bytes of the matrix [len(groups) * GROUP, height] (ggml's order) whose columns are the chosen groups."""

@@ -1,10 +1,16 @@
-"""A race: contenders take turns on one machine in one run, and what came of it is kept as numbers. Prints nothing."""
+"""A race: contenders take turns on one machine in one run, and what came of it is kept as numbers. Prints nothing.
+
+Only rounds that have ended count. So a race can be cut short at any time, by Ctrl-C or because its time is over, and
+has figures from the first round on.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -13,20 +19,24 @@ from typing import Any
 
 from bench import stock
 from bench.contender_process import BANDWIDTH, ContenderProcess
-from bench.contenders import LLAMA_CPP, Spec
-from bench.machine import busy, describe
+from bench.contenders import LLAMA_CPP, Spec, in_order
+from bench.machine import busy
 from bench.make_model import ACTIVE_KEY, random_ids
 from bench.resident_memory import read_through
 from runtime.compute.traffic import Activity, bytes_per_token, kv_bytes
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile, TensorInfo
 from runtime.model_file.structure import Structure
+from runtime.options import FFN_MODES, RunOptions
 from runtime.text.tokenizer import Tokenizer
 
 PROMPT = 16  # tokens in the context before decoding starts
 PROMPTS = (32, 128, 512)  # lengths of the prompts that are timed
 N_CTX = 1024
+TURN_S = 5.0  # seconds of decoding in a turn, at most
 BUSY_S = 3.0  # seconds of decoding beside busy programs in a turn: a process that slept before goes first for a while
+MAX_PROGRAMS = 256  # busy ones
+INTERRUPTED, OUT_OF_TIME = "interrupted", "out of time"  # why a race was cut short
 _BUSY = 0.7  # load average above which others take part
 _KV_ELEMENT = 2  # bytes; F16, as in every contender
 _TEXT = Path(__file__).parent.parent / "examples/heldout.txt"
@@ -34,8 +44,32 @@ _UNUSED = {  # tensors that no token touches in a mode
     LLAMA_CPP: (".ffn_down_t.", ".predictor_", ".ffn_neuron_"),
     "dense": (".ffn_down_t.", ".predictor_", ".ffn_neuron_"),
     "exact": (".ffn_down.weight", ".predictor_", ".ffn_neuron_"),
-    "predicted": (".ffn_down.weight", ".ffn_neuron_"),
 }
+_UNUSED_OTHERWISE = (".ffn_down.weight", ".ffn_neuron_")
+
+
+@dataclass(frozen=True)
+class RacePlan:
+    """How a race is run. tokens: decoded in a turn, fewer where a turn takes too long. rounds: that count.
+
+    prompts: whether prompts are timed, too. programs: that compute all the time, beside which every contender decodes a
+    second time in each round, if any. modes: ours that take part, () for all that the file allows.
+    Raises UserError for values out of range.
+    """
+
+    tokens: int = 64
+    rounds: int = 5
+    prompts: bool = False
+    programs: int = 0
+    modes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.rounds < 1:
+            raise UserError("--tokens and --rounds: expected at least 1")
+        if not 0 <= self.programs <= MAX_PROGRAMS:
+            raise UserError(f"--busy {self.programs}, expected 0 to {MAX_PROGRAMS}")
+        if unknown := [mode for mode in self.modes if mode not in FFN_MODES]:
+            raise UserError(f"--ffn: `{unknown[0]}`, expected some of {', '.join(FFN_MODES)}")
 
 
 @dataclass(frozen=True)
@@ -55,15 +89,25 @@ class RaceSetup:
         """Positions of every contender's context."""
         return min(N_CTX, self.structure.context_length)
 
-    @property
-    def modes(self) -> list[str]:
-        """Our modes that this file allows."""
-        return ["dense", "exact", *(["predicted"] if any(self.structure.predictor_rank) else [])]
+    def modes(self, wanted: Sequence[str] = ()) -> list[str]:
+        """Our modes that this file allows; or the wanted ones: raises UserError for one that it does not allow."""
+        with GgufFile(self.path) as file:
+            for mode in wanted:
+                RunOptions(ffn=mode).for_file(file)
+            return in_order(wanted or [mode for mode in FFN_MODES if _allows(file, mode)])
+
+
+def _allows(file: GgufFile, mode: str) -> bool:
+    try:
+        RunOptions(ffn=mode).for_file(file)
+    except UserError:
+        return False
+    return True
 
 
 @dataclass
 class RaceEntry:
-    """One contender's results so far."""
+    """One contender's results of the rounds that have ended."""
 
     worker: ContenderProcess
     path: Path
@@ -71,7 +115,7 @@ class RaceEntry:
     busy: list[float] = field(default_factory=list)  # the same beside busy programs
     loads: list[dict[str, float]] = field(default_factory=list)
     prompts: dict[int, list[float]] = field(default_factory=dict)  # tokens per second, by length
-    activity: dict[str, list[float]] = field(default_factory=dict)
+    activity: dict[str, Any] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
 
     def turn(self) -> ContenderProcess:
@@ -120,118 +164,159 @@ def load_average(say: Callable[[str], object]) -> float:
     return others
 
 
-def race(
-    setup: RaceSetup, tokens: int, rounds: int, prompts: bool, say: Callable[[str], object], programs: int = 0
-) -> dict[str, Any]:
+def race(setup: RaceSetup, plan: RacePlan, say: Callable[[str], object], ends: float = math.inf) -> dict[str, Any]:
     """Let the contenders take turns, the first round to warm up; returns the figures that are printed as JSON.
 
-    programs: that compute all the time, beside which every contender decodes a second time in each round, if any.
-    say: gets a line when something begins, and the speeds of a round when it has ended.
+    say: gets a line when something begins, and the speeds of a round when it has ended. ends: of `time.monotonic`; no
+    round begins that would end later, except for the first that counts.
+    An interrupt ends it, too; raises KeyboardInterrupt where no round had ended.
     """
     others = load_average(say)
     with ExitStack() as stack:
-        entries = {}
-        for kind in (LLAMA_CPP, *setup.modes):
+        runners = _Race(setup, plan, say, stack)
+        cut = None
+        try:
+            cut = runners.run(ends)
+        except BaseException as stopped:
+            runners.kill()
+            if not isinstance(stopped, KeyboardInterrupt) or not runners.bandwidths:
+                raise
+            cut = INTERRUPTED
+    return {**runners.figures(), "cut_short": cut, "load_average_before": others}
+
+
+def _rounds(n: int, ends: float) -> Iterator[int]:
+    """0, to warm up, and 1 to n; fewer where another one like the last would not end in time."""
+    for i in range(n + 1):
+        begin = time.monotonic()
+        yield i
+        if i and time.monotonic() + (time.monotonic() - begin) > ends:
+            return
+
+
+class _Race:
+    """The contenders, the yardstick of bandwidth, and what the rounds that have ended gave."""
+
+    def __init__(self, setup: RaceSetup, plan: RacePlan, say: Callable[[str], object], stack: ExitStack) -> None:
+        self.setup, self.plan, self.say = setup, plan, say
+        self.entries: dict[str, RaceEntry] = {}
+        self.bandwidths: list[float] = []
+        for kind in (LLAMA_CPP, *setup.modes(plan.modes)):
             path = setup.twin if kind == LLAMA_CPP else setup.path
             worker = ContenderProcess(Spec(kind, str(path), setup.threads, setup.n_ctx))
-            entries[kind] = RaceEntry(stack.enter_context(worker), path)
-        yardstick = stack.enter_context(ContenderProcess(Spec(BANDWIDTH, str(setup.path), setup.threads, setup.n_ctx)))
+            self.entries[kind] = RaceEntry(stack.enter_context(worker), path)
+        yardstick = ContenderProcess(Spec(BANDWIDTH, str(setup.path), setup.threads, setup.n_ctx))
+        self.yardstick = stack.enter_context(yardstick)
+
+    def kill(self) -> None:
+        """End all processes at once, whatever they are doing."""
+        for worker in (self.yardstick, *(entry.worker for entry in self.entries.values())):
+            worker.kill()
+
+    def run(self, ends: float) -> str | None:
+        """Run all rounds, or as many as there is time for; returns why it was cut short, if it was."""
+        plan, say, cut = self.plan, self.say, None
         say("loading")
-        _load(entries, setup, rounds if prompts else 1)
-        bandwidths = []
-        for i in range(rounds + 1):
-            say(f"round {i} of {rounds}" if i else "warming up")
-            _decode_round(entries, setup, tokens, counts=i > 0)
-            bandwidths.append(yardstick.ask("measure"))
-            if i:
-                _busy_round(entries, setup, tokens, programs)
-                say(_speeds_of_round(entries, programs))
-        for entry in entries.values():
-            entry.memory = entry.worker.ask("memory")
-        for i in range(rounds + 1 if prompts else 0):
-            say(f"prompts, round {i} of {rounds}" if i else "prompts, warming up")
-            _prompt_round(entries, setup, counts=i > 0)
-        for (
-            entry
-        ) in entries.values():  # what is mapped and allocated now includes prompts; the peak is that of the whole run
-            entry.memory |= {"peak_bytes": entry.worker.ask("memory").get("peak_bytes", 0)}
-    figures = _figures(entries, setup, bandwidths[1:], tokens, prompts)
-    return {**figures, **describe(), "busy_programs": programs, "load_average_before": others}
+        self._load(plan.rounds if plan.prompts else 1)
+        half = (time.monotonic() + ends) / 2 if plan.prompts else ends
+        for i in _rounds(plan.rounds, half):
+            say(f"round {i} of {plan.rounds}" if i else "warming up")
+            self._round(counts=i > 0)
+        if len(self.bandwidths) < plan.rounds:
+            cut = OUT_OF_TIME
+        for i in _rounds(plan.rounds, ends) if plan.prompts else ():
+            say(f"prompts, round {i} of {plan.rounds}" if i else "prompts, warming up")
+            self._prompt_round(counts=i > 0)
+        if plan.prompts:
+            for entry in self.entries.values():  # the peak is that of the whole run
+                entry.memory |= {"peak_bytes": entry.worker.ask("memory").get("peak_bytes", 0)}
+            if any(len(speeds) < plan.rounds for entry in self.entries.values() for speeds in entry.prompts.values()):
+                cut = OUT_OF_TIME
+        return cut
 
+    def _load(self, times: int) -> None:
+        for _ in range(times):
+            for entry in self.entries.values():
+                entry.loads.append(entry.turn().open(self.setup.ids[:PROMPT]))
 
-def _load(entries: dict[str, RaceEntry], setup: RaceSetup, times: int) -> None:
-    for _ in range(times):
-        for entry in entries.values():
-            entry.loads.append(entry.turn().open(setup.ids[:PROMPT]))
+    def _round(self, counts: bool) -> None:
+        """Every contender once, then the yardstick, then every contender beside busy programs."""
+        ids, idle, beside, memory = self._ids, {}, {}, {}
+        for kind, entry in self.entries.items():
+            limit = TURN_S if counts else 1.0
+            idle[kind] = entry.turn().ask("decode", prompt=self.setup.ids[:PROMPT], ids=ids, limit_s=limit)
+        bandwidth = self.yardstick.ask("measure")
+        if not counts:
+            return
+        for kind, entry in self.entries.items():
+            if self.plan.programs:
+                beside[kind] = self._beside(entry)
+            memory[kind] = entry.worker.ask("memory")
+        self.bandwidths.append(bandwidth)
+        for kind, entry in self.entries.items():
+            reply = idle[kind]
+            entry.speeds.append(reply["tokens"] / reply["seconds"])
+            entry.busy += [beside[kind]] if kind in beside else []
+            entry.activity, entry.memory = reply, memory[kind]
+        self.say(self._speeds_of_round())
 
+    @property
+    def _ids(self) -> list[int]:
+        return self.setup.ids[PROMPT : PROMPT + self.plan.tokens]
 
-def _decode_round(entries: dict[str, RaceEntry], setup: RaceSetup, tokens: int, counts: bool) -> None:
-    for entry in entries.values():
-        reply = entry.turn().ask("decode", prompt=setup.ids[:PROMPT], ids=setup.ids[PROMPT : PROMPT + tokens])
-        if counts:
-            entry.speeds.append(reply.pop("tokens") / reply.pop("seconds"))
-            entry.activity = reply
-
-
-def _busy_round(entries: dict[str, RaceEntry], setup: RaceSetup, tokens: int, programs: int) -> None:
-    """Every contender beside the same busy programs, again and again until the time is over."""
-    ids = setup.ids[PROMPT : PROMPT + tokens]
-    for entry in entries.values() if programs else ():
+    def _beside(self, entry: RaceEntry) -> float:
+        """Tokens per second beside the busy programs, decoding again and again until the time is over."""
         worker, computed, seconds = entry.turn(), 0, 0.0
-        with busy(programs):
+        with busy(self.plan.programs):
             while seconds < BUSY_S:
-                reply = worker.ask("decode", prompt=setup.ids[:PROMPT], ids=ids, limit_s=BUSY_S - seconds)
+                limit = BUSY_S - seconds
+                reply = worker.ask("decode", prompt=self.setup.ids[:PROMPT], ids=self._ids, limit_s=limit)
                 computed, seconds = computed + reply["tokens"], seconds + reply["seconds"]
-        entry.busy.append(computed / seconds)
+        return computed / seconds
+
+    def _speeds_of_round(self) -> str:
+        entries = self.entries.items()
+        parts = [f"{kind} {e.speeds[-1]:.2f}" + (f" ({e.busy[-1]:.2f})" if e.busy else "") for kind, e in entries]
+        programs = self.plan.programs
+        beside = f" (beside {programs} busy programs)" if programs else ""
+        return f"  tokens/s{beside}: {', '.join(parts)}"
+
+    def _prompt_round(self, counts: bool) -> None:
+        found = {
+            (kind, length): length / entry.turn().ask("prompt", ids=self.setup.ids[:length])
+            for length in PROMPTS
+            for kind, entry in self.entries.items()
+            if length <= self.setup.n_ctx
+        }
+        for (kind, length), speed in found.items() if counts else ():
+            self.entries[kind].prompts.setdefault(length, []).append(speed)
+
+    def figures(self) -> dict[str, Any]:
+        """Medians of the rounds that have ended."""
+        setup, bandwidth = self.setup, statistics.median(self.bandwidths)
+        result: dict[str, Any] = {
+            "model": setup.path.name,
+            "synthetic": setup.synthetic,
+            "threads": setup.threads,
+            "tokens": self.plan.tokens,
+            "rounds": len(self.bandwidths),
+            "busy_programs": self.plan.programs,
+            "bandwidth_bytes_per_s": bandwidth,
+            "bandwidth_min": min(self.bandwidths),
+            "bandwidth_max": max(self.bandwidths),
+        }
+        result |= {kind: _entry_figures(kind, entry, setup, bandwidth) for kind, entry in self.entries.items()}
+        base = result[LLAMA_CPP]["tokens_per_s"]
+        ours = [kind for kind in self.entries if kind != LLAMA_CPP]
+        return {**result, "ratios": {kind: result[kind]["tokens_per_s"] / base for kind in ours}}
 
 
-def _speeds_of_round(entries: dict[str, RaceEntry], programs: int) -> str:
-    """A line with what the round that has ended gave: it is all that is left of a run that is cut short."""
-    parts = [f"{kind} {e.speeds[-1]:.2f}" + (f" ({e.busy[-1]:.2f})" if e.busy else "") for kind, e in entries.items()]
-    beside = f" (beside {programs} busy programs)" if programs else ""
-    return f"  tokens/s{beside}: {', '.join(parts)}"
-
-
-def _prompt_round(entries: dict[str, RaceEntry], setup: RaceSetup, counts: bool) -> None:
-    for length in PROMPTS:
-        for entry in entries.values():
-            if length <= setup.n_ctx:
-                seconds = entry.turn().ask("prompt", ids=setup.ids[:length])
-                if counts:
-                    entry.prompts.setdefault(length, []).append(length / seconds)
-
-
-def _figures(
-    entries: dict[str, RaceEntry], setup: RaceSetup, bandwidths: Sequence[float], tokens: int, prompts: bool
-) -> dict[str, Any]:
-    bandwidth = statistics.median(bandwidths)
-    result: dict[str, Any] = {
-        "model": setup.path.name,
-        "synthetic": setup.synthetic,
-        "threads": setup.threads,
-        "tokens": tokens,
-        "rounds": len(bandwidths),
-        "bandwidth_bytes_per_s": bandwidth,
-        "bandwidth_min": min(bandwidths),
-        "bandwidth_max": max(bandwidths),
-    }
-    for kind, entry in entries.items():
-        result[kind] = _entry_figures(kind, entry, setup, bandwidth, tokens)
-        if not prompts:
-            result[kind].pop("prompt")
-    base = result[LLAMA_CPP]["tokens_per_s"]
-    result["ratios"] = {kind: result[kind]["tokens_per_s"] / base for kind in setup.modes}
-    return result
-
-
-def _entry_figures(kind: str, entry: RaceEntry, setup: RaceSetup, bandwidth: float, tokens: int) -> dict[str, Any]:
-    mode = "dense" if kind == LLAMA_CPP else kind
+def _entry_figures(kind: str, entry: RaceEntry, setup: RaceSetup, bandwidth: float) -> dict[str, Any]:
     fired = entry.activity.get("fired") or [1.0] * setup.structure.block_count
     gates = entry.activity.get("gates") or fired
-    kv = kv_bytes(setup.structure, PROMPT + (tokens + 1) / 2, _KV_ELEMENT)
-    traffic = bytes_per_token(setup.structure, setup.tensors, Activity(mode, fired, gates), kv)
-    speed = statistics.median(entry.speeds)
+    size, speed = _bytes(kind, entry, setup, fired, gates), statistics.median(entry.speeds)
     loads = {key: statistics.median(load[key] for load in entry.loads) for key in ("load_s", "first_token_s")}
+    prompts = {str(length): statistics.median(speeds) for length, speeds in entry.prompts.items()}
     beside = {}
     if entry.busy:
         busy_speed = statistics.median(entry.busy)
@@ -242,18 +327,28 @@ def _entry_figures(kind: str, entry: RaceEntry, setup: RaceSetup, bandwidth: flo
         "tokens_per_s": speed,
         "min": min(entry.speeds),
         "max": max(entry.speeds),
-        "bytes_per_token": traffic.total,
-        "bound_tokens_per_s": bandwidth / traffic.total,
-        "share_of_bound": speed * traffic.total / bandwidth,
+        "bytes_per_token": size,
+        "bound_tokens_per_s": bandwidth / size,
+        "share_of_bound": speed * size / bandwidth,
         "active": statistics.mean(fired),
         "gate_rows": statistics.mean(gates),
         **loads,
         "memory": {**entry.memory, "touchable_bytes": _touchable(kind, setup)},
-        "prompt": {str(length): statistics.median(speeds) for length, speeds in entry.prompts.items()},
+        **({"prompt": prompts} if prompts else {}),
     }
+
+
+def _bytes(kind: str, entry: RaceEntry, setup: RaceSetup, fired: list[float], gates: list[float]) -> float:
+    """Bytes that one token of the last turn read."""
+    if "bytes_per_token" in entry.activity:
+        return float(entry.activity["bytes_per_token"])
+    mode = "dense" if kind == LLAMA_CPP else kind
+    kv = kv_bytes(setup.structure, PROMPT + (entry.activity["tokens"] + 1) / 2, _KV_ELEMENT)
+    return bytes_per_token(setup.structure, setup.tensors, Activity(mode, fired, gates), kv).total
 
 
 def _touchable(kind: str, setup: RaceSetup) -> float:
     """Bytes of the tensors that some token reads in this mode, and of all keys and values."""
-    weights = sum(t.nbytes for name, t in setup.tensors.items() if not any(part in name for part in _UNUSED[kind]))
+    unused = _UNUSED.get(kind, _UNUSED_OTHERWISE)
+    weights = sum(t.nbytes for name, t in setup.tensors.items() if not any(part in name for part in unused))
     return weights + kv_bytes(setup.structure, setup.n_ctx, _KV_ELEMENT)

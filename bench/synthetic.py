@@ -6,21 +6,22 @@ LayerNorm models have a real bias. RMSNorm models keep a first block of residual
 coordinate 0 is the same for every token, the others are 0, and the norm's weight turns it into 1, so that the gate's
 column 0 is the bias. Its sign does not depend on the size of the stream. The low-rank part is the stored predictor
 itself; attention and FFN add little to the stream, so activity is the same in every block.
+
+Encoding is what takes time, so nothing is encoded twice: every block has the same gate rows in an order of its own,
+with the biases of its own neurons put into their first bytes.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from bench.firing_rates import plan_firing
-from bench.pool import GROUP, Bytes, ColumnPool, Floats, RowPool, choose_groups, decode, row_ids
+from bench.pool import GROUP, Bytes, ColumnPool, Floats, RowPool, choose_groups, decode, encode_rows, row_ids
 from convert.formats import NUMBERS, encode, fitting, output_type, row_bytes
 from runtime.bindings import ggml
 from runtime.errors import UserError
@@ -29,7 +30,7 @@ from runtime.model_file.structure import Structure
 from runtime.model_file.tensor_shapes import required_tensors
 from runtime.model_file.writer import NewTensor
 
-POOL_ROWS = 4096
+POOL_ROWS = 2048
 NOISE = 0.2  # standard deviation of what the predictor cannot know of a pre-activation, whose own is 1
 MARGIN = 0.6  # threshold of the predictor, in units of its error
 FFN_GROWTH, ATTENTION_GROWTH = 0.3, 0.1  # what all blocks together add to the stream's variance, at most
@@ -69,22 +70,23 @@ class Synthetic:
         s, rng = self.structure, np.random.default_rng([self.seed, 1 << 20])
         d, main = s.embedding_length, fitting(self.type, s.embedding_length)
         head = fitting(output_type(self.type), d)
-        plain = self._normal(rng, d, 1 / math.sqrt(d))
+        plain = self.normal(rng, d, 1 / math.sqrt(d))
         self.plain = RowPool(plain, main)
         self.head = RowPool(plain, head)
-        embedding = self._normal(rng, d, 1.0)
+        embedding = self.normal(rng, d, 1.0)
         if self.constant:
             embedding[:, 0] = math.sqrt(d)
         self.embedding = RowPool(embedding, head if s.tied_output else main)
         attended = self.attention.query_length
         scale = math.sqrt(ATTENTION_GROWTH / s.block_count / attended)
-        self.output = RowPool(self._normal(rng, attended, scale), fitting(self.type, attended))
-        down = self._normal(rng, d, self._down_scale())
+        self.output = RowPool(self.normal(rng, attended, scale), fitting(self.type, attended))
+        down = self.normal(rng, d, self._down_scale())
         self.down_t = RowPool(down, main)
         self.down = ColumnPool(down, fitting(self.type, self.ffn.n_ff))
-        self.noise = self._normal(rng, d, NOISE / math.sqrt(d - self.constant))
+        self.gates = GatePool(self, rng)
 
-    def _normal(self, rng: np.random.Generator, length: int, scale: float) -> Floats:
+    def normal(self, rng: np.random.Generator, length: int, scale: float) -> Floats:
+        """As many rows as a pool has; nothing where the constant is."""
         rows = rng.standard_normal((self.pool_rows, length), np.float32) * np.float32(scale)
         if length == self.structure.embedding_length:
             rows[:, : self.constant] = 0
@@ -150,23 +152,54 @@ class Synthetic:
         return weight
 
 
+class GatePool:
+    """The gate rows of every block, without biases, and the predictor that knows them, encoded.
+
+    weights: bytes [n_ff, row bytes]; inner_bytes, outer_bytes: of the predictor, the latter [n_ff, row bytes].
+    spread: float32 [n_ff], what the predictor and the noise give a pre-activation, as a standard deviation.
+    """
+
+    def __init__(self, model: Synthetic, rng: np.random.Generator) -> None:
+        d, ff, rank, kind = model.ffn.n_embd, model.ffn.n_ff, model.structure.rank(0), model.predictor_type
+        self.type, self.constant = model.plain.type, model.constant
+        inner = rng.standard_normal((rank, d), np.float32) / np.float32(math.sqrt(d - model.constant))
+        inner[:, : model.constant] = 0
+        outer = rng.standard_normal((ff, rank), np.float32) * np.float32(math.sqrt((1 - NOISE**2) / rank))
+        self.inner_bytes, outer_bytes = encode_rows(inner, kind), encode_rows(outer, kind)
+        known, outer = decode(self.inner_bytes, kind, d), decode(outer_bytes, kind, rank)
+        self.outer_bytes = outer_bytes.reshape(ff, -1)
+        explained = ((outer @ (known @ known.T)) * outer).sum(1)
+        self.spread = np.sqrt(explained + NOISE**2).astype(np.float32)
+        noise = model.normal(rng, d, NOISE / math.sqrt(d - model.constant))
+        n = len(noise)
+        parts = [encode_rows(outer[at : at + n] @ known + noise[: ff - at], self.type) for at in range(0, ff, n)]
+        self.weights = np.concatenate(parts).reshape(ff, -1)
+
+    def rows(self, which: npt.NDArray[np.int64], biases: Floats) -> Bytes:
+        """Bytes of some rows, with a bias for each in column 0 where the model has the constant."""
+        chosen = self.weights[which]
+        if self.constant:
+            head = np.zeros((len(which), self.constant), np.float32)
+            head[:, 0] = biases
+            encoded = encode(head, self.type).reshape(len(which), -1)
+            chosen[:, : encoded.shape[1]] = encoded
+        return chosen.reshape(-1)
+
+
 class PlantedBlock:
-    """What is planted in one block: predictor, biases, and which groups of the pools its matrices consist of."""
+    """What is planted in one block: biases, the order of its gate rows, and which groups of pools its other matrices
+    consist of.
+    """
 
     def __init__(self, model: Synthetic, i: int) -> None:
         self.m, self.i = model, i
         self.rng = np.random.default_rng([model.seed, i])
-        d, ff, rank, kind = model.ffn.n_embd, model.ffn.n_ff, model.structure.rank(i), model.predictor_type
-        inner = self.rng.standard_normal((rank, d), np.float32) / np.float32(math.sqrt(d - model.constant))
-        inner[:, : model.constant] = 0
-        outer = self.rng.standard_normal((ff, rank), np.float32) * np.float32(math.sqrt((1 - NOISE**2) / rank))
-        self.inner_bytes, self.outer_bytes = encode(inner, kind), encode(outer, kind)
-        self.inner, self.outer = decode(self.inner_bytes, kind, d), decode(self.outer_bytes, kind, rank)
-        explained = ((self.outer @ (self.inner @ self.inner.T)) * self.outer).sum(1)
-        self.bias = (model.firing.means * np.sqrt(explained + NOISE**2)).astype(np.float32)
+        ff = model.ffn.n_ff
+        self.gates = self.rng.permutation(ff)
+        self.bias = (model.firing.means * model.gates.spread[self.gates]).astype(np.float32)
         self.groups = {
             name: choose_groups(self.rng, model.pool_rows, max(ff, model.attention.query_length))
-            for name in ("gate", "up", "down", "attn_q", "attn_k", "attn_v", "attn_output")
+            for name in ("up", "down", "attn_q", "attn_k", "attn_v", "attn_output")
         }
         self.ids = self.rng.permutation(ff).astype(np.int32)
 
@@ -193,9 +226,9 @@ class PlantedBlock:
         """Vectors, and the predictor."""
         m = self.m
         if part == "predictor_in.weight":
-            return self.inner_bytes
+            return m.gates.inner_bytes
         if part == "predictor_out.weight":
-            return self.outer_bytes
+            return m.gates.outer_bytes[self.gates].reshape(-1)
         if part == "ffn_neuron_index":
             return self.ids.view(np.uint8)
         vectors = {
@@ -215,17 +248,8 @@ class PlantedBlock:
         return -share @ self.m.down_t.floats()
 
     def _gate_rows(self) -> Iterator[Bytes]:
-        """Low-rank part, noise and bias, encoded by several threads and delivered in order."""
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
-            yield from threads.map(self._gate_group, range(self.m.ffn.n_ff // GROUP))
-
-    def _gate_group(self, group: int) -> Bytes:
-        m, rows = self.m, slice(group * GROUP, (group + 1) * GROUP)
-        at = int(self.groups["gate"][group]) * GROUP
-        weights = self.outer[rows] @ self.inner + m.noise[at : at + GROUP]
-        if m.constant:
-            weights[:, 0] = self.bias[rows]
-        return encode(weights, m.plain.type)
+        for at in range(0, self.m.ffn.n_ff, GROUP):
+            yield self.m.gates.rows(self.gates[at : at + GROUP], self.bias[at : at + GROUP])
 
 
 def rounding_error(type_name: str, length: int) -> float:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -21,11 +22,11 @@ import pytest
 import runtime
 from bench import batches, converting, kernels, machine, predictors, stock
 from bench.case import Case
-from bench.contenders import LLAMA_CPP, LlamaCpp, Spec, timed_decode
-from bench.decode import measure as decode_race
+from bench.contenders import LLAMA_CPP, LlamaCpp, Ours, Spec, Writing, in_order, make, timed_decode
 from bench.firing_rates import plan_firing
 from bench.make_model import Recipe, measure, random_ids, write_model
 from bench.pool import GROUP, ColumnPool, RowPool, choose_groups, decode, row_ids
+from bench.race import OUT_OF_TIME, RacePlan, set_up
 from bench.shapes import shape
 from runtime.base.worker import on_worker
 from runtime.bindings import waiting
@@ -33,6 +34,8 @@ from runtime.bindings.sparse_ffn import variants
 from runtime.block_runner import BlockRunner
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
+from runtime.options import FFN_MODES
+from runtime.text.sampling import Sampling
 
 ROOT = Path(__file__).parent.parent
 RECIPES = {"gated": Recipe("tiny", 0.1, "q4_0"), "ungated": Recipe("tiny-opt", 0.04, "q8_0")}
@@ -141,22 +144,95 @@ def test_llama_cpp_loads_the_twin(models: dict[str, Path], name: str) -> None:
 def test_a_race_prints_one_line_for_scripts(tmp_path: Path) -> None:
     made = last_line("make_model", "--shape", "tiny", "--layers", "2", cache=tmp_path)
     assert made["active"] == pytest.approx(made["active_wanted"], rel=0.15)
-    result = last_line(
-        "decode", "--shape", "tiny", "--layers", "2", "--rounds", "1", "--tokens", "4", "--prompt", cache=tmp_path
-    )
+    options = ("--shape", "tiny", "--layers", "2", "--rounds", "1", "--tokens", "4", "--prompt")
+    (result,) = last_line("decode", *options, cache=tmp_path)["races"]
     kinds = ("llama_cpp", "dense", "exact", "predicted")
     keys = {"tokens_per_s", "min", "max", "bytes_per_token", "bound_tokens_per_s", "share_of_bound", "prompt", "memory"}
     assert all(keys <= set(result[kind]) for kind in kinds)
-    assert set(result["ratios"]) == {"dense", "exact", "predicted"}
+    assert set(result["ratios"]) == {kind for kind in result if kind in FFN_MODES} >= {"dense", "exact", "predicted"}
     assert set(result["exact"]["prompt"]) == {"32", "128", "512"}
     read = {kind: result[kind]["bytes_per_token"] for kind in kinds}
     assert read["predicted"] < read["exact"] < read["dense"] == read["llama_cpp"]
     assert result["exact"]["active"] == pytest.approx(0.1, rel=0.3)
     assert len(list((tmp_path / "bench").glob("*.gguf"))) == 2  # the race took what make_model had made
-    assert result["busy_programs"] == 0
+    assert (result["busy_programs"], result["rounds"], result["cut_short"]) == (0, 1, None)
     assert not any("busy" in result[kind] for kind in kinds)
     assert result["cpu"]
     assert result["kernels"] in variants()
+
+
+def test_a_race_on_several_files_with_several_numbers_of_threads(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.decode", "--shape", "tiny-opt", "--layers", "1", "--type", "q8_0", "q4_0",
+         "--threads", "1,2", "--ffn", "exact", "--rounds", "1", "--tokens", "2"],
+        capture_output=True, text=True, check=True, cwd=ROOT, env={**os.environ, "LAZYNEURON_CACHE": str(tmp_path)},
+    )  # fmt: skip
+    races = json.loads(done.stdout.splitlines()[-1])["races"]
+    kinds = [re.search(r"-(q\w+)-", race["model"]) for race in races]
+    assert [(k and k[1], race["threads"]) for k, race in zip(kinds, races, strict=True)] == [
+        ("q8_0", 1), ("q8_0", 2), ("q4_0", 1), ("q4_0", 2),
+    ]  # fmt: skip
+    assert all(set(race["ratios"]) == {"exact"} for race in races)
+    assert done.stdout.count("1 threads, ") == done.stdout.count("2 threads, ") == 2
+    assert done.stdout.count("kernels: ") == 2  # a table for each file
+
+
+def test_a_race_ends_in_time_with_what_it_has(tiny_gguf: Path, tmp_path: Path) -> None:
+    options = ("--rounds", "1000", "--tokens", "2", "--ffn", "exact", "--minutes", "0.0001")
+    (result,) = last_line("decode", str(tiny_gguf), *options, cache=tmp_path)["races"]
+    assert (result["rounds"], result["cut_short"]) == (1, OUT_OF_TIME)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends an interrupt to one process")
+def test_an_interrupted_race_shows_the_rounds_that_have_ended(tiny_gguf: Path, tmp_path: Path) -> None:
+    options = ("--rounds", "1000", "--tokens", "2", "--threads", "1,2", "--ffn", "exact")
+    with subprocess.Popen(
+        [sys.executable, "-m", "bench.decode", str(tiny_gguf), *options],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**os.environ, "LAZYNEURON_CACHE": str(tmp_path)},
+    ) as process:  # fmt: skip
+        assert process.stderr and process.stdout
+        while "round 3 of" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        shown, complaints = process.communicate(timeout=120)
+    assert process.returncode == 130, complaints
+    assert "Traceback" not in complaints
+    (result,) = json.loads(shown.splitlines()[-1])["races"]
+    assert result["threads"] == 1
+    assert result["cut_short"] == "interrupted"
+    assert 2 <= result["rounds"] < 1000
+    assert f"interrupted after {result['rounds']} rounds" in shown
+
+
+def test_every_mode_of_a_file_takes_part(models: dict[str, Path], tiny_gguf: Path) -> None:
+    with set_up(models["gated"], models["gated.stock"], 1, 4) as setup:
+        assert set(setup.modes()) == set(FFN_MODES)
+        assert setup.modes(("exact", "dense")) == ["dense", "exact"]
+    assert in_order(["new", "predicted", "dense"]) == ["dense", "predicted", "new"]
+    assert type(make(Spec("exact", "never.gguf", 1, 64))) is Ours
+
+
+def test_a_mode_that_guesses_writes_its_own_text(models: dict[str, Path]) -> None:
+    """As `generate` does, and on behind an end: measured with a mode whose text is known."""
+    prompt = random_ids(512, 16)
+    with runtime.load(models["gated"], ffn="exact", threads=1, n_ctx=64) as model:
+        generation = model.generate(prompt, max_tokens=9, sampling=Sampling(temperature=0))
+        list(generation)
+        wanted, size = generation.token_ids, generation.stats.bytes_per_token
+    assert len(wanted) == 9, "a text that ends early proves nothing"
+    writing = Writing(Spec("exact", str(models["gated"]), 1, 64))
+    writing.open()
+    try:
+        tokens, seconds = timed_decode(writing, prompt, [0] * 8)
+        found = writing._generation
+        facts = writing.facts()
+    finally:
+        writing.close()
+    assert (tokens, found.token_ids) == (8, wanted)
+    assert seconds > 0
+    assert facts["bytes_per_token"] == pytest.approx(size)
+    assert len(facts["fired"]) == 4
 
 
 def test_every_contender_decodes_beside_busy_programs_too(tiny_gguf: Path, tmp_path: Path) -> None:
@@ -165,15 +241,15 @@ def test_every_contender_decodes_beside_busy_programs_too(tiny_gguf: Path, tmp_p
         [sys.executable, "-m", "bench.decode", str(tiny_gguf), *options],
         capture_output=True, text=True, check=True, cwd=ROOT, env={**os.environ, "LAZYNEURON_CACHE": str(tmp_path)},
     )  # fmt: skip
-    result = json.loads(done.stdout.splitlines()[-1])
-    kinds = [kind for kind in ("llama_cpp", "dense", "exact", "predicted") if kind in result]
+    (result,) = json.loads(done.stdout.splitlines()[-1])["races"]
+    kinds = [kind for kind in (LLAMA_CPP, *FFN_MODES) if kind in result]
     assert result["busy_programs"] == 1
     for kind in kinds:
         beside = result[kind]["busy"]
         assert 0 < beside["min"] <= beside["tokens_per_s"] <= beside["max"]
         assert beside["share_of_idle"] == pytest.approx(beside["tokens_per_s"] / result[kind]["tokens_per_s"])
     shown = " ".join(done.stdout.split())
-    assert all(part in shown for part in (result["cpu"], f"kernels: {result['kernels']}", "of idle"))
+    assert all(part in shown for part in (result["cpu"], result["date"], f"kernels: {result['kernels']}", "of idle"))
     rounds = [line for line in done.stderr.splitlines() if line.startswith("  tokens/s (beside 1 busy programs)")]
     assert len(rounds) == 1
     assert all(f"{kind} " in line and line.count("(") == 1 + len(kinds) for kind in kinds for line in rounds)
@@ -248,7 +324,7 @@ def test_llama_cpp_waits_as_it_does_by_itself() -> None:
 
 
 def test_a_race_takes_a_real_model(tiny_gguf: Path, tmp_path: Path) -> None:
-    result = last_line("decode", str(tiny_gguf), "--rounds", "1", "--tokens", "2", cache=tmp_path)
+    (result,) = last_line("decode", str(tiny_gguf), "--rounds", "1", "--tokens", "2", cache=tmp_path)["races"]
     assert not result["synthetic"]
     assert {"llama_cpp", "dense", "exact"} <= set(result)
 
@@ -297,8 +373,13 @@ def test_row_and_column_pools_hold_one_matrix() -> None:
 
 
 def test_mistakes_are_reported() -> None:
-    with pytest.raises(UserError, match="--busy -1"):
-        decode_race(Path("never.gguf"), None, threads=1, programs=-1)
+    for plan, found in (
+        ({"programs": -1}, "--busy -1"),
+        ({"rounds": 0}, "--rounds"),
+        ({"modes": ("x",)}, "--ffn: `x`"),
+    ):
+        with pytest.raises(UserError, match=found):
+            RacePlan(**plan)  # type: ignore[arg-type]
     for recipe in (Recipe("tiny", 0.0), Recipe("tiny", 1.5), Recipe("tiny", type="q4_k"), Recipe("tiny", layers=0)):
         with pytest.raises(UserError):
             write_model(recipe, Path("never.gguf"))
