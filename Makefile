@@ -11,7 +11,7 @@ NATIVE := $(wildcard runtime/native/*)
 # As in pyproject.toml. Installed before the package, so that its wheel (about 6 minutes on two cores) is built once and then comes from pip's cache.
 LLAMA_CPP := $(shell sed -n 's/^requires = .*"\(llama-cpp-python==[0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: chat setup test test-kernels test-kill test-vulkan sanitize fuzz fuzz-sanitized check docs bench clean
+.PHONY: chat setup test test-kernels test-kill test-vulkan sanitize fuzz fuzz-sanitized check check-ports docs bench bench-avx2 clean
 
 chat: $(MODEL)
 	@$(PY) -m runtime chat $(MODEL)
@@ -87,12 +87,22 @@ check: $(VENV)/.check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+# The native library compiled for Windows, macOS, Arm and musl, without any of them: see the script. PORTS names some of them; LINK=no compiles only, which takes a minute.
+check-ports: $(VENV)/.setup
+	@PYTHON="$(PY)" tests/ports.sh $(PORTS)
+
 # The `--help` that pages of docs/commands embed, and nothing else there.
 docs: $(VENV)/.setup
 	$(PY) tests/documents.py
 
+# BENCH: another model or a shape, and options.
+BENCH ?= $(MODEL)
 bench: $(MODEL)
-	$(PY) -m bench.decode $(MODEL)
+	$(PY) -m bench.decode $(BENCH)
+
+# The same as a CPU runs it that has AVX2 and nothing newer. The first call compiles llama.cpp for it: some 10 minutes.
+bench-avx2: $(MODEL)
+	@PYTHON="$(PY)" LLAMA_CPP="$(LLAMA_CPP)" bench/avx2.sh bench.decode $(BENCH)
 
 clean:
 	rm -rf $(VENV) build
