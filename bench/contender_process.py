@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -43,9 +44,8 @@ class ContenderProcess(Closing):
             "PYTHONPATH": os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-            start_new_session=True,  # Ctrl-C is for the race, which then ends its contenders
-        )  # fmt: skip
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
     def ask(self, do: str, **arguments: Any) -> Any:
         """Send one request and wait for its reply."""
@@ -146,6 +146,7 @@ def _serve(target: Any, replies: Callable[[str], object]) -> None:
 
 
 def _main(description: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the race, which then ends its contenders
     # Libraries that print must not print into the replies.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
