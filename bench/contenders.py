@@ -166,7 +166,13 @@ class Writing(Ours):
         """What the generation says of itself."""
         self._generation.close()
         stats = self._generation.stats
-        return {"fired": stats.layer_shares, "gates": stats.gate_shares, "bytes_per_token": stats.bytes_per_token}
+        return {
+            "fired": stats.layer_shares,
+            "gates": stats.gate_shares,
+            "bytes_per_token": stats.bytes_per_token,
+            "drafted_tokens": stats.drafted_tokens,
+            "accepted_tokens": stats.accepted_tokens,
+        }
 
 
 class _BufferTypeOverride(ctypes.Structure):

@@ -39,6 +39,7 @@ MAX_PROGRAMS = 256  # busy ones
 INTERRUPTED, OUT_OF_TIME = "interrupted", "out of time"  # why a race was cut short
 _BUSY = 0.7  # load average above which others take part
 _KV_ELEMENT = 2  # bytes; F16, as in every contender
+_OF_DRAFTS = ("drafted_tokens", "accepted_tokens")  # of modes that draft
 _TEXT = Path(__file__).parent.parent / "examples/heldout.txt"
 _UNUSED = {  # tensors that no token touches in a mode
     LLAMA_CPP: (".ffn_down_t.", ".predictor_", ".ffn_neuron_"),
@@ -332,6 +333,7 @@ def _entry_figures(kind: str, entry: RaceEntry, setup: RaceSetup, bandwidth: flo
         "share_of_bound": speed * size / bandwidth,
         "active": statistics.mean(fired),
         "gate_rows": statistics.mean(gates),
+        **{key: entry.activity[key] for key in _OF_DRAFTS if key in entry.activity},
         **loads,
         "memory": {**entry.memory, "touchable_bytes": _touchable(kind, setup)},
         **({"prompt": prompts} if prompts else {}),
