@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -70,3 +71,12 @@ def test_row_kernels_of_aarch64() -> None:
     program = build("row-kernels-aarch64", *ARM64, targets=("row_kernels_test", "lazyneuron"))
     assert run(EMULATOR, program, "neon").startswith("neon: f32 f16 bf16 q8_0 q4_0 q4_K q6_K signs\n")
     assert run(EMULATOR, "-cpu", "cortex-a53", program) == "0 checks, 0 failed\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="reads /proc/cpuinfo of x86-64")
+def test_variants_are_those_of_the_cpu_as_the_system_describes_it() -> None:
+    flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())  # type: ignore[index]
+    avx2 = {"avx2", "fma", "f16c"}
+    avx512 = {f"avx512{name}" for name in ("f", "dq", "bw", "vl", "vbmi", "_vnni", "_bf16", "_vpopcntdq")}
+    needed = {"portable": set(), "avx2": avx2, "avxvnni": avx2 | {"avx_vnni"}, "avx512": avx2 | avx512}
+    assert sparse_ffn.variants() == [name for name, wanted in needed.items() if wanted <= flags]

@@ -4,7 +4,9 @@
 #include "lazyneuron.h"
 #include "tiles.h"
 
-#if defined(LZN_ARM64) && defined(__linux__)
+#if defined(LZN_X86)
+#include "cpuid_x86.h"
+#elif defined(LZN_ARM64) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
@@ -13,15 +15,11 @@ bool lzn_has_variant(int32_t variant) {
     switch (variant) {
         case LZN_PORTABLE: return true;
 #if defined(LZN_X86)
-        case LZN_AVX2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+        case LZN_AVX2: return lzn::has_avx2();
 #if defined(LZN_HAS_AVXVNNI)
         case LZN_AVXVNNI: return lzn_has_variant(LZN_AVX2) && lzn::has_avx_vnni();
 #endif
-        case LZN_AVX512:
-            // Every CPU with BF16 and VBMI has VPOPCNTDQ as well.
-            return lzn_has_variant(LZN_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
-                   __builtin_cpu_supports("avx512vpopcntdq");
+        case LZN_AVX512: return lzn::has_avx512();
 #elif defined(LZN_ARM64) && defined(__APPLE__)
         case LZN_NEON: return true;  // since the first M
 #elif defined(LZN_ARM64) && defined(__linux__)
