@@ -179,6 +179,10 @@ class Engine(OfWorker):
             seen = sequences
             if cold and len(cold[0].fired) < len(sequences):  # the last block: tokens whose logits are wanted
                 seen = [sequences[k] for k in outputs.tolist()]
+            if len(seen) == 1 and len(cold) == 1:  # a token that is decoded: the same as below, in less time
+                (ffn,), (one,) = cold, seen
+                counted[one][i] = LayerCount(ffn.fired.item(0) + hot, ffn.gates.item(0) + hot, 1)
+                continue
             # Lists: for the few numbers of a token, numpy's sum takes longer.
             fired, gates = ([ffn.fired.tolist() for ffn in cold], [ffn.gates.tolist() for ffn in cold])
             for sequence, layers in counted.items():

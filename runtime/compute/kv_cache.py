@@ -166,7 +166,7 @@ class CellTable:
         It sees those of its own sequence that are not later than itself, and of a window of w positions the last w.
         """
         members, positions, numbers = self.members[: self.n_kv], self.positions[: self.n_kv], batch.sequences
-        if (numbers == numbers[0]).all():
+        if len(numbers) == 1 or (numbers == numbers[0]).all():
             held = np.where(members & _BITS[numbers[0]], positions, _NOWHERE)
         else:
             distinct, row = np.unique(numbers, return_inverse=True)

@@ -168,6 +168,7 @@ def write(tensor: ggml.TensorP, array: npt.NDArray[np.generic]) -> None:
 
 def read(tensor: ggml.TensorP) -> npt.NDArray[np.float32]:
     """A copy of an F32 matrix, [ne1, ne0]."""
-    array = np.empty((tensor.ne[1], tensor.ne[0]), np.float32)
+    length, n, *_ = tensor.ne
+    array = np.empty((n, length), np.float32)
     ggml.ggml_backend_tensor_get(ggml.ConstTensorP(tensor.value), array.ctypes.data, 0, array.nbytes)
     return array
