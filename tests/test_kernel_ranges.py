@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ffn_harness import Array, Ffn, Ranges, as_rounded, make, reference, relative_error, run_native, structure
 from predictor_harness import native_candidates
-from test_kernels import IN_BFLOAT16, SUM_IN_F16, TOLERANCE, TYPES
+from test_kernels import TYPES, bound, unsure
 
 from predictors.matrices import plain
 from runtime.bindings import sparse_ffn
@@ -29,10 +29,9 @@ def some_ranges(n_tokens: int, k: int, rng: np.random.Generator, n_ff: int = N_F
 def check(ffn: Ffn, x: Array, threads: int, ranges: Ranges) -> None:
     expected, fires = reference(ffn, as_rounded(x, ffn.type_name), ranges)
     found, counted = run_native(ffn, x, threads, ranges=ranges)
-    key = (sparse_ffn.VARIANTS[sparse_ffn.variant()], ffn.type_name)
-    assert relative_error(found, expected) <= IN_BFLOAT16.get(key, SUM_IN_F16.get(ffn.type_name, TOLERANCE))
+    assert relative_error(found, expected) <= bound(ffn.type_name)
     assert np.array_equal(counted.gates, (~np.isnan(ranges.per_row(ffn.s.feed_forward_length))).sum(1))
-    assert abs(counted.fired.sum() - fires.sum()) <= 1 + 0.005 * fires.size * (ffn.type_name in SUM_IN_F16)
+    assert abs(counted.fired.sum() - fires.sum()) <= 1 + 0.005 * fires.size * unsure(ffn.type_name)
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -42,13 +42,15 @@ namespace {
 
 // The tables of one variant.
 struct x86_tables {
-    const lzn::row_kernels * (*plain)(int type);
-    const lzn::row_kernels * (*k_quants)(int type);
+    const lzn::row_kernels * (*tables[3])(int type);
     const lzn::row_kernels & signs;
 
     const lzn::row_kernels * of(int type) const {
-        const lzn::row_kernels * found = type == GGML_TYPE_I8 ? &signs : plain(type);
-        return found ? found : k_quants(type);
+        const lzn::row_kernels * found = type == GGML_TYPE_I8 ? &signs : nullptr;
+        for (const auto table : tables) {
+            found = found ? found : table(type);
+        }
+        return found;
     }
 };
 
@@ -59,11 +61,11 @@ const void * lzn_kernels(int32_t type, int32_t variant) {
     (void) type;
     switch (variant) {
 #if defined(LZN_X86)
-        case LZN_AVX2: return x86_tables{lzn::kernels_avx2, lzn::k_kernels_avx2, lzn::signs_avx2}.of(type);
+        case LZN_AVX2: return x86_tables{{lzn::kernels_avx2, lzn::k_kernels_avx2, lzn::blocks_kernels_avx2}, lzn::signs_avx2}.of(type);
 #if defined(LZN_HAS_AVXVNNI)
-        case LZN_AVXVNNI: return x86_tables{lzn::kernels_avxvnni, lzn::k_kernels_avxvnni, lzn::signs_avxvnni}.of(type);
+        case LZN_AVXVNNI: return x86_tables{{lzn::kernels_avxvnni, lzn::k_kernels_avxvnni, lzn::blocks_kernels_avxvnni}, lzn::signs_avxvnni}.of(type);
 #endif
-        case LZN_AVX512: return x86_tables{lzn::kernels_avx512, lzn::k_kernels_avx512, lzn::signs_avx512}.of(type);
+        case LZN_AVX512: return x86_tables{{lzn::kernels_avx512, lzn::k_kernels_avx512, lzn::blocks_kernels_avx512}, lzn::signs_avx512}.of(type);
 #elif defined(LZN_ARM64)
         case LZN_NEON: return lzn::kernels_neon(type);
 #endif

@@ -1,5 +1,6 @@
 // Products of whole numbers, 256 bits at a time: all that AVX2 and AVX-VNNI do differently. AVX-VNNI multiplies bytes,
-// unsigned by signed, and adds four products in 32 bits; AVX2 adds two in 16 bits, which must not overflow.
+// unsigned by signed, and adds four products in 32 bits; AVX2 adds two in 16 bits, which must not overflow. With AVX-512
+// the same instructions have another encoding.
 #pragma once
 
 #include "x86.h"
@@ -11,8 +12,14 @@ __m256i load_x(const int8_t * x) { return _mm256_load_si256(reinterpret_cast<con
 // Whose scales to put side by side: of two vectors of weights both, or those of one alone.
 enum whose { BOTH, FIRST, SECOND };
 
+#if defined(__AVXVNNI__) || defined(__AVX512VNNI__)
 #if defined(__AVXVNNI__)
 __m256i add_bytes(__m256i sums, __m256i w, const int8_t * x) { return _mm256_dpbusd_avx_epi32(sums, w, load_x(x)); }
+__m256i add_words(__m256i sums, __m256i a, __m256i b) { return _mm256_dpwssd_avx_epi32(sums, a, b); }
+#else
+__m256i add_bytes(__m256i sums, __m256i w, const int8_t * x) { return _mm256_dpbusd_epi32(sums, w, load_x(x)); }
+__m256i add_words(__m256i sums, __m256i a, __m256i b) { return _mm256_dpwssd_epi32(sums, a, b); }
+#endif
 
 // Four-by-four sums of two vectors of weights times x; small: weights of 0 to 31.
 __m256i small_products(__m256i w, const int8_t * x, __m256i v, const int8_t * y) {
@@ -37,10 +44,12 @@ struct scaled_products {
     __m256i add_to(__m256i sums, const int8_t * x) const {
         const __m256i none = _mm256_setzero_si256();
         const __m256i products = _mm256_packs_epi32(add_bytes(none, w, x), add_bytes(none, v, x + 32));
-        return _mm256_dpwssd_avx_epi32(sums, products, scales);
+        return add_words(sums, products, scales);
     }
 };
 #else
+__m256i add_words(__m256i sums, __m256i a, __m256i b) { return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)); }
+
 // Four products are added in 16 bits: at most 4 * 31 * 127.
 __m256i small_products(__m256i w, const int8_t * x, __m256i v, const int8_t * y) {
     const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w, load_x(x)), _mm256_maddubs_epi16(v, load_x(y)));
@@ -68,8 +77,8 @@ struct scaled_products {
 
     // Two products stay below 2 * 63 * 128 in 16 bits.
     __m256i add_to(__m256i sums, const int8_t * x) const {
-        sums = _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(w, load_x(x)), scales_w));
-        return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(v, load_x(x + 32)), scales_v));
+        sums = add_words(sums, _mm256_maddubs_epi16(w, load_x(x)), scales_w);
+        return add_words(sums, _mm256_maddubs_epi16(v, load_x(x + 32)), scales_v);
     }
 };
 #endif

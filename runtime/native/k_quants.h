@@ -44,15 +44,15 @@ struct alignas(64) k_x {
 
 size_t k_arranged_size(int64_t n) { return n / K_COLUMNS * sizeof(k_x); }
 
-// Rows::place says where 32 columns' values go.
+// Rows::place says where 16 columns' values go.
 template <typename Rows> void k_arrange(int64_t n, const void * x, void * out) {
     for (int64_t i = 0; i < n / K_COLUMNS; i++) {
         const block_q8_K & from = static_cast<const block_q8_K *>(x)[i];
         k_x & to = static_cast<k_x *>(out)[i];
         std::memset(to.sums, 0, sizeof(to.sums));
         to.d = from.d;
-        for (int c = 0; c < K_COLUMNS; c += 32) {
-            std::memcpy(to.q + Rows::place(c), from.qs + c, 32);
+        for (int c = 0; c < K_COLUMNS; c += 16) {
+            std::memcpy(to.q + Rows::place(c), from.qs + c, 16);
         }
         for (int s = 0; s < 16; s++) {
             to.sums[s * 16 / Rows::RUN] += from.bsums[s];

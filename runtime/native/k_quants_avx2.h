@@ -109,6 +109,12 @@ struct q4_K_rows : rows_with_minima<q4_K_rows, block_q4_K> {
 
 // Two vectors of 32 bytes, a weight in each byte.
 struct sums_of_bytes {
+    // A coefficient in each lane.
+    static vec two_runs(const float * c) {
+        double both;
+        std::memcpy(&both, c, sizeof(both));
+        return _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_set1_pd(both)), _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0));
+    }
     static constexpr int BITS = 8;
     static int unit(int j) { return j % 4; }
     static void add_bytes_times(__m256i w, vec factor, vec * sums) {
@@ -179,13 +185,6 @@ struct q6_K_rows : sums_of_bytes {
         }
     }
     static vec offset(const float * off, int g, int j) { return two_runs(off + 4 * g + j / 4 * 2); }
-
-  private:
-    static vec two_runs(const float * c) {
-        double both;
-        std::memcpy(&both, c, sizeof(both));
-        return _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_set1_pd(both)), _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0));
-    }
 };
 
 template <typename Rows, int g> void add_quarter(int n_rows, const typename Rows::block * const * w, const float (*c)[16], const float * off, float * y) {

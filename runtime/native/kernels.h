@@ -29,13 +29,16 @@ struct row_kernels {
     void (*finish)(int64_t n, float * y);
 };
 
-// The tables of each variant; null where the variant has none of its own for a type.
+// The tables of each variant, those of k-quants and of more formats in blocks; null where a table has no such type.
 const row_kernels * kernels_avx2(int type);
 const row_kernels * kernels_avxvnni(int type);
 const row_kernels * kernels_avx512(int type);
-const row_kernels * k_kernels_avx2(int type);  // k-quants
+const row_kernels * k_kernels_avx2(int type);
 const row_kernels * k_kernels_avxvnni(int type);
 const row_kernels * k_kernels_avx512(int type);
+const row_kernels * blocks_kernels_avx2(int type);
+const row_kernels * blocks_kernels_avxvnni(int type);
+const row_kernels * blocks_kernels_avx512(int type);
 const row_kernels * kernels_neon(int type);
 
 // Rows of sign bits, ggml type I8: n of them, eight to a byte, against n sign bits; dots gives -(how many differ), and

@@ -104,26 +104,6 @@ template <typename Rows> void axpys_float(int64_t n, int n_rows, const char * co
     }
 }
 
-// --- Q8_0, its accumulation -----------------------------------------------------------------------------------------
-
-void axpys_q8_0(int64_t n, int n_rows, const char * const * rows, const char * const * next, const float * a, float * y) {
-    for (int64_t i = 0; i < n / BLOCK; i++) {
-        vec sums[BLOCK / WIDTH];
-        fetch<sizeof(block_q8_0)>(next, n_rows, i * sizeof(block_q8_0));
-        for (vec & s : sums) {
-            s = zero();
-        }
-        for (int k = 0; k < n_rows; k++) {
-            const block_q8_0 & b = reinterpret_cast<const block_q8_0 *>(rows[k])[i];
-            const vec c = all(a[k] * f16(b.d));
-            for (int j = 0; j < BLOCK / WIDTH; j++) {
-                sums[j] = fma(from_i8(b.qs + j * WIDTH), c, sums[j]);
-            }
-        }
-        add_pass(sums, BLOCK / WIDTH, y + i * BLOCK);
-    }
-}
-
 // --- tables ----------------------------------------------------------------------------------------------------------
 
 template <typename P> constexpr row_kernels table(decltype(row_kernels::axpys) axpys, decltype(row_kernels::arranged_size) arranged_size = nullptr,
@@ -134,11 +114,9 @@ template <typename P> constexpr row_kernels table(decltype(row_kernels::axpys) a
 const row_kernels F32 = table<of_floats<f32_rows>>(axpys_float<f32_rows>), F16 = table<of_floats<f16_rows>>(axpys_float<f16_rows>);
 const row_kernels BF16 = table<bf16_products>(axpys_float<bf16_rows>);
 #if defined(__AVX512F__)
-const row_kernels Q8_0 = table<q8_0_products>(axpys_q8_0, q8_0_arranged_size, q8_0_arrange);
 const row_kernels Q4_0 = table<q4_0_products>(axpys_q4_0, q4_0_arranged_size, q4_0_arrange, q4_0_finish);
 #else
-const row_kernels Q8_0 = table<q8_0_products>(axpys_q8_0, arranged_size_of_blocks, arrange_blocks<q8_0_rows>);
-const row_kernels Q4_0 = table<q4_0_products>(axpys_q4_0, arranged_size_of_blocks, arrange_blocks<q4_0_rows>, q4_0_finish);
+const row_kernels Q4_0 = table<of_blocks<q4_0_rows>>(axpys_blocks<q4_0_rows>, arranged_size_of_blocks, arrange_blocks<q4_0_rows>, finish_blocks<q4_0_rows>);
 #endif
 
 }  // namespace
@@ -148,7 +126,6 @@ const row_kernels * lzn::LZN_VARIANT(int type) {
         case GGML_TYPE_F32: return &F32;
         case GGML_TYPE_F16: return &F16;
         case GGML_TYPE_BF16: return &BF16;
-        case GGML_TYPE_Q8_0: return &Q8_0;
         case GGML_TYPE_Q4_0: return &Q4_0;
         default: return nullptr;
     }

@@ -1,4 +1,4 @@
-// Q8_0 and Q4_0 with AVX-512 (VBMI, VNNI, BF16): a cache line of a row at a time.
+// Q4_0 with AVX-512 (VBMI, VNNI, BF16): a cache line of a row at a time.
 //
 // Integer products follow ggml: 4-bit weights are unsigned with an offset of 8, so w . x = q . x - 8 sum(x), and the
 // offset is folded into the accumulator's start.
@@ -201,80 +201,5 @@ void q4_0_finish(int64_t n, float * y) {
         }
     }
 }
-
-// Q8_0 by groups of 64 columns, two blocks.
-struct alignas(64) q8_0_x {
-    int8_t q[64];
-    int32_t start[16];  // folds in the offset of 128 that makes weights unsigned
-    float d[16];
-};
-constexpr int64_t Q8_0_COLUMNS = 64, Q8_0_BYTES = 2 * sizeof(block_q8_0);
-
-size_t q8_0_arranged_size(int64_t n) { return (n + Q8_0_COLUMNS - 1) / Q8_0_COLUMNS * sizeof(q8_0_x); }
-
-void q8_0_arrange(int64_t n, const void * x, void * out) {
-    const block_q8_0 * xs = static_cast<const block_q8_0 *>(x);
-    std::memset(out, 0, q8_0_arranged_size(n));
-    for (int64_t b = 0; b < n / BLOCK; b++) {
-        q8_0_x & group = static_cast<q8_0_x *>(out)[b / 2];
-        const int half = static_cast<int>(b % 2);
-        std::memcpy(group.q + BLOCK * half, xs[b].qs, BLOCK);
-        for (int i = 0; i < BLOCK; i++) {
-            group.start[8 * half + i / 4] -= 128 * xs[b].qs[i];
-        }
-        for (int i = 0; i < 8; i++) {
-            group.d[8 * half + i] = f16(xs[b].d);
-        }
-    }
-}
-
-// first: the group's first 64 bytes; last: the four that follow
-template <int T> void q8_0_dot(__m512i first, __m128i last, const q8_0_x * const * x, vec * acc) {
-    const __m512i from = _mm512_set_epi8(67, 66, 65, 64, 63, 62, 61, 60, 59, 58, 57, 56, 55, 54, 53, 52, 51, 50, 49, 48, 47, 46, 45, 44, 43, 42, 41, 40, 39, 38, 37, 36, 33, 32, 31, 30,
-                                         29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2);
-    const __m512i scale_words = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 17, 17, 17, 17, 17, 17, 17, 17, 0, 0, 0, 0, 0, 0, 0, 0);
-    const __m512i w = _mm512_xor_si512(_mm512_permutex2var_epi8(first, from, _mm512_castsi128_si512(last)), _mm512_set1_epi8(static_cast<char>(0x80)));
-    const vec d = _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_permutexvar_epi16(scale_words, first)));
-    for (int t = 0; t < T; t++) {
-        const __m512i p = _mm512_dpbusd_epi32(_mm512_load_si512(x[t]->start), w, _mm512_load_si512(x[t]->q));
-        acc[t] = fma(_mm512_cvtepi32_ps(p), _mm512_mul_ps(d, _mm512_load_ps(x[t]->d)), acc[t]);
-    }
-}
-
-struct q8_0_products {
-    template <int R, int T> static void products(int64_t n, const char * const * rows, const char * const * next, const void * const * xs, float * out) {
-        const int64_t whole = n / Q8_0_COLUMNS;
-        vec acc[R][T];
-        for (auto & row : acc) {
-            for (vec & a : row) {
-                a = zero();
-            }
-        }
-        const q8_0_x * x[T];
-        const auto go_to = [&](int64_t group) {
-            for (int t = 0; t < T; t++) {
-                x[t] = static_cast<const q8_0_x *>(xs[t]) + group;
-            }
-        };
-        for (int64_t g = 0; g < whole; g++) {
-            fetch<Q8_0_BYTES>(next, R, g * Q8_0_BYTES);
-            go_to(g);
-            for (int k = 0; k < R; k++) {
-                const char * p = rows[k] + g * Q8_0_BYTES;
-                q8_0_dot<T>(_mm512_loadu_si512(p), _mm_loadu_si32(p + 64), x, acc[k]);
-            }
-        }
-        go_to(whole);
-        for (int k = 0; k < R; k++) {
-            if (n % Q8_0_COLUMNS) {
-                const __m512i first = _mm512_maskz_loadu_epi8((1ull << sizeof(block_q8_0)) - 1, rows[k] + whole * Q8_0_BYTES);
-                q8_0_dot<T>(first, _mm_setzero_si128(), x, acc[k]);
-            }
-            for (int t = 0; t < T; t++) {
-                out[k * T + t] = sum(acc[k][t]);
-            }
-        }
-    }
-};
 
 }  // namespace
