@@ -122,11 +122,21 @@ def judge(candidate: Candidate, measured: tuple[Scale, Margins, Margins], cost: 
     return Judged(candidate, scale, rule, curves[0], curves[1], time)
 
 
+def sketch(candidate: Candidate, validation: Margins, cost: Cost, share: float) -> Doubles:
+    """What a candidate takes and loses at each of PRICES, in bytes, by the margins of one of `share` neurons."""
+    rule = thresholds(validation, cost)
+    curve = _curve(validation, rule.prices())
+    time = predicted_bytes(candidate, cost, SCATTERED * curve.predicted, SCATTERED * curve.hits)
+    lost: Doubles = PRICES * cost.dense * np.maximum(0.0, curve.total - curve.energy) * share
+    return time + lost
+
+
 def predicted_bytes(candidate: Candidate, cost: Cost, predicted: Shares, hits: Shares) -> Shares:
     """Bytes per token of an FFN and its predictor, by the shares of neurons that are candidates and that fire among
     them.
     """
-    own = sum(t.nbytes for t in candidate.tensors) + 4 * cost.n_ff
+    *shared, rows = candidate.tensors  # which may be some of the layer's
+    own = sum(t.nbytes for t in shared) + rows.nbytes / rows.shape[-1] * cost.n_ff + 4 * cost.n_ff
     return own + cost.fixed + cost.n_ff * (cost.gate * predicted + cost.rest * hits)
 
 

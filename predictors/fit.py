@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,12 @@ from predictors.allocate import LayerOptions, allocate
 from predictors.calibrate import LayerSamples, calibrate, default_tokens
 from predictors.candidate_store import Shelved, shelve
 from predictors.choose_candidate import Cost, Judged, judge, predicted_bytes
+from predictors.finalists import finalists
 from predictors.hot_order import Order, as_frequencies, as_it_is, hottest_first
 from predictors.kept_layers import KeptLayers
 from predictors.margins import EDGES, measure
 from predictors.matrices import MATRIX_TYPES, Floats, Tensor, block_size, plain
-from predictors.predictor import Candidate, FitOptions
+from predictors.predictor import Candidate, FitOptions, Proposal
 from predictors.registry import KINDS, METHODS
 from runtime.base.phases import phase
 from runtime.base.processors import default_threads
@@ -244,7 +244,7 @@ def _fit_layer(
 ) -> _Layer:
     cost = cost_of(file, layer.ffn, layer.i)
     known = LayerOptions([], cost, float(layer.frequency.mean()))
-    for batch in _batches(KINDS[kind](layer, options), cost.n_ff):
+    for batch in _batches(finalists(layer, list(KINDS[kind](layer, options)), cost), cost.n_ff):
         with phase("margins"):
             measured = measure(layer, batch)
         with phase("judging"):
@@ -272,16 +272,13 @@ def cost_of(file: GgufFile, ffn: FfnShape, i: int) -> Cost:
     return Cost((gates - nothing) / n, (rest - nothing) / n, n, nothing)
 
 
-def _batches(candidates: Iterator[Candidate], n_ff: int) -> Iterator[list[Candidate]]:
+def _batches(proposals: Sequence[Proposal], n_ff: int) -> Iterator[list[Candidate]]:
     """Candidates in groups whose margins fit in memory together."""
     size = max(1, _BATCH_BYTES // (6 * 4 * n_ff * len(EDGES)))
-    while batch := _next(candidates, size):
+    for at in range(0, len(proposals), size):
+        with phase("candidates"):
+            batch = [proposal.make(None) for proposal in proposals[at : at + size]]
         yield batch
-
-
-def _next(candidates: Iterator[Candidate], size: int) -> list[Candidate]:
-    with phase("candidates"):
-        return list(islice(candidates, size))
 
 
 def _block(layer: _Layer, choice: tuple[Judged, int] | None, reorder: bool) -> BlockFit:

@@ -7,17 +7,20 @@ neuron is expected to fire.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from predictors.calibrate import LayerSamples
+from predictors.calibrate import LayerSamples, TokenSamples
 from predictors.matrices import Floats
 from predictors.predictor import Candidate
+from runtime.bindings.counting import count_margins, moments
 
 STEP = 1 / 8
 EDGES: Floats = np.arange(-6, 6 + STEP, STEP, dtype=np.float32)  # the margins that a threshold can have
+Range = tuple[int, int]  # neurons: the first, and the one behind the last
 _BINS = len(EDGES) + 1
 _TINY = np.finfo(np.float32).tiny
 
@@ -71,21 +74,36 @@ class Margins:
 
 def measure(layer: LayerSamples, candidates: list[Candidate]) -> list[tuple[Scale, Margins, Margins]]:
     """For each candidate its scale and margins on the validation part, and the margins on the test part."""
-    n, parts = layer.ffn.n_ff, (layer.validation, layer.test)
-    found = [(Scale.empty(n), Margins.empty(n), Margins.empty(n)) for _ in candidates]
+    parts = (layer.validation, layer.test)
+    measured = _measured(layer, candidates, parts, list(layer.chunks(max(len(part) for part in parts))))
+    return [(scale, validation, test) for scale, (validation, test) in measured]
+
+
+def measure_some(
+    layer: LayerSamples, candidates: list[Candidate], ranges: Sequence[Range]
+) -> list[tuple[Scale, Margins]]:
+    """For each candidate, of the neurons in these ranges alone, its scale and margins on the validation part."""
+    return [(scale, margins) for scale, (margins,) in _measured(layer, candidates, (layer.validation,), ranges)]
+
+
+def _measured(
+    layer: LayerSamples, candidates: list[Candidate], parts: Sequence[TokenSamples], ranges: Sequence[Range]
+) -> list[tuple[Scale, list[Margins]]]:
+    """Scales by the first part, margins on all; the candidates' rows are those of the ranges, one after the other."""
+    n = sum(end - first for first, end in ranges)
+    found = [(Scale.empty(n), [Margins.empty(n) for _ in parts]) for _ in candidates]
     prepared = [[c.prepare(part.x) for part in parts] for c in candidates]
-    for first, end in layer.chunks(max(len(part) for part in parts)):
-        at = slice(first, end)
+    at = 0
+    for first, end in ranges:
+        rows = slice(at, at := at + end - first)
         for k, part in enumerate(parts):
             responses = layer.responses(part, first, end)
-            active = np.flatnonzero(responses.fired)
-            energy = responses.energy.ravel()[active]
             goal = responses.gate - np.float32(layer.ffn.threshold)
-            for c, x, (scale, *margins) in zip(candidates, prepared, found, strict=True):
-                scores = c.scores(x[k], first, end)
+            for c, x, (scale, margins) in zip(candidates, prepared, found, strict=True):
+                scores = c.scores(x[k], rows.start, rows.stop)
                 if k == 0:
-                    _fill(scale, at, scale_of(goal, scores, c.unit_slope))
-                _fill(margins[k], at, _margins(scores, scale[at], active, energy))
+                    _fill(scale, rows, scale_of(goal, scores, c.unit_slope))
+                _fill(margins[k], rows, _margins(scores, scale[rows], responses.fired, responses.energy))
     return found
 
 
@@ -96,36 +114,21 @@ def _fill(whole: Scale | Margins, at: slice, part: Scale | Margins) -> None:
 
 def scale_of(goal: Floats, scores: Floats, unit_slope: bool) -> Scale:
     """Least squares of pre-activations [n_tokens, n] on scores, per neuron."""
-    mean, centre = scores.mean(0), goal.mean(0)
+    mean, centre, scores_2, goal_2, products = moments(scores, goal) / len(scores)
+    own, wanted, both = scores_2 - mean**2, np.maximum(goal_2 - centre**2, 0), products - mean * centre
     if unit_slope:
-        slope, error = np.ones_like(mean), goal - scores
+        slope = np.ones_like(mean)
     else:
-        centred = scores - mean
-        slope = (centred * (goal - centre)).mean(0) / np.maximum((centred**2).mean(0), _TINY)
         # Scores that say nothing of a neuron, or the contrary, are worth nothing: all its margins become the same.
-        slope = np.maximum(slope, 1e-6 * goal.std(0) + _TINY).astype(np.float32)
-        error = goal - slope * scores
-    intercept = centre - slope * mean
-    error -= intercept
-    spread = np.sqrt(np.einsum("ij,ij->j", error, error) / np.float32(len(error)))
-    return Scale(slope, intercept, np.maximum(spread, 1e-6 * np.abs(centre) + _TINY))
+        slope = np.maximum(both / np.maximum(own, _TINY), 1e-6 * np.sqrt(wanted) + _TINY)
+    spread = np.sqrt(np.maximum(wanted - 2 * slope * both + slope**2 * own, 0))
+    spread = np.maximum(spread, 1e-6 * np.abs(centre) + _TINY)
+    return Scale(*(values.astype(np.float32) for values in (slope, centre - slope * mean, spread)))
 
 
-def _margins(scores: Floats, scale: Scale, active: npt.NDArray[np.int64], energy: Floats) -> Margins:
-    """Margins of scores [n_tokens, n].
-
-    active: where a neuron fires, as positions in the flattened scores; energy: of each of those.
-    """
-    n_tokens, n = scores.shape
-    z = scores * (scale.slope / scale.spread / STEP)
-    z += (scale.intercept / scale.spread - EDGES[0]) / STEP + 1
-    bins = np.clip(z, 0, _BINS - 1, out=z).astype(np.intp)
-    bins += np.arange(n) * _BINS
-
-    def histogram(at: npt.NDArray[np.intp], weights: Floats | None = None) -> tuple[Floats, Floats]:
-        counts = np.bincount(at, weights, n * _BINS).reshape(n, _BINS) / n_tokens
-        return counts[:, 1:].astype(np.float32), counts.sum(1).astype(np.float32)
-
-    fired = bins.ravel()[active]
-    (predicted, _), (hits, share), (kept, total) = histogram(bins.ravel()), histogram(fired), histogram(fired, energy)
-    return Margins(predicted, hits, kept, share, total)
+def _margins(scores: Floats, scale: Scale, fired: npt.NDArray[np.bool_], energy: Floats) -> Margins:
+    """Margins of scores [n_tokens, n]; fired, energy: of the same tokens and neurons."""
+    slope, offset = scale.slope / scale.spread / STEP, (scale.intercept / scale.spread - EDGES[0]) / STEP + 1
+    counted = count_margins(scores, fired, energy, slope, offset, _BINS)
+    predicted, hits, kept = ((found / len(scores)).astype(np.float32) for found in counted)
+    return Margins(predicted[:, 1:], hits[:, 1:], kept[:, 1:], hits.sum(1), kept.sum(1))

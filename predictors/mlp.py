@@ -10,15 +10,17 @@ It starts from the low-rank approximation, each direction once with either sign.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from predictors import lowrank
 from predictors.calibrate import LayerSamples
+from predictors.hot_order import Order
 from predictors.matrices import Floats, Tensor, block_size, matrix
-from predictors.predictor import FitOptions
+from predictors.predictor import FitOptions, Proposal, some_rows
 from runtime.errors import UserError
 from runtime.model_file import tensor_names as names
 
@@ -50,7 +52,7 @@ class Mlp:
         return logits
 
 
-def fit(layer: LayerSamples, options: FitOptions) -> Iterator[Mlp]:
+def fit(layer: LayerSamples, options: FitOptions) -> Iterator[Proposal]:
     """One candidate for each of a few ranks and each matrix type."""
     torch = _torch()
     ffn = layer.ffn
@@ -61,7 +63,16 @@ def fit(layer: LayerSamples, options: FitOptions) -> Iterator[Mlp]:
         inner, outer = _train(torch, layer.fit.x, weights, basis[: r // 2], options)
         for type_name in options.types:
             if ffn.n_embd % block_size(type_name) == 0 and r % block_size(type_name) == 0:
-                yield _stored(layer, inner, outer, type_name)
+                yield Proposal(partial(_some, _stored(layer, inner, outer, type_name)))
+
+
+def _some(whole: Mlp, neurons: Order | None) -> Mlp:
+    """The candidate for some of its neurons."""
+    if neurons is None:
+        return whole
+    first, second = whole.tensors
+    matrices = (whole.matrices[0], whole.matrices[1][neurons])
+    return replace(whole, tensors=(first, some_rows(second, neurons)), matrices=matrices)
 
 
 def _torch() -> Any:

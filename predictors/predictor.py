@@ -7,10 +7,11 @@ is computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from predictors.calibrate import LayerSamples
+from predictors.hot_order import Order
 from predictors.matrices import Floats, Tensor
 
 
@@ -55,6 +56,24 @@ class Candidate(Protocol):
         ...
 
 
-# A way to predict: fits candidates to one layer, in no particular order; none where the layer's shape does not allow
-# any.
-Kind = Callable[[LayerSamples, FitOptions], Iterator[Candidate]]
+@dataclass(frozen=True)
+class Proposal:
+    """A candidate that is made when it is wanted: for some of the layer's neurons, to be judged by them, or for all.
+
+    make: from the neurons' numbers (None: all of them), of which row k of the candidate is number k.
+    """
+
+    make: Callable[[Order | None], Candidate]
+
+
+# A way to predict: proposes candidates for one layer, in no particular order; none where the layer's shape does not
+# allow any.
+Kind = Callable[[LayerSamples, FitOptions], Iterator[Proposal]]
+
+
+def some_rows(rows: Tensor, neurons: Order | None) -> Tensor:
+    """The rows of some neurons, or all."""
+    if neurons is None:
+        return rows
+    chosen = rows.reordered(neurons)
+    return replace(chosen, shape=(*rows.shape[:-1], len(neurons)))

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from predictors import lowrank, mlp, signbit
 from predictors.calibrate import LayerSamples
-from predictors.predictor import Candidate, FitOptions, Kind
+from predictors.predictor import FitOptions, Kind, Proposal
 
 
-def _none(layer: LayerSamples, options: FitOptions) -> Iterator[Candidate]:
+def _none(layer: LayerSamples, options: FitOptions) -> Iterator[Proposal]:
     return iter(())
 
 

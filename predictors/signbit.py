@@ -15,7 +15,7 @@ import numpy as np
 
 from predictors.calibrate import LayerSamples
 from predictors.matrices import Bytes, Floats, Tensor, plain
-from predictors.predictor import FitOptions
+from predictors.predictor import FitOptions, Proposal, some_rows
 from runtime.model_file import tensor_names as names
 
 
@@ -49,9 +49,10 @@ class SignBit:
         return scores
 
 
-def fit(layer: LayerSamples, options: FitOptions) -> Iterator[SignBit]:
+def fit(layer: LayerSamples, options: FitOptions) -> Iterator[Proposal]:
     """The one candidate there is; none where n_embd is no multiple of 8."""
     d = layer.ffn.n_embd
     if d % 8 == 0:
         bits = np.concatenate([pack(layer.gate_rows(*chunk)) for chunk in layer.chunks(1)])
-        yield SignBit((plain(names.PREDICTOR_SIGN, "i8", bits.view(np.int8)),), d)
+        rows = plain(names.PREDICTOR_SIGN, "i8", bits.view(np.int8))
+        yield Proposal(lambda neurons: SignBit((some_rows(rows, neurons),), d))

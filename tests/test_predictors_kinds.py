@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from predictors.candidate_store import shelve
 from predictors.choose_candidate import PRICES, Cost, Curve, Judged, Rule, judge
 from predictors.margins import Margins, Scale, measure
 from predictors.matrices import plain
-from predictors.predictor import Candidate, FitOptions
+from predictors.predictor import Candidate, FitOptions, Proposal
 from predictors.registry import KINDS
 from runtime.errors import UserError
 
@@ -27,7 +28,7 @@ Measured = list[tuple[Candidate, tuple[Scale, Margins, Margins]]]
 
 
 def measured(layer: LayerSamples, kind: str) -> Measured:
-    candidates = list(KINDS[kind](layer, AUTO))
+    candidates = [proposal.make(None) for proposal in KINDS[kind](layer, AUTO)]
     return list(zip(candidates, measure(layer, candidates), strict=True))
 
 
@@ -49,12 +50,16 @@ def planted(rank: int, quantile: float, rng: np.random.Generator) -> LayerSample
 @pytest.mark.parametrize(("rank", "at_most"), [(20, 32), (32, 32), (40, 64)])
 @pytest.mark.parametrize("quantile", [1.645, 0.524])
 def test_lowrank_finds_planted_structure(rank: int, at_most: int, quantile: float) -> None:
-    choice = chosen(planted(rank, quantile, np.random.default_rng(0)), F16, energy=0.999999)
+    layer = planted(rank, quantile, np.random.default_rng(0))
+    found = measured(layer, "lowrank")
+    choice = choose(layer, [each for each in found if each[0].type == "q8_0"], F16, energy=0.9999999)
     assert choice is not None
     judged, price = choice
     assert judged.candidate.rank <= at_most
     assert judged.test.hits[price] / judged.test.fired >= 0.99
     assert judged.test.hits[price] / judged.test.predicted[price] >= 0.90
+    of_all = choose(layer, found, F16, energy=0.9999999)  # four bits may do at rank 64: more candidates, fewer bytes
+    assert of_all is not None and of_all[0].time[of_all[1]] <= judged.time[price]
 
 
 @pytest.mark.parametrize("quantile", [0.0, 1.28])
@@ -92,6 +97,11 @@ def test_less_energy_reads_less() -> None:
     assert read == sorted(read)
 
 
+def only(proposals: Iterator[Proposal]) -> Candidate:
+    (proposal,) = proposals
+    return proposal.make(None)
+
+
 def small_layer(rng: np.random.Generator) -> LayerSamples:
     gate = rng.normal(size=(192, 20)) @ rng.normal(size=(20, 256)) + 0.3 * rng.normal(size=(192, 256))
     return made_up_layer(gate, rng.normal(size=192), 600, rng)
@@ -111,7 +121,7 @@ def test_native_candidates_are_numpys(kind: str, type_name: str, n_tokens: int) 
     """But for ties: ggml rounds what it multiplies with quantised rows to 8 bits."""
     rng = np.random.default_rng(2)
     layer, x = small_layer(rng), rng.normal(size=(n_tokens, 256)).astype(np.float32)
-    candidate: Candidate = next(iter(lowrank.fit(layer, FitOptions((type_name,)))))
+    candidate: Candidate = next(iter(lowrank.fit(layer, FitOptions((type_name,))))).make(None)
     if kind == "mlp":
         inner, outer = candidate.tensors
         candidate = mlp.Mlp((inner, outer), candidate.rank, type_name, (inner.floats(), outer.floats()))
@@ -132,7 +142,7 @@ def test_signbit_is_the_plain_reference_bit_for_bit(n_tokens: int, threads: int)
     rng = np.random.default_rng(3)
     layer, x = small_layer(rng), rng.normal(size=(n_tokens, 256)).astype(np.float32)
     x[:, ::17], x[:, 5] = 0.0, -0.0
-    (candidate,) = signbit.fit(layer, AUTO)
+    candidate = only(signbit.fit(layer, AUTO))
     rows = layer.gate_rows(0, 192)
     differing = np.array(
         [[sum(bool(a < 0) != bool(b < 0) for a, b in zip(t, w, strict=True)) for w in rows] for t in x]
@@ -156,7 +166,7 @@ def test_signbit_leaves_a_neuron_that_it_knows_nothing_of_to_its_average() -> No
     rng = np.random.default_rng(4)
     gate = rng.normal(size=(64, 64)) * np.where(np.arange(64) == 0, 30.0, 1.0)  # one element decides
     layer = made_up_layer(gate, np.zeros(64), 2000, rng)
-    (candidate,) = signbit.fit(layer, AUTO)
+    candidate = only(signbit.fit(layer, AUTO))
     (scale, _, _) = measure(layer, [candidate])[0]
     assert (scale.slope > 0).all()
     assert np.isfinite(scale.bias(np.zeros(64, np.float32))).all()
@@ -167,7 +177,7 @@ def test_mlp_learns_and_repeats() -> None:
     rng = np.random.default_rng(5)
     gate = rng.normal(size=(192, 16)) @ rng.normal(size=(16, 128)) / 4
     layer = made_up_layer(gate, -1.3 * np.linalg.norm(gate, axis=1), 3000, rng)
-    first, second = (next(iter(mlp.fit(layer, FitOptions(("q8_0",), seed=7)))) for _ in range(2))
+    first, second = (next(iter(mlp.fit(layer, FitOptions(("q8_0",), seed=7)))).make(None) for _ in range(2))
     assert all(np.array_equal(a.data, b.data) for a, b in zip(first.tensors, second.tensors, strict=True))
     judged = judge(first, measure(layer, [first])[0], Cost(256, 512, 192))
     price = int(np.searchsorted(judged.test.energy, 0.99 * judged.test.total))

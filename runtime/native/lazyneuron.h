@@ -92,6 +92,22 @@ struct lzn_tiles {
     const void * kernels;  // `lzn_tile_kernels` of the type
 };
 
+// What scores of some neurons come to on some tokens, counted by `lzn_count_margins`; [n_tokens, n_neurons] in, [n_neurons,
+// n_bins] out and added to.
+struct lzn_margins {
+    int64_t n_tokens;
+    int64_t n_neurons;
+    int64_t n_bins;
+    const float * scores;
+    const bool * fired;
+    const float * energy;  // of those that fired
+    const float * slope;   // [n_neurons]; a score's bin is the whole part of slope * score + offset, or the nearest bin
+    const float * offset;
+    int32_t * predicted;  // tokens in each bin
+    int32_t * hits;       // of these, where the neuron fired
+    double * kept;        // and their energy
+};
+
 #define LZN_MAX_RANGES 64  // that one token scans
 #define LZN_FEW_TOKENS 16  // at most, for `gate` and `down`
 
@@ -101,6 +117,7 @@ LZN_API size_t lzn_sizeof_tensor(void);
 LZN_API size_t lzn_sizeof_ffn(void);
 LZN_API size_t lzn_sizeof_product(void);
 LZN_API size_t lzn_sizeof_tiles(void);
+LZN_API size_t lzn_sizeof_margins(void);
 
 // The fastest variant that this CPU and this build have; whether they have `variant`; and its kernels for a ggml type.
 LZN_API int32_t lzn_best_variant(void);
@@ -147,3 +164,8 @@ LZN_API void lzn_multiply(struct ggml_tensor * dst, int ith, int nth, void * use
 // in any batch, but not those of `lzn_multiply`.
 LZN_API void lzn_tiles_arrange(struct ggml_tensor * dst, int ith, int nth, void * userdata);
 LZN_API void lzn_tiles_multiply(struct ggml_tensor * dst, int ith, int nth, void * userdata);
+
+// What a fit of predictors counts; no operators. `lzn_moments` gives the sums over tokens of scores, of goals, of their
+// squares and of their products: [5, n_neurons], from [n_tokens, n_neurons] each.
+LZN_API void lzn_count_margins(const struct lzn_margins * margins);
+LZN_API void lzn_moments(const float * scores, const float * goal, int64_t n_tokens, int64_t n_neurons, double * sums);
