@@ -1,4 +1,5 @@
-"""Layers of a fit that are done, kept in a folder until the whole fit is: a run after a kill goes on from there.
+"""Layers of a fit that are done, kept in a folder until the whole is written: a run after one that was stopped, was
+killed or had no room goes on from there.
 
 Each file begins with the digest of what follows; one that does not agree with it, or was made by another fit, is not
 used, nor is any other then. Knows nothing of how a layer is fitted.
@@ -92,6 +93,11 @@ class KeptLayers:
         at = len(self._key) + 8
         end = at + int.from_bytes(rest[at - 8 : at], "little")
         return pickle.loads(rest[at:end]), rest[end:]  # our own bytes: the digest says so, and the folder is the user's
+
+
+def count_kept(folder: Path) -> int:
+    """How many layers are kept in a folder."""
+    return len(list(folder.glob("layer-*"))) if (folder / _HIDDEN).exists() else 0
 
 
 def _key(model: Path, options: Mapping[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""A conversion that was killed goes on where it stopped, and ends with the same bytes."""
+"""A conversion that did not come to its end goes on where it stopped, and ends with the same bytes."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from checkpoints import make_llama
 
+from convert.__main__ import main
+from predictors.kept_layers import KeptLayers
+from runtime.base.atomic import writing
+
 ROOT = Path(__file__).parent.parent
-# Converts as the command does, counts the layers that it fits, and dies when so many are kept.
+# Converts as the command does, counts the layers that it fits, and when so many are kept gets a signal (0: has no room).
 CHILD = """
-import os, signal, sys
+import errno, os, signal, sys
 from predictors import fit, kept_layers
-source, out, tokens, deadly = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+source, out, tokens, deadly, number = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
 fitted, kept = [], []
 fit_layer, keep = fit._fit_layer, kept_layers.KeptLayers.keep
 def counted(layer, *others):
@@ -25,7 +30,9 @@ def deadly_keep(self, i, *others):
     keep(self, i, *others)
     kept.append(i)
     if len(kept) == deadly:
-        os.kill(os.getpid(), signal.SIGKILL)
+        if not number:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        os.kill(os.getpid(), number)
 fit._fit_layer, kept_layers.KeptLayers.keep = counted, deadly_keep
 import convert
 report = convert.convert(source, out, type="q8_0", calibration_tokens=int(tokens), threads=1, force=True)
@@ -33,8 +40,10 @@ print(fitted, *report.notes, sep="\\n")
 """
 
 
-def run(source: Path, out: Path, tokens: int = 1024, deadly: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", CHILD, str(source), str(out), str(tokens), str(deadly)]
+def run(
+    source: Path, out: Path, tokens: int = 1024, deadly: int = 0, number: int = signal.SIGKILL
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", CHILD, str(source), str(out), str(tokens), str(deadly), str(int(number))]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
@@ -75,6 +84,43 @@ def test_a_second_run_does_the_other_layers_only(four: Path, whole: bytes, tmp_p
     assert "not used" not in again.stdout
     assert out.read_bytes() == whole
     assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, -signal.SIGINT), (0, 1)])
+def test_layers_outlive_an_interrupt_and_a_full_disk(
+    four: Path, whole: bytes, tmp_path: Path, number: int, status: int
+) -> None:
+    out = tmp_path / "m.gguf"
+    stopped = run(four, out, deadly=2, number=number)
+    assert stopped.returncode == status and ("KeyboardInterrupt" in stopped.stderr) == bool(number)
+    assert {path.name for path in kept(tmp_path).iterdir()} == {"layer-0", "layer-1", "hidden"}
+    assert list(kept(tmp_path).parent.iterdir()) == [kept(tmp_path)]
+    again = run(four, out)
+    assert again.stdout.splitlines()[0] == "[2, 3]", again.stderr
+    assert out.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    ("n", "said"), [(0, ""), (1, "1 calibrated layer is kept: "), (12, "12 calibrated layers are kept: ")]
+)
+def test_an_interrupted_command_says_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], n: int, said: str
+) -> None:
+    out = tmp_path / "m.gguf"
+
+    def interrupted(*_: object, **__: object) -> None:
+        with writing(out) as work:
+            layers = KeptLayers(work.kept)
+            for i in range(n):
+                layers.keep(i, list(range(i + 1)), None, np.zeros((1, 2), np.float32))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("convert.commands.convert.convert", interrupted)
+    assert main([str(tmp_path), str(out)]) == 130
+    expected = f"{said}the same command goes on with the others\n" if n else ""
+    assert capsys.readouterr().err == f"{expected}interrupted\n"
+    assert [path.name for path in tmp_path.rglob("hidden")] == ["hidden"] * bool(n)
 
 
 def test_damaged_layers_are_not_used(four: Path, whole: bytes, tmp_path: Path) -> None:

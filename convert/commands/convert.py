@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from convert.arch import Generated
@@ -13,8 +15,11 @@ from convert.job import Report, convert
 from convert.plan import MadeTensor, Origin
 from predictors.fit import DEFAULT_ENERGY
 from predictors.fit import TYPES as PREDICTOR_TYPES
+from predictors.kept_layers import count_kept
 from predictors.registry import KINDS
+from runtime.base.atomic import place_of
 from runtime.base.figures import share
+from runtime.base.workspace import kept_for
 from runtime.cli.completion import chosen_from, completed
 from runtime.cli.options import add_json, count
 from runtime.cli.output import console, new_table, note, print_json
@@ -103,13 +108,24 @@ def convert_source(
         raise UserError(
             f"{'SOURCE' if source is None else 'OUT.gguf'} is missing", "python -m convert --help lists the options"
         )
-    with progress_bar() as progress:
-        report = convert(source, out, **options, progress=progress)
+    try:
+        with progress_bar() as progress:
+            report = convert(source, out, **options, progress=progress)
+    except (KeyboardInterrupt, SystemExit):
+        with suppress(UserError, OSError):
+            _note_kept(Path(out or ""))
+        raise
     if report.dry_run:
         _print_plan(report)
     _print_summary(report)
     if as_json:
         print_json(report.to_json())
+
+
+def _note_kept(out: Path) -> None:
+    """Say what an interrupted conversion has left for the next one."""
+    if n := count_kept(kept_for(place_of(out))):
+        note(f"{n} calibrated layer{'s are' if n > 1 else ' is'} kept: the same command goes on with the others")
 
 
 def _sources() -> list[str]:

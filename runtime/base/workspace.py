@@ -46,8 +46,8 @@ class Workspace:
 
     @property
     def kept(self) -> Path:
-        """A folder, which may not exist yet, for what a killed run leaves to the next one. It goes when files are
-        published, and after an exception.
+        """A folder, which may not exist yet, for what a run that did not come to its end leaves to the next one. It
+        goes when files are published.
         """
         return self.folder / _KEPT
 
@@ -99,29 +99,37 @@ def _take_back(folder: Path, target: Path) -> None:
 
 @contextmanager
 def workspace(target: Path, name: Path) -> Iterator[Workspace]:
-    """A workspace for `target`, emptied of what a killed run has left in it but what it kept, and removed at the end.
+    """A workspace for `target`, emptied of what a killed run has left in it but what it kept, and removed at the end:
+    all of it, unless something is kept and nothing was published.
 
     name: what errors about files in the workspace are to say instead. Raises UserError where another process (or
     thread) writes to the same target, and OSError where the folder cannot be written.
     """
     absolute = Path(os.path.abspath(target))  # noqa: PTH100 - resolve() would follow links
-    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]  # a name of any length fits
-    folder, lock = absolute.with_name(f".lazyneuron-{digest}"), _NONE
+    folder, lock = _folder_of(absolute), _NONE
     try:
         with _placing(absolute, name, folder):
             folder, lock = _hold(folder, name)
         with _placing(absolute, name, folder):
             _empty(folder, absolute)
             yield Workspace(folder, absolute)
-    except BaseException:
-        if lock != _NONE:
-            shutil.rmtree(folder / _KEPT, ignore_errors=True)
-        raise
     finally:
         if lock == _NONE:  # refused, or interrupted on the way
             _discard(folder, absolute)
         else:
+            if folder != _folder_of(absolute):  # where no other run will look
+                shutil.rmtree(folder / _KEPT, ignore_errors=True)
             _remove(folder, absolute, lock)
+
+
+def kept_for(target: Path) -> Path:
+    """Where an earlier run has kept something for `target`, if it has: see `Workspace.kept`."""
+    return _folder_of(target) / _KEPT
+
+
+def _folder_of(target: Path) -> Path:
+    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]  # a name of any length fits
+    return target.with_name(f".lazyneuron-{digest}")
 
 
 def _hold(folder: Path, name: Path) -> tuple[Path, int]:

@@ -1,0 +1,1 @@
+"""Shadows the shared environment editable hook."""
