@@ -319,7 +319,7 @@ def test_the_bundled_model_stays_good(fitted_gguf: Path) -> None:
 def test_the_bundled_model_stays_good_with_quantised_weights(converted: Converted, tmp_path: Path) -> None:
     """Fitted once; what is chosen for less energy reads less."""
     fitted = fit_candidates(converted("bundled", "q4_0"))
-    for energy, worse, read in ((0.997, 0.005, 0.24), (0.982, 0.025, 0.17)):
+    for energy, worse, read in ((0.997, 0.005, 0.24), (0.98, 0.025, 0.17)):
         made = fitted.at(energy, reorder=False)
         replace_predictors(
             converted("bundled", "q4_0"), tmp_path / "o.gguf", [b.tensors for b in made.blocks], made.metadata
