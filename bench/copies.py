@@ -23,7 +23,15 @@ import numpy.typing as npt
 from bench.case import RANK, Case
 from convert.formats import NUMBERS, encode, row_bytes
 from runtime.bindings import ggml, sparse_ffn
-from runtime.compute.operators import NativeTensors, add_native_ffn, add_predictor, add_product
+from runtime.compute.operators import (
+    NativeTensors,
+    add_native_ffn,
+    add_predictor,
+    add_product,
+    add_tiled,
+    add_tiled_product,
+)
+from runtime.compute.products import by_rows, tiles_of
 from runtime.compute.repack import extra_buffer_types, holds
 from runtime.compute.weights import new_context
 
@@ -182,12 +190,7 @@ class Copies:
     def _products(self, weights: list[dict[str, ggml.TensorP]], own: bool = False) -> Prepared:
         """The whole FFN through ggml's products, or our own ones."""
 
-        def times(ctx: ggml.ContextP, w: ggml.TensorP, x: ggml.TensorP) -> ggml.TensorP:
-            if not own:
-                return ggml.ggml_mul_mat(ctx, w, x)
-            product = sparse_ffn.multiplier(w.type, w.ne[0], w.ne[1], self.case.threads)
-            self._kept.append(product)
-            return add_product(ctx, x, w, product)
+        times = self._times if own else ggml.ggml_mul_mat
 
         def build(ctx: ggml.ContextP, x: ggml.TensorP, i: int) -> ggml.TensorP:
             w = weights[i]
@@ -198,6 +201,16 @@ class Copies:
 
         return self._graph(build)[0]
 
+    def _times(self, ctx: ggml.ContextP, w: ggml.TensorP, x: ggml.TensorP) -> ggml.TensorP:
+        """The product of a whole matrix as models that skip neurons compute it."""
+        if by_rows(self._tokens):
+            product = sparse_ffn.multiplier(w.type, w.ne[0], w.ne[1], self.case.threads)
+            self._kept.append(product)
+            return add_product(ctx, x, w, product)
+        if tiles := tiles_of(w):
+            return add_tiled_product(ctx, add_tiled(ctx, x, tiles), w, tiles, self._tokens)
+        return ggml.ggml_mul_mat(ctx, w, x)
+
     def _native(self, weights: list[dict[str, ggml.TensorP]], lists: list[Bytes] | None) -> Prepared:
         """Our operators; lists: the candidates of each copy, or None for every neuron."""
         rows = [self._rows(w, "gate_bias" if lists is None else "listed_bias") for w in weights]
@@ -206,7 +219,9 @@ class Copies:
 
         def build(ctx: ggml.ContextP, x: ggml.TensorP, i: int) -> ggml.TensorP:
             if lists is None:
-                return add_native_ffn(ctx, x, ffns[i], rows[i])
+                tiled = not by_rows(self._tokens) and tiles_of(rows[i].gate)
+                gates = self._times(ctx, rows[i].gate, x) if tiled else None
+                return add_native_ffn(ctx, x, ffns[i], rows[i], gates=gates)
             sparse_ffn.predict(ffns[i], RANK, NUMBERS[self.case.predictor_type], 0.0)
             given.append(ggml.ggml_new_tensor_2d(ctx, ggml.I8, lists[i].nbytes, 1))
             return add_native_ffn(ctx, x, ffns[i], rows[i], given[i])
@@ -232,7 +247,7 @@ class Copies:
         ffns = [sparse_ffn.describe(self._ffn, self._rows(w).types, self.case.threads) for w in weights]
 
         def build(ctx: ggml.ContextP, x: ggml.TensorP, i: int) -> ggml.TensorP:
-            z = ggml.ggml_mul_mat(ctx, weights[i]["predictor_in"], x)
+            z = self._times(ctx, weights[i]["predictor_in"], x)
             return add_predictor(ctx, z, ffns[i], weights[i]["predictor_out"], weights[i]["predictor_bias"], 0.0)
 
         prepared, results = self._graph(build)

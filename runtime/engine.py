@@ -19,7 +19,7 @@ from runtime.compute.builder import GraphSpec
 from runtime.compute.counters import Counters, LayerCount
 from runtime.compute.dense_threshold import dense_from, expected
 from runtime.compute.kv_cache import CellTable, padded_cells
-from runtime.compute.repack import gains
+from runtime.compute.products import repacked_for_a_batch
 from runtime.compute.threadpool import new_pool
 from runtime.compute.trace import Trace
 from runtime.compute.traffic import kv_bytes
@@ -62,7 +62,7 @@ class Engine(OfWorker):
         self.cells = CellTable(options.n_ctx)
         self.counters = Counters(self.structure, options.ffn)  # of all that is computed
         activity = expected(file, self._run.ffn, options.predictor_bias)
-        self._dense_from = dense_from(self.structure, file.tensors, activity, gains)
+        self._dense_from = dense_from(self.structure, file.tensors, activity, repacked_for_a_batch)
         self._open(lambda handles: self._collect(file, handles))
 
     def _collect(self, file: GgufFile, handles: Handles) -> None:

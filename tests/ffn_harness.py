@@ -143,16 +143,27 @@ def reference(f: Ffn, x: Array, ranges: Ranges | None = None) -> tuple[Array, Ar
 
 
 def run_native(
-    f: Ffn, x: Array, threads: int, room: int | None = None, ranges: Ranges | None = None
+    f: Ffn,
+    x: Array,
+    threads: int,
+    room: int | None = None,
+    ranges: Ranges | None = None,
+    gates: Array | None = None,
 ) -> tuple[Array, sparse_ffn.Ffn]:
     """Our operators: the product, float32 [n_tokens, product_length], and the description with what they counted.
 
-    room: threads that the description has room for, if not just as many.
+    room: threads that the description has room for, if not just as many. gates: of all neurons, without bias, where they
+    are given, [n_tokens, n_ff].
     """
-    return on_worker(lambda: _run_native(f, np.ascontiguousarray(x, np.float32), threads, room or threads, ranges))
+    given = None if gates is None else np.ascontiguousarray(gates, np.float32)
+    return on_worker(
+        lambda: _run_native(f, np.ascontiguousarray(x, np.float32), threads, room or threads, ranges, given)
+    )
 
 
-def _run_native(f: Ffn, x: Array, threads: int, room: int, ranges: Ranges | None) -> tuple[Array, sparse_ffn.Ffn]:
+def _run_native(
+    f: Ffn, x: Array, threads: int, room: int, ranges: Ranges | None, gates: Array | None
+) -> tuple[Array, sparse_ffn.Ffn]:
     s, type_id = f.s, ggml.TYPES[f.type_name]
     backend = ggml.ggml_backend_cpu_init()
     ggml.ggml_backend_cpu_set_n_threads(backend, threads)
@@ -183,10 +194,14 @@ def _run_native(f: Ffn, x: Array, threads: int, room: int, ranges: Ranges | None
         k, n = ranges.chosen.shape[1], len(x)
         ids, weights = (ggml.ggml_new_tensor_2d(ctx, kind, k, n) for kind in (ggml.I32, ggml.F32))
         chosen = Chosen(ids, weights)
-    y = add_native_ffn(ctx, source, ffn, tensors, None, chosen)
+    scores = None if gates is None else ggml.ggml_new_tensor_2d(ctx, ggml.F32, s.feed_forward_length, len(x))
+    y = add_native_ffn(ctx, source, ffn, tensors, None, chosen, scores)
     graph = ggml.ggml_new_graph_custom(ctx, 64, False)
     ggml.ggml_build_forward_expand(graph, y)
     memory = ExactMemory(graph)
+    if scores is not None and gates is not None:
+        del data[first]  # which are not read
+        ggml.ggml_backend_tensor_set(scores, gates.ctypes.data, 0, gates.nbytes)
     for name, tensor in data.items():
         if tensor is not None:
             ggml.ggml_backend_tensor_set(tensor, f.packed[name].ctypes.data, 0, f.packed[name].nbytes)

@@ -113,6 +113,24 @@ def test_threads_and_batches(type_name: str, n_tokens: int, threads: int) -> Non
     check(type_name, n_tokens, threads, active=0.2)
 
 
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("n_tokens", "threads"), [(17, 1), (33, 2), (64, 3), (100, 5)])
+@pytest.mark.parametrize("type_name", ["f32", "q4_0", "q4_K"])
+def test_gates_that_are_given(type_name: str, n_tokens: int, threads: int, gated: bool) -> None:
+    """Of many tokens, whose gates a product of the whole matrix gave."""
+    rng = np.random.default_rng(3)
+    ffn = make(structure(256, 352, gated, "relu", bias=True), type_name, 0.2, rng)
+    x = rng.normal(0, 1, (n_tokens, 256)).astype(np.float32)
+    rounded = as_rounded(x, type_name)
+    gates = rounded @ ffn.exact["gate" if gated else "up"].T
+    expected, fires = reference(ffn, rounded)
+    found, counted = run_native(ffn, x, threads, gates=gates)
+    variant = sparse_ffn.VARIANTS[sparse_ffn.variant()]
+    assert relative_error(found, expected) <= IN_BFLOAT16.get((variant, type_name), TOLERANCE)
+    assert abs(counted.fired.sum() - fires.sum()) <= 1
+    assert np.array_equal(counted.gates, [352] * n_tokens)
+
+
 @pytest.mark.parametrize("n_tokens", [1, 5])
 @pytest.mark.parametrize(
     ("gated", "activation", "threshold"),

@@ -15,6 +15,7 @@ from oracle import Logits, random_ids, relative
 
 import runtime
 from convert import convert
+from runtime.bindings import sparse_ffn
 from runtime.compute.dense_threshold import dense_from, expected
 from runtime.compute.traffic import Activity
 from runtime.hybrid import choose
@@ -26,6 +27,12 @@ pytestmark = pytest.mark.numeric
 
 Converted = Callable[..., Path]
 EVERYWHERE, NOWHERE = 1.0, math.inf
+
+
+@pytest.fixture
+def without_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU for which there are none."""
+    monkeypatch.setattr(sparse_ffn, "tiles", lambda *_: None)
 
 
 def after(model: runtime.Model, ids: list[int], from_tokens: float) -> Logits:
@@ -60,6 +67,7 @@ def test_a_dense_prompt_is_that_of_the_sparse_kernels(
         assert relative(after(model, ids, NOWHERE), after(model, ids, EVERYWHERE)) < tolerance
 
 
+@pytest.mark.usefixtures("without_tiles")
 def test_decoding_goes_on_from_a_dense_prompt(converted: Converted) -> None:
     with runtime.load(converted("bundled", "q4_0"), ffn="exact") as model:
         ids = random_ids(64, 4000)
@@ -109,6 +117,23 @@ def test_what_is_expected(converted: Converted, fitted_gguf: Path) -> None:
         assert all((0 < gates < 1) == bool(file.structure.rank(i)) for i, gates in enumerate(predicted.gates))
 
 
+@pytest.mark.skipif("avx512" not in sparse_ffn.variants(), reason="every variant has limits of its own")
+def test_when_tiles_pay(converted: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
+    with GgufFile(converted("bundled", "q4_0")) as file:
+        s, tensors = file.structure, file.tensors
+
+    def tokens(ffn: str, fired: float, gates: float) -> float:
+        return dense_from(s, tensors, Activity.uniform(ffn, 6, fired, gates), lambda _: False)[0]
+
+    for variant, few, many in (("avx512", 0.1, 0.2), ("avx2", 0.3, 0.4)):
+        monkeypatch.setenv("LAZYNEURON_KERNELS", variant)
+        assert tokens("exact", few, 1.0) == math.inf  # gates go through tiles, too
+        assert tokens("exact", many, 1.0) == 16
+        assert tokens("predicted", few, few) == math.inf
+        assert tokens("predicted", few, 1.0) == 16
+
+
+@pytest.mark.usefixtures("without_tiles")
 def test_when_whole_matrices_pay(converted: Converted) -> None:
     with GgufFile(converted("bundled", "q4_0")) as file:
         s, tensors = file.structure, file.tensors
@@ -132,6 +157,7 @@ def mixed_gguf(converted: Converted, tmp_path_factory: pytest.TempPathFactory) -
     return out
 
 
+@pytest.mark.usefixtures("without_tiles")
 def test_each_block_is_repacked_by_its_own_formats(mixed_gguf: Path) -> None:
     ids = random_ids(70, 4000)
     with runtime.load(mixed_gguf, ffn="dense", kv_type="f32") as model:
@@ -147,6 +173,7 @@ def test_each_block_is_repacked_by_its_own_formats(mixed_gguf: Path) -> None:
         assert {place for place in places if place.startswith("ffn")} == {"ffn_down", "ffn_gate", "ffn_up"}
 
 
+@pytest.mark.usefixtures("without_tiles")
 def test_a_prompt_for_which_a_devices_memory_grows_keeps_what_it_repacks(
     converted: Converted, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,10 +111,10 @@ def test_repacked_models_compute_the_same(converted: Converted, monkeypatch: pyt
 def test_attention_that_is_repacked_for_a_batch_computes_the_same(
     converted: Converted, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    monkeypatch.setattr(sparse_ffn, "tiles", lambda *_: None)  # as on a CPU for which there are none
     path, ids, found = converted(name, "q4_0"), random_ids(40, 4000), []
     for n_tokens in (math.inf, 17):
-        monkeypatch.setattr(products, "_REPACKED_FROM", dict.fromkeys(sparse_ffn.VARIANTS, n_tokens))
-        monkeypatch.setattr(products, "_OTHERS_FROM", n_tokens)
+        monkeypatch.setattr(products, "_REPACKED_FROM", n_tokens)
         with runtime.load(path, kv_type="f32", ffn="exact") as model:
             found.append(model.logits(ids))
             used = model._engine._executor.cache._scratch
@@ -193,7 +193,8 @@ def test_pages_of_repacked_matrices_are_not_resident(converted: Converted) -> No
 
 
 @needs_proc
-def test_closing_frees_the_copies(converted: Converted) -> None:
+def test_closing_frees_the_copies(converted: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse_ffn, "tiles", lambda *_: None)  # which need no copies
     path, ids = converted("bundled", "q4_0"), random_ids(64, 4000)
 
     def use() -> None:

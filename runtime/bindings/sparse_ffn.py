@@ -62,6 +62,7 @@ class Ffn(ctypes.Structure):
         ("gated", ctypes.c_int32),
         ("gate_bias", ctypes.c_int32),
         ("up_bias", ctypes.c_int32),
+        ("scored", ctypes.c_int32),
         ("predicted", ctypes.c_int32),
         ("rank", ctypes.c_int32),
         ("shift", ctypes.c_float),
@@ -117,8 +118,6 @@ def library() -> ctypes.CDLL:
     lib.lzn_has_variant.restype = ctypes.c_bool
     lib.lzn_arranged_size.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     lib.lzn_arranged_size.restype = ctypes.c_size_t
-    lib.lzn_unpacks_once.argtypes = [ctypes.c_void_p]
-    lib.lzn_unpacks_once.restype = ctypes.c_bool
     lib.lzn_product_size.argtypes = [ctypes.POINTER(Product), ctypes.c_int64]
     lib.lzn_product_size.restype = ctypes.c_size_t
     lib.lzn_tiles_size.argtypes = [ctypes.POINTER(Tiles), ctypes.c_int64]
@@ -278,11 +277,6 @@ def multiplier(type_id: int, n_in: int, n_out: int, n_threads: int) -> Product:
     return Product(n_in=n_in, n_out=n_out, n_threads=n_threads, rows=_rows(type_id, n_in))
 
 
-def unpacks_once(type_id: int, n_in: int) -> bool:
-    """Whether a row of n_in elements of a ggml type is unpacked once for several tokens."""
-    return bool(library().lzn_unpacks_once(_kernels(type_id, n_in)))
-
-
 def product_size(product: Product, n_tokens: int) -> int:
     """Bytes of the result of `multiply`, with its scratch."""
     return int(library().lzn_product_size(ctypes.byref(product), n_tokens))
@@ -313,7 +307,8 @@ def _rows(type_id: int, n_embd: int) -> Rows:
     x_type = cpu.vec_dot_type
     # F32 rows are read as they are: ggml gives them no to_float.
     to_float = traits.to_float or ggml.ggml_get_type_traits_cpu(ggml.F32).contents.from_float
-    kernels = _kernels(type_id, n_embd)
+    # Our loops take rows by 32 elements.
+    kernels = None if n_embd % 32 else library().lzn_kernels(type_id, variant())
     return Rows(
         row_size=ggml.ggml_row_size(type_id, n_embd),
         x_size=ggml.ggml_row_size(x_type, n_embd),
@@ -323,12 +318,6 @@ def _rows(type_id: int, n_embd: int) -> Rows:
         to_float=to_float,
         kernels=kernels,
     )
-
-
-def _kernels(type_id: int, n_in: int) -> int | None:
-    """Our own loops for rows of a type, None where ggml's functions do. They take rows by 32 elements."""
-    kernels: int | None = None if n_in % 32 else library().lzn_kernels(type_id, variant())
-    return kernels
 
 
 def _aligned(size: int) -> int:

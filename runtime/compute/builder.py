@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from runtime.bindings import ggml, sparse_ffn
 from runtime.compute.kv_cache import KvCache
 from runtime.compute.operators import add_product, add_tiled, add_tiled_product
-from runtime.compute.products import by_rows, repacked_from
+from runtime.compute.products import by_rows, repacked_from, tiles_of
 from runtime.compute.repack import Fill, Repacked
 from runtime.compute.weights import Tensors
 from runtime.model_file import tensor_names as n
@@ -93,19 +93,16 @@ class Builder:
 
     def times(self, name: str, x: ggml.TensorP) -> ggml.TensorP:
         """A whole matrix [n_in, n_out] with every token: x [n_in, n] -> [n_out, n]."""
-        matrix, n_tokens = self.placed.get(name), x.ne[1]
-        if matrix is None and self.own and self.spec.run.ffn != "dense" and by_rows(self.w[name], n_tokens):
-            matrix = self.w[name]
+        matrix, skips = self.w[name], self.own and self.spec.run.ffn != "dense"
+        if place := self.placed.get(name):
+            return ggml.ggml_mul_mat(self.ctx, place, x)
+        if skips and by_rows(x.ne[1]):
             product = sparse_ffn.multiplier(matrix.type, matrix.ne[0], matrix.ne[1], self.spec.run.threads)
             self.products.append(product)
             return add_product(self.ctx, x, matrix, product)
-        if matrix is None and self.spec.tiled and (tiles := self._tiles(name)):
-            return self._tiled(self.w[name], tiles, x)
-        return ggml.ggml_mul_mat(self.ctx, matrix or self.w.matrix(name), x)
-
-    def _tiles(self, name: str) -> sparse_ffn.Tiles | None:
-        stored = self.w[name]
-        return sparse_ffn.tiles(stored.type, stored.ne[0], stored.ne[1])
+        if (skips or self.spec.tiled) and (tiles := tiles_of(matrix)):
+            return self._tiled(matrix, tiles, x)
+        return ggml.ggml_mul_mat(self.ctx, self.w.matrix(name), x)
 
     def _tiled(self, matrix: ggml.TensorP, tiles: sparse_ffn.Tiles, x: ggml.TensorP) -> ggml.TensorP:
         key = x.value, tiles.kernels

@@ -1,8 +1,8 @@
 """How a prompt's FFNs are computed fastest: row by row where neurons fire, or as whole matrices through ggml's
 products.
 
-A pure function of formats and of how many neurons are expected to fire; knows nothing of graphs. It must not depend on
-what was computed before, so that a prompt always gives the same bits.
+A function of formats, of this CPU's kernels and of how many neurons are expected to fire; knows nothing of graphs. It
+must not depend on what was computed before, so that a prompt always gives the same bits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from runtime.bindings import sparse_ffn
 from runtime.bindings.ffn_shape import FfnShape
+from runtime.compute.products import tiles_of_type
 from runtime.compute.traffic import Activity
 from runtime.model_file.reader import GgufFile, TensorInfo
 from runtime.model_file.structure import Structure
@@ -24,6 +26,13 @@ from runtime.model_file.tensor_names import FFN_MATRICES, NEURON_FREQ, in_block,
 # ggml's only, the whole is faster from a few percent on.
 _LIMITS = {"q4_0": 0.61, "q8_0": 0.52, "f16": 0.41, "bf16": 0.31, "f32": 0.39, "q4_k": 0.26, "q5_k": 0.28, "q6_k": 0.31}
 _OTHER_LIMIT = 0.05
+# The same where tiles multiply the whole matrices (and in `exact` mode the gates): share of the neurons that fire.
+_TILED_LIMITS = {
+    ("avx2", "q4_0"): 0.33,
+    ("avxvnni", "q4_0"): 0.33,
+    ("avx512", "q4_0"): 0.17,
+    ("avx512", "q8_0"): 0.13,
+}
 _FILL = 12  # tokens whose products take as long as repacking the matrices that they need
 _FEWEST = 16  # tokens; with fewer, ggml's products take longer per token than the limits say
 _OVERSHOOT = 1.5  # candidates per neuron that fires, where the file does not say
@@ -50,9 +59,13 @@ def _fill(tensors: Mapping[str, TensorInfo], i: int, repacked: Callable[[int], b
 
 
 def _dense_from(ffn: FfnShape, tensors: Mapping[str, TensorInfo], activity: Activity, i: int, fill: float) -> float:
-    types = [tensors[weight_of(i, stem)].type for stem in row_matrices(ffn)]
-    limit = min(_LIMITS.get(type_, _OTHER_LIMIT) for type_ in types)
-    share = (activity.gates[i] + (len(types) - 1) * activity.fired[i]) / len(types)
+    found = [tensors[weight_of(i, stem)] for stem in row_matrices(ffn)]
+    tiled, n = all(tiles_of_type(tensor.type_id) for tensor in found), len(found)
+    variant = sparse_ffn.VARIANTS[sparse_ffn.variant()]
+    limits = [_TILED_LIMITS.get((variant, t.type)) if tiled else _LIMITS.get(t.type) for t in found]
+    limit = min(_OTHER_LIMIT if limit is None else limit for limit in limits)
+    gates = activity.fired[i] if tiled and activity.ffn == "exact" else activity.gates[i]
+    share = (gates + (n - 1) * activity.fired[i]) / n
     if share <= limit:
         return math.inf
     return max(_FEWEST, math.ceil(fill / (share / limit - 1)))

@@ -45,18 +45,27 @@ def add_native_ffn(
     t: NativeTensors,
     candidates: ggml.TensorP | None = None,
     chosen: Chosen | None = None,
+    gates: ggml.TensorP | None = None,
 ) -> ggml.TensorP:
     """Add the operators of one sparse FFN: F32 [n_embd, n_tokens] -> its product, F32 [product_length, n_tokens].
 
     candidates: from `add_predictor`, or None for every neuron. chosen: where the FFN is divided into ranges.
+    gates: those of all neurons, without bias, F32 [n_ff, n_tokens]; for more than FEW_TOKENS tokens.
     `ffn` must outlive the graph, and counts its tokens.
     """
     n, made = x.ne[1], ffn.n_embd + ffn.squares
     sparse_ffn.count(ffn, n)
-    first = (t.gate, t.gate_bias, candidates, *((chosen.ranges, chosen.weights) if chosen else ()))
+    ffn.scored = gates is not None
+    first = (
+        t.gate if gates is None else gates,
+        t.gate_bias,
+        candidates,
+        *((chosen.ranges, chosen.weights) if chosen else ()),
+    )
     rest = (t.down, t.up, t.up_bias)
     quantized = _custom(ctx, ffn, "quantize", ggml.I8, (ffn.x_stride, n), x)
     if n <= sparse_ffn.FEW_TOKENS:
+        assert gates is None
         gate = _custom(ctx, ffn, "gate", ggml.I8, (sparse_ffn.gate_size(ffn, n), 1), quantized, *first)
         sums = _custom(ctx, ffn, "down", ggml.I8, (sparse_ffn.down_size(ffn, n), 1), quantized, gate, *rest)
         return _custom(ctx, ffn, "reduce", ggml.F32, (made, n), sums)

@@ -11,7 +11,7 @@ from runtime.base.figures import memory
 from runtime.bindings import ggml
 from runtime.compute.builder import GraphSpec, place_of
 from runtime.compute.kv_cache import padded_cells
-from runtime.compute.products import repacked_from
+from runtime.compute.products import repacked_from, tiles_of
 from runtime.compute.repack import Repacked, repack
 from runtime.compute.trace import Trace
 from runtime.compute.weights import Weights
@@ -111,8 +111,8 @@ class Executor(Closing):
                 limits |= dict.fromkeys((n.weight_of(i, stem) for stem in n.FFN_MATRICES), spec.dense_from[i])
         if not any(spec.n_tokens >= limit for limit in limits.values()):
             return None
-        held = {name: t for name, limit in limits.items() if limit < math.inf and (t := self._weights.get(name))}
-        places = {place_of(name, tensor): name for name, tensor in held.items()}
+        found = {name: t for name, limit in limits.items() if limit < math.inf and (t := self._weights.get(name))}
+        places = {place_of(name, tensor): name for name, tensor in found.items() if tiles_of(tensor) is None}
         return self.cache.scratch(lambda: Repacked(self._weights, self._backend, places))
 
     def _attention_limits(self) -> dict[str, float]:

@@ -37,12 +37,18 @@ struct gate_rows {
 
     // Gates of one neuron for up to DOT_TOKENS tokens; the row `ahead` is fetched meanwhile if it is not -1.
     void of_tokens(int32_t neuron, const int64_t * tokens, int n, int32_t ahead, float * out) const {
-        const char * xs[DOT_TOKENS];
-        for (int k = 0; k < n; k++) {
-            xs[k] = x + tokens[k] * f.x_stride;
+        if (f.scored) {
+            for (int k = 0; k < n; k++) {
+                out[k] = static_cast<const float *>(weights->data)[tokens[k] * f.n_ff + neuron];
+            }
+        } else {
+            const char * xs[DOT_TOKENS];
+            for (int k = 0; k < n; k++) {
+                xs[k] = x + tokens[k] * f.x_stride;
+            }
+            const char * next = ahead < 0 ? nullptr : row_of(weights, f.gate, ahead);
+            dots_tokens(f.gate, f.n_embd, row_of(weights, f.gate, neuron), next, n, xs, out);
         }
-        const char * next = ahead < 0 ? nullptr : row_of(weights, f.gate, ahead);
-        dots_tokens(f.gate, f.n_embd, row_of(weights, f.gate, neuron), next, n, xs, out);
         for (int k = 0; k < n; k++) {
             out[k] += bias_of(bias, neuron);
         }

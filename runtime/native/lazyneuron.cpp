@@ -13,8 +13,3 @@ size_t lzn_arranged_size(const void * kernels, int64_t n) {
     const lzn::row_kernels * k = static_cast<const lzn::row_kernels *>(kernels);
     return k && k->arranged_size ? k->arranged_size(n) : 0;
 }
-
-bool lzn_unpacks_once(const void * kernels) {
-    const lzn::row_kernels * k = static_cast<const lzn::row_kernels *>(kernels);
-    return k && k->dots_tokens;
-}

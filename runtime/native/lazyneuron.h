@@ -58,6 +58,7 @@ struct lzn_ffn {
     int32_t gated;
     int32_t gate_bias;   // whether a bias F32 [n_ff] follows the gate rows among the sources
     int32_t up_bias;     // whether a bias F32 [n_ff] follows the up rows among the sources
+    int32_t scored;      // whether `tokens` has the gates F32 [n_ff, n_tokens], without bias, in the place of the gate rows
     int32_t predicted;   // whether there are candidates among the sources; else every neuron is one
     int32_t rank;        // elements of a predictor row
     float shift;         // added to every score of the predictor
@@ -125,7 +126,6 @@ LZN_API bool lzn_has_variant(int32_t variant);
 LZN_API const void * lzn_kernels(int32_t type, int32_t variant);
 LZN_API const void * lzn_tile_kernels(int32_t type, int32_t variant);
 LZN_API size_t lzn_arranged_size(const void * kernels, int64_t n);
-LZN_API bool lzn_unpacks_once(const void * kernels);  // a row for several tokens
 
 // What happens when ggml gives up (an assertion, a lost device) or nobody catches a C++ exception: one line on stderr,
 // exit status 1. `lzn_on_abort` is a ggml_abort_callback_t; `lzn_guard` sets the handler of exceptions.

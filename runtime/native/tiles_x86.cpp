@@ -78,6 +78,21 @@ template <int OFFSET> void arrange(int64_t n, int n_tokens, const float * x, int
 
 // --- weights ---------------------------------------------------------------------------------------------------------
 
+// The 16 bytes of four rows as four groups: out[g] is group g of the four.
+void interleave(const uint8_t * const * rows, int8_t flipped, uint8_t (*out)[ROWS][4], int r) {
+    __m128i row[4];
+    for (int k = 0; k < 4; k++) {
+        row[k] = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i *>(rows[k])), _mm_set1_epi8(flipped));
+    }
+    const __m128i first = _mm_unpacklo_epi32(row[0], row[1]), second = _mm_unpacklo_epi32(row[2], row[3]);
+    const __m128i third = _mm_unpackhi_epi32(row[0], row[1]), fourth = _mm_unpackhi_epi32(row[2], row[3]);
+    const __m128i groups[4] = {_mm_unpacklo_epi64(first, second), _mm_unpackhi_epi64(first, second),
+                               _mm_unpacklo_epi64(third, fourth), _mm_unpackhi_epi64(third, fourth)};
+    for (int g = 0; g < 4; g++) {
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(out[g][r]), groups[g]);
+    }
+}
+
 // One block of all rows of a tile: scales, and the groups of four columns of one row after the other.
 struct q4_0_block {
     static constexpr int OFFSET = 8;
@@ -85,13 +100,15 @@ struct q4_0_block {
     uint16_t d[ROWS];
     uint8_t q[GROUPS / 2][ROWS][4];  // low nibbles: group g; high ones: group g + GROUPS / 2
 
-    void put(int r, const block_q4_0 & b) {
-        d[r] = b.d;
-        for (int g = 0; g < GROUPS / 2; g++) {
-            std::memcpy(q[g][r], b.qs + 4 * g, 4);
+    // Four rows, from row r of the tile on.
+    void put(int r, const block_q4_0 * const * b) {
+        const uint8_t * rows[4];
+        for (int k = 0; k < 4; k++) {
+            d[r + k] = b[k]->d;
+            rows[k] = b[k]->qs;
         }
+        interleave(rows, 0, q, r);
     }
-    void clear(int r) { put(r, block_q4_0{0, {}}); }
 
     void groups(ints * out) const;
 };
@@ -112,13 +129,16 @@ struct q8_0_block {
     uint16_t d[ROWS];
     uint8_t q[GROUPS][ROWS][4];
 
-    void put(int r, const block_q8_0 & b) {
-        d[r] = b.d;
-        for (int i = 0; i < BLOCK; i++) {
-            q[i / 4][r][i % 4] = static_cast<uint8_t>(b.qs[i]) ^ 128;
+    void put(int r, const block_q8_0 * const * b) {
+        for (int half = 0; half < 2; half++) {
+            const uint8_t * rows[4];
+            for (int k = 0; k < 4; k++) {
+                d[r + k] = b[k]->d;
+                rows[k] = reinterpret_cast<const uint8_t *>(b[k]->qs + 16 * half);
+            }
+            interleave(rows, -128, q + GROUPS / 2 * half, r);
         }
     }
-    void clear(int r) { put(r, block_q8_0{0, {}}); }
 
     void groups(ints * out) const {
         for (int g = 0; g < GROUPS; g++) {
@@ -129,15 +149,15 @@ struct q8_0_block {
 #endif
 
 template <typename Block, typename Row> void pack(int64_t n, int n_rows, const char * first, size_t stride, void * out) {
+    static const Row none = {};
     Block * blocks = static_cast<Block *>(out);
-    for (int r = 0; r < ROWS; r++) {
-        const Row * row = reinterpret_cast<const Row *>(first + r * stride);
+    for (int r = 0; r < ROWS; r += 4) {
         for (int64_t b = 0; b < n / BLOCK; b++) {
-            if (r < n_rows) {
-                blocks[b].put(r, row[b]);
-            } else {
-                blocks[b].clear(r);
+            const Row * rows[4];
+            for (int k = 0; k < 4; k++) {
+                rows[k] = r + k < n_rows ? reinterpret_cast<const Row *>(first + (r + k) * stride) + b : &none;
             }
+            blocks[b].put(r, rows);
         }
     }
 }

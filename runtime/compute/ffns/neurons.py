@@ -12,6 +12,7 @@ from runtime.bindings import ggml, sparse_ffn
 from runtime.bindings.ffn_shape import FfnShape
 from runtime.compute.builder import Builder
 from runtime.compute.operators import NativeTensors, add_choice, add_native_ffn, add_predictor
+from runtime.compute.products import by_rows, tiles_of
 from runtime.model_file import tensor_names as n
 
 
@@ -86,7 +87,16 @@ class NeuronFfn:
 
     def native(self, x: ggml.TensorP, candidates: ggml.TensorP | None) -> ggml.TensorP:
         """The product through gate rows of every neuron (or of the candidates), up and down rows of those that fire."""
-        return add_native_ffn(self.b.ctx, x, self._description(), self._rows(), candidates)
+        return add_native_ffn(
+            self.b.ctx, x, self._description(), self._rows(), candidates, gates=self._gates(x, candidates)
+        )
+
+    def _gates(self, x: ggml.TensorP, candidates: ggml.TensorP | None) -> ggml.TensorP | None:
+        """The gates of all neurons, [n_ff, n], for a batch of which tiles compute them faster than rows do."""
+        name = n.weight_of(self.i, n.row_matrices(self.shape)[0])
+        if candidates is not None or by_rows(x.ne[1]) or tiles_of(self.b.w[name]) is None:
+            return None
+        return self.b.times(name, x)
 
     def _rows(self) -> NativeTensors:
         w, first = self.b.w, n.row_matrices(self.shape)[0]
