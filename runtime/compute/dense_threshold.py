@@ -24,7 +24,11 @@ from runtime.model_file.tensor_names import FFN_MATRICES, NEURON_FREQ, in_block,
 # over that of the row kernels, many tokens at once.
 # Measured on two Zen 4 cores by `python -m bench.batches` (docs/performance.md). In formats that have row kernels of
 # ggml's only, the whole is faster from a few percent on.
-_LIMITS = {"q4_0": 0.61, "q8_0": 0.52, "f16": 0.41, "bf16": 0.31, "f32": 0.39, "q4_k": 0.26, "q5_k": 0.28, "q6_k": 0.31}
+# Above 1: ggml's products are slower even with every row.
+_LIMITS = {
+    "f32": 0.39, "f16": 0.41, "bf16": 0.31, "q8_0": 0.52, "q4_0": 0.61, "q4_1": 1.47, "q5_0": 0.61, "q5_1": 1.45,
+    "iq4_nl": 0.57, "q4_k": 0.26, "q5_k": 0.28, "q6_k": 0.31, "iq4_xs": 0.21,
+}  # fmt: skip
 _OTHER_LIMIT = 0.05
 # The same where tiles multiply the whole matrices (and in `exact` mode the gates): share of the neurons that fire.
 _TILED_LIMITS = {
