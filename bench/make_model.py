@@ -38,7 +38,7 @@ from runtime.cli.program import run_command
 from runtime.errors import UserError
 from runtime.model_file.writer import write_gguf
 
-REVISION = 2  # of what is planted; part of the cached files' names
+REVISION = 3  # of what is planted; part of the cached files' names
 ACTIVE_KEY = "lazyneuron.synthetic.active"  # the wanted share; a file that has it is synthetic
 _MEASURED_TOKENS = 48
 _BYTE_TOKEN, _CONTROL, _UNKNOWN, _NORMAL = 6, 3, 2, 1  # GGUF's token types

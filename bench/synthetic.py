@@ -7,8 +7,9 @@ coordinate 0 is the same for every token, the others are 0, and the norm's weigh
 column 0 is the bias. Its sign does not depend on the size of the stream. The low-rank part is the stored predictor
 itself; attention and FFN add little to the stream, so activity is the same in every block.
 
-Encoding is what takes time, so nothing is encoded twice: every block has the same gate rows in an order of its own,
-with the biases of its own neurons put into their first bytes.
+Encoding is what takes time, so nothing is encoded twice: every block has the same gate rows, rows and groups of columns
+each in an order of its own, with the biases of its own neurons put into their first bytes. Columns in another order see
+another part of x, so that blocks do not fire together.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ MARGIN = 0.6  # threshold of the predictor, in units of its error
 FFN_GROWTH, ATTENTION_GROWTH = 0.3, 0.1  # what all blocks together add to the stream's variance, at most
 _TYPICAL_ATTENTION = 0.3  # of that: an average over many values is smaller than one value
 _SMALL_TYPES = ("q4_0", "q4_k", "q5_k")  # of files whose predictor is q4_0
+
+
+Order = npt.NDArray[np.int64]
 
 
 class Synthetic:
@@ -155,7 +159,8 @@ class Synthetic:
 class GatePool:
     """The gate rows of every block, without biases, and the predictor that knows them, encoded.
 
-    weights: bytes [n_ff, row bytes]; inner_bytes, outer_bytes: of the predictor, the latter [n_ff, row bytes].
+    weights: bytes [n_ff, groups of columns, their bytes]; inner_bytes, outer_bytes: of the predictor, [rank, groups of
+    columns, their bytes] and [n_ff, row bytes]. n_first: groups that hold the constant, which stay where they are.
     spread: float32 [n_ff], what the predictor and the noise give a pre-activation, as a standard deviation.
     """
 
@@ -165,19 +170,27 @@ class GatePool:
         inner = rng.standard_normal((rank, d), np.float32) / np.float32(math.sqrt(d - model.constant))
         inner[:, : model.constant] = 0
         outer = rng.standard_normal((ff, rank), np.float32) * np.float32(math.sqrt((1 - NOISE**2) / rank))
-        self.inner_bytes, outer_bytes = encode_rows(inner, kind), encode_rows(outer, kind)
-        known, outer = decode(self.inner_bytes, kind, d), decode(outer_bytes, kind, rank)
+        inner_bytes, outer_bytes = encode_rows(inner, kind), encode_rows(outer, kind)
+        known, outer = decode(inner_bytes, kind, d), decode(outer_bytes, kind, rank)
+        width = max(32, ggml.ggml_blck_size(NUMBERS[self.type]))  # columns of a group: whole blocks of both types
+        self.inner_bytes = inner_bytes.reshape(rank, d // width, -1)
         self.outer_bytes = outer_bytes.reshape(ff, -1)
+        self.n_first = self.constant // width
         explained = ((outer @ (known @ known.T)) * outer).sum(1)
         self.spread = np.sqrt(explained + NOISE**2).astype(np.float32)
         noise = model.normal(rng, d, NOISE / math.sqrt(d - model.constant))
         n = len(noise)
         parts = [encode_rows(outer[at : at + n] @ known + noise[: ff - at], self.type) for at in range(0, ff, n)]
-        self.weights = np.concatenate(parts).reshape(ff, -1)
+        self.weights = np.concatenate(parts).reshape(ff, d // width, -1)
 
-    def rows(self, which: npt.NDArray[np.int64], biases: Floats) -> Bytes:
+    def order_of_columns(self, rng: np.random.Generator) -> Order:
+        """The groups of columns in a random order."""
+        rest = np.arange(self.n_first, self.weights.shape[1])
+        return np.concatenate([np.arange(self.n_first), rng.permutation(rest)])
+
+    def rows(self, which: Order, columns: Order, biases: Floats) -> Bytes:
         """Bytes of some rows, with a bias for each in column 0 where the model has the constant."""
-        chosen = self.weights[which]
+        chosen = self.weights[which[:, None], columns].reshape(len(which), -1)
         if self.constant:
             head = np.zeros((len(which), self.constant), np.float32)
             head[:, 0] = biases
@@ -195,7 +208,7 @@ class PlantedBlock:
         self.m, self.i = model, i
         self.rng = np.random.default_rng([model.seed, i])
         ff = model.ffn.n_ff
-        self.gates = self.rng.permutation(ff)
+        self.gates, self.columns = self.rng.permutation(ff), model.gates.order_of_columns(self.rng)
         self.bias = (model.firing.means * model.gates.spread[self.gates]).astype(np.float32)
         self.groups = {
             name: choose_groups(self.rng, model.pool_rows, max(ff, model.attention.query_length))
@@ -226,7 +239,7 @@ class PlantedBlock:
         """Vectors, and the predictor."""
         m = self.m
         if part == "predictor_in.weight":
-            return m.gates.inner_bytes
+            return m.gates.inner_bytes[:, self.columns].reshape(-1)
         if part == "predictor_out.weight":
             return m.gates.outer_bytes[self.gates].reshape(-1)
         if part == "ffn_neuron_index":
@@ -249,7 +262,8 @@ class PlantedBlock:
 
     def _gate_rows(self) -> Iterator[Bytes]:
         for at in range(0, self.m.ffn.n_ff, GROUP):
-            yield self.m.gates.rows(self.gates[at : at + GROUP], self.bias[at : at + GROUP])
+            some = slice(at, at + GROUP)
+            yield self.m.gates.rows(self.gates[some], self.columns, self.bias[some])
 
 
 def rounding_error(type_name: str, length: int) -> float:

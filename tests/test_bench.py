@@ -119,7 +119,7 @@ def test_one_recipe_gives_the_same_bytes(models: dict[str, Path], tmp_path: Path
 
 def test_blocks_have_bytes_of_their_own_and_the_file_says_what_it_is(models: dict[str, Path]) -> None:
     with GgufFile(models["gated"]) as file:
-        for part in ("ffn_gate", "ffn_up", "ffn_down", "ffn_down_t"):
+        for part in ("ffn_gate", "ffn_up", "ffn_down", "ffn_down_t", "predictor_in", "predictor_out"):
             blocks = {file.read(f"blk.{i}.{part}.weight").tobytes() for i in range(file.structure.block_count)}
             assert len(blocks) == file.structure.block_count, part
         assert file.metadata["general.name"].startswith("SYNTHETIC")

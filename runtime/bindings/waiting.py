@@ -11,12 +11,12 @@ import functools
 import os
 import sys
 
-# Turns of its loop, 10 to 25 ns each, by measurement (docs/log.md, "beside other programs"): fewer, and threads fall
-# asleep between two tokens of a small model; more, and a busy machine waits longer.
+# Turns of its loop, 10 to 25 ns each, by measurement (docs/log.md, "beside other programs, measured again"): fewer, and
+# threads fall asleep between two tokens of a small model; more, and a busy machine waits longer.
 # LLVM's library gives way to other programs by itself, and loses three quarters of a small model's speed with
 # KMP_BLOCKTIME=0: nothing is set for it.
 SPIN_COUNT = "GOMP_SPINCOUNT"
-TURNS = "20000"
+TURNS = "10000"
 _DECIDED = (SPIN_COUNT, "OMP_WAIT_POLICY")  # whoever sets one of these has decided how threads wait
 _GNU = "libgomp.so.1"
 _added: dict[str, str] = {}  # to the environment
