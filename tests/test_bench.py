@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from pathlib import Path
@@ -30,6 +31,7 @@ from bench.race import OUT_OF_TIME, RacePlan, set_up
 from bench.shapes import shape
 from runtime.base.worker import on_worker
 from runtime.bindings import waiting
+from runtime.bindings.ffi import library_folder
 from runtime.bindings.sparse_ffn import variants
 from runtime.block_runner import BlockRunner
 from runtime.errors import UserError
@@ -419,3 +421,19 @@ def test_converting_counts_the_calibration(tmp_path: Path, monkeypatch: pytest.M
     assert found["per_layer_s"] * 2 == pytest.approx(found["calibrated"]["core_s"] - found["plain"]["core_s"])
     checkpoint = Path(found["checkpoint"])
     assert list((tmp_path / "bench").iterdir()) == [checkpoint]  # what was converted is gone
+
+
+@pytest.mark.skipif("avx2" not in variants(), reason="this CPU has no AVX2")
+def test_a_race_as_if_there_were_nothing_newer_than_avx2(tiny_gguf: Path, tmp_path: Path) -> None:
+    """With the libraries that are kept, whatever they are: none are compiled here."""
+    release, platform = "llama-cpp-python==0.0.0", sysconfig.get_platform()
+    kept = tmp_path / f"{release.replace('==', '-')}-avx2-{platform}"
+    kept.symlink_to(library_folder())
+    done = subprocess.run(
+        ["bash", "bench/avx2.sh", "bench.decode", str(tiny_gguf), "--ffn", "exact", "--rounds", "1", "--tokens", "2"],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+        env={**os.environ, "LAZYNEURON_CACHE": str(tmp_path), "PYTHON": sys.executable, "LLAMA_CPP": release},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads(done.stdout.splitlines()[-1])["races"]
+    assert result["kernels"] == "avx2"
