@@ -177,7 +177,7 @@ class tiles_of_tokens {
             return;
         }
         float gates[DOT_TOKENS], strengths[DOT_TOKENS];
-        gate_.of_tokens(row, tokens, n, -1, gates);
+        gate_.of_tokens(row, 1, tokens, n, -1, gates);
         int n_fired = 0;
         for (int k = 0; k < n; k++) {
             if (gate_.fires(gates[k])) {

@@ -35,22 +35,30 @@ struct gate_rows {
         }
     }
 
-    // Gates of one neuron for up to DOT_TOKENS tokens; the row `ahead` is fetched meanwhile if it is not -1.
-    void of_tokens(int32_t neuron, const int64_t * tokens, int n, int32_t ahead, float * out) const {
+    // Gates of some neurons that follow each other, at most DOT_ROWS, for n tokens, at most DOT_TOKENS: out[k * n + t].
+    // As many rows from `ahead` on are fetched meanwhile if it is not -1.
+    void of_tokens(int32_t neuron, int n_rows, const int64_t * tokens, int n, int32_t ahead, float * out) const {
         if (f.scored) {
-            for (int k = 0; k < n; k++) {
-                out[k] = static_cast<const float *>(weights->data)[tokens[k] * f.n_ff + neuron];
+            for (int k = 0; k < n_rows; k++) {
+                for (int t = 0; t < n; t++) {
+                    out[k * n + t] = static_cast<const float *>(weights->data)[tokens[t] * f.n_ff + neuron + k];
+                }
             }
         } else {
-            const char * xs[DOT_TOKENS];
-            for (int k = 0; k < n; k++) {
-                xs[k] = x + tokens[k] * f.x_stride;
+            const char *xs[DOT_TOKENS], *rows[DOT_ROWS], *next[DOT_ROWS];
+            for (int t = 0; t < n; t++) {
+                xs[t] = x + tokens[t] * f.x_stride;
             }
-            const char * next = ahead < 0 ? nullptr : row_of(weights, f.gate, ahead);
-            dots_tokens(f.gate, f.n_embd, row_of(weights, f.gate, neuron), next, n, xs, out);
+            consecutive(weights, f.gate, neuron, n_rows, rows);
+            if (ahead >= 0) {
+                consecutive(weights, f.gate, ahead, n_rows, next);
+            }
+            dots_tokens(f.gate, f.n_embd, n_rows, rows, ahead < 0 ? nullptr : next, n, xs, out);
         }
-        for (int k = 0; k < n; k++) {
-            out[k] += bias_of(bias, neuron);
+        for (int k = 0; k < n_rows; k++) {
+            for (int t = 0; t < n; t++) {
+                out[k * n + t] += bias_of(bias, neuron + k);
+            }
         }
     }
 
@@ -146,7 +154,8 @@ struct down_rows {
         for (int k = 0; k < n; k++) {
             xs[k] = x + tokens[k] * f.x_stride;
         }
-        dots_tokens(f.up, f.n_embd, row_of(up, f.up, neuron), nullptr, n, xs, ups);
+        const char * row = row_of(up, f.up, neuron);
+        dots_tokens(f.up, f.n_embd, 1, &row, nullptr, n, xs, ups);
         for (int k = 0; k < n; k++) {
             strengths[k] *= activated(ups[k] + bias_of(bias, neuron));
         }

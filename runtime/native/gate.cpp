@@ -25,10 +25,13 @@ class firing_lists {
     void every(int64_t first, int64_t end, const int64_t * tokens, int n_tokens) {
         for (int64_t block = first; block < end; block += ROW_BLOCK) {
             for (int k = 0; k < n_tokens; k += DOT_TOKENS) {
-                for (int64_t r = block; r < std::min(block + ROW_BLOCK, end); r++) {
-                    const int64_t ahead = k == 0 && r + ROWS_AHEAD < end ? r + ROWS_AHEAD : -1;
-                    const int n = std::min(DOT_TOKENS, n_tokens - k);
-                    look(static_cast<int32_t>(r), tokens + k, n, static_cast<int32_t>(ahead));
+                const int64_t last = std::min(block + ROW_BLOCK, end);
+                const int n = std::min(DOT_TOKENS, n_tokens - k);
+                for (int64_t r = block; r < last;) {
+                    const int n_rows = static_cast<int>(std::min<int64_t>(rows_together(n), last - r));
+                    const int64_t ahead = k == 0 && r + ROWS_AHEAD + n_rows <= end ? r + ROWS_AHEAD : -1;
+                    look(static_cast<int32_t>(r), n_rows, tokens + k, n, static_cast<int32_t>(ahead));
+                    r += n_rows;
                 }
             }
         }
@@ -51,7 +54,7 @@ class firing_lists {
                 tokens[n] = t + k;
                 n += bits(r) >> k & 1;
             }
-            look(static_cast<int32_t>(r), tokens, n, ahead < end ? static_cast<int32_t>(ahead) : -1);
+            look(static_cast<int32_t>(r), 1, tokens, n, ahead < end ? static_cast<int32_t>(ahead) : -1);
             r = ahead;
         }
     }
@@ -76,12 +79,14 @@ class firing_lists {
     }
 
   private:
-    // The gates of one row for up to DOT_TOKENS tokens; the row `ahead` is fetched meanwhile if it is not -1.
-    void look(int32_t row, const int64_t * tokens, int n, int32_t ahead) {
-        float gates[DOT_TOKENS];
-        gate_.of_tokens(row, tokens, n, ahead, gates);
-        for (int k = 0; k < n; k++) {
-            append(tokens[k], row, gates[k]);
+    // As `gate_rows::of_tokens`.
+    void look(int32_t row, int n_rows, const int64_t * tokens, int n, int32_t ahead) {
+        float gates[DOT_ROWS * DOT_TOKENS];
+        gate_.of_tokens(row, n_rows, tokens, n, ahead, gates);
+        for (int k = 0; k < n_rows; k++) {
+            for (int t = 0; t < n; t++) {
+                append(tokens[t], row + k, gates[k * n + t]);
+            }
         }
     }
 

@@ -17,9 +17,9 @@ struct row_kernels {
     // out[k] = rows[k] . x, for k < n_rows <= DOT_ROWS; x as `arrange` left it, or as ggml's from_float of the matching
     // type did where that is null
     void (*dots)(int64_t n, int n_rows, const char * const * rows, const char * const * next, const void * x, float * out);
-    // out[t] = row . x[t], for t < n_tokens <= DOT_TOKENS, with the row unpacked once; `next`: one row. The same bits as
-    // `dots` gives with any number of rows. Null where there is nothing to gain.
-    void (*dots_tokens)(int64_t n, const char * row, const char * next, int n_tokens, const void * const * x, float * out);
+    // out[k * n_tokens + t] = rows[k] . x[t], for k < n_rows <= DOT_ROWS and t < n_tokens <= DOT_TOKENS, with each row
+    // unpacked once. The same bits as `dots` gives with any number of rows. Null where there is nothing to gain.
+    void (*dots_tokens)(int64_t n, int n_rows, const char * const * rows, const char * const * next, int n_tokens, const void * const * x, float * out);
     // y += sum over k < n_rows <= AXPY_ROWS of a[k] * rows[k]; y is in the kernel's own order until `finish`
     void (*axpys)(int64_t n, int n_rows, const char * const * rows, const char * const * next, const float * a, float * y);
     // Bytes of an arranged x, a multiple of 64; and arranges x, once per token, for many rows. Null for neither.

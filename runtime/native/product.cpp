@@ -37,14 +37,23 @@ void lzn_multiply(ggml_tensor * dst, int ith, int nth, void * userdata) {
         for (int64_t block = first; block < last; block += ROW_BLOCK) {
             for (int t = 0; t < n; t += DOT_TOKENS) {
                 const int some = std::min(DOT_TOKENS, n - t);
-                for (int64_t r = block; r < std::min(block + ROW_BLOCK, last); r++) {
-                    float out[DOT_TOKENS];
-                    const bool fetch = t == 0 && r + ROWS_AHEAD < last;
-                    const char * next = fetch ? row_of(weights, p.rows, r + ROWS_AHEAD) : nullptr;
-                    dots_tokens(p.rows, p.n_in, row_of(weights, p.rows, r), next, some, xs + t, out);
-                    for (int k = 0; k < some; k++) {
-                        result[(t0 + t + k) * p.n_out + r] = out[k];
+                const int64_t end = std::min(block + ROW_BLOCK, last);
+                for (int64_t r = block; r < end;) {
+                    const int n_rows = static_cast<int>(std::min<int64_t>(rows_together(some), end - r));
+                    const bool fetch = t == 0 && r + ROWS_AHEAD + n_rows <= last;
+                    const char *rows[DOT_ROWS], *next[DOT_ROWS];
+                    consecutive(weights, p.rows, r, n_rows, rows);
+                    if (fetch) {
+                        consecutive(weights, p.rows, r + ROWS_AHEAD, n_rows, next);
                     }
+                    float out[DOT_ROWS * DOT_TOKENS];
+                    dots_tokens(p.rows, p.n_in, n_rows, rows, fetch ? next : nullptr, some, xs + t, out);
+                    for (int k = 0; k < n_rows; k++) {
+                        for (int i = 0; i < some; i++) {
+                            result[(t0 + t + i) * p.n_out + r + k] = out[k * some + i];
+                        }
+                    }
+                    r += n_rows;
                 }
             }
         }

@@ -106,6 +106,8 @@ struct q4_0_products {
     }
 };
 
+template <> constexpr int TOKEN_ROWS<q4_0_products> = 4;
+
 // Two rows of one group, ready to be added: the words of both alternate, and so do their coefficients a * scale,
 // rounded to bfloat16 (a 4-bit weight is exact in it).
 struct q4_0_pair {

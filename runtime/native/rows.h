@@ -61,12 +61,20 @@ inline void dots(const lzn_rows & rows, int64_t n, int n_rows, const char * cons
     }
 }
 
-// One row with several tokens' x, at most DOT_TOKENS: the same bits as one by one. next: null or a row to fetch.
-inline void dots_tokens(const lzn_rows & rows, int64_t n, const char * row, const char * next, int n_tokens,
-                        const char * const * x_tokens, float * out) {
-    if (n_tokens == 1 || !rows.kernels || !kernels_of(rows)->dots_tokens) {
+// Up to DOT_ROWS rows with several tokens' x, at most DOT_TOKENS, out[k * n_tokens + t]: the same bits as one by one.
+// next: null or as many rows to fetch.
+inline void dots_tokens(const lzn_rows & rows, int64_t n, int n_rows, const char * const * row,
+                        const char * const * next, int n_tokens, const char * const * x_tokens, float * out) {
+    if (n_tokens == 1) {
+        return dots(rows, n, n_rows, row, next, x_tokens[0], out);
+    }
+    if (!rows.kernels || !kernels_of(rows)->dots_tokens) {
         for (int t = 0; t < n_tokens; t++) {
-            dots(rows, n, 1, &row, next && !t ? &next : nullptr, x_tokens[t], out + t);
+            float one[DOT_ROWS];
+            dots(rows, n, n_rows, row, t ? nullptr : next, x_tokens[t], one);
+            for (int k = 0; k < n_rows; k++) {
+                out[k * n_tokens + t] = one[k];
+            }
         }
         return;
     }
@@ -74,7 +82,18 @@ inline void dots_tokens(const lzn_rows & rows, int64_t n, const char * row, cons
     for (int t = 0; t < n_tokens; t++) {
         x[t] = x_tokens[t] + rows.x_offset;
     }
-    kernels_of(rows)->dots_tokens(n, row, next, n_tokens, x, out);
+    kernels_of(rows)->dots_tokens(n, n_rows, row, next, n_tokens, x, out);
+}
+
+// How many rows that follow each other a pass takes: one stream of them is what the hardware follows, and several only
+// save where x is read for each again.
+inline int rows_together(int n_tokens) { return n_tokens > 1 ? DOT_ROWS : 1; }
+
+// The rows first .. first + n_rows - 1.
+inline void consecutive(const ggml_tensor * weights, const lzn_rows & rows, int64_t first, int n_rows, const char ** out) {
+    for (int k = 0; k < n_rows; k++) {
+        out[k] = row_of(weights, rows, first + k);
+    }
 }
 
 }  // namespace lzn

@@ -116,13 +116,28 @@ template <typename P> void dots(int64_t n, int n_rows, const char * const * rows
     }
 }
 
-template <typename P> void dots_tokens(int64_t n, const char * row, const char * next, int n_tokens, const void * const * x, float * out) {
-    const char * const * ahead = next ? &next : nullptr;
+// How many rows P takes at once for several tokens: several, where their x would not stay in L1 otherwise.
+template <typename P> constexpr int TOKEN_ROWS = 1;
+
+template <typename P, int R>
+void rows_tokens(int64_t n, const char * const * rows, const char * const * next, int n_tokens, const void * const * x, float * out) {
     switch (n_tokens) {
-        case 1: return P::template products<1, 1>(n, &row, ahead, x, out);
-        case 2: return P::template products<1, 2>(n, &row, ahead, x, out);
-        case 3: return P::template products<1, 3>(n, &row, ahead, x, out);
-        default: return P::template products<1, 4>(n, &row, ahead, x, out);
+        case 1: return P::template products<R, 1>(n, rows, next, x, out);
+        case 2: return P::template products<R, 2>(n, rows, next, x, out);
+        case 3: return P::template products<R, 3>(n, rows, next, x, out);
+        default: return P::template products<R, 4>(n, rows, next, x, out);
+    }
+}
+
+template <typename P>
+void dots_tokens(int64_t n, int n_rows, const char * const * rows, const char * const * next, int n_tokens, const void * const * x, float * out) {
+    constexpr int R = TOKEN_ROWS<P>;
+    int k = 0;
+    for (; k + R <= n_rows; k += R) {
+        rows_tokens<P, R>(n, rows + k, next ? next + k : nullptr, n_tokens, x, out + k * n_tokens);
+    }
+    for (; k < n_rows; k++) {
+        rows_tokens<P, 1>(n, rows + k, next ? next + k : nullptr, n_tokens, x, out + k * n_tokens);
     }
 }
 

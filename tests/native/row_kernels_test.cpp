@@ -160,16 +160,19 @@ void test_dots_tokens(const row_kernels & kernels, const format & f, const std::
         }
     }
     for (int n_tokens = 1; n_tokens <= lzn::DOT_TOKENS; n_tokens++) {
-        for (int k = 0; k < lzn::DOT_ROWS; k++) {
-            float out[lzn::DOT_TOKENS + 1];
-            std::fill(out, out + lzn::DOT_TOKENS + 1, -7.0f);
-            kernels.dots_tokens(n, w.pointers[k], k % 2 ? next.pointers[k] : nullptr, n_tokens, given, out);
+        for (int n_rows = 1; n_rows <= lzn::DOT_ROWS; n_rows++) {
+            float out[lzn::DOT_ROWS * lzn::DOT_TOKENS + 1];
+            std::fill(out, out + lzn::DOT_ROWS * lzn::DOT_TOKENS + 1, -7.0f);
+            kernels.dots_tokens(n, n_rows, w.pointers.data(), n_rows % 2 ? next.pointers.data() : nullptr, n_tokens, given, out);
             for (int t = 0; t < n_tokens; t++) {
-                float alone[lzn::DOT_ROWS];
-                kernels.dots(n, k + 1, w.pointers.data(), nullptr, given[t], alone);
-                check(std::memcmp(&alone[k], &out[t], sizeof(float)) == 0, name + " dots_tokens of " + std::to_string(n_tokens), std::fabs(alone[k] - out[t]), 0);
+                for (int k = 0; k < n_rows; k++) {
+                    float alone[lzn::DOT_ROWS];
+                    const float found = out[k * n_tokens + t];
+                    kernels.dots(n, k + 1, w.pointers.data(), nullptr, given[t], alone);
+                    check(std::memcmp(&alone[k], &found, sizeof(float)) == 0, name + " dots_tokens of " + std::to_string(n_tokens), std::fabs(alone[k] - found), 0);
+                }
             }
-            check(out[n_tokens] == -7.0f, name + " dots_tokens writes past its results", out[n_tokens], -7);
+            check(out[n_rows * n_tokens] == -7.0f, name + " dots_tokens writes past its results", out[n_rows * n_tokens], -7);
         }
     }
 }
