@@ -13,7 +13,7 @@ from statistics import median
 _SAMPLES = 7  # of a time, of which the median counts
 _MEMORY = 0.97  # what a trial weighs after the next one
 _PRIOR, _PRIOR_WEIGHT = 0.8, 3.0  # how often a draft is accepted, before any was seen
-_SLOPE = 0.15  # what another token in a batch costs, of one alone, before that was seen
+_SLOPE = 0.3  # what another token in a batch costs, of one alone, before that was seen
 _LENGTHS = (1, 2, 3, 4, 6, 8, 11, 15)  # few, since each has a graph of its own
 _RARELY = 16  # drafts, of which one is made otherwise than what seems best
 _PAUSES = (16, 256)  # tokens without a draft, where drafts do not pay: at first, and at most
@@ -75,13 +75,16 @@ class DraftLength:
         self._lengths = [n for n in _LENGTHS if n < longest] + [longest]
         self._drafts = 0
         self._pause, self._left = _PAUSES[0], 0
+        self._shapes: set[tuple[Hashable, int, int]] = set()
 
     def choose(self, at_most: int, usable: Sequence[Hashable]) -> tuple[Hashable, int]:
         """The arm, of the `usable` ones, and how many tokens to draft with it; none, where one token by itself is
         expected to be faster.
         """
         arms = [self.arms[name] for name in usable]
-        lengths = [n for n in self._lengths if n <= at_most]
+        # Never more than twice as many as were seen: what was not may cost anything.
+        most = min(at_most, 2 * max(self.batches.seen, default=0) - 1)
+        lengths = [n for n in self._lengths if n <= most]
         if 1 not in self.batches.seen or not arms or not lengths:
             return None, 0
         if self._left > 0:
@@ -92,12 +95,21 @@ class DraftLength:
         if gain <= 1:
             # From time to time it is tried all the same: texts differ, and so does what a machine does besides.
             self._left, self._pause = self._pause, min(2 * self._pause, _PAUSES[1])
-            return arm.name, min(lengths, key=lambda k: abs(k - 3))
+            return arm.name, min(n, 3)
         self._pause = _PAUSES[0]
         if self._drafts % _RARELY == 0:
             arm = arms[self._drafts // _RARELY % len(arms)]
             n = max(lengths, key=lambda k: self.gain(arm, k))
         return arm.name, n
+
+    def is_new(self, kind: Hashable, n: int, n_cells: int) -> bool:
+        """Whether n tokens at once, with so many cells, are computed for the first time: then a graph has to be built,
+        and the time says nothing.
+        """
+        shape = kind, n, n_cells
+        known = shape in self._shapes
+        self._shapes.add(shape)
+        return not known
 
     def gain(self, arm: Arm, n: int) -> float:
         """How many times as fast as one by one tokens come, if n are drafted."""

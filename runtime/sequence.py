@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from runtime.compute.batch import Batch
 from runtime.compute.counters import Counters
+from runtime.draft_length import DraftLength
 from runtime.engine import Engine
 from runtime.options import SettledOptions
 
@@ -21,6 +22,7 @@ class CachedSequence:
     def __init__(self, engine: Engine, number: int = 0) -> None:
         self.engine, self.number = engine, number
         self._ids: list[int] = []  # whose keys and values are in the cache; changed on the worker
+        self.draft_length: DraftLength | None = None  # what was learned of drafts, for the next generation too
 
     def clear(self) -> None:
         """Forget it."""

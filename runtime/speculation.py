@@ -7,7 +7,7 @@ token from the same logits, with the same random numbers, as without drafts. So 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -98,8 +98,7 @@ class Speculation:
         self._drafting = drafting_runs(options)
         self._lookup = Lookup() if options.lookup else None
         arms = [*(["lookup"] if self._lookup else []), *self._drafting]
-        self._lengths = DraftLength(arms, options.draft_max)
-        self._seen: set[tuple[object, int, int]] = set()
+        self._lengths = sequence.draft_length = sequence.draft_length or DraftLength(arms, options.draft_max)
         self._ahead: _Ahead | None = None
         self.did = Drafted(file, options.deciding.ffn)
 
@@ -169,12 +168,10 @@ class Speculation:
         self._timed(bias, 1, self._lengths.arms[bias].seconds.append, seconds)
         return drafts
 
-    def _timed(self, kind: object, n: int, add: Callable[[float], None], seconds: float) -> None:
+    def _timed(self, kind: Hashable, n: int, add: Callable[[float], None], seconds: float) -> None:
         """Keep a time, but for the first one of a graph, which has to be built."""
-        shape = kind, n, self._engine.cells.n_kv
-        if shape in self._seen:
+        if not self._lengths.is_new(kind, n, self._engine.cells.n_kv):
             add(seconds)
-        self._seen.add(shape)
 
 
 def drafting_runs(options: SettledOptions) -> dict[float, SettledOptions]:

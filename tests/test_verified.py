@@ -285,7 +285,25 @@ def test_the_length_is_never_more_than_what_is_wanted() -> None:
     lengths.arms["a"].seconds.append(0.0)
     for _ in range(100):
         lengths.arms["a"].judge(1, 1)
+    assert lengths.choose(100, ["a"])[1] == 1  # what a batch costs is found out step by step
+    lengths.batches.add(2, 1.1)
+    assert lengths.choose(100, ["a"])[1] == 3
+    lengths.batches.add(8, 1.2)
     assert [lengths.choose(n, ["a"])[1] for n in (0, 1, 2, 5, 100)] == [0, 1, 2, 4, 8]
+
+
+def test_a_first_draft_that_fails_costs_little() -> None:
+    """Short generations, too, where drafts are never right and a draft takes as long as a token."""
+    lengths, seconds = DraftLength(["a"], 15), 0.0
+    lengths.batches.add(1, 1.0)
+    for _ in range(16):
+        arm, k = lengths.choose(100, ["a"])
+        if k:
+            lengths.arms[arm].seconds.append(1.0)
+            lengths.arms[arm].judge(k, 0)
+        lengths.batches.add(1 + k, 1.0 + k)
+        seconds += k + 1 + k
+    assert seconds < 16 + 8
 
 
 def test_the_better_of_two_ways_is_taken() -> None:
