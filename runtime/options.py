@@ -114,6 +114,11 @@ class SettledOptions(RunOptions):
         return self.ffn in ("predicted", "verified")
 
     @property
+    def chooses(self) -> bool:
+        """Whether a predictor chooses neurons; one that chooses all of them is not asked."""
+        return self.ffn == "predicted" and self.predictor_bias < math.inf
+
+    @property
     def deciding(self) -> SettledOptions:
         """How the logits are computed that decide the tokens."""
         return self.as_mode("exact", self.predictor_bias) if self.ffn == "verified" else self

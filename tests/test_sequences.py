@@ -66,7 +66,7 @@ MODES = [
     ("dense", {}),
     ("exact", {}),
     ("predicted", {}),
-    ("predicted", {"predictor_bias": math.inf}),
+    ("predicted", {"predictor_bias": 1e30}),
     ("dense", ON_DEVICE),
     ("exact", ON_DEVICE),
     ("predicted", ON_DEVICE),

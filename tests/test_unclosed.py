@@ -193,7 +193,7 @@ def slow(*arguments):
     print("filled", flush=True)
 repack._fill, repack._AT_ONCE = slow, 1
 try:
-    runtime.load(sys.argv[1])
+    runtime.load(sys.argv[1], ffn="dense")
 except KeyboardInterrupt:
     print("interrupted", flush=True)
 """

@@ -111,8 +111,6 @@ def library() -> ctypes.CDLL:
     path = _find()
     lib = ctypes.CDLL(str(path))
     lib.lzn_ggml_version.restype = ctypes.c_char_p
-    for name in ("lzn_sizeof_tensor", "lzn_sizeof_ffn", "lzn_sizeof_product", "lzn_sizeof_tiles"):
-        getattr(lib, name).restype = ctypes.c_size_t
     _check(lib, path)
     lib.lzn_kernels.restype = lib.lzn_tile_kernels.restype = ctypes.c_void_p
     lib.lzn_has_variant.restype = ctypes.c_bool
@@ -153,11 +151,20 @@ def _check(lib: ctypes.CDLL, path: Path) -> None:
             f"`{path}`: built for ggml {built}, found ggml {found} in llama-cpp-python",
             "reinstall lazyneuron: it pins the version that fits",
         )
-    sizes = (lib.lzn_sizeof_tensor(), lib.lzn_sizeof_ffn(), lib.lzn_sizeof_product(), lib.lzn_sizeof_tiles())
-    if sizes != tuple(ctypes.sizeof(kind) for kind in (ggml.ggml_tensor, Ffn, Product, Tiles)):
+    shared = {"tensor": ggml.ggml_tensor, "ffn": Ffn, "product": Product, "tiles": Tiles}
+    if any(_size_in(lib, name) != ctypes.sizeof(kind) for name, kind in shared.items()):
         raise UserError(
             f"`{path}`: struct sizes differ from those of this version of lazyneuron", "rebuild it: make setup"
         )
+
+
+def _size_in(lib: ctypes.CDLL, struct: str) -> int:
+    """Bytes of a struct in the library; 0 in one that does not know it."""
+    function = getattr(lib, f"lzn_sizeof_{struct}", None)
+    if function is None:
+        return 0
+    function.restype = ctypes.c_size_t
+    return int(function())
 
 
 @functools.cache

@@ -190,7 +190,7 @@ class _Building:
 
     @property
     def _predicts(self) -> bool:
-        return self._map.predicted and self._spec.run.ffn == "predicted"
+        return self._map.predicted and self._spec.run.chooses
 
     def _scored_at_home(self, i: int) -> bool:
         return self._predicts and self._map.scored_at_home(i)

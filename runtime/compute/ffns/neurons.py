@@ -33,7 +33,7 @@ class NeuronFfn:
         b, spec = self.b, self.b.spec
         if spec.run.ffn == "dense" or (spec.dense_from and x.ne[1] >= spec.dense_from[self.i]):
             return self.dense(x)
-        if spec.run.ffn == "predicted" and b.s.rank(self.i):
+        if spec.run.chooses and b.s.rank(self.i):
             return self.native(x, self.candidates(x if b.s.predictor_tap == "ffn_norm" else stream))
         return self.native(x, None)
 
