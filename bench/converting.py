@@ -102,11 +102,11 @@ def save_bf16(path: Path, name: str, values: Any) -> None:
 def convert(source: Path, out: Path, *options: str) -> dict[str, Any]:
     """Core-seconds, in all and by phase, and peak bytes of one conversion."""
     command = [sys.executable, "-c", _CHILD, str(source), str(out), "--force", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout
-    printed = process.stdout.read()
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        printed = process.stdout.read()
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise UserError(f"the conversion ended with status {process.returncode}")
     phases = json.loads(printed.splitlines()[-1])

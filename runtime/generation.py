@@ -214,7 +214,7 @@ class Generation(Closing):
         prompt, n_ctx = self._request.prompt, self._engine.options.n_ctx
         with Sampler(self._sampling, self._engine.structure.vocab_size, prompt, n_ctx) as self._sampler:
             if self._engine.options.drafts:
-                self._speculation = Speculation(self._sequence, self._file, self._sampler.clone, self._counters)
+                self._speculation = Speculation(self._sequence, self._file, self._sampler.clone)
             try:
                 for text, final in self._texts():
                     self.text, end = self._cut(text, emitted, final)
@@ -332,6 +332,8 @@ class Generation(Closing):
 
     def _measure(self) -> None:
         stats, engine = self.stats, self._engine
+        if self._speculation:
+            self._speculation.did.add_to(self._counters)
         stats.layer_shares, stats.gate_shares = self._counters.layer_shares(), self._counters.gate_shares()
         stats.layer_neurons = [block.ffn.n_ff if block.ffn else 0 for block in engine.structure.blocks]
         kv = engine.kv_bytes(stats.prompt_tokens + (stats.tokens + 1) / 2)

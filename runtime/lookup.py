@@ -8,10 +8,10 @@ _GRAMS = (4, 3, 2)  # tokens in common, the most telling first
 
 
 class Lookup:
-    """An index of the short sequences of tokens in a text that grows."""
+    """An index of the short sequences of tokens in one text that only grows."""
 
     def __init__(self) -> None:
-        self._ids: list[int] = []
+        self._known = 1  # tokens, each of whose sequences before it are in the index
         self._ends: dict[tuple[int, ...], int] = {}  # where each stood last, but for the text's very end
 
     def drafts(self, ids: Sequence[int], n: int) -> list[int]:
@@ -27,11 +27,8 @@ class Lookup:
 
     def _grow(self, ids: Sequence[int]) -> None:
         """Take in what is new: all sequences that something follows."""
-        known = len(self._ids)
-        if self._ids != list(ids[:known]):
-            self._ids, self._ends, known = [], {}, 0
-        for end in range(max(1, known), len(ids)):
+        for end in range(self._known, len(ids)):
             for length in _GRAMS:
                 if end >= length:
                     self._ends[tuple(ids[end - length : end])] = end
-        self._ids = list(ids)
+        self._known = max(self._known, len(ids))

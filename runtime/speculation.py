@@ -55,6 +55,11 @@ class Drafted:
         # Every eighth tells enough.
         self.usual = {i: frequencies(self.file, i)[::8] for i in self.file.structure.ffns}
 
+    def add_to(self, counters: Counters) -> None:
+        """Add what the batches did to other counters; drafts are not among them."""
+        for _, counted in self.batches.values():
+            counters.add(dict(enumerate(counted.layers)))
+
     def bytes_read(self, kv: float) -> float:
         """What all of it has read, drafts included; kv: of keys and values, for a token.
 
@@ -92,8 +97,8 @@ class Speculation:
     guessing: opens a `Guesser` in the state that the next token will be chosen in.
     """
 
-    def __init__(self, sequence: CachedSequence, file: GgufFile, guessing: Guessing, counters: Counters) -> None:
-        self._sequence, self._guessing, self._counters = sequence, guessing, counters
+    def __init__(self, sequence: CachedSequence, file: GgufFile, guessing: Guessing) -> None:
+        self._sequence, self._guessing = sequence, guessing
         self._engine, options = sequence.engine, sequence.engine.options
         self._drafting = drafting_runs(options)
         self._lookup = Lookup() if options.lookup else None
@@ -129,13 +134,10 @@ class Speculation:
     def _computed(self, ids: Sequence[int], at_most: int) -> Floats:
         arm, drafts = self._drafts(ids, max(0, min(at_most, self._engine.options.n_ctx - len(ids))))
         started, n = time.perf_counter(), 1 + len(drafts)
-        counters = Counters(self._engine.structure, self._engine.options.ffn)
+        number, counters = self.did.batches.get(n) or (0, Counters(self._engine.structure, self.did.ffn))
         logits = self._sequence.logits([*ids, *drafts], last=n, counters=counters)
         self._timed(None, n, lambda seconds: self._lengths.batches.add(n, seconds), time.perf_counter() - started)
-        self._counters.add(dict(enumerate(counters.layers)))
-        number, before = self.did.batches.get(n, (0, Counters(self._engine.structure, self._engine.options.ffn)))
-        before.add(dict(enumerate(counters.layers)))
-        self.did.batches[n] = number + 1, before
+        self.did.batches[n] = number + 1, counters
         self._ahead = _Ahead(len(ids), [ids[-1], *drafts], logits, arm, len(drafts))
         return logits[:1]
 

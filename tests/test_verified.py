@@ -325,8 +325,8 @@ def test_lookup_goes_on_as_before() -> None:
     assert lookup.drafts([1, 2, 3], 4) == []
     assert lookup.drafts([1, 2, 3, 4, 5, 1, 2], 3) == [3, 4, 5]
     assert lookup.drafts([1, 2, 3, 4, 5, 1, 2, 9, 9, 1, 2], 2) == [9, 9]  # the latest place
-    assert lookup.drafts([7, 8, 7, 8], 5) == [7, 8, 7, 8, 7]  # what repeats goes on repeating
-    assert lookup.drafts([1, 2, 3, 8, 2, 3, 1, 2, 3], 1) == [8]  # three in common tell more than two
+    assert Lookup().drafts([7, 8, 7, 8], 5) == [7, 8, 7, 8, 7]  # what repeats goes on repeating
+    assert Lookup().drafts([1, 2, 3, 8, 2, 3, 1, 2, 3], 1) == [8]  # three in common tell more than two
 
 
 def test_lookup_finds_what_a_search_finds() -> None:

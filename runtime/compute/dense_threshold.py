@@ -38,7 +38,9 @@ _TILED_LIMITS = {
     ("avx512", "q8_0"): 0.13,
 }
 _FILL = 12  # tokens whose products take as long as repacking the matrices that they need
-_FEWEST = 16  # tokens; with fewer, ggml's products take longer per token than the limits say
+_FEWEST = (
+    sparse_ffn.FEW_TOKENS + 1
+)  # tokens: fewer have the bits that each has alone, which whole matrices would change
 _OVERSHOOT = 1.5  # candidates per neuron that fires, where the file does not say
 
 

@@ -56,7 +56,7 @@ class NeuronFfn:
     # --- all neurons, with ggml's operations -------------------------------------------------------------------------
 
     def dense(self, x: ggml.TensorP) -> ggml.TensorP:
-        """The product through ggml's own products of every neuron."""
+        """The product through whole matrices, every neuron: in `dense` mode ggml's own products."""
         b = self.b
         names = [name for stem in n.FFN_MATRICES if b.w.get(name := n.weight_of(self.i, stem))]
         # No other mode reads `ffn_down`: its pages are released again.
