@@ -205,17 +205,17 @@ def test_figures(fitted_gguf: Path, drafting: str) -> None:
 
 @pytest.mark.parametrize("hot", [0, 512])
 def test_beside_a_device(fitted_gguf: Path, drafting: str, hot: int) -> None:
-    """The stand-in computes as the CPU does, whatever its batch; a GPU need not, where two tokens are as likely."""
+    """A device's products of one token and of several may add up in another order: every token is the likeliest one of
+    `exact` there, but for rounding."""
     options: dict[str, Any] = {"device": "CPU", "hot": hot}
-    with (
-        runtime.load(fitted_gguf, ffn="exact", **options) as plain,
-        runtime.load(fitted_gguf, ffn="verified", **options) as model,
-    ):
-        found = continued(model, PROMPTS[0], 60)
-        wanted = continued(plain, PROMPTS[0], 60)
+    with runtime.load(fitted_gguf, ffn="verified", **options) as model:
+        ids = model.tokenize(PROMPTS[0])
+        found = continued(model, ids, 60)
+    with runtime.load(fitted_gguf, ffn="exact", **options) as plain:
+        logits = plain.logits([*ids, *found.token_ids])[len(ids) - 1 : -1]
     assert found.stats.drafted_tokens > 0
-    same = sum(a == b for a, b in zip(found.token_ids, wanted.token_ids, strict=True))
-    assert same >= 20
+    chosen = logits[np.arange(len(found.token_ids)), found.token_ids]
+    assert (logits.max(1) - chosen).max() <= 0.01 * np.ptp(logits)
 
 
 # --- what they are refused for ---------------------------------------------------------------------------------------
