@@ -14,11 +14,12 @@ import numpy.typing as npt
 from runtime.base.closing import Handles
 from runtime.base.phases import phase
 from runtime.base.worker import OfWorker
-from runtime.bindings import ggml, sparse_ffn
+from runtime.bindings import ggml
 from runtime.bindings.rows import to_floats
 from runtime.compute.batch import Batch, GraphInputs
 from runtime.compute.builder import GraphSpec
 from runtime.compute.kv_cache import CellTable, padded_cells
+from runtime.compute.products import tiles_of
 from runtime.compute.repack import Repacked, repack
 from runtime.compute.weights import Weights
 from runtime.errors import UserError
@@ -144,15 +145,13 @@ class BlockRunner(OfWorker):
             return
         if self._run.ffn == "dense":
             every = (name for name in self._of_block(i) if multiplies(tensor_map, name))
-            self._copies = repack(self._weights, self._backend, [name for name in every if not self._tiled(name)])
+            self._copies = repack(
+                self._weights, self._backend, [name for name in every if tiles_of(self._weights[name]) is None]
+            )
         self._held = i
 
     def _of_block(self, i: int) -> list[str]:
         return [name for name in self._weights.tensors if (block := n.parsed(name)) and block[0] == i]
-
-    def _tiled(self, name: str) -> bool:
-        stored = self._weights[name]
-        return sparse_ffn.tiles(stored.type, *stored.ne[:2]) is not None
 
     def _let_go(self) -> None:
         """Free the repacked matrices, and the pages of the block's file that were read."""

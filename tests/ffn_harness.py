@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,6 +219,34 @@ def _run_native(
     ggml.ggml_free(ctx)
     ggml.ggml_backend_free(backend)
     return result, ffn
+
+
+def run_product(
+    packed: Array,
+    type_id: int,
+    x: Array,
+    threads: int,
+    add: Callable[[ggml.ContextP, ggml.TensorP, ggml.TensorP], ggml.TensorP],
+) -> Array:
+    """A matrix times x [n_tokens, n_in], by what `add` adds to a graph of x and the matrix: float32 [n_tokens, n_out]. On the worker."""
+    backend = ggml.ggml_backend_cpu_init()
+    ggml.ggml_backend_cpu_set_n_threads(backend, threads)
+    ctx = new_context(16, ggml.ggml_graph_overhead_custom(16, False))
+    weights = ggml.ggml_new_tensor_2d(ctx, type_id, x.shape[1], len(packed))
+    source = ggml.ggml_new_tensor_2d(ctx, ggml.F32, x.shape[1], len(x))
+    y = add(ctx, source, weights)
+    graph = ggml.ggml_new_graph_custom(ctx, 16, False)
+    ggml.ggml_build_forward_expand(graph, y)
+    memory = ExactMemory(graph)
+    for tensor, array in ((weights, packed), (source, np.ascontiguousarray(x))):
+        ggml.ggml_backend_tensor_set(tensor, array.ctypes.data, 0, array.nbytes)
+    assert ggml.ggml_backend_graph_compute(backend, graph) == ggml.STATUS_SUCCESS
+    result = np.empty((len(x), len(packed)), np.float32)
+    ggml.ggml_backend_tensor_get(ggml.ConstTensorP(y.value), result.ctypes.data, 0, result.nbytes)
+    memory.close()
+    ggml.ggml_free(ctx)
+    ggml.ggml_backend_free(backend)
+    return result
 
 
 class ExactMemory:

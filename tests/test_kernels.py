@@ -88,7 +88,7 @@ def test_rounding_of_activations_costs_less_than_a_percent(type_name: str) -> No
     )
 
 
-@pytest.mark.parametrize("name", ["mmx", *(set(sparse_ffn.VARIANTS) - set(sparse_ffn.variants()))])
+@pytest.mark.parametrize("name", ["mmx", *sorted(set(sparse_ffn.VARIANTS) - set(sparse_ffn.variants()))])
 def test_a_variant_that_is_unknown_or_that_this_cpu_lacks_is_refused(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ffn_harness import Array, ExactMemory, as_rounded, quantize, relative_error
+from ffn_harness import Array, as_rounded, quantize, relative_error, run_product
 from test_kernels import TOLERANCE, TYPES, dot_bound
 
 from runtime.base.worker import on_worker
 from runtime.bindings import ggml, sparse_ffn
 from runtime.compute.operators import add_product
-from runtime.compute.weights import new_context
 
 pytestmark = [pytest.mark.native, pytest.mark.usefixtures("variant")]
 
@@ -23,25 +22,8 @@ def multiplied(packed: Array, type_name: str, x: Array, threads: int, room: int 
 
 
 def _multiplied(packed: Array, type_id: int, x: Array, threads: int, room: int) -> Array:
-    backend = ggml.ggml_backend_cpu_init()
-    ggml.ggml_backend_cpu_set_n_threads(backend, threads)
-    ctx = new_context(16, ggml.ggml_graph_overhead_custom(16, False))
-    weights = ggml.ggml_new_tensor_2d(ctx, type_id, x.shape[1], len(packed))
-    source = ggml.ggml_new_tensor_2d(ctx, ggml.F32, x.shape[1], len(x))
     product = sparse_ffn.multiplier(type_id, x.shape[1], len(packed), room)
-    y = add_product(ctx, source, weights, product)
-    graph = ggml.ggml_new_graph_custom(ctx, 16, False)
-    ggml.ggml_build_forward_expand(graph, y)
-    memory = ExactMemory(graph)
-    for tensor, array in ((weights, packed), (source, np.ascontiguousarray(x))):
-        ggml.ggml_backend_tensor_set(tensor, array.ctypes.data, 0, array.nbytes)
-    assert ggml.ggml_backend_graph_compute(backend, graph) == ggml.STATUS_SUCCESS
-    result = np.empty((len(x), len(packed)), np.float32)
-    ggml.ggml_backend_tensor_get(ggml.ConstTensorP(y.value), result.ctypes.data, 0, result.nbytes)
-    memory.close()
-    ggml.ggml_free(ctx)
-    ggml.ggml_backend_free(backend)
-    return result
+    return run_product(packed, type_id, x, threads, lambda ctx, given, w: add_product(ctx, given, w, product))
 
 
 def weights_of(type_name: str, n_in: int = N_IN, n_out: int = N_OUT) -> tuple[Array, Array]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ffn_harness import Array, ExactMemory, as_rounded, quantize, relative_error
+from ffn_harness import Array, as_rounded, quantize, relative_error, run_product
 from test_kernels import TOLERANCE
 
 from runtime.base.worker import on_worker
 from runtime.bindings import ggml, sparse_ffn
 from runtime.compute.operators import add_tiled, add_tiled_product
-from runtime.compute.weights import new_context
 
 pytestmark = [pytest.mark.native, pytest.mark.usefixtures("variant")]
 
@@ -33,24 +32,10 @@ def multiplied(packed: Array, type_name: str, x: Array, threads: int) -> Array:
 
 
 def _multiplied(packed: Array, type_id: int, x: Array, threads: int, matrix: sparse_ffn.Tiles) -> Array:
-    backend = ggml.ggml_backend_cpu_init()
-    ggml.ggml_backend_cpu_set_n_threads(backend, threads)
-    ctx = new_context(16, ggml.ggml_graph_overhead_custom(16, False))
-    weights = ggml.ggml_new_tensor_2d(ctx, type_id, x.shape[1], len(packed))
-    source = ggml.ggml_new_tensor_2d(ctx, ggml.F32, x.shape[1], len(x))
-    y = add_tiled_product(ctx, add_tiled(ctx, source, matrix), weights, matrix, len(x))
-    graph = ggml.ggml_new_graph_custom(ctx, 16, False)
-    ggml.ggml_build_forward_expand(graph, y)
-    memory = ExactMemory(graph)
-    for tensor, array in ((weights, packed), (source, np.ascontiguousarray(x))):
-        ggml.ggml_backend_tensor_set(tensor, array.ctypes.data, 0, array.nbytes)
-    assert ggml.ggml_backend_graph_compute(backend, graph) == ggml.STATUS_SUCCESS
-    result = np.empty((len(x), len(packed)), np.float32)
-    ggml.ggml_backend_tensor_get(ggml.ConstTensorP(y.value), result.ctypes.data, 0, result.nbytes)
-    memory.close()
-    ggml.ggml_free(ctx)
-    ggml.ggml_backend_free(backend)
-    return result
+    def add(ctx: ggml.ContextP, given: ggml.TensorP, weights: ggml.TensorP) -> ggml.TensorP:
+        return add_tiled_product(ctx, add_tiled(ctx, given, matrix), weights, matrix, len(x))
+
+    return run_product(packed, type_id, x, threads, add)
 
 
 def case(type_name: str, n_in: int, n_out: int, n_tokens: int) -> tuple[Array, Array, Array]:
