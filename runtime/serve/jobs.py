@@ -93,7 +93,7 @@ class End:
 Event: TypeAlias = Progress | PromptTokens | Piece | End
 
 
-class Full(UserError):
+class FullError(UserError):
     """No more requests may wait. seconds: when to ask again."""
 
     def __init__(self, waiting: int, seconds: float) -> None:
@@ -101,11 +101,11 @@ class Full(UserError):
         self.seconds = seconds
 
 
-class Unavailable(UserError):
+class UnavailableError(UserError):
     """Requests are not taken, or not finished: the server is loading, ends, or has lost its engine."""
 
 
-class PromptTooLong(UserError):
+class PromptTooLongError(UserError):
     """A prompt that leaves no room for an answer."""
 
     def __init__(self, n_prompt: int, n_ctx: int) -> None:
