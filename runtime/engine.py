@@ -59,21 +59,21 @@ class Engine(OfWorker):
         self._run = options.deciding
         self.asked, self.arrangement = arrangement, arrangement if arrangement and arrangement.used else None
         self.map = self.arrangement.tensor_map if self.arrangement else cpu_alone(self.structure, options.predicts)
-        self.cells = CellTable(options.n_ctx)
+        self.cells = CellTable(options.cells)
         self.counters = Counters(self.structure, options.ffn)  # of all that is computed
         activity = expected(file, self._run.ffn, options.predictor_bias)
         self._dense_from = dense_from(self.structure, file.tensors, activity, repacked_for_a_batch)
         self._open(lambda handles: self._collect(file, handles))
 
     def _collect(self, file: GgufFile, handles: Handles) -> None:
-        if self.options.ffn != "dense":
+        if self.options.by_rows:
             sparse_ffn.library()
         self._backend = self._open_backend(handles)
         self.weights = handles.enter_context(Weights(file, required_tensors(self.structure)))
         self._executor = Executor(self.weights, self._backend, self.options, self.arrangement, self.map, self._trace)
         handles.enter_context(self._executor)
         n = min(self.options.n_batch, self.options.n_ctx)
-        self._executor.reserve(self._spec(n, padded_cells(self.options.n_ctx), 1, self._run))
+        self._executor.reserve(self._spec(n, padded_cells(self.options.cells), 1, self._run))
         if self._trace:
             handles.enter_context(self._trace)
 
@@ -160,9 +160,9 @@ class Engine(OfWorker):
 
     @property
     def kv_held(self) -> int:
-        """Bytes of keys and values of a full context, all layers."""
+        """Bytes of all keys and values that there is room for, all layers."""
         size = ggml.ggml_row_size(self.options.kv_type_id, 1)
-        return 2 * size * self.options.n_ctx * sum(a.kv_length for a in self.structure.attentions.values())
+        return 2 * size * self.options.cells * sum(a.kv_length for a in self.structure.attentions.values())
 
     def kv_bytes(self, n_positions: float) -> float:
         """Bytes of keys and values that one token reads at so many positions, all layers."""

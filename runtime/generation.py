@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import codecs
 import contextlib
 import math
 import time
@@ -22,6 +21,7 @@ from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
 from runtime.sequence import CachedSequence
 from runtime.speculation import Speculation
+from runtime.text.pieces import Pieces
 from runtime.text.sampling import Sampler, Sampling
 from runtime.text.tokenizer import Tokenizer
 
@@ -210,45 +210,29 @@ class Generation(Closing):
                 raise
 
     def _run(self) -> Generator[str, None, None]:
-        emitted = 0
         prompt, n_ctx = self._request.prompt, self._engine.options.n_ctx
+        pieces = Pieces(self._request.stop)
         with Sampler(self._sampling, self._engine.structure.vocab_size, prompt, n_ctx) as self._sampler:
             if self._engine.options.drafts:
                 self._speculation = Speculation(self._sequence, self._file, self._sampler.clone)
             try:
-                for text, final in self._texts():
-                    self.text, end = self._cut(text, emitted, final)
-                    if end > emitted:
-                        yield self.text[emitted:end]
-                        emitted = end
+                for text in self._texts(pieces):
+                    self.text = pieces.text
+                    if pieces.stopped is not None:
+                        self.stop_reason = "stop"
+                    if text:
+                        yield text
                     if self.stop_reason:
                         break
             finally:
                 self._measure()
                 self._done(self.stats)
 
-    def _texts(self) -> Iterator[tuple[str, bool]]:
-        """The whole text so far after each token, and whether it is complete."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        text = ""
+    def _texts(self, pieces: Pieces) -> Iterator[str]:
+        """What is sure after each token, and at the end."""
         for token in self._tokens():
-            text += decoder.decode(self._tokenizer.token_bytes(token))
-            yield text, False
-        yield text + decoder.decode(b"", final=True), True
-
-    def _cut(self, text: str, sure: int, final: bool) -> tuple[str, int]:
-        """Cut where the first stop text begins; returns the text and how much of it cannot become part of one any more.
-
-        sure: how much of it could not already. The cut does not depend on how the tokens divide the text: a stop text
-        that begins earlier, and may still come, is waited for.
-        """
-        stops, n = self._request.stop, len(text)
-        found = min((at for stop in stops if (at := text.find(stop, sure)) >= 0), default=n)
-        begun = n if final else min((n - _overlap(text, stop) for stop in stops), default=n)
-        if found < n and found <= begun:
-            self.stop_reason = "stop"
-            return text[:found], found
-        return text, min(found, begun)
+            yield pieces.push(self._tokenizer.token_bytes(token))
+        yield pieces.end()
 
     def _tokens(self) -> Iterator[int]:
         if not self._request.cache_prompt:
@@ -357,8 +341,3 @@ def _scores(found: Any, shape: tuple[int, ...]) -> Floats:
     if scores.shape != shape:
         raise UserError(f"a logits processor returned {scores.shape}, expected logits of shape {shape}")
     return scores
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

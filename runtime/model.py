@@ -127,7 +127,7 @@ class Model(Closing):
     """
 
     def __init__(self, file: GgufFile, engine: Engine, tokenizer: Tokenizer) -> None:
-        self._file, self._engine, self.tokenizer = file, engine, tokenizer
+        self.file, self._engine, self.tokenizer = file, engine, tokenizer
         self._sequence = CachedSequence(engine)
         self.path, self.metadata, self.structure = file.path, file.metadata, engine.structure
         self.tensors = file.tensors
@@ -138,6 +138,11 @@ class Model(Closing):
         # A queue, since a generation may end in a finaliser, which must not wait for the lock.
         self._ended: SimpleQueue[Stats] = SimpleQueue()
         self._closed = False
+
+    @property
+    def engine(self) -> Engine:
+        """What computes, for those who schedule sequences themselves. Raises UserError after `close`."""
+        return self._open_engine()
 
     def device_bytes(self) -> tuple[int, ...]:
         """Bytes of all buffers on each device; empty where all is computed on the CPU."""
@@ -225,7 +230,7 @@ class Model(Closing):
             function("on_token", on_token),
             function("on_prompt", on_prompt),
         )
-        return Generation(self._sequence, self.tokenizer, self._file, request, self._turns, self._ended.put)
+        return Generation(self._sequence, self.tokenizer, self.file, request, self._turns, self._ended.put)
 
     def _totals(self) -> tuple[Stats, int]:
         """The figures of all generations that have ended, and their number."""
@@ -244,7 +249,7 @@ class Model(Closing):
             self.threads,
             self.n_ctx,
             self.kv_type,
-            self._file.size,
+            self.file.size,
             engine.kv_held,
             engine.device_bytes(),
             generations,

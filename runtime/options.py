@@ -29,11 +29,14 @@ class RunOptions:
     """How to run a model. What is None is settled for a file by `for_file`.
 
     ffn: one of FFN_MODES. threads: None for one per physical core, within the CPU quota. n_ctx: positions.
-    kv_type: one of KV_TYPES. flash_attention: False builds attention from plain products.
+    n_cells: of keys and values, which all sequences share, None for n_ctx. kv_type: one of KV_TYPES.
+    flash_attention: False builds attention from plain products.
     n_batch: tokens of a prompt computed at once. predictor_bias: added to the predictors' scores, in units of their
     typical error; infinity makes every neuron a candidate. draft_max: tokens drafted at once, at most, where `verified`
     or `lookup` draft any. draft_bias: as predictor_bias, for `verified`'s drafts; None to choose it while running.
-    lookup: draft what followed where the text's last tokens stood before. cpus: processors to compute on, () for all.
+    lookup: draft what followed where the text's last tokens stood before. deterministic: what a token gives depends
+    neither on the cells that it has nor, in batches of equal size, on other sequences; slower, and on the CPU alone.
+    cpus: processors to compute on, () for all.
     priority: as in runtime/base/processors.py. device: names as `python -m runtime devices` lists them, with commas.
     vram_budget: bytes on each device, () for what is free. hot: neurons of every block, or of each, on the first
     device; with it, all attention and the head are there too. trace: a file for Chrome's trace viewer.
@@ -44,6 +47,7 @@ class RunOptions:
     ffn: str | None = None
     threads: int | None = None
     n_ctx: int | None = None
+    n_cells: int | None = None
     kv_type: str = "f16"
     flash_attention: bool = True
     n_batch: int = BATCH
@@ -51,6 +55,7 @@ class RunOptions:
     draft_max: int = 8
     draft_bias: float | None = None
     lookup: bool = False
+    deterministic: bool = False
     cpus: tuple[int, ...] = ()
     priority: str = "normal"
     device: str = AUTO
@@ -68,6 +73,7 @@ class RunOptions:
             "threads": None if self.threads is None else team.n,
             "cpus": team.cpus,
             "n_ctx": None if self.n_ctx is None else integer("n_ctx", self.n_ctx),
+            "n_cells": None if self.n_cells is None else whole("n_cells", self.n_cells, 1, MOST_TOKENS),
             "n_batch": whole("n_batch", self.n_batch, 1, MOST_TOKENS),
             "predictor_bias": number("predictor_bias", self.predictor_bias, -math.inf, math.inf),
             "draft_max": whole("draft_max", self.draft_max, 1, DRAFT_MAX),
@@ -75,6 +81,7 @@ class RunOptions:
             if self.draft_bias is None
             else number("draft_bias", self.draft_bias, -math.inf, math.inf),
             "lookup": boolean("lookup", self.lookup),
+            "deterministic": boolean("deterministic", self.deterministic),
             "vram_budget": _bytes(self.vram_budget),
             "hot": integers("hot", self.hot),
             "trace": as_path("trace", self.trace) if self.trace else None,
@@ -90,6 +97,8 @@ class RunOptions:
         n_ctx = min(limit, DEFAULT_N_CTX) if self.n_ctx is None else self.n_ctx
         if not 1 <= n_ctx <= limit:
             raise UserError(f"`{file.path}`: n_ctx {n_ctx}, expected 1 to {limit}, the model's own limit")
+        if self.n_cells is not None and self.n_cells < n_ctx:
+            raise UserError(f"n_cells {self.n_cells}, expected at least the context of {n_ctx}")
         threads = Threads.of(self.threads, self.cpus, self.priority).n
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         return SettledOptions(**given | {"ffn": ffn, "n_ctx": n_ctx, "threads": threads})
@@ -102,6 +111,16 @@ class SettledOptions(RunOptions):
     ffn: str = "exact"
     threads: int = 1
     n_ctx: int = 0
+
+    @property
+    def cells(self) -> int:
+        """Cells of keys and values, which all sequences share."""
+        return self.n_cells or self.n_ctx
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether few tokens are multiplied by our row kernels, with the same bits in any batch; else by ggml's."""
+        return self.ffn != "dense" or self.deterministic
 
     @property
     def drafts(self) -> bool:

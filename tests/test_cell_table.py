@@ -25,10 +25,20 @@ class SlowTable:
         return sum(sequence in holders for _, holders in self.cells.values())
 
     def take(self, batch: Batch) -> list[int]:
-        free = [c for c in range(self.n_cells) if c not in self.cells][: len(batch)]
-        for cell, position, sequence in zip(free, batch.positions.tolist(), batch.sequences.tolist(), strict=True):
-            self.cells[cell] = position, {sequence}
-        return free
+        taken, end = {}, max(self.cells, default=-1) + 1
+        if len(self.cells) == end:  # no holes
+            taken = {k: end + k for k in range(len(batch))}
+            for k, cell in taken.items():
+                self.cells[cell] = int(batch.positions[k]), {int(batch.sequences[k])}
+            return list(taken.values())
+        by_sequence = sorted(range(len(batch)), key=lambda k: batch.sequences.tolist().index(batch.sequences[k]))
+        for k in by_sequence:
+            sequence = int(batch.sequences[k])
+            last = max((c for c, (_, holders) in self.cells.items() if sequence in holders), default=-1)
+            free = [c for c in range(self.n_cells) if c not in self.cells]
+            taken[k] = next((c for c in free if c > last), free[0])
+            self.cells[taken[k]] = int(batch.positions[k]), {sequence}
+        return [taken[k] for k in range(len(batch))]
 
     def trim(self, sequence: int, length: int) -> None:
         for cell, (position, holders) in list(self.cells.items()):
@@ -159,3 +169,48 @@ def test_a_full_table_says_how_full_it_is() -> None:
     table.take(Batch.of([5], 299))
     table.trim(0, 290)
     assert table.take(Batch.of([5] * 10, 0, 1)).tolist() == list(range(290, 300))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_fits_is_given_in_rising_cells_in_whatever_turns(seed: int) -> None:
+    """Sequences that began, ended and share a beginning, then some that go on as far as `fits` allows."""
+    random = np.random.default_rng(seed)
+    table = CellTable(64)
+    for sequence in range(6):
+        table.take(following_of(table, [sequence] * int(random.integers(1, 9))))
+    for sequence in random.choice(6, 3, replace=False).tolist():
+        table.trim(sequence, int(random.integers(0, table.length(sequence))))
+    table.copy(5, 6, int(random.integers(0, table.length(5) + 1)))
+    left = dict.fromkeys(range(7), 0)
+    for _ in range(200):
+        s = int(random.integers(7))
+        left[s] += 1
+        if not table.fits(list(left.items())):
+            left[s] -= 1
+    assert sum(left.values()) > 10 and table.fits(list(left.items()))
+    while any(left.values()):
+        s = int(random.choice([s for s, n in left.items() if n]))
+        n = int(random.integers(1, left[s] + 1))
+        before = np.flatnonzero(table.members & np.uint64(1 << s)).max(initial=-1)
+        cells = table.take(following_of(table, [s] * n))
+        assert (np.diff(np.append(before, cells)) > 0).all()
+        left[s] -= n
+
+
+def test_what_is_forgotten_makes_room() -> None:
+    table = CellTable(10)
+    table.take(following_of(table, [0] * 6))
+    table.copy(0, 1, 4)
+    assert table.fits([(2, 4)]) and not table.fits([(2, 5)])
+    assert table.fits([(2, 6)], forgotten=[0])  # four are the other's, too
+    assert table.fits([(2, 10)], forgotten=[0, 1])
+    assert not table.fits([(2, 4), (0, 1)])
+
+
+def following_of(table: CellTable, sequences: list[int]) -> Batch:
+    lengths = dict.fromkeys(sequences, 0)
+    positions = []
+    for s in sequences:
+        positions.append(table.length(s) + lengths[s])
+        lengths[s] += 1
+    return Batch(*(np.array(values, np.int32) for values in ([5] * len(sequences), positions, sequences, [])))

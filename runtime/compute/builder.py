@@ -93,7 +93,7 @@ class Builder:
 
     def times(self, name: str, x: ggml.TensorP) -> ggml.TensorP:
         """A whole matrix [n_in, n_out] with every token: x [n_in, n] -> [n_out, n]."""
-        matrix, skips = self.w[name], self.own and self.spec.run.ffn != "dense"
+        matrix, skips = self.w[name], self.own and self.spec.run.by_rows
         if place := self.placed.get(name):
             return ggml.ggml_mul_mat(self.ctx, place, x)
         if skips and by_rows(x.ne[1]):

@@ -78,6 +78,7 @@ class CellTable:
         self.positions = np.zeros(padded_cells(n_cells), np.int32)
         self.members = np.zeros(padded_cells(n_cells), np.uint64)
         self._lengths = [0] * MAX_SEQUENCES
+        self._lasts = [-1] * MAX_SEQUENCES  # of each sequence, the last of its cells
         self._n_used = 0
         self._end = 0  # one more than the last cell that is used
 
@@ -91,13 +92,20 @@ class CellTable:
         return self._lengths.copy()
 
     @property
+    def n_used(self) -> int:
+        """Cells that hold something."""
+        return self._n_used
+
+    @property
     def n_kv(self) -> int:
         """How many cells attention reads: up to the last used one, padded."""
         return padded_cells(self._end)
 
     def take(self, batch: Batch) -> npt.NDArray[np.int64]:
-        """Cells for the tokens of a batch, the first free ones; they hold these tokens from now on.
+        """Cells for the tokens of a batch; they hold these tokens from now on.
 
+        A token gets the first free cell behind the last of its sequence, while there is one: attention adds up by
+        cells, so the order of a sequence's cells must not depend on what others hold.
         Raises UserError where there are not enough, and ValueError for tokens that do not continue their sequences.
         """
         n, lengths = len(batch), self._continued(batch)
@@ -107,16 +115,46 @@ class CellTable:
                 f"the context has {self.n_cells} cells, of which {self._n_used} are used",
                 "a larger --n-ctx has more",
             )
-        if self._n_used == self._end:  # no holes
-            cells = np.arange(self._end, self._end + n)
-        else:
-            cells = np.flatnonzero(self.members[: self._end + n] == 0)[:n]
+        no_holes = self._n_used == self._end
+        cells = np.arange(self._end, self._end + n) if no_holes else self._free_cells(batch.sequences)
         self.positions[cells] = batch.positions
         self.members[cells] = _BITS[batch.sequences]
+        for sequence, cell in zip(batch.sequences.tolist(), cells.tolist(), strict=True):
+            self._lasts[sequence] = max(self._lasts[sequence], cell)
         self._lengths = lengths
         self._n_used += n
-        self._end = max(self._end, int(cells[-1]) + 1)
+        self._end = max(self._end, int(cells.max()) + 1)
         return cells
+
+    def _free_cells(self, sequences: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+        """Free cells for tokens of these sequences, int64 [n], of which there are enough."""
+        cells = np.empty(len(sequences), np.int64)
+        free = self.members[: self.n_cells] == 0
+        for sequence in dict.fromkeys(sequences.tolist()):
+            its = np.flatnonzero(sequences == sequence)
+            first, n = self._lasts[sequence] + 1, len(its)
+            found = np.flatnonzero(free[first : self._end + len(sequences)])[:n] + first
+            if len(found) < n:
+                found = np.concatenate([found, np.flatnonzero(free[:first])[: n - len(found)]])
+            cells[its] = found
+            free[found] = False
+        return cells
+
+    def fits(self, wanted: Sequence[tuple[int, int]], forgotten: Sequence[int] = ()) -> bool:
+        """Whether sequences can go on by so many tokens each, in whatever turns, each in cells behind its own last.
+
+        wanted: (the sequence, tokens). forgotten: sequences that would be forgotten before.
+        """
+        kept = ~np.bitwise_or.reduce(_BITS[list(forgotten)], initial=np.uint64(0))
+        free = (self.members[: self.n_cells] & kept) == 0
+        behind = np.append(np.cumsum(free[::-1])[::-1], 0)  # of each cell: free ones from it on
+        # What is wanted behind a cell must be there. `take` gives first cells first, which keeps that so.
+        total = 0
+        for last, n in sorted(((self._lasts[sequence], n) for sequence, n in wanted), reverse=True):
+            total += n
+            if total > behind[last + 1]:
+                return False
+        return True
 
     def _continued(self, batch: Batch) -> list[int]:
         """The sequences' lengths after a batch."""
@@ -135,7 +173,7 @@ class CellTable:
         """Forget a sequence from position `length` on. Cells that no other sequence holds are free then."""
         if length < self._lengths[sequence]:
             self.members[self._holds(sequence) & (self.positions >= length)] &= ~_BITS[sequence]
-            self._lengths[sequence] = length
+            self._lengths[sequence], self._lasts[sequence] = length, self._last(sequence)
             used = np.flatnonzero(self.members[: self._end])
             self._n_used, self._end = len(used), int(used[-1]) + 1 if len(used) else 0
 
@@ -152,12 +190,12 @@ class CellTable:
         if source != target:
             self.trim(target)
             self.members[self._holds(source) & (self.positions < length)] |= _BITS[target]
-            self._lengths[target] = length
+            self._lengths[target], self._lasts[target] = length, self._last(target)
 
     def clear(self) -> None:
         """Forget all sequences."""
         self.members[:] = 0
-        self._lengths = [0] * MAX_SEQUENCES
+        self._lengths, self._lasts = [0] * MAX_SEQUENCES, [-1] * MAX_SEQUENCES
         self._n_used = self._end = 0
 
     def masks(self, batch: Batch, windows: Sequence[int]) -> tuple[npt.NDArray[np.float16], ...]:
@@ -173,6 +211,9 @@ class CellTable:
             held = np.where(members & _BITS[distinct, None], positions, _NOWHERE)[row]
         behind = (batch.positions[:, None] - held).view(np.uint32)  # of what is later, or not held: 2^31 or more
         return tuple(((behind >= (window or 2**31)) * _MINUS_INFINITY).view(np.float16) for window in windows)
+
+    def _last(self, sequence: int) -> int:
+        return int(np.flatnonzero(self._holds(sequence)).max(initial=-1))
 
     def _holds(self, sequence: int) -> npt.NDArray[np.bool_]:
         holds: npt.NDArray[np.bool_] = (self.members & _BITS[sequence]) != 0

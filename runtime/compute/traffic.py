@@ -95,3 +95,44 @@ def ffn_bytes(ffn: FfnShape, tensors: Mapping[str, TensorInfo], activity: Activi
         always += size(names.weight(names.PREDICTOR_IN), *names.PREDICTOR_ROWS)
     first, *rest = (names.weight(stem) for stem in names.row_matrices(ffn))
     return always + activity.gates[i] * size(first) + activity.fired[i] * size(*rest)
+
+
+class BytesRead:
+    """What tokens read that are computed together, by what their FFNs did. usual: how often each neuron of each block
+    fires, [n_ff], which says how much tokens have in common.
+    """
+
+    def __init__(
+        self, s: Structure, tensors: Mapping[str, TensorInfo], ffn: str, usual: Mapping[int, npt.NDArray[np.float64]]
+    ) -> None:
+        self._usual, n = usual, len(s.blocks)
+
+        def read(fired: float, gates: float) -> npt.NDArray[np.float64]:
+            activity = Activity.uniform(ffn, n, fired, gates)
+            return np.array([ffn_bytes(s.ffns[i], tensors, activity, i) if i in s.ffns else 0.0 for i in range(n)])
+
+        nothing = read(0, 0)
+        self._fired, self._gates = read(1, 0) - nothing, read(0, 1) - nothing
+        self._always = bytes_per_token(s, tensors, Activity.uniform(ffn, n, 0.0, 0.0)).total
+        self._common: dict[int, npt.NDArray[np.float64]] = {}
+
+    def per_token(self, fired: Sequence[float], gates: Sequence[float], n: int, kv: float = 0.0) -> float:
+        """Of each of n tokens, which read the rows that they have in common once. fired, gates: shares of each block's
+        neurons, of one token; kv: bytes of its own keys and values.
+
+        How much they have in common is estimated: neurons fire independently, each as often as usual.
+        """
+        each = np.array(fired), np.array(gates)
+        rows = [np.minimum(1.0, share * self._growth(n)) for share in each]
+        return float(self._always + rows[0] @ self._fired + rows[1] @ self._gates) / n + kv
+
+    def _growth(self, n: int) -> npt.NDArray[np.float64]:
+        """How many times as many neurons of each block n tokens need as one of them."""
+        if n not in self._common:
+            blocks = range(len(self._fired))
+            usual = [self._usual[i] if i in self._usual else np.zeros(1) for i in blocks]
+            means = [float(frequencies.mean()) for frequencies in usual]
+            self._common[n] = np.array(
+                [union(f, m, n) / m if m else float(n) for f, m in zip(usual, means, strict=True)]
+            )
+        return self._common[n]

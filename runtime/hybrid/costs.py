@@ -122,7 +122,7 @@ def reserve_of(s: Structure, options: PlanOptions) -> int:
     """
     batch, d, (ff, q) = options.n_batch, s.embedding_length, _widest(s)
     activations = 4 * batch * (4 * d + 3 * q + 3 * ff)
-    mask = 2 * batch * padded_cells(options.n_ctx) * len(s.windows)
+    mask = 2 * batch * padded_cells(options.run.cells) * len(s.windows)
     logits = 4 * s.vocab_size * min(batch, LOGITS)
     staging = 4 * 2 * batch * (2 * d + ff)  # two blocks in flight: states both ways, scores
     return activations + mask + logits + staging + scratch_of(s, options)
@@ -219,7 +219,7 @@ def _block(file: GgufFile, i: int, options: PlanOptions, freq: Floats, share: fl
     positions = options.n_ctx / 2 if options.n_positions is None else options.n_positions
     if attention and attention.window:
         positions = min(positions, attention.window)
-    stored = sum(map(_stored, always)) + _slack(tensors) + kv * padded_cells(options.n_ctx)
+    stored = sum(map(_stored, always)) + _slack(tensors) + kv * padded_cells(options.run.cells)
     read = sum(t.nbytes for t in always) + kv * positions
     block = BlockCosts(stored=stored, read=read, predictor=0, neurons=0, cuts=(0,), hot=(0,), cold=(0.0,))
     return _with_neurons(block, ffn, file, i, options, freq, share) if ffn else block

@@ -52,11 +52,11 @@ class Executor(Closing):
         self.device_bytes: tuple[int, ...] = ()  # of all buffers on each device
         with Handles() as handles:
             devices = open_queues(handles, arrangement.devices, options.threads, trace) if arrangement else []
-            if options.ffn == "dense":
+            if not options.by_rows:
                 multiplied = [name for name in weights.tensors if multiplies(tensor_map, name)]
                 handles.enter_context(repack(weights, backend, multiplied))
             worker.stop_if_unwanted()
-            cells, kv_type = padded_cells(options.n_ctx), options.kv_type_id
+            cells, kv_type = padded_cells(options.cells), options.kv_type_id
             self.sides = Sides(weights, tensor_map, CpuQueue(backend, trace), devices, cells, kv_type)
             handles.enter_context(self.sides)
             worker.stop_if_unwanted()

@@ -65,8 +65,8 @@ class _Building:
         self._map, self._s = sides.map, sides.map.structure
         self._first = spec.first or 0
         self._end = self._s.block_count if spec.end is None else spec.end
-        few = spec.n_tokens <= sparse_ffn.FEW_TOKENS and spec.run.ffn != "dense"
-        self.steps: list[Step] = [InOneOrder(sides.cpu.queue, few)]
+        few = spec.n_tokens <= sparse_ffn.FEW_TOKENS and spec.run.by_rows
+        self.steps: list[Step] = [InOneOrder(sides.cpu.queue, few or spec.run.deterministic)]
         self.ffns: dict[int, list[sparse_ffn.Ffn]] = {}
         self.products: list[sparse_ffn.Product] = []
         self.taps: dict[str, ggml.TensorP] = {}

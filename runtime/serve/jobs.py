@@ -105,6 +105,13 @@ class UnavailableError(UserError):
     """Requests are not taken, or not finished: the server is loading, ends, or has lost its engine."""
 
 
+class FailedError(UserError):
+    """An answer that ended by a fault of ours."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(f"the answer failed: {type(error).__name__}", "the server's log says more")
+
+
 class PromptTooLongError(UserError):
     """A prompt that leaves no room for an answer."""
 
