@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -44,6 +45,11 @@ class Served:
     engine: Engine
     tokenizer: Tokenizer
     read: BytesRead
+
+    @functools.cached_property
+    def ends(self) -> list[int]:
+        """Tokens that end a text."""
+        return self.tokenizer.end_ids
 
 
 class Answer:
@@ -128,7 +134,7 @@ class Answer:
         if self._most <= 0:
             self.end("length")
             return
-        scores = _without(logits, tokenizer.end_ids) if job.ignore_eos else logits
+        scores = _without(logits, self._served.ends) if job.ignore_eos else logits
         token = self._sampler.sample(scores)
         if math.isnan(self.first):
             self.first = now
