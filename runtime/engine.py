@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from runtime.base import worker
 from runtime.base.closing import Handles
+from runtime.base.memory_left import memory_left
 from runtime.base.worker import OfWorker
 from runtime.bindings import ggml, sparse_ffn
 from runtime.compute.batch import Batch, GraphInputs, Ints
@@ -27,6 +28,7 @@ from runtime.compute.weights import Weights
 from runtime.hybrid.choose import Arrangement
 from runtime.hybrid.costs import LOGITS
 from runtime.hybrid.executor import Executor
+from runtime.hybrid.held_weights import choose_held
 from runtime.hybrid.schedule import Schedule
 from runtime.hybrid.tensor_map import cpu_alone
 from runtime.model_file.reader import GgufFile
@@ -63,13 +65,17 @@ class Engine(OfWorker):
         self.counters = Counters(self.structure, options.ffn)  # of all that is computed
         activity = expected(file, self._run.ffn, options.predictor_bias)
         self._dense_from = dense_from(self.structure, file.tensors, activity, repacked_for_a_batch)
+        self.memory_note = ""  # why weights are not in memory that should be
         self._open(lambda handles: self._collect(file, handles))
 
     def _collect(self, file: GgufFile, handles: Handles) -> None:
         if self.options.by_rows:
             sparse_ffn.library()
         self._backend = self._open_backend(handles)
-        self.weights = handles.enter_context(Weights(file, required_tensors(self.structure)))
+        choice = choose_held(file, self.map, self.options, self.kv_held, memory_left())
+        self.memory_note = choice.note
+        names, threads = required_tensors(self.structure), self.options.threads
+        self.weights = handles.enter_context(Weights(file, names, choice.held, threads))
         self._executor = Executor(self.weights, self._backend, self.options, self.arrangement, self.map, self._trace)
         handles.enter_context(self._executor)
         n = min(self.options.n_batch, self.options.n_ctx)

@@ -53,6 +53,7 @@ def load(
     device: str = AUTO,
     vram_budget: str | float | None = None,
     hot: int | Sequence[int] | None = None,
+    mmap: bool | None = None,
     trace: str | Path | None = None,
 ) -> Model:
     """Open a converted model: a file (the first shard of a split one), or a name on the Hub such as "user/repo:q4_0",
@@ -74,8 +75,9 @@ def load(
     GPU, if there is one.
     vram_budget: memory to use on it, all that is free if None: GiB, or text such as "6GiB", "6,4" (two devices),
     "800MiB" or "6GB" (see runtime/base/sizes.py).
-    hot: neurons of every block (or of each) on the first device, instead of what the planner chooses. trace: a file for
-    Chrome's trace viewer, written by `close`.
+    hot: neurons of every block (or of each) on the first device, instead of what the planner chooses.
+    mmap: True leaves all weights in the mapped file, False reads all into memory first; default, what every token reads
+    whole is read into memory (Linux), if there is enough. trace: a file for Chrome's trace viewer, written by `close`.
     Raises UserError for a file that is not ours, damaged or incomplete, for options out of range, and where memory does
     not suffice.
     """
@@ -103,8 +105,8 @@ def open_model(path: str | Path, options: RunOptions) -> Model:
 
 @dataclass(frozen=True)
 class ModelStats:
-    """How a model runs and what it did. file_bytes: its weights; kv_bytes: keys and values of a full context;
-    device_bytes: of all buffers on each device.
+    """How a model runs and what it did. file_bytes: its weights; memory_bytes: those that were read into memory, the
+    others are mapped; kv_bytes: keys and values of a full context; device_bytes: of all buffers on each device.
 
     total: the figures of all generations that have ended, together; generations: their number.
     """
@@ -114,6 +116,7 @@ class ModelStats:
     n_ctx: int
     kv_type: str
     file_bytes: int
+    memory_bytes: int
     kv_bytes: int
     device_bytes: tuple[int, ...]
     generations: int
@@ -134,6 +137,7 @@ class Model(Closing):
         options = engine.options
         self.ffn, self.threads, self.n_ctx, self.kv_type = options.ffn, options.threads, options.n_ctx, options.kv_type
         self.arrangement = engine.asked  # None where no device was wanted
+        self.memory_note = engine.memory_note  # why weights are not in memory that should be; ""
         self._turns, self._total, self._generations, self._totals_lock = Turns(), Stats(), 0, Lock()
         # A queue, since a generation may end in a finaliser, which must not wait for the lock.
         self._ended: SimpleQueue[Stats] = SimpleQueue()
@@ -250,6 +254,7 @@ class Model(Closing):
             self.n_ctx,
             self.kv_type,
             self.file.size,
+            engine.weights.held_bytes,
             engine.kv_held,
             engine.device_bytes(),
             generations,

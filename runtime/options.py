@@ -40,6 +40,8 @@ class RunOptions:
     priority: as in runtime/base/processors.py. device: names as `python -m runtime devices` lists them, with commas.
     vram_budget: bytes on each device, () for what is free. hot: neurons of every block, or of each, on the first
     device; with it, all attention and the head are there too. trace: a file for Chrome's trace viewer.
+    mmap: True to read all weights from the mapped file, False to read all into memory first, None for memory where it
+    is faster: what every token reads whole (Linux).
     Where the types are narrow, more is taken and turned into them: see `runtime.load`.
     Raises UserError for values that no model allows, or this machine does not.
     """
@@ -61,6 +63,7 @@ class RunOptions:
     device: str = AUTO
     vram_budget: tuple[int, ...] = ()
     hot: int | tuple[int, ...] | None = None
+    mmap: bool | None = None
     trace: Path | None = None
 
     def __post_init__(self) -> None:
@@ -84,6 +87,7 @@ class RunOptions:
             "deterministic": boolean("deterministic", self.deterministic),
             "vram_budget": _bytes(self.vram_budget),
             "hot": integers("hot", self.hot),
+            "mmap": None if self.mmap is None else boolean("mmap", self.mmap),
             "trace": as_path("trace", self.trace) if self.trace else None,
         }.items():
             object.__setattr__(self, name, value)

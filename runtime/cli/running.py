@@ -25,7 +25,7 @@ from runtime.text.sampling import Sampling
 # The fields of `RunOptions` that commands offer.
 _RUN_OPTIONS = {
     *("ffn", "threads", "n_ctx", "kv_type", "predictor_bias", "draft_max", "draft_bias", "lookup"),
-    *("cpus", "priority", "device", "vram_budget", "trace"),
+    *("cpus", "priority", "device", "vram_budget", "mmap", "trace"),
 }
 
 
@@ -79,6 +79,12 @@ def add_loading(parser: Parser) -> None:
     )
     group.add_argument(
         "--vram-budget", metavar="GIB[,GIB]", help="memory to use on the device, e.g. 6 or 800MiB (what is free)"
+    )
+    group.add_argument(
+        "--mmap",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="leave all weights in the mapped file, or read all into memory (what every token reads whole)",
     )
     group.add_argument(
         "--trace", type=new_path, metavar="FILE", help="write what was computed when, for Chrome's trace viewer (JSON)"
@@ -137,6 +143,8 @@ def open_noted(path: Path, options: RunOptions) -> Model:
         model = handles.enter_context(open_model(path, options))
         if model.arrangement:
             note(where(model.arrangement))
+        if model.memory_note:
+            note(f"note: {model.memory_note}")
         handles.pop_all()
     return model
 

@@ -1,13 +1,17 @@
-"""A model file's tensors as ggml tensors: mapped from the file, not copied."""
+"""A model file's tensors as ggml tensors: mapped from the file, or read into memory of our own."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from runtime.base.closing import Closing, Handles
+from runtime.base.own_memory import OwnMemory, Reading
 from runtime.bindings import ggml
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
+
+_ALIGNMENT = 64  # of a tensor in memory: a line of the caches
 
 
 def new_context(n_tensors: int, extra: int = 0) -> ggml.ContextP:
@@ -43,35 +47,78 @@ class Tensors:
         return self.tensors.get(name)
 
 
-class Weights(Tensors, Closing):
-    """Tensors of a file, mapped; `close` unmaps them."""
+@dataclass(frozen=True)
+class Held:
+    """The bytes of a tensor that are read into memory: `first` .. first + length - 1."""
 
-    def __init__(self, file: GgufFile, names: Collection[str]) -> None:
-        self._file = file
+    first: int
+    length: int
+
+
+class Weights(Tensors, Closing):
+    """Tensors of a file: those of `held` in memory, of which only the bytes that it names may be read, the others
+    mapped; `close` gives both back.
+
+    threads: to read with. Raises UserError where the system refuses the memory, or a file has become shorter.
+    """
+
+    def __init__(
+        self, file: GgufFile, names: Collection[str], held: Mapping[str, Held] | None = None, threads: int = 1
+    ) -> None:
+        self._file, held = file, held or {}
+        self.held_bytes = sum(part.length for part in held.values())
         with Handles() as handles:
             handles.callback(file.close)
             self._context = handles.add(new_context(len(names)), ggml.ggml_free)
             self._buffers = {
                 at: handles.add(ggml.ggml_backend_cpu_buffer_from_ptr(at, size), ggml.ggml_backend_buffer_free)
-                for at, size in {file.mapped(name) for name in names}
+                for at, size in {file.mapped(name) for name in names if name not in held}
             }
-            super().__init__({name: self._tensor(name) for name in names})
+            placed = self._hold(handles, held, threads) if held else {}
+            super().__init__({name: self._tensor(name, *(placed.get(name) or self._mapped(name))) for name in names})
             self._handles = handles.pop_all()
 
+    def _hold(self, handles: Handles, held: Mapping[str, Held], threads: int) -> dict[str, tuple[ggml.BufferP, int]]:
+        """Read tensors into memory: the buffer and the address of each."""
+        starts, end = {}, 0
+        for name in held:
+            starts[name] = end
+            end += -(-self._file.tensors[name].nbytes // _ALIGNMENT) * _ALIGNMENT
+        memory = handles.enter_context(OwnMemory(end))
+        readings = [
+            Reading(
+                self._file.path_of(name),
+                self._file.tensors[name].offset + part.first,
+                part.length,
+                starts[name] + part.first,
+            )
+            for name, part in held.items()
+        ]
+        memory.read(readings, threads)
+        pointer = ggml.ggml_backend_cpu_buffer_from_ptr(memory.address, end)
+        buffer = handles.add(pointer, ggml.ggml_backend_buffer_free)
+        return {name: (buffer, memory.address + start) for name, start in starts.items()}
+
     def release(self, name: str) -> None:
-        """Give the memory of a mapped tensor's pages back; whoever touches them reads them from the file again."""
+        """Give the memory of a tensor's mapped pages back; whoever touches them reads them from the file again."""
         self._file.release(name)
 
-    def _tensor(self, name: str) -> ggml.TensorP:
+    def in_file(self, name: str) -> int:
+        """Where the whole tensor lies, mapped, also where it is held."""
+        return self._file.address(name)
+
+    def _mapped(self, name: str) -> tuple[ggml.BufferP, int]:
+        return self._buffers[self._file.mapped(name)[0]], self._file.address(name)
+
+    def _tensor(self, name: str, buffer: ggml.BufferP, address: int) -> ggml.TensorP:
         info = self._file.tensors[name]
         tensor = ggml.ggml_new_tensor_2d(self._context, info.type_id, *(*info.ne, 1)[:2])
         ggml.ggml_set_name(tensor, name.encode())
-        buffer = self._buffers[self._file.mapped(name)[0]]
-        status = ggml.ggml_backend_tensor_alloc(buffer, tensor, self._file.address(name))
+        status = ggml.ggml_backend_tensor_alloc(buffer, tensor, address)
         assert status == ggml.STATUS_SUCCESS, name
         return tensor
 
     def close(self) -> None:
-        """Release the tensors and the mapping."""
+        """Release the tensors, the memory and the mapping."""
         self.tensors, self.copies = {}, {}
         self._handles.close()

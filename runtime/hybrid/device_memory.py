@@ -73,15 +73,16 @@ def _bytes_of(context: ggml.ContextP) -> int:
 
 def _upload(weights: Weights, part: Slice, target: ggml.TensorP) -> None:
     source, size = weights[part.name], ggml.ggml_nbytes(ggml.ConstTensorP(target.value))
+    data = weights.in_file(part.name)  # what is held in memory has only the CPU's part
     if part.axis == 0:
         row = source.nb[1]
         first, end = (ggml.ggml_row_size(source.type, n) for n in (part.first, part.end))
-        mapped = np.ctypeslib.as_array((ctypes.c_uint8 * (row * source.ne[1])).from_address(source.data))
+        mapped = np.ctypeslib.as_array((ctypes.c_uint8 * (row * source.ne[1])).from_address(data))
         columns = np.ascontiguousarray(mapped.reshape(-1, row)[:, first:end])
         ggml.ggml_backend_tensor_set(target, columns.ctypes.data, 0, size)
     else:
         offset = 0 if part.axis is None else part.first * (source.nb[1] if source.ne[1] > 1 else source.nb[0])
-        ggml.ggml_backend_tensor_set(target, source.data + offset, 0, size)
+        ggml.ggml_backend_tensor_set(target, data + offset, 0, size)
     # What is on the device need not stay in main memory; the CPU reads its rows again when it needs them.
     weights.release(part.name)
 

@@ -18,7 +18,8 @@ from runtime.model_file.tensor_shapes import required_tensors
 
 CPU = 0
 _ROWS = tuple(name for name in n.NEURON_ROWS if name != n.weight(n.FFN_DOWN_T))  # what a device computes with
-_OF_NEURONS = frozenset((*n.NEURON_ROWS, *n.NEURON_COLUMNS, *n.PREDICTOR_ROWS, n.NEURON_INDEX, n.NEURON_FREQ))
+NEURON_ELEMENTS = frozenset((*n.NEURON_ROWS, *n.PREDICTOR_ROWS))  # what has a row or an element for each neuron
+_OF_NEURONS = NEURON_ELEMENTS | {*n.NEURON_COLUMNS, n.NEURON_INDEX, n.NEURON_FREQ}
 
 
 @dataclass(frozen=True)
