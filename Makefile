@@ -11,10 +11,19 @@ NATIVE := $(wildcard runtime/native/*)
 # As in pyproject.toml. Installed before the package, so that its wheel (about 6 minutes on two cores) is built once and then comes from pip's cache.
 LLAMA_CPP := $(shell sed -n 's/^requires = .*"\(llama-cpp-python==[0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: chat setup test test-kernels test-kill test-vulkan sanitize fuzz fuzz-sanitized check check-ports docs bench bench-avx2 clean
+.PHONY: chat serve setup test test-kernels test-kill test-vulkan sanitize fuzz fuzz-sanitized check check-ports docs bench bench-avx2 clean
 
 chat: $(MODEL)
 	@$(PY) -m runtime chat $(MODEL)
+
+# The same for other programs, and a page, at http://127.0.0.1:8080. SERVE: options, e.g. SERVE="--port 8000 --parallel 8".
+SERVE ?=
+serve: $(MODEL) $(VENV)/.server
+	@$(PY) -m runtime serve $(MODEL) $(SERVE)
+
+$(VENV)/.server: $(VENV)/.setup
+	@$(PIP) install --quiet --no-build-isolation --editable ".[server]" >&2
+	@touch $@
 
 setup: $(VENV)/.setup
 

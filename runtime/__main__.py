@@ -24,6 +24,7 @@ Talk to a model that `python -m convert` has made:
         Verb(
             "report", "write a page that shows it all: sizes, neurons, predictors, placement", "runtime.commands.report"
         ),
+        Verb("serve", "answer many clients over HTTP, as OpenAI's servers do", "runtime.commands.serve"),
         Verb("sparsity", "show how unevenly the neurons of each layer fire", "runtime.commands.sparsity"),
     ),
 )

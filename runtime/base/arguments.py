@@ -76,9 +76,9 @@ def _token_id(name: str, value: Any, n_vocab: int) -> int:
     except TypeError:
         token = None
     if token is None or isinstance(value, bool):
-        raise UserError(f"{name}: a token id is {_shown(value)}, expected a whole number")
+        raise UserError(f"{name}: a token id is {shown(value)}, expected a whole number")
     if not 0 <= token < n_vocab:
-        raise UserError(f"{name}: token id {_shown(token)}, expected 0 to {n_vocab - 1}")
+        raise UserError(f"{name}: token id {shown(token)}, expected 0 to {n_vocab - 1}")
     return token
 
 
@@ -93,7 +93,7 @@ def texts(name: str, values: Any) -> tuple[str, ...]:
         raise _wrong(name, values, "a text or a list of texts")
     for value in found:
         if not isinstance(value, str) or not value:
-            raise UserError(f"{name}: {_shown(value)} is among its texts, expected texts of one character or more")
+            raise UserError(f"{name}: {shown(value)} is among its texts, expected texts of one character or more")
     return tuple(map(str, found))
 
 
@@ -132,7 +132,7 @@ def functions(name: str, values: Iterable[Function] | Function | None) -> tuple[
         raise _wrong(name, values, "a list of functions")
     for value in found:
         if not callable(value):
-            raise UserError(f"{name}: {_shown(value)} is among them, expected functions")
+            raise UserError(f"{name}: {shown(value)} is among them, expected functions")
     return found
 
 
@@ -147,10 +147,10 @@ def _listed(values: Any) -> tuple[Any, ...] | None:
 
 
 def _wrong(name: str, value: Any, expected: str) -> UserError:
-    return UserError(f"{name} is {_shown(value)}, expected {expected}")
+    return UserError(f"{name} is {shown(value)}, expected {expected}")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Some characters on one line, however long the value is."""
     try:
         plain = isinstance(value, Real) and not isinstance(value, int)

@@ -1,0 +1,168 @@
+"""/v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from runtime.serve import wire
+from runtime.serve.body import read_object
+from runtime.serve.conversation import chat_ids, chat_prompt, normalised
+from runtime.serve.errors import failure, wrong
+from runtime.serve.fields import CHAT, Fields, read_fields
+from runtime.serve.front import Collected, Front, cancel, merged
+from runtime.serve.jobs import End, Event, Job, Piece, Progress, TokenInfo
+from runtime.serve.replies import json_reply
+from runtime.serve.service import Ticket
+from runtime.serve.settling import job_of, wants_usage
+from runtime.serve.sse import DONE, EventStream, event
+
+
+async def chat(front: Front, request: Request) -> Response | ASGIApp:
+    """Answer a conversation."""
+    given = read_fields(await read_object(request, front.settings), CHAT)
+    front.check_model(given.get("model"))
+    if given.get("top_logprobs") and not given.get("logprobs"):
+        raise wrong("top_logprobs", "needs `logprobs`: true")
+    job = await front.prepare(lambda: _job(front, given, request.scope["state"]["id"]))
+    tickets = front.submit(job, given.get("n", 1))
+    form = Form(front, given, request.scope["state"]["log"])
+    if given.get("stream"):
+        return EventStream(_events(form, tickets), front.settings.ping)
+    return json_reply(form.whole(await front.collect(tickets, request.receive)))
+
+
+def _job(front: Front, given: Fields, name: str) -> Job:
+    """What the engine is to do. Raises ApiError or UserError."""
+    messages = normalised(given["messages"])
+    prompt = chat_prompt(
+        front.chat_template,
+        messages,
+        front.model.special_tokens,
+        given.get("add_generation_prompt", True),
+        given.get("chat_template_kwargs"),
+    )
+    top = given.get("top_logprobs", 0) if given.get("logprobs") else None
+    return job_of(front, given, chat_ids(prompt, front.model.tokenize), name, top)
+
+
+class Form:
+    """Answers in the form of chats."""
+
+    def __init__(self, front: Front, given: Fields, log: dict[str, Any]) -> None:
+        self.front, self.given, self.log = front, given, log
+        self._base = {
+            "id": wire.new_id("chatcmpl-"),
+            "created": int(time.time()),
+            "model": front.settings.name,
+            "system_fingerprint": wire.fingerprint(front.model),
+        }
+
+    def whole(self, answers: Sequence[Collected]) -> dict[str, Any]:
+        """All answers at once."""
+        choices = [
+            {
+                "index": i,
+                "message": {"role": "assistant", "content": answer.end.text, "refusal": None},
+                "logprobs": self.logprobs(answer.tokens),
+                "finish_reason": wire.finish_reason(answer.end.reason),
+            }
+            for i, answer in enumerate(answers)
+        ]
+        ends = [answer.end for answer in answers]
+        wire.told(self.log, ends)
+        return {
+            **self._base,
+            "object": "chat.completion",
+            "choices": choices,
+            "usage": wire.usage([end.stats for end in ends]),
+            **last_figures(self.front, ends[0]),
+        }
+
+    def chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        """A piece of the answer, as an event."""
+        return event({**self._base, "object": "chat.completion.chunk", "choices": choices, **more})
+
+    def choice(self, i: int, delta: dict[str, Any], tokens: Sequence[TokenInfo] = (), end: str | None = None) -> Any:
+        """What one chunk says of answer `i`."""
+        return {"index": i, "delta": delta, "logprobs": self.logprobs(tokens), "finish_reason": end}
+
+    def logprobs(self, tokens: Sequence[TokenInfo]) -> dict[str, Any] | None:
+        """Log-probabilities, where they were asked for and there are some."""
+        wanted = self.given.get("logprobs") and tokens
+        return wire.chat_logprobs(tokens, self.front.model) if wanted else None
+
+
+def last_figures(front: Front, end: End) -> dict[str, Any]:
+    """What the last chunk, and an answer in one piece, tell beside the text."""
+    stats = end.stats
+    return {
+        "timings": wire.timings(stats),
+        "lazyneuron": wire.figures(front.model, stats, end.seed, front.dense_bytes),
+    }
+
+
+@dataclass
+class Stream:
+    """Answers on their way: what was told of them."""
+
+    started: set[int] = field(default_factory=set)
+    held: dict[int, list[TokenInfo]] = field(default_factory=dict)  # tokens whose text has not come yet
+    ends: dict[int, End] = field(default_factory=dict)
+    began: float = field(default_factory=time.perf_counter)
+
+    def with_held(self, i: int, piece: Piece) -> list[TokenInfo]:
+        """The tokens of a text, those before it that had none among them."""
+        return [*self.held.pop(i, ()), *piece.tokens]
+
+
+async def _events(form: Form, tickets: Sequence[Ticket]) -> AsyncIterator[bytes]:
+    stream = Stream()
+    try:
+        async for i, one in merged(tickets):
+            for data in _told(form, stream, i, one):
+                yield data
+        if wants_usage(form.given):
+            yield form.chunk([], usage=wire.usage([stream.ends[i].stats for i in sorted(stream.ends)]))
+        wire.told(form.log, [stream.ends[i] for i in sorted(stream.ends)])
+        yield DONE
+    except Exception as error:
+        yield event(failure(error, form.log).body())
+    finally:
+        cancel(tickets)
+
+
+def _told(form: Form, stream: Stream, i: int, one: Event) -> list[bytes]:
+    """The chunks that tell of one event of answer `i`."""
+    chunks = []
+    if i not in stream.started and not isinstance(one, Progress):
+        stream.started.add(i)
+        chunks.append(form.chunk([form.choice(i, {"role": "assistant", "content": ""})]))
+    if isinstance(one, Progress) and form.given.get("return_progress"):
+        progress = wire.prompt_progress(one, time.perf_counter() - stream.began)
+        chunks.append(form.chunk([form.choice(i, {})], prompt_progress=progress))
+    elif isinstance(one, Piece):
+        active = bool(form.given.get("return_activity"))
+        if not one.text and not active:
+            stream.held.setdefault(i, []).extend(one.tokens)
+            return chunks
+        more = {"lazyneuron": wire.activity(one, neurons(form.front))} if active else {}
+        chunks.append(form.chunk([form.choice(i, {"content": one.text}, stream.with_held(i, one))], **more))
+    elif isinstance(one, End):
+        stream.ends[i] = one
+        if form.given.get("logprobs") and (rest := stream.held.pop(i, None)):
+            chunks.append(form.chunk([form.choice(i, {"content": ""}, rest)]))
+        figures = last_figures(form.front, one)
+        chunks.append(form.chunk([form.choice(i, {}, end=wire.finish_reason(one.reason))], **figures))
+    return chunks
+
+
+def neurons(front: Front) -> list[int]:
+    """Of each layer."""
+    return [block.ffn.n_ff if block.ffn else 0 for block in front.model.structure.blocks]

@@ -1,0 +1,93 @@
+"""Messages as clients send them, as a chat template takes them: roles that it knows, contents that are texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from runtime.base.arguments import shown
+from runtime.errors import UserError
+from runtime.serve.errors import ApiError, wrong
+from runtime.text.chat_template import render
+
+Message = dict[str, Any]
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_TEXTS = ("text", "input_text", "output_text", "refusal")
+_KEPT = ("name", "tool_calls", "tool_call_id")  # beside role and content, where templates may look for them
+_MOST = 4096  # messages
+
+
+def normalised(messages: Sequence[Any], name: str = "messages") -> list[Message]:
+    """Messages with contents as texts and roles as templates know them; system messages at the beginning are one.
+
+    Raises ApiError with the place of what is wrong.
+    """
+    if not messages:
+        raise wrong(name, "is empty, expected at least one message")
+    if len(messages) > _MOST:
+        raise wrong(name, f"{len(messages)} messages, expected at most {_MOST}")
+    found: list[Message] = []
+    for i, message in enumerate(messages):
+        one = _normalised(message, f"{name}[{i}]")
+        if one["role"] == "system" and len(found) == 1 and found[0]["role"] == "system":
+            found[0]["content"] += "\n\n" + one["content"]
+        else:
+            found.append(one)
+    return found
+
+
+def _normalised(message: Any, where: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise wrong(where, f"{shown(message)}, expected an object")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise wrong(f"{where}.role", f"{shown(role)}, expected one of {', '.join(_ROLES)}")
+    one: Message = {"role": _ROLES[role], "content": text_of(message.get("content"), f"{where}.content")}
+    return one | {key: message[key] for key in _KEPT if message.get(key)}
+
+
+def text_of(content: Any, where: str) -> str:
+    """A content as one text: a text, null for none, or parts of text. Raises ApiError for other parts."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise wrong(where, f"{shown(content)}, expected a text or a list of parts")
+    return "".join(_part(part, f"{where}[{i}]") for i, part in enumerate(content))
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping):
+        raise wrong(where, f"{shown(part)}, expected an object")
+    kind = part.get("type")
+    text = part.get("refusal" if kind == "refusal" else "text")
+    if kind not in _TEXTS or not isinstance(text, str):
+        raise wrong(where, f"a part of type {shown(kind)}, expected text: no model of ours sees or hears")
+    return text
+
+
+def chat_prompt(
+    template: str | None,
+    messages: Sequence[Message],
+    special_tokens: Mapping[str, Any],
+    add_generation_prompt: bool = True,
+    values: Mapping[str, Any] | None = None,
+) -> str:
+    """The prompt for a conversation. Raises ApiError where the model has no template, UserError where it refuses."""
+    if template is None:
+        raise ApiError(
+            400,
+            "the model has no chat template: use /v1/completions, or start the server with --chat-template",
+            "messages",
+            "no_chat_template",
+        )
+    return render(template, messages, {**special_tokens, **(values or {})}, add_generation_prompt)
+
+
+def chat_ids(prompt: str, encode: Callable[..., list[int]]) -> tuple[int, ...]:
+    """Ids of such a prompt, in which the template has spelled the special tokens. Raises UserError for none."""
+    ids = encode(prompt, add_special=False, parse_special=True)
+    if not ids:
+        raise UserError("messages: the conversation has no tokens", "give some text")
+    return tuple(ids)

@@ -1,0 +1,72 @@
+"""/openapi.json: what the table of fields says, in the form that tools read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from runtime.serve import wire
+from runtime.serve.fields import CHAT, TEXT, fields_of
+from runtime.serve.front import Front
+from runtime.serve.replies import json_reply
+
+_BODIES = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT}
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": "string", "nullable": True},
+                "code": {"type": "string", "nullable": True},
+            },
+        }
+    },
+}
+
+
+async def openapi(_front: Front, _: Request) -> Response:
+    """The description."""
+    return json_reply(description())
+
+
+def description() -> dict[str, Any]:
+    """The endpoints with a table of fields, as an OpenAPI document."""
+    return {
+        "openapi": "3.0.3",
+        "info": {"title": "lazyneuron", "version": wire.version()},
+        "paths": {path: {"post": _operation(path, endpoint)} for path, endpoint in _BODIES.items()},
+        "components": {"schemas": {"Error": _ERROR}},
+    }
+
+
+def body_schema(endpoint: str) -> dict[str, Any]:
+    """The fields of an endpoint as a JSON schema. Any other field is ignored, and null counts as absent."""
+    found = fields_of(endpoint)
+    properties = {
+        name: {**field.check.schema, "description": field.about, "nullable": True}
+        for field in found
+        for name in (field.name, *field.aliases)
+    }
+    return {"type": "object", "required": [field.name for field in found if field.needed], "properties": properties}
+
+
+def _operation(path: str, endpoint: str) -> dict[str, Any]:
+    error = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
+    schema = body_schema(endpoint)
+    return {
+        "operationId": path.strip("/").replace("/", "_"),
+        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+        "responses": {
+            "200": {"description": "the answer, or its events where `stream` is true"},
+            "400": {"description": "a field is wrong; `param` names it", **error},
+            "429": {"description": "too many requests wait; Retry-After says when to ask again", **error},
+            "503": {"description": "the server is loading, ends, or has lost its engine", **error},
+        },
+    }

@@ -1,0 +1,57 @@
+"""From the fields of a request to what the engine is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from runtime.base.arguments import token_ids
+from runtime.serve.errors import wrong
+from runtime.serve.fields import Fields, biases, sampling_of
+from runtime.serve.front import Front
+from runtime.serve.jobs import Job
+
+
+def job_of(
+    front: Front,
+    given: Fields,
+    prompt: Sequence[int],
+    name: str,
+    top_logprobs: int | None = None,
+    max_tokens: int | None = None,
+) -> Job:
+    """A job of what the request says; max_tokens: where neither it nor the settings say. Raises ApiError or
+    UserError.
+    """
+    model = front.model
+    for field in ("grammar", "json_schema", "response_format"):
+        _check_unconstrained(given, field)
+    wanted = given.get("max_tokens", front.settings.max_tokens if front.settings.max_tokens is not None else max_tokens)
+    bias = biases(
+        given.get("logit_bias"),
+        lambda text: model.tokenize(text, add_special=False, parse_special=False),
+        model.structure.vocab_size,
+    )
+    return Job(
+        tuple(token_ids("prompt", prompt, model.structure.vocab_size)),
+        max_tokens=None if wanted == -1 else wanted,
+        sampling=sampling_of(given, front.settings.sampling, bias),
+        stop=given.get("stop", ()),
+        top_logprobs=top_logprobs,
+        prompt_logprobs=bool(given.get("echo")) and top_logprobs is not None,
+        ignore_eos=given.get("ignore_eos", False),
+        cache_prompt=given.get("cache_prompt", True),
+        activity=given.get("return_activity", False),
+        name=name,
+    )
+
+
+def wants_usage(given: Fields) -> bool:
+    """Whether a stream is to end with its usage. Raises ApiError for an option that is no truth value."""
+    return bool(given.get("stream_options", {}).get("include_usage"))
+
+
+def _check_unconstrained(given: Fields, field: str) -> None:
+    value = given.get(field)
+    if not value or (field == "response_format" and value.get("type", "text") == "text"):
+        return
+    raise wrong(field, "is not supported yet")
