@@ -11,7 +11,8 @@ from runtime.compute.builder import GraphSpec
 from runtime.compute.repack import Repacked
 from runtime.hybrid.schedule import Schedule
 
-_KEPT_SMALL, _KEPT_LARGE = 12, 4  # of up to FEW_TOKENS tokens; of prompts
+_KEPT_SMALL, _KEPT_LARGE = 24, 6  # of up to FEW_TOKENS tokens; of prompts
+_KEEPABLE = 128  # tokens: what a schedule of more holds is large, and prompts seldom have the same length twice
 
 
 class ScheduleCache(Closing):
@@ -24,8 +25,7 @@ class ScheduleCache(Closing):
     def get(self, spec: GraphSpec, make: Callable[[], Schedule]) -> Schedule:
         """The schedule of `spec`, made where it is not kept."""
         if not _is_large(spec):
-            # Prompts seldom have the same length twice, and what their schedules hold is large.
-            self._drop(_is_large)
+            self._drop(lambda other: other.n_tokens > _KEEPABLE or self._schedules[other].scratch is not None)
         kept = self._schedules.get(spec)
         if kept:
             self._schedules.move_to_end(spec)

@@ -18,6 +18,7 @@ FEW = 16  # tokens that are decoded at once: in such batches a token's logits ha
 # Larger batches are computed in other ways, by their size (docs/serve.md): where nothing may depend on company, prompts
 # are computed in pieces of so many tokens, whatever the time.
 GRID = 64
+_SIZES = (512, 384, 256, 192, 128, 96, 64, 48, 32, 24, FEW + 1)  # of a prompt's pieces
 
 
 @dataclass(eq=False)
@@ -90,8 +91,9 @@ class Pace:
 
     def tokens(self, alone: bool) -> int:
         """Tokens of the next step."""
-        speed = self.tokens_per_s or 2 * GRID
-        return max(FEW + 1, min(self.n_batch, int(speed * (self.alone if alone else self.seconds))))
+        n = (self.tokens_per_s or 2 * GRID) * (self.alone if alone else self.seconds)
+        # Few different sizes: a graph is made for each.
+        return next((size for size in _SIZES if size <= min(n, self.n_batch)), _SIZES[-1])
 
     def took(self, n_tokens: int, seconds: float) -> None:
         """Learn from a step. Few tokens are slower each: they say nothing of many."""
