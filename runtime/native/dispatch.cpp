@@ -11,13 +11,15 @@
 #include <sys/auxv.h>
 #endif
 
-bool lzn_has_variant(int32_t variant) {
+namespace {
+
+bool found_variant(int32_t variant) {
     switch (variant) {
         case LZN_PORTABLE: return true;
 #if defined(LZN_X86)
         case LZN_AVX2: return lzn::has_avx2();
 #if defined(LZN_HAS_AVXVNNI)
-        case LZN_AVXVNNI: return lzn_has_variant(LZN_AVX2) && lzn::has_avx_vnni();
+        case LZN_AVXVNNI: return lzn::has_avx2() && lzn::has_avx_vnni();
 #endif
         case LZN_AVX512: return lzn::has_avx512();
 #elif defined(LZN_ARM64) && defined(__APPLE__)
@@ -27,6 +29,22 @@ bool lzn_has_variant(int32_t variant) {
 #endif
         default: return false;
     }
+}
+
+// As bits. The CPU is asked once: under a hypervisor an answer takes 20 microseconds or more, and a graph asks often.
+uint32_t all_variants() {
+    uint32_t found = 0;
+    for (int32_t variant = LZN_PORTABLE; variant <= LZN_NEON; variant++) {
+        found |= static_cast<uint32_t>(found_variant(variant)) << variant;
+    }
+    return found;
+}
+
+}  // namespace
+
+bool lzn_has_variant(int32_t variant) {
+    static const uint32_t all = all_variants();
+    return LZN_PORTABLE <= variant && variant <= LZN_NEON && (all >> variant & 1);
 }
 
 int32_t lzn_best_variant(void) {
