@@ -14,12 +14,14 @@ from runtime.base.sizes import parse_budgets
 from runtime.bindings import ggml
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
+from runtime.model_file.structure import Structure
 
 FFN_MODES = ("predicted", "exact", "verified", "dense")
 KV_TYPES = {"f16": ggml.F16, "f32": ggml.F32}
 AUTO = "auto"  # the first GPU, if there is one
 BATCH = 512  # tokens of a prompt computed at once
 MOST_TOKENS = 1 << 24  # at once
+MOST_KV = 4 << 30  # bytes of keys and values, where nobody says how many
 DRAFT_MAX = 15  # tokens drafted at once: with the one before them, as many as have the same bits in any batch
 DEFAULT_N_CTX = 8192  # at most, where nobody names one: keys and values are allocated when the model is loaded
 
@@ -29,7 +31,8 @@ class RunOptions:
     """How to run a model. What is None is settled for a file by `for_file`.
 
     ffn: one of FFN_MODES. threads: None for one per physical core, within the CPU quota. n_ctx: positions.
-    n_cells: of keys and values, which all sequences share, None for n_ctx. kv_type: one of KV_TYPES.
+    n_cells: of keys and values, which all sequences share, None for n_ctx for each of `sequences` (at most
+    MOST_KV bytes of them, where there are several). kv_type: one of KV_TYPES.
     flash_attention: False builds attention from plain products.
     n_batch: tokens of a prompt computed at once. predictor_bias: added to the predictors' scores, in units of their
     typical error; infinity makes every neuron a candidate. draft_max: tokens drafted at once, at most, where `verified`
@@ -50,6 +53,7 @@ class RunOptions:
     threads: int | None = None
     n_ctx: int | None = None
     n_cells: int | None = None
+    sequences: int = 1
     kv_type: str = "f16"
     flash_attention: bool = True
     n_batch: int = BATCH
@@ -77,6 +81,7 @@ class RunOptions:
             "cpus": team.cpus,
             "n_ctx": None if self.n_ctx is None else integer("n_ctx", self.n_ctx),
             "n_cells": None if self.n_cells is None else whole("n_cells", self.n_cells, 1, MOST_TOKENS),
+            "sequences": whole("sequences", self.sequences, 1, MOST_TOKENS),
             "n_batch": whole("n_batch", self.n_batch, 1, MOST_TOKENS),
             "predictor_bias": number("predictor_bias", self.predictor_bias, -math.inf, math.inf),
             "draft_max": whole("draft_max", self.draft_max, 1, DRAFT_MAX),
@@ -101,11 +106,12 @@ class RunOptions:
         n_ctx = min(limit, DEFAULT_N_CTX) if self.n_ctx is None else self.n_ctx
         if not 1 <= n_ctx <= limit:
             raise UserError(f"`{file.path}`: n_ctx {n_ctx}, expected 1 to {limit}, the model's own limit")
-        if self.n_cells is not None and self.n_cells < n_ctx:
-            raise UserError(f"n_cells {self.n_cells}, expected at least the context of {n_ctx}")
+        n_cells = _cells(s, n_ctx, self.sequences, KV_TYPES[self.kv_type]) if self.n_cells is None else self.n_cells
+        if n_cells < n_ctx:
+            raise UserError(f"n_cells {n_cells}, expected at least the context of {n_ctx}")
         threads = Threads.of(self.threads, self.cpus, self.priority).n
         given = {f.name: getattr(self, f.name) for f in fields(self)}
-        return SettledOptions(**given | {"ffn": ffn, "n_ctx": n_ctx, "threads": threads})
+        return SettledOptions(**given | {"ffn": ffn, "n_ctx": n_ctx, "n_cells": n_cells, "threads": threads})
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,12 @@ class SettledOptions(RunOptions):
     def kv_type_id(self) -> int:
         """The ggml type of keys and values."""
         return KV_TYPES[self.kv_type]
+
+
+def _cells(s: Structure, n_ctx: int, sequences: int, kv_type: int) -> int:
+    """Cells for the full context of each sequence, as far as MOST_KV goes; of one sequence always."""
+    size = 2 * ggml.ggml_row_size(kv_type, sum(a.kv_length for a in s.attentions.values()))
+    return max(n_ctx, min(sequences * n_ctx, MOST_KV // max(1, size)))
 
 
 def _bytes(budgets: str | float | Sequence[int] | None) -> tuple[int, ...]:

@@ -34,6 +34,12 @@ def configure_parser(parser: Parser) -> None:
     group.add_argument("--uds", type=Path, metavar="PATH", help="listen on a Unix socket instead")
     group.add_argument("--parallel", type=count, default=4, metavar="N", help="answers computed at once, at most (4)")
     group.add_argument(
+        "--n-cells",
+        type=count,
+        metavar="N",
+        help="tokens kept of all requests together (--n-ctx for each of --parallel, at most 4 GiB)",
+    )
+    group.add_argument(
         "--queue", type=_not_negative, default=64, metavar="N", help="requests that may wait for that (64)"
     )
     group.add_argument(
@@ -63,6 +69,7 @@ def serve(
     port: int = 8080,
     uds: Path | None = None,
     parallel: int = 4,
+    n_cells: int | None = None,
     queue: int = 64,
     drain_seconds: float = 30.0,
     deterministic: bool = False,
@@ -106,7 +113,7 @@ def serve(
     def ready(address: Address, _: object) -> None:
         _tell(address, settings.name, as_json)
 
-    options = replace(run or RunOptions(), deterministic=deterministic)
+    options = replace(run or RunOptions(), deterministic=deterministic, sequences=parallel, n_cells=n_cells)
     load = functools.partial(open_noted, model, options)
     status = serve(load, settings, Listening(host, port, uds, drain_seconds), parallel, queue, ready)
     if status:
