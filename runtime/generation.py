@@ -212,7 +212,8 @@ class Generation(Closing):
     def _run(self) -> Generator[str, None, None]:
         prompt, n_ctx = self._request.prompt, self._engine.options.n_ctx
         pieces = Pieces(self._request.stop)
-        with Sampler(self._sampling, self._engine.structure.vocab_size, prompt, n_ctx) as self._sampler:
+        n_vocab = self._engine.structure.vocab_size
+        with Sampler(self._sampling, n_vocab, prompt, n_ctx, self._tokenizer) as self._sampler:
             if self._engine.options.drafts:
                 self._speculation = Speculation(self._sequence, self._file, self._sampler.clone)
             try:

@@ -84,6 +84,7 @@ Token = Annotated[int, C(ctypes.c_int32, "llama_token")]
 TokensP = Annotated[int | None, C(ctypes.c_void_p, "llama_token *")]
 ConstTokensP = Annotated[int | None, C(ctypes.c_void_p, "const llama_token *")]
 CharBufferP = Annotated["ctypes.Array[ctypes.c_char] | None", C(ctypes.POINTER(ctypes.c_char), "char *")]
+ConstTextsP = Annotated["ctypes.Array[ctypes.c_char_p] | None", C(ctypes.POINTER(ctypes.c_char_p), "const char **")]
 TokenDataArrayP = Annotated[
     "ctypes._Pointer[llama_token_data_array] | ctypes._CArgObject",
     C(ctypes.POINTER(llama_token_data_array), "llama_token_data_array *"),
@@ -157,8 +158,24 @@ def llama_sampler_init_top_p(p: Float, min_keep: SizeT) -> SamplerP: ...
 @stub(LLAMA)
 def llama_sampler_init_min_p(p: Float, min_keep: SizeT) -> SamplerP: ...
 @stub(LLAMA)
-def llama_sampler_init_temp(t: Float) -> SamplerP: ...
+def llama_sampler_init_typical(p: Float, min_keep: SizeT) -> SamplerP: ...
 @stub(LLAMA)
-def llama_sampler_init_penalties(
-    n_vocab: Int32, penalty_last_n: Int32, penalty_repeat: Float, penalty_freq: Float, penalty_present: Float
+def llama_sampler_init_temp_ext(t: Float, delta: Float, exponent: Float) -> SamplerP: ...
+@stub(LLAMA)
+def llama_sampler_init_xtc(p: Float, t: Float, min_keep: SizeT, seed: UInt32) -> SamplerP: ...
+@stub(LLAMA)
+def llama_sampler_init_top_n_sigma(n: Float) -> SamplerP: ...
+@stub(LLAMA)
+def llama_sampler_init_mirostat(n_vocab: Int32, seed: UInt32, tau: Float, eta: Float, m: Int32) -> SamplerP: ...
+@stub(LLAMA)
+def llama_sampler_init_mirostat_v2(seed: UInt32, tau: Float, eta: Float) -> SamplerP: ...
+@stub(LLAMA)
+def llama_sampler_init_dry(
+    vocab: VocabP,
+    dry_multiplier: Float,
+    dry_base: Float,
+    dry_allowed_length: Int32,
+    dry_penalty_last_n: Int32,
+    seq_breakers: ConstTextsP,
+    num_breakers: SizeT,
 ) -> SamplerP: ...

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -98,21 +97,40 @@ def add_sampling(parser: Parser, max_tokens: str) -> None:
     default `max_tokens` describes.
     """
     default = Sampling()
-    _grouped(parser, "sampling", Sampling, (f.name for f in fields(Sampling)))
+    _grouped(parser, "sampling", Sampling, (name for _, name, _, _ in _SAMPLING_OPTIONS))
     group = parser.add_argument_group("choosing tokens")
     group.add_argument("--max-tokens", "-n", type=count, metavar="N", help=f"length of a reply ({max_tokens})")
-    for flag, name, kind, text in (
-        ("--temp", "temperature", float, "0 takes the likeliest token"),
-        ("--top-k", "top_k", int, "keep the K likeliest, 0 all"),
-        ("--top-p", "top_p", float, "keep the likeliest tokens with this share of the probability"),
-        ("--min-p", "min_p", float, "keep tokens at least this fraction as likely as the likeliest"),
-        ("--repeat-penalty", "repeat_penalty", float, "divide the logits of recent tokens, 1 none"),
-        ("--repeat-last-n", "repeat_last_n", int, "how many tokens are recent, those of the prompt too; -1 all"),
-        ("--seed", "seed", int, "of the random choice"),
-    ):
+    for flag, name, kind, text in _SAMPLING_OPTIONS:
         value = getattr(default, name)
-        shown = "a new one" if value is None else value
+        shown = "a new one" if value is None else f"{value:g}"
         group.add_argument(flag, dest=name, type=kind, default=value, metavar="X", help=f"{text} ({shown})")
+
+
+# The fields of `Sampling` that commands offer, under llama.cpp's names.
+_SAMPLING_OPTIONS = (
+    ("--temp", "temperature", float, "0 takes the likeliest token"),
+    ("--top-k", "top_k", int, "keep the K likeliest, 0 all"),
+    ("--top-p", "top_p", float, "keep the likeliest tokens with this share of the probability"),
+    ("--min-p", "min_p", float, "keep tokens at least this fraction as likely as the likeliest"),
+    ("--repeat-penalty", "repeat_penalty", float, "divide the logits of recent tokens, 1 none"),
+    ("--repeat-last-n", "repeat_last_n", int, "how many tokens are recent, those of the prompt too; -1 all"),
+    ("--frequency-penalty", "frequency_penalty", float, "against generated tokens, by how often they were, 0 none"),
+    ("--presence-penalty", "presence_penalty", float, "against generated tokens, 0 none"),
+    ("--typical", "typical_p", float, "keep tokens of typical information with this share of the probability, 1 all"),
+    ("--top-nsigma", "top_n_sigma", float, "keep tokens within X standard deviations of the best logit, -1 all"),
+    ("--xtc-probability", "xtc_probability", float, "how often the likeliest tokens are left out"),
+    ("--xtc-threshold", "xtc_threshold", float, "how likely such tokens are at least"),
+    ("--dry-multiplier", "dry_multiplier", float, "DRY, against repeated sequences, 0 none"),
+    ("--dry-base", "dry_base", float, "DRY: growth with the length of what would be repeated"),
+    ("--dry-allowed-length", "dry_allowed_length", int, "DRY: shorter sequences may be repeated"),
+    ("--dry-penalty-last-n", "dry_penalty_last_n", int, "DRY: how many tokens count, -1 all"),
+    ("--dynatemp-range", "dynatemp_range", float, "let the temperature vary by X with the entropy"),
+    ("--dynatemp-exp", "dynatemp_exponent", float, "the power of the entropy in this"),
+    ("--mirostat", "mirostat", int, "1 or 2: choose for a steady surprise, without the filters above"),
+    ("--mirostat-ent", "mirostat_tau", float, "the surprise aimed at, in bits"),
+    ("--mirostat-lr", "mirostat_eta", float, "how fast it is corrected"),
+    ("--seed", "seed", int, "of the random choice"),
+)
 
 
 def _grouped(parser: Parser, name: str, group: type[Any], names: Iterable[str]) -> None:

@@ -73,7 +73,8 @@ class Answer:
         self.counters = _Counted(served.engine.structure, options.ffn)
         self.ended = False
         self._sampling = job.sampling.seeded()
-        self._sampler = Sampler(self._sampling, served.engine.structure.vocab_size, job.prompt, n_ctx)
+        n_vocab = served.engine.structure.vocab_size
+        self._sampler = Sampler(self._sampling, n_vocab, job.prompt, n_ctx, served.tokenizer)
         self._pieces = Pieces(job.stop)
         self._stats = Stats(prompt_tokens=n)
         self._prompt_tokens: list[TokenInfo] = []

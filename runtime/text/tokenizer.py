@@ -97,7 +97,7 @@ class Tokenizer(Closing):
     def token_text(self, token: int) -> str:
         """The token as the vocabulary spells it, e.g. `<s>` or `▁the`."""
         self._check(token)
-        return llama.llama_vocab_get_text(self._handle, token).decode("utf-8", "replace")
+        return llama.llama_vocab_get_text(self.handle, token).decode("utf-8", "replace")
 
     def special_tokens(self, named: Any = None) -> dict[str, Any]:
         """Texts of the special tokens by the names that Hugging Face gives them, such as bos_token.
@@ -120,7 +120,7 @@ class Tokenizer(Closing):
         tokens.
         """
         self._check(token)
-        by_name = llama.llama_vocab_is_eog(self._handle, token)
+        by_name = llama.llama_vocab_is_eog(self.handle, token)
         return by_name if self._ends is None else token in self._ends
 
     @property
@@ -135,7 +135,8 @@ class Tokenizer(Closing):
         self._vocab = None
 
     @property
-    def _handle(self) -> llama.VocabP:
+    def handle(self) -> llama.VocabP:
+        """libllama's vocabulary, for its other functions; it lives as long as this reference, or the tokenizer."""
         vocab = self._vocab
         if vocab is None:
             raise closed(f"`{self.path}`: the tokenizer")
@@ -151,7 +152,7 @@ class Tokenizer(Closing):
         # libllama asserts that there is a token to add, text by text.
         for adds, token, name in (
             (self.add_bos, self.bos, "bos"),
-            (llama.llama_vocab_get_add_eos(self._handle), self.eos, "eos"),
+            (llama.llama_vocab_get_add_eos(self.handle), self.eos, "eos"),
         ):
             if adds and token is None:
                 self.close()
@@ -163,11 +164,11 @@ class Tokenizer(Closing):
             raise UserError(f"token id {token}, expected 0 to {self.n_tokens - 1}")
 
     def _piece(self, token: int, special: bool, buffer: ctypes.Array[ctypes.c_char]) -> int:
-        return llama.llama_token_to_piece(self._handle, token, buffer, len(buffer), 0, special)
+        return llama.llama_token_to_piece(self.handle, token, buffer, len(buffer), 0, special)
 
     def _tokenize(self, raw: bytes, ids: ctypes.Array[ctypes.c_int32], add_special: bool, parse_special: bool) -> int:
         address = ctypes.addressof(ids)
-        n = llama.llama_tokenize(self._handle, raw, len(raw), address, len(ids), add_special, parse_special)
+        n = llama.llama_tokenize(self.handle, raw, len(raw), address, len(ids), add_special, parse_special)
         if n == _INT32_MIN:
             raise UserError(f"a text of {len(raw)} bytes has too many tokens to count", "split it")
         return n
