@@ -20,7 +20,6 @@ from runtime.compute.builder import GraphSpec
 from runtime.compute.counters import Counters, LayerCount
 from runtime.compute.dense_threshold import dense_from, expected
 from runtime.compute.kv_cache import CellTable, padded_cells
-from runtime.compute.products import repacked_for_a_batch
 from runtime.compute.threadpool import new_pool
 from runtime.compute.trace import Trace
 from runtime.compute.traffic import kv_bytes
@@ -64,7 +63,7 @@ class Engine(OfWorker):
         self.cells = CellTable(options.cells)
         self.counters = Counters(self.structure, options.ffn)  # of all that is computed
         activity = expected(file, self._run.ffn, options.predictor_bias)
-        self._dense_from = dense_from(self.structure, file.tensors, activity, repacked_for_a_batch)
+        self._dense_from = dense_from(self.structure, file.tensors, activity)
         self.memory_note = ""  # why weights are not in memory that should be
         self._open(lambda handles: self._collect(file, handles))
 

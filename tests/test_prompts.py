@@ -123,7 +123,7 @@ def test_when_tiles_pay(converted: Converted, monkeypatch: pytest.MonkeyPatch) -
         s, tensors = file.structure, file.tensors
 
     def tokens(ffn: str, fired: float, gates: float) -> float:
-        return dense_from(s, tensors, Activity.uniform(ffn, 6, fired, gates), lambda _: False)[0]
+        return dense_from(s, tensors, Activity.uniform(ffn, 6, fired, gates))[0]
 
     for variant, few, many in (("avx512", 0.1, 0.2), ("avx2", 0.3, 0.4)):
         monkeypatch.setenv("LAZYNEURON_KERNELS", variant)
@@ -138,13 +138,12 @@ def test_when_whole_matrices_pay(converted: Converted) -> None:
     with GgufFile(converted("bundled", "q4_0")) as file:
         s, tensors = file.structure, file.tensors
 
-    def tokens(fired: float, gates: float, repacked: bool = True) -> float:
-        return dense_from(s, tensors, Activity.uniform("exact", 6, fired, gates), lambda _: repacked)[0]
+    def tokens(fired: float, gates: float) -> float:
+        return dense_from(s, tensors, Activity.uniform("exact", 6, fired, gates))[0]
 
     assert tokens(0.1, 0.12) == math.inf
     assert tokens(0.1, 1.0) == math.inf
     assert tokens(1.0, 1.0) <= tokens(0.8, 1.0) < tokens(0.6, 1.0) < 512
-    assert tokens(0.6, 1.0, repacked=False) < tokens(0.6, 1.0)
 
 
 @pytest.fixture(scope="module")

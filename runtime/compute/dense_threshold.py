@@ -8,13 +8,13 @@ must not depend on what was computed before, so that a prompt always gives the s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from runtime.bindings import sparse_ffn
 from runtime.bindings.ffn_shape import FfnShape
-from runtime.compute.products import tiles_of_type
+from runtime.compute.products import repacked_for_a_batch, tiles_of_type
 from runtime.compute.traffic import Activity
 from runtime.model_file.reader import GgufFile, TensorInfo
 from runtime.model_file.structure import Structure
@@ -44,24 +44,22 @@ _FEWEST = (
 _OVERSHOOT = 1.5  # candidates per neuron that fires, where the file does not say
 
 
-def dense_from(
-    s: Structure, tensors: Mapping[str, TensorInfo], activity: Activity, repacked: Callable[[int], bool]
-) -> tuple[float, ...]:
+def dense_from(s: Structure, tensors: Mapping[str, TensorInfo], activity: Activity) -> tuple[float, ...]:
     """For each block, the number of tokens at once from which whole matrices are faster; infinity where they never are.
 
-    repacked: whether matrices of a ggml type have to be repacked for every batch. Blocks need not have the same types.
+    Blocks need not have the same types.
     """
     found = [math.inf] * s.block_count
     if s.layout == "both" and activity.ffn != "dense":
         for i, ffn in s.ffns.items():
-            found[i] = _dense_from(ffn, tensors, activity, i, _fill(tensors, i, repacked))
+            found[i] = _dense_from(ffn, tensors, activity, i, _fill(tensors, i))
     return tuple(found)
 
 
-def _fill(tensors: Mapping[str, TensorInfo], i: int, repacked: Callable[[int], bool]) -> float:
+def _fill(tensors: Mapping[str, TensorInfo], i: int) -> float:
     """Tokens whose products take as long as repacking those matrices of block `i` that have to be."""
     found = [tensor for stem in FFN_MATRICES if (tensor := tensors.get(weight_of(i, stem)))]
-    return _FILL * sum(repacked(tensor.type_id) for tensor in found) / len(found)
+    return _FILL * sum(repacked_for_a_batch(tensor.type_id) for tensor in found) / len(found)
 
 
 def _dense_from(ffn: FfnShape, tensors: Mapping[str, TensorInfo], activity: Activity, i: int, fill: float) -> float:
