@@ -169,3 +169,19 @@ LZN_API void lzn_tiles_multiply(struct ggml_tensor * dst, int ith, int nth, void
 // squares and of their products: [5, n_neurons], from [n_tokens, n_neurons] each.
 LZN_API void lzn_count_margins(const struct lzn_margins * margins);
 LZN_API void lzn_moments(const float * scores, const float * goal, int64_t n_tokens, int64_t n_neurons, double * sums);
+
+// --- grammars (grammar.cpp) ------------------------------------------------------------------------------------------
+
+// An automaton for a grammar over bytes. code [n_code, 2]: elements of rules, (kind, value): 0 the rule ends, 1 another
+// alternative follows, 2 rule `value`, 3 a byte of set `value`. rules [n_rules]: where each rule begins; the first one
+// is the whole text. sets [n_sets, 256]: the bytes of each. Null where there is no memory.
+// States are numbers; -1: nothing can follow; -2: given up, as a bound on work or memory was reached.
+LZN_API void * lzn_grammar_new(const int32_t * code, int32_t n_code, const int32_t * rules, int32_t n_rules, const uint8_t * sets, int32_t n_sets);
+LZN_API void lzn_grammar_free(void * grammar);
+LZN_API int32_t lzn_grammar_begin(void * grammar);
+LZN_API int32_t lzn_grammar_step(void * grammar, int32_t state, const uint8_t * bytes, int64_t n);
+// 0: more must follow, 1: the text may end here, 2: it must.
+LZN_API int32_t lzn_grammar_ends(void * grammar, int32_t state);
+// allowed [number of tokens] <- 1 for tokens that may follow. bytes, offsets: of all tokens. order [n]: some tokens by
+// their bytes, ascending; common [n]: how many bytes each has in common with the one before it.
+LZN_API int32_t lzn_grammar_mask(void * grammar, int32_t state, const uint8_t * bytes, const int64_t * offsets, const int32_t * order, const int32_t * common, int32_t n, uint8_t * allowed);

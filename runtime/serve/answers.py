@@ -74,7 +74,7 @@ class Answer:
         self.ended = False
         self._sampling = job.sampling.seeded()
         n_vocab = served.engine.structure.vocab_size
-        self._sampler = Sampler(self._sampling, n_vocab, job.prompt, n_ctx, served.tokenizer)
+        self._sampler = Sampler(self._sampling, n_vocab, job.prompt, n_ctx, served.tokenizer, job.grammar)
         self._pieces = Pieces(job.stop)
         self._stats = Stats(prompt_tokens=n)
         self._prompt_tokens: list[TokenInfo] = []
@@ -153,6 +153,8 @@ class Answer:
         self.tell(Piece(text, (info,), tuple(self._shares()) if job.activity else (), self._bytes))
         if self._pieces.stopped is not None:
             self.end("stop")
+        elif self._sampler.complete:
+            self.end("eos")
         elif self.n_tokens >= self._most:
             full = self.job.max_tokens is None or self.n_tokens < self.job.max_tokens
             self.end("context" if full else "length")

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from runtime.errors import UserError
 from runtime.generation import Stats
+from runtime.text.grammar import Grammar
 from runtime.text.sampling import Sampling
 
 
@@ -19,7 +20,7 @@ class Job:
     prompt_logprobs: of the prompt's tokens, too; nothing of the prompt is reused then.
     ignore_eos: go on behind what ends a text. cache_prompt: reuse what is known of the prompt.
     activity: tell with every piece which share of each layer's neurons was computed.
-    name: of the request, for logs.
+    grammar: what the answer must look like. name: of the request, for logs.
     """
 
     prompt: tuple[int, ...]
@@ -31,6 +32,7 @@ class Job:
     ignore_eos: bool = False
     cache_prompt: bool = True
     activity: bool = False
+    grammar: Grammar | None = None
     name: str = ""
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from runtime.base.arguments import token_ids
-from runtime.serve.errors import wrong
 from runtime.serve.fields import Fields, biases, sampling_of
+from runtime.serve.forms import grammar_of
 from runtime.serve.front import Front
 from runtime.serve.jobs import Job
+from runtime.text.grammar import Grammar
 
 
 def job_of(
@@ -18,13 +19,13 @@ def job_of(
     name: str,
     top_logprobs: int | None = None,
     max_tokens: int | None = None,
+    grammar: Grammar | None = None,
 ) -> Job:
-    """A job of what the request says; max_tokens: where neither it nor the settings say. Raises ApiError or
+    """A job of what the request says; max_tokens: where neither it nor the settings say;
+    grammar: in place of the one that it asks for. Raises ApiError or
     UserError.
     """
     model = front.model
-    for field in ("grammar", "json_schema", "response_format"):
-        _check_unconstrained(given, field)
     wanted = given.get("max_tokens", front.settings.max_tokens if front.settings.max_tokens is not None else max_tokens)
     bias = biases(
         given.get("logit_bias"),
@@ -40,6 +41,7 @@ def job_of(
         prompt_logprobs=bool(given.get("echo")) and top_logprobs is not None,
         ignore_eos=given.get("ignore_eos", False),
         cache_prompt=given.get("cache_prompt", True),
+        grammar=grammar if grammar is not None else grammar_of(given),
         activity=given.get("return_activity", False),
         name=name,
     )
@@ -48,10 +50,3 @@ def job_of(
 def wants_usage(given: Fields) -> bool:
     """Whether a stream is to end with its usage. Raises ApiError for an option that is no truth value."""
     return bool(given.get("stream_options", {}).get("include_usage"))
-
-
-def _check_unconstrained(given: Fields, field: str) -> None:
-    value = given.get(field)
-    if not value or (field == "response_format" and value.get("type", "text") == "text"):
-        return
-    raise wrong(field, "is not supported yet")

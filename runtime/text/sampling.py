@@ -20,6 +20,7 @@ from runtime.base.arguments import number, texts, whole
 from runtime.base.closing import Closing, Handles, closed
 from runtime.bindings import llama
 from runtime.errors import UserError
+from runtime.text.grammar import Grammar
 from runtime.text.penalties import Penalties
 from runtime.text.tokenizer import Tokenizer
 
@@ -167,7 +168,8 @@ class Sampler(Closing):
     """One sequence's sampler chain, with its random state and the tokens it has seen; owns a llama_sampler.
 
     prompt: tokens that come before the first one that is sampled, for the repeat penalty and DRY. n_ctx: the longest
-    sequence, prompt included. vocab: the tokens' texts, for what breaks sequences in DRY: nothing does without it.
+    sequence, prompt included. vocab: the tokens' texts, for grammars, and for what breaks sequences in DRY: nothing
+    does without it. grammar: what the answer must look like; it needs vocab.
     seed: the seed in use, given or drawn.
     Raises UserError for a bias of a token that there is not.
     """
@@ -179,6 +181,7 @@ class Sampler(Closing):
         prompt: Sequence[int] = (),
         n_ctx: int = _LONGEST,
         vocab: Tokenizer | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
         sampling = sampling.seeded()
         assert sampling.seed is not None
@@ -197,6 +200,8 @@ class Sampler(Closing):
             prompt,
         )
         self._greedy = sampling.temperature < _COLDEST and not _dry_length(sampling, n_ctx)
+        assert vocab or not grammar
+        self._constraint = grammar.start(vocab, n_vocab) if grammar and vocab else None
         self._array = llama.llama_token_data_array()
         with Handles() as handles:
             chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_params(True))
@@ -208,14 +213,24 @@ class Sampler(Closing):
     def sample(self, logits: Floats) -> int:
         """Choose a token by its `logits` [n_vocab] and remember it for the penalties.
 
-        Raises UserError when a logit is not a number, or none is above minus infinity.
+        Raises UserError when a logit is not a number, or none is above minus infinity, or where the grammar allows no
+        token.
         """
-        token = self._choose(self._scores(logits))
+        scores = self._scores(logits)
+        token = self._choose(scores)
+        # Most tokens that are drawn fit: the whole vocabulary is looked at for others only, as llama.cpp does.
+        if self._constraint and not self._constraint.allows(token):
+            scores = np.where(self._constraint.mask(), scores, np.float32(-math.inf))
+            if not scores.max() > -math.inf:
+                raise UserError("grammar: no token of the vocabulary can follow", "a bias may forbid those that could")
+            token = self._choose(scores)
         self.accept(token)
         return token
 
     def accept(self, token: int) -> None:
-        """Take `token` as the next one of the sequence, for the penalties."""
+        """Take `token` as the next one of the sequence, for the penalties and the grammar."""
+        if self._constraint:
+            self._constraint.accept(token)
         llama.llama_sampler_accept(self._open_chain, token)
         self._penalties.accept(token)
 
@@ -223,6 +238,7 @@ class Sampler(Closing):
         """Another sampler in this one's state, which chooses what this one would. Call its `close`, too."""
         other = copy.copy(self)
         other._array, other._penalties = llama.llama_token_data_array(), self._penalties.clone()
+        other._constraint = self._constraint.clone() if self._constraint else None
         with Handles() as handles:
             clone = llama.llama_sampler_clone(llama.ConstSamplerP(self._open_chain.value))
             other._chain = handles.add(clone, llama.llama_sampler_free)
@@ -233,6 +249,13 @@ class Sampler(Closing):
         """Forget the tokens seen and start the random sequence again."""
         llama.llama_sampler_reset(self._open_chain)
         self._penalties.reset()
+        if self._constraint:
+            self._constraint.reset()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the grammar lets nothing follow: the answer ends here."""
+        return self._constraint is not None and self._constraint.complete
 
     def close(self) -> None:
         """Free libllama's chain; the sampler cannot be used afterwards."""

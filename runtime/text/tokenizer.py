@@ -17,6 +17,7 @@ from typing import Any
 from runtime.base.closing import Closing, Handles, closed
 from runtime.base.worker import on_worker
 from runtime.bindings import llama
+from runtime.bindings.byte_grammar import TokenTable
 from runtime.bindings.logs import captured_log
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
@@ -127,6 +128,16 @@ class Tokenizer(Closing):
     def end_ids(self) -> list[int]:
         """All tokens that end a generation."""
         return [token for token in range(self.n_tokens) if self.is_eog(token)]
+
+    @functools.cached_property
+    def ends(self) -> frozenset[int]:
+        """The same, computed once."""
+        return frozenset(self.end_ids)
+
+    @functools.cached_property
+    def table(self) -> TokenTable:
+        """The bytes of all tokens, for grammars; control tokens have none. Made once, in a tenth of a second or so."""
+        return TokenTable.of([self.token_bytes(token) for token in range(self.n_tokens)])
 
     def close(self) -> None:
         """Free libllama's vocabulary, when no other thread uses it any more; the tokenizer cannot be used
