@@ -28,20 +28,22 @@ _HINT = "the model file's chat template does not accept this conversation"
 
 def render(
     template: str,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     special_tokens: Mapping[str, Any],
     add_generation_prompt: bool = True,
+    values: Mapping[str, Any] | None = None,
 ) -> str:
     """The prompt for `messages` (each with `role` and `content`); special tokens are spelled out in it, BOS included.
 
     special_tokens: what the template may name, such as bos_token -> its text. add_generation_prompt: end where the
-    assistant's reply begins. Raises UserError when the template is broken, refuses the messages, or computes too much.
+    assistant's reply begins. values: others that it may name, such as tools.
+    Raises UserError when the template is broken, refuses the messages, or computes too much.
     """
     environment = _environment()
     try:
-        values = {**special_tokens, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        named = {**special_tokens, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         with environment.bounded():
-            return _compiled(template).render(values, messages=[dict(message) for message in messages])
+            return _compiled(template).render({**named, **(values or {})}, messages=[dict(one) for one in messages])
     except jinja2.TemplateSyntaxError as error:
         raise UserError(
             f"chat template, line {error.lineno}: {error.message}", "the file's template is broken"

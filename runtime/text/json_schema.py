@@ -60,33 +60,44 @@ _OF_KIND = {
 
 def gbnf_of(schema: Any) -> str:
     """The grammar. Raises UserError for what is no schema, or demands what cannot be promised."""
-    return _Schema(schema).text()
+    root, rules = rules_of(schema)
+    return gbnf({"root": root, **rules})
+
+
+def rules_of(schema: Any, prefix: str = "r") -> tuple[str, dict[str, str]]:
+    """The right side of a rule for a schema, and the rules with names that begin with `prefix` that it needs. Raises
+    UserError as above.
+    """
+    found = _Schema(schema, prefix)
+    return found.root(), found.rules
+
+
+def gbnf(rules: Mapping[str, str]) -> str:
+    """A grammar of such rules."""
+    return "".join(f"{name} ::= {rule}\n" for name, rule in {**rules, **_BASIC}.items())
 
 
 class _Schema:
-    def __init__(self, root: Any) -> None:
-        self._root = root
-        self._rules: dict[str, str] = {}
+    def __init__(self, root: Any, prefix: str) -> None:
+        self._root, self._prefix = root, prefix
+        self.rules: dict[str, str] = {}
         self._refs: dict[str, str] = {}
         self._n = self._depth = 0
 
-    def text(self) -> str:
-        root = self._rule_of(self._root)
-        self._rules = {"root": root, **self._rules}
-        lines = [f"{name} ::= {rule}" for name, rule in self._rules.items()]
-        return "\n".join([*lines, *(f"{name} ::= {rule}" for name, rule in _BASIC.items())]) + "\n"
+    def root(self) -> str:
+        return self._rule_of(self._root)
 
     def _new(self, rule: str) -> str:
         self._n += 1
         if self._n > _MOST:
             raise _wrong(f"it has more than {_MOST} parts")
-        self._rules[f"r-{self._n}"] = rule
-        return f"r-{self._n}"
+        self.rules[f"{self._prefix}-{self._n}"] = rule
+        return f"{self._prefix}-{self._n}"
 
     def _named(self, schema: Any) -> str:
         """A name of a rule for a schema."""
         rule = self._rule_of(schema)
-        return rule if rule in _BASIC or rule in self._rules else self._new(rule)
+        return rule if rule in _BASIC or rule in self.rules else self._new(rule)
 
     def _rule_of(self, schema: Any) -> str:
         if schema is True:
@@ -139,7 +150,7 @@ class _Schema:
                 raise _wrong(f"`$ref` {shown(ref)} leads nowhere")
             self._refs[ref] = self._new("")
             depth, self._depth = self._depth, 0
-            self._rules[self._refs[ref]] = self._rule_of(at)
+            self.rules[self._refs[ref]] = self._rule_of(at)
             self._depth = depth
         return self._refs[ref]
 
