@@ -18,12 +18,13 @@ from runtime.serve.body import ClientGoneError
 from runtime.serve.errors import ApiError, failure
 from runtime.serve.front import Front
 from runtime.serve.middleware import Guarded, Named
+from runtime.serve.page import FILES, page_routes
 from runtime.serve.replies import error_reply
 from runtime.serve.service import Service
 from runtime.serve.settings import Settings
 
 Endpoint = Callable[[Front, Request], Awaitable["Response | ASGIApp"]]
-PUBLIC = ("/health", "/v1/health")  # paths that need no key
+PUBLIC: tuple[str, ...] = ("/health", "/v1/health")  # paths that need no key
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,13 @@ def application(service: Service, settings: Settings) -> ASGIApp:
         front.close()
 
     routes = [Route(path, _Answering(place, front), methods=[place.method]) for place in PLACES for path in place.paths]
+    public: tuple[str, ...] = PUBLIC
+    if settings.page:
+        routes, public = [*routes, *page_routes()], (*public, *FILES)
     handlers = {HTTPException: _http_error}
     inner = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     inner.router.redirect_slashes = False
-    return Named(Guarded(inner, settings, PUBLIC))
+    return Named(Guarded(inner, settings, public))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

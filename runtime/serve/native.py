@@ -38,7 +38,7 @@ async def props(front: Front, _: Request) -> Response:
             "n_ctx": model.n_ctx,
             "total_slots": service.parallel,
             "queue": service.queue,
-            "cells": service.figures().cells,
+            "cells": model.engine.cells.n_cells,
             "ffn": model.ffn,
             "n_layers": model.structure.block_count,
             "neurons": [block.ffn.n_ff if block.ffn else 0 for block in model.structure.blocks],

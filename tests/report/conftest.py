@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from report_browser import BROWSER, DRIVER, chromium, show
+from browser import any_browser, show
 from report_models import write_hollow
 from report_page import HOSTILE, MACHINE, report
 from selenium.webdriver import Chrome
@@ -18,13 +17,8 @@ from bench.shapes import shape
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Chrome]:
-    """One browser for all of them. Without one the tests are skipped, except where $LAZYNEURON_REQUIRE_CHROMIUM is set."""
-    if not (BROWSER and DRIVER):
-        missing = "chromium and chromedriver are not installed (Debian: chromium chromium-driver)"
-        if os.environ.get("LAZYNEURON_REQUIRE_CHROMIUM"):
-            pytest.fail(missing)
-        pytest.skip(missing)
-    with chromium() as driver:
+    """One browser for all of them."""
+    with any_browser() as driver:
         yield driver
 
 

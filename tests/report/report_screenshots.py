@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from report_browser import chromium, show
+from browser import chromium, show
 from report_models import seven_billion, write_hollow
 from report_page import report
 from selenium.webdriver import Chrome

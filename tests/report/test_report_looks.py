@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from report_browser import show
+from browser import show
 from report_page import text
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By

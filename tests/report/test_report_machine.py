@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from report_browser import show
+from browser import show
 from report_page import MACHINE, check_placement, facts_in, report, text
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By

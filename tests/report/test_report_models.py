@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from report_browser import show
+from browser import show
 from report_models import seven_billion, seventy_billion, write_hollow
 from report_page import MACHINE, cells, check_placement, rectangles, report, text
 from selenium.webdriver import Chrome, Keys

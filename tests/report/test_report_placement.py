@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_browser import show
+from browser import show
 from report_page import MACHINE, cells, check_placement, facts_in, report, text
 from selenium.webdriver import ActionChains, Chrome, Keys
 from selenium.webdriver.common.by import By

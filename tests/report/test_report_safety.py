@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from report_browser import requests, show
+from browser import requests, show
 from report_page import HOSTILE, facts_in, text
 from selenium.webdriver import Chrome, Keys
 from selenium.webdriver.common.by import By

@@ -1,8 +1,9 @@
-"""A headless Chromium for the tests and the pictures of `python -m runtime report`."""
+"""A headless Chromium for the tests of our pages, and for pictures of them."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
@@ -46,13 +48,25 @@ def chromium() -> Iterator[webdriver.Chrome]:
             driver.quit()
 
 
-def show(driver: webdriver.Chrome, page: Path, width: int, height: int = 900, scheme: str = "light") -> None:
-    """Open a page in a window of that many pixels, as somebody sees it who prefers `scheme`."""
+@contextmanager
+def any_browser() -> Iterator[webdriver.Chrome]:
+    """A browser for tests. Without one they are skipped, except where $LAZYNEURON_REQUIRE_CHROMIUM is set."""
+    if not (BROWSER and DRIVER):
+        missing = "chromium and chromedriver are not installed (Debian: chromium chromium-driver)"
+        if os.environ.get("LAZYNEURON_REQUIRE_CHROMIUM"):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    with chromium() as driver:
+        yield driver
+
+
+def show(driver: webdriver.Chrome, page: Path | str, width: int, height: int = 900, scheme: str = "light") -> None:
+    """Open a page (a file, or an address) in a window of that many pixels, as somebody sees it who prefers `scheme`."""
     screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     media = [{"name": "prefers-color-scheme", "value": scheme}]
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
-    driver.get(page.as_uri())
+    driver.get(page if isinstance(page, str) else page.as_uri())
 
 
 def requests(driver: webdriver.Chrome) -> list[str]:
