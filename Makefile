@@ -11,7 +11,7 @@ NATIVE := $(wildcard runtime/native/*)
 # As in pyproject.toml. Installed before the package, so that its wheel (about 6 minutes on two cores) is built once and then comes from pip's cache.
 LLAMA_CPP := $(shell sed -n 's/^requires = .*"\(llama-cpp-python==[0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: chat serve setup test test-kernels test-kill test-vulkan sanitize fuzz fuzz-sanitized check check-ports docs bench bench-avx2 clean
+.PHONY: chat serve setup test test-kernels test-kill test-vulkan sanitize fuzz fuzz-sanitized soak check check-ports docs bench bench-avx2 clean
 
 chat: $(MODEL)
 	@$(PY) -m runtime chat $(MODEL)
@@ -89,6 +89,12 @@ fuzz: $(VENV)/.test
 
 fuzz-sanitized: $(SANITIZED)
 	$(SANITIZERS) $(FUZZ)
+
+# Many clients of the server at once for SOAK_S seconds, some of them bad: right answers, steady memory, no slot lost (tests/serve_soak.py).
+SOAK_S       ?= 300
+SOAK_CLIENTS ?= 64
+soak: $(MODEL) $(VENV)/.test
+	$(PY) tests/serve_soak.py $(MODEL) --seconds $(SOAK_S) --clients $(SOAK_CLIENTS)
 
 check: $(VENV)/.check
 	$(VENV)/bin/ruff check .
