@@ -22,6 +22,7 @@ from runtime.serve.replies import json_reply
 from runtime.serve.service import Ticket
 from runtime.serve.settling import job_of, wants_usage
 from runtime.serve.sse import DONE, EventStream, event
+from runtime.serve.tools import Call, CallReader, Tools, tools_of
 
 
 async def chat(front: Front, request: Request) -> Response | ASGIApp:
@@ -30,15 +31,16 @@ async def chat(front: Front, request: Request) -> Response | ASGIApp:
     front.check_model(given.get("model"))
     if given.get("top_logprobs") and not given.get("logprobs"):
         raise wrong("top_logprobs", "needs `logprobs`: true")
-    job = await front.prepare(lambda: _job(front, given, request.scope["state"]["id"]))
+    tools = tools_of(given)
+    job = await front.prepare(lambda: _job(front, given, request.scope["state"]["id"], tools))
     tickets = front.submit(job, given.get("n", 1))
-    form = Form(front, given, request.scope["state"]["log"])
+    form = Form(front, given, request.scope["state"]["log"], tools)
     if given.get("stream"):
         return EventStream(_events(form, tickets), front.settings.ping)
     return json_reply(form.whole(await front.collect(tickets, request.receive)))
 
 
-def _job(front: Front, given: Fields, name: str) -> Job:
+def _job(front: Front, given: Fields, name: str, tools: Tools | None) -> Job:
     """What the engine is to do. Raises ApiError or UserError."""
     messages = normalised(given["messages"])
     prompt = chat_prompt(
@@ -47,16 +49,19 @@ def _job(front: Front, given: Fields, name: str) -> Job:
         front.model.special_tokens,
         given.get("add_generation_prompt", True),
         given.get("chat_template_kwargs"),
+        tools,
     )
     top = given.get("top_logprobs", 0) if given.get("logprobs") else None
-    return job_of(front, given, chat_ids(prompt, front.model.tokenize), name, top)
+    return job_of(
+        front, given, chat_ids(prompt, front.model.tokenize), name, top, grammar=tools.grammar() if tools else None
+    )
 
 
 class Form:
-    """Answers in the form of chats."""
+    """Answers in the form of chats. tools: that may be called in them."""
 
-    def __init__(self, front: Front, given: Fields, log: dict[str, Any]) -> None:
-        self.front, self.given, self.log = front, given, log
+    def __init__(self, front: Front, given: Fields, log: dict[str, Any], tools: Tools | None = None) -> None:
+        self.front, self.given, self.log, self._tools = front, given, log, tools
         self._base = {
             "id": wire.new_id("chatcmpl-"),
             "created": int(time.time()),
@@ -69,9 +74,8 @@ class Form:
         choices = [
             {
                 "index": i,
-                "message": {"role": "assistant", "content": answer.end.text, "refusal": None},
+                **self._message(answer.end),
                 "logprobs": self.logprobs(answer.tokens),
-                "finish_reason": wire.finish_reason(answer.end.reason),
             }
             for i, answer in enumerate(answers)
         ]
@@ -85,6 +89,19 @@ class Form:
             **last_figures(self.front, ends[0]),
         }
 
+    def _message(self, end: End) -> dict[str, Any]:
+        """The message of an answer, and why it ended."""
+        reader = self.reader()
+        said = "".join(text for text, _ in (reader.push(end.text), reader.end()))
+        message: dict[str, Any] = {"role": "assistant", "content": said, "refusal": None}
+        if reader.calls:
+            message |= {"content": said or None, "tool_calls": [call.wire() for call in reader.calls]}
+        return {"message": message, "finish_reason": finished(end, reader)}
+
+    def reader(self) -> CallReader:
+        """What finds calls in an answer; all is text where there are no tools."""
+        return CallReader(self._tools.names if self._tools else ())
+
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         """A piece of the answer, as an event."""
         return event({**self._base, "object": "chat.completion.chunk", "choices": choices, **more})
@@ -97,6 +114,12 @@ class Form:
         """Log-probabilities, where they were asked for and there are some."""
         wanted = self.given.get("logprobs") and tokens
         return wire.chat_logprobs(tokens, self.front.model) if wanted else None
+
+
+def finished(end: End, reader: CallReader) -> str:
+    """Why an answer ended, with what was found in it."""
+    reason = wire.finish_reason(end.reason)
+    return "tool_calls" if reader.calls and reason == "stop" else reason
 
 
 def last_figures(front: Front, end: End) -> dict[str, Any]:
@@ -115,7 +138,12 @@ class Stream:
     started: set[int] = field(default_factory=set)
     held: dict[int, list[TokenInfo]] = field(default_factory=dict)  # tokens whose text has not come yet
     ends: dict[int, End] = field(default_factory=dict)
+    readers: dict[int, CallReader] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
+
+    def reader(self, form: Form, i: int) -> CallReader:
+        """What finds calls in answer `i`."""
+        return self.readers.setdefault(i, form.reader())
 
     def with_held(self, i: int, piece: Piece) -> list[TokenInfo]:
         """The tokens of a text, those before it that had none among them."""
@@ -148,19 +176,36 @@ def _told(form: Form, stream: Stream, i: int, one: Event) -> list[bytes]:
         progress = wire.prompt_progress(one, time.perf_counter() - stream.began)
         chunks.append(form.chunk([form.choice(i, {})], prompt_progress=progress))
     elif isinstance(one, Piece):
-        active = bool(form.given.get("return_activity"))
-        if not one.text and not active:
-            stream.held.setdefault(i, []).extend(one.tokens)
-            return chunks
-        more = {"lazyneuron": wire.activity(one, neurons(form.front))} if active else {}
-        chunks.append(form.chunk([form.choice(i, {"content": one.text}, stream.with_held(i, one))], **more))
+        chunks += _piece(form, stream, i, one)
     elif isinstance(one, End):
         stream.ends[i] = one
-        if form.given.get("logprobs") and (rest := stream.held.pop(i, None)):
-            chunks.append(form.chunk([form.choice(i, {"content": ""}, rest)]))
+        reader = stream.reader(form, i)
+        n, (text, calls) = len(reader.calls), reader.end()
+        rest = stream.held.pop(i, []) if form.given.get("logprobs") else []
+        if text or rest:
+            chunks.append(form.chunk([form.choice(i, {"content": text}, rest)]))
+        chunks += _calls(form, i, calls, n)
         figures = last_figures(form.front, one)
-        chunks.append(form.chunk([form.choice(i, {}, end=wire.finish_reason(one.reason))], **figures))
+        chunks.append(form.chunk([form.choice(i, {}, end=finished(one, reader))], **figures))
     return chunks
+
+
+def _piece(form: Form, stream: Stream, i: int, piece: Piece) -> list[bytes]:
+    """The chunks that tell of a piece: its text, and calls that end in it."""
+    reader, chunks = stream.reader(form, i), list[bytes]()
+    n, (text, calls) = len(reader.calls), reader.push(piece.text)
+    active = bool(form.given.get("return_activity"))
+    if text or active:
+        more = {"lazyneuron": wire.activity(piece, neurons(form.front))} if active else {}
+        chunks.append(form.chunk([form.choice(i, {"content": text}, stream.with_held(i, piece))], **more))
+    else:
+        stream.held.setdefault(i, []).extend(piece.tokens)
+    return chunks + _calls(form, i, calls, n)
+
+
+def _calls(form: Form, i: int, calls: Sequence[Call], first: int) -> list[bytes]:
+    """A chunk for each call; first: how many there were before."""
+    return [form.chunk([form.choice(i, {"tool_calls": [call.wire(k)]})]) for k, call in enumerate(calls, first)]
 
 
 def neurons(front: Front) -> list[int]:

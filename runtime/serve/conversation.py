@@ -8,6 +8,7 @@ from typing import Any
 from runtime.base.arguments import shown
 from runtime.errors import UserError
 from runtime.serve.errors import ApiError, wrong
+from runtime.serve.tools import Tools, told
 from runtime.text.chat_template import render
 
 Message = dict[str, Any]
@@ -73,8 +74,12 @@ def chat_prompt(
     special_tokens: Mapping[str, Any],
     add_generation_prompt: bool = True,
     values: Mapping[str, Any] | None = None,
+    tools: Tools | None = None,
 ) -> str:
-    """The prompt for a conversation. Raises ApiError where the model has no template, UserError where it refuses."""
+    """The prompt for a conversation. values: others that the template may name; tools: that the model may call.
+
+    Raises ApiError where the model has no template, UserError where it refuses.
+    """
     if template is None:
         raise ApiError(
             400,
@@ -82,7 +87,8 @@ def chat_prompt(
             "messages",
             "no_chat_template",
         )
-    return render(template, messages, {**special_tokens, **(values or {})}, add_generation_prompt)
+    named = {**({"tools": tools.described} if tools else {}), **(values or {})}
+    return render(template, told(template, messages, tools), special_tokens, add_generation_prompt, named)
 
 
 def chat_ids(prompt: str, encode: Callable[..., list[int]]) -> tuple[int, ...]:

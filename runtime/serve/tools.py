@@ -202,6 +202,8 @@ class CallReader:
 
     def push(self, text: str) -> tuple[str, list[Call]]:
         """What is sure after another piece: text, and calls that follow it."""
+        if not self._names:
+            return text, []
         self._held += text
         said, calls = "", list[Call]()
         while True:
