@@ -181,8 +181,8 @@ class Scheduler:
 
     @property
     def kept_tokens(self) -> int:
-        """Tokens of beginnings that are kept."""
-        return sum(len(kept.ids) for kept in self._kept)
+        """Tokens of beginnings that are kept; may be asked from any thread."""
+        return sum(len(kept.ids) for kept in list(self._kept))
 
     def _decode(self, tasks: list[Task]) -> Step:
         """One token of each, of so many as have the same bits as alone; the others' turn comes next."""

@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from runtime.compute.kv_cache import MAX_SEQUENCES
@@ -216,8 +216,9 @@ class Service:
         shares = engine.counters.layer_shares()
         neurons = [block.ffn.n_ff if block.ffn else 0 for block in self.model.structure.blocks]
         share = sum(s * n for s, n in zip(shares, neurons, strict=True)) / max(1, sum(neurons))
+        counts = self._engine_loop.counts  # which the other thread goes on changing
         return Figures(
-            self._engine_loop.counts,
+            replace(counts, batches=dict(counts.batches)),
             len(scheduler.running),
             len(self._tickets) - len(scheduler.running),
             engine.cells.n_cells,
