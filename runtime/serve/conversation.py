@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 _TEXTS = ("text", "input_text", "output_text", "refusal")
 _KEPT = ("name", "tool_calls", "tool_call_id")  # beside role and content, where templates may look for them
 _MOST = 4096  # messages
+_OPENS, _CLOSES = "\ufdd0", "\ufdd1"  # no characters, so that no text has them
 
 
 def normalised(messages: Sequence[Any], name: str = "messages") -> list[Message]:
@@ -88,12 +90,39 @@ def chat_prompt(
             "no_chat_template",
         )
     named = {**({"tools": tools.described} if tools else {}), **(values or {})}
-    return render(template, told(template, messages, tools), special_tokens, add_generation_prompt, named)
+    shown_messages = _shielded(told(template, messages, tools), special_tokens)
+    return render(template, shown_messages, special_tokens, add_generation_prompt, named)
+
+
+def _shielded(messages: Sequence[Message], special_tokens: Mapping[str, Any]) -> list[Message]:
+    """Messages in which special tokens that a client spelled are marked, so that they stay text."""
+    listed = [value if isinstance(value, list) else [value] for value in special_tokens.values()]
+    known = sorted(
+        {text for texts in listed for text in texts if isinstance(text, str) and text}, key=len, reverse=True
+    )
+    pattern = re.compile("|".join(map(re.escape, known)) or "(?!)")
+
+    def marked(text: str) -> str:
+        return pattern.sub(lambda found: f"{_OPENS}{found[0]}{_CLOSES}", plain(text))
+
+    return [{**one, "content": marked(one["content"])} for one in messages]
+
+
+def plain(prompt: str) -> str:
+    """A prompt without these marks, to be shown."""
+    return prompt.replace(_OPENS, "").replace(_CLOSES, "")
 
 
 def chat_ids(prompt: str, encode: Callable[..., list[int]]) -> tuple[int, ...]:
-    """Ids of such a prompt, in which the template has spelled the special tokens. Raises UserError for none."""
-    ids = encode(prompt, add_special=False, parse_special=True)
+    """Ids of such a prompt, in which the template has spelled the special tokens; those that a client spelled are text.
+
+    Raises UserError where there are none.
+    """
+    ids: list[int] = []
+    # A template may cut a text: a mark without the other is none.
+    for i, part in enumerate(re.split(f"{_OPENS}([^{_OPENS}{_CLOSES}]*){_CLOSES}", prompt)):
+        if part:
+            ids += encode(plain(part), add_special=False, parse_special=i % 2 == 0)
     if not ids:
         raise UserError("messages: the conversation has no tokens", "give some text")
     return tuple(ids)

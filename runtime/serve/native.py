@@ -12,7 +12,7 @@ from runtime.base.arguments import token_ids
 from runtime.serve import wire
 from runtime.serve.body import read_object
 from runtime.serve.checks import Flag, Ids, Keyed, Listing, Text
-from runtime.serve.conversation import chat_prompt, normalised
+from runtime.serve.conversation import chat_prompt, normalised, plain
 from runtime.serve.errors import ApiError, wrong
 from runtime.serve.front import Front
 from runtime.serve.replies import error_reply, json_reply
@@ -112,7 +112,7 @@ async def apply_template(front: Front, request: Request) -> Response:
     prompt = await front.prepare(
         lambda: chat_prompt(front.chat_template, normalised(messages), special, add, more),
     )
-    return json_reply({"prompt": prompt})
+    return json_reply({"prompt": plain(prompt)})
 
 
 def _given(body: dict[str, Any], name: str, check: Any, default: Any) -> Any:
