@@ -195,7 +195,7 @@ def test_a_thousand_tokens_do_not_grow_the_process(converted: Converted) -> None
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_weights_are_mapped_not_copied(converted: Converted) -> None:
     path = converted("bundled", "f16")
-    with runtime.load(path) as model:
+    with runtime.load(path, mmap=True) as model:
         mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
         ranges = [tuple(int(a, 16) for a in line[0].split("-")) for line in mapped]
         for name in ("ffn_gate", "ffn_up", "ffn_down", "ffn_down_t"):

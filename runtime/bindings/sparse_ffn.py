@@ -25,7 +25,7 @@ FEW_TOKENS = 16  # for which `gate` and `down` are, and each token has the same 
 _FILE = {"win32": "lazyneuron.dll", "darwin": "liblazyneuron.dylib"}.get(sys.platform, "liblazyneuron.so")
 VARIANTS = ("portable", "avx2", "avxvnni", "avx512", "neon")
 OPERATORS = ("predict", "predict_sign", "choose", "quantize", "gate", "down", "tokens", "reduce")
-PRODUCTS = ("multiply", "tiles_arrange", "tiles_multiply")
+PRODUCTS = ("multiply", "tiles_arrange", "tiles_multiply", "attend")
 
 
 _CACHE_LINE = 64
@@ -102,6 +102,19 @@ class Tiles(ctypes.Structure):
     ]
 
 
+class Attention(ctypes.Structure):
+    """`struct lzn_attention`: the attention of a block, the userdata of its operator."""
+
+    _fields_ = [
+        ("head_length", ctypes.c_int32),
+        ("n_heads", ctypes.c_int32),
+        ("n_heads_kv", ctypes.c_int32),
+        ("n_threads", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("kernels", ctypes.c_void_p),
+    ]
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The native library.
@@ -112,12 +125,14 @@ def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(path))
     lib.lzn_ggml_version.restype = ctypes.c_char_p
     _check(lib, path)
-    lib.lzn_kernels.restype = lib.lzn_tile_kernels.restype = ctypes.c_void_p
+    lib.lzn_kernels.restype = lib.lzn_tile_kernels.restype = lib.lzn_attention_kernels.restype = ctypes.c_void_p
     lib.lzn_has_variant.restype = ctypes.c_bool
     lib.lzn_arranged_size.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     lib.lzn_arranged_size.restype = ctypes.c_size_t
     lib.lzn_product_size.argtypes = [ctypes.POINTER(Product), ctypes.c_int64]
     lib.lzn_product_size.restype = ctypes.c_size_t
+    lib.lzn_attention_size.argtypes = [ctypes.POINTER(Attention), ctypes.c_int64]
+    lib.lzn_attention_size.restype = ctypes.c_size_t
     lib.lzn_tiles_size.argtypes = [ctypes.POINTER(Tiles), ctypes.c_int64]
     lib.lzn_tiles_size.restype = ctypes.c_size_t
     lib.lzn_tokens_alone.argtypes = [ctypes.POINTER(Ffn), ctypes.c_int64]
@@ -151,7 +166,7 @@ def _check(lib: ctypes.CDLL, path: Path) -> None:
             f"`{path}`: built for ggml {built}, found ggml {found} in llama-cpp-python",
             "reinstall lazyneuron: it pins the version that fits",
         )
-    shared = {"tensor": ggml.ggml_tensor, "ffn": Ffn, "product": Product, "tiles": Tiles}
+    shared = {"tensor": ggml.ggml_tensor, "ffn": Ffn, "product": Product, "tiles": Tiles, "attention": Attention}
     if any(_size_in(lib, name) != ctypes.sizeof(kind) for name, kind in shared.items()):
         raise UserError(
             f"`{path}`: struct sizes differ from those of this version of lazyneuron", "rebuild it: make setup"
@@ -309,6 +324,23 @@ def tiles_size(matrix: Tiles, n_tokens: int) -> int:
     return int(library().lzn_tiles_size(ctypes.byref(matrix), n_tokens))
 
 
+def attention(heads: tuple[int, int, int], scale: float, n_threads: int) -> Attention | None:
+    """The description of an attention over keys and values in F16; None where the kernels have nothing for it.
+
+    heads: their length, the number of queries' heads and of keys' heads. scale: of the scores.
+    """
+    length, n, n_kv = heads
+    kernels = library().lzn_attention_kernels(variant())
+    if not kernels or length % 16:
+        return None
+    return Attention(head_length=length, n_heads=n, n_heads_kv=n_kv, n_threads=n_threads, scale=scale, kernels=kernels)
+
+
+def attention_size(shape: Attention, n_tokens: int) -> int:
+    """Bytes of the result of `attend`, with its scratch."""
+    return int(library().lzn_attention_size(ctypes.byref(shape), n_tokens))
+
+
 def _rows(type_id: int, n_embd: int) -> Rows:
     traits, cpu = ggml.ggml_get_type_traits(type_id).contents, ggml.ggml_get_type_traits_cpu(type_id).contents
     x_type = cpu.vec_dot_type
@@ -331,6 +363,6 @@ def _aligned(size: int) -> int:
     return (size + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE
 
 
-def address_of(ffn: Ffn | Product | Tiles) -> int:
+def address_of(ffn: Ffn | Product | Tiles | Attention) -> int:
     """Where the description lies; valid while `ffn` lives."""
     return ctypes.addressof(ffn)

@@ -76,7 +76,7 @@ class Builder:
     own: bool = False
     scratch: Repacked | None = None
     ffns: dict[int, sparse_ffn.Ffn] = field(default_factory=dict)
-    products: list[sparse_ffn.Product] = field(default_factory=list)
+    products: list[sparse_ffn.Product | sparse_ffn.Attention] = field(default_factory=list)
     placed: dict[str, ggml.TensorP] = field(default_factory=dict)
     taps: dict[str, ggml.TensorP] = field(default_factory=dict)
     arranged: dict[tuple[int | None, int | None], ggml.TensorP] = field(default_factory=dict)

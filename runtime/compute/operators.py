@@ -137,9 +137,28 @@ def add_tiled_product(
     return _custom(ctx, matrix, "tiles_multiply", ggml.F32, (matrix.n_out, n_tokens), tiled, weights)
 
 
+def add_attention(
+    ctx: ggml.ContextP,
+    q: ggml.TensorP,
+    keys: ggml.TensorP,
+    values: ggml.TensorP,
+    mask: ggml.TensorP,
+    shape: sparse_ffn.Attention,
+) -> ggml.TensorP:
+    """Add an attention of up to FEW_TOKENS tokens: q F32 [head_length, n_heads, n_tokens] over keys and values F16
+    [head_length, n_cells, n_heads_kv] -> F32 [head_length * n_heads, n_tokens].
+
+    mask: F16 [n_cells, n_tokens]. Each token has the same bits in any batch. `shape` must outlive the graph.
+    """
+    n, width = q.ne[2], shape.head_length * shape.n_heads
+    size = -(-sparse_ffn.attention_size(shape, n) // 4)
+    made = _custom(ctx, shape, "attend", ggml.F32, (size, 1), q, keys, values, mask)
+    return ggml.ggml_view_2d(ctx, made, width, n, 4 * width, 0)
+
+
 def _custom(
     ctx: ggml.ContextP,
-    what: sparse_ffn.Ffn | sparse_ffn.Product | sparse_ffn.Tiles,
+    what: sparse_ffn.Ffn | sparse_ffn.Product | sparse_ffn.Tiles | sparse_ffn.Attention,
     name: str,
     type_id: int,
     ne: tuple[int, int],

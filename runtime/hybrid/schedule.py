@@ -124,7 +124,7 @@ class Schedule(Closing):
     steps: Sequence[Step]
     devices: Sequence[Queue]
     ffns: Mapping[int, Sequence[sparse_ffn.Ffn]]
-    products: Sequence[sparse_ffn.Product]
+    products: Sequence[sparse_ffn.Product | sparse_ffn.Attention]
     taps: Mapping[str, ggml.TensorP]
     scratch: Repacked | None
     trace: Trace | None

@@ -68,7 +68,7 @@ class _Building:
         few = spec.n_tokens <= sparse_ffn.FEW_TOKENS and spec.run.by_rows
         self.steps: list[Step] = [InOneOrder(sides.cpu.queue, few or spec.run.deterministic)]
         self.ffns: dict[int, list[sparse_ffn.Ffn]] = {}
-        self.products: list[sparse_ffn.Product] = []
+        self.products: list[sparse_ffn.Product | sparse_ffn.Attention] = []
         self.taps: dict[str, ggml.TensorP] = {}
         self.inputs = {side: self._new_inputs(side) for side in range(len(self._sides)) if self._computes(side)}
         for side in self.inputs:

@@ -1,4 +1,5 @@
 // Chooses among the variants of the row kernels by what the CPU can do.
+#include "attention.h"
 #include "cpu_x86.h"
 #include "kernels.h"
 #include "lazyneuron.h"
@@ -100,6 +101,19 @@ const void * lzn_tile_kernels(int32_t type, int32_t variant) {
         case LZN_AVXVNNI: return lzn::tiles_avxvnni(type);
 #endif
         case LZN_AVX512: return lzn::tiles_avx512(type);
+#endif
+        default: return nullptr;
+    }
+}
+
+const void * lzn_attention_kernels(int32_t variant) {
+    switch (variant) {
+#if defined(LZN_X86)
+        case LZN_AVX2: return &lzn::attention_avx2;
+#if defined(LZN_HAS_AVXVNNI)
+        case LZN_AVXVNNI: return &lzn::attention_avxvnni;
+#endif
+        case LZN_AVX512: return &lzn::attention_avx512;
 #endif
         default: return nullptr;
     }

@@ -93,6 +93,16 @@ struct lzn_tiles {
     const void * kernels;  // `lzn_tile_kernels` of the type
 };
 
+// The attention of a model's block: the userdata of `lzn_attend`.
+struct lzn_attention {
+    int32_t head_length;  // a multiple of 16
+    int32_t n_heads;
+    int32_t n_heads_kv;  // of which n_heads is a multiple
+    int32_t n_threads;
+    float scale;          // of the scores
+    const void * kernels;  // `lzn_attention_kernels`
+};
+
 // What scores of some neurons come to on some tokens, counted by `lzn_count_margins`; [n_tokens, n_neurons] in, [n_neurons,
 // n_bins] out and added to.
 struct lzn_margins {
@@ -119,12 +129,14 @@ LZN_API size_t lzn_sizeof_ffn(void);
 LZN_API size_t lzn_sizeof_product(void);
 LZN_API size_t lzn_sizeof_tiles(void);
 LZN_API size_t lzn_sizeof_margins(void);
+LZN_API size_t lzn_sizeof_attention(void);
 
 // The fastest variant that this CPU and this build have; whether they have `variant`; and its kernels for a ggml type.
 LZN_API int32_t lzn_best_variant(void);
 LZN_API bool lzn_has_variant(int32_t variant);
 LZN_API const void * lzn_kernels(int32_t type, int32_t variant);
 LZN_API const void * lzn_tile_kernels(int32_t type, int32_t variant);
+LZN_API const void * lzn_attention_kernels(int32_t variant);  // for keys and values in F16; null where there are none
 LZN_API size_t lzn_arranged_size(const void * kernels, int64_t n);
 
 // What happens when ggml gives up (an assertion, a lost device) or nobody catches a C++ exception: one line on stderr,
@@ -137,6 +149,7 @@ LZN_API size_t lzn_predict_size(const struct lzn_ffn * ffn, int64_t n_tokens);
 LZN_API size_t lzn_gate_size(const struct lzn_ffn * ffn, int64_t n_tokens);
 LZN_API size_t lzn_down_size(const struct lzn_ffn * ffn, int64_t n_tokens);
 LZN_API size_t lzn_product_size(const struct lzn_product * product, int64_t n_tokens);
+LZN_API size_t lzn_attention_size(const struct lzn_attention * attention, int64_t n_tokens);
 LZN_API size_t lzn_tiles_size(const struct lzn_tiles * tiles, int64_t n_tokens);  // of `lzn_tiles_arrange`
 // Whether the result of `tokens` begins with y F32 [n_embd, n_tokens], and needs no `reduce`.
 LZN_API bool lzn_tokens_alone(const struct lzn_ffn * ffn, int64_t n_tokens);
@@ -158,6 +171,11 @@ LZN_OPERATOR(reduce);        // down or tokens; dst is y F32 [n_embd, n_tokens]
 // ggml_custom_op_t: x F32 [n_in, n_tokens], W [n_in, n_out] -> W x F32 [n_out, n_tokens], and scratch behind it. A token's
 // result has the same bits whatever the other tokens and their number are.
 LZN_API void lzn_multiply(struct ggml_tensor * dst, int ith, int nth, void * userdata);
+
+// ggml_custom_op_t: q F32 [head_length, n_heads, n_tokens], keys F16 [head_length, n_cells, n_heads_kv], values the same, mask
+// F16 [n_cells, n_tokens], minus infinity for what a token does not see -> F32 [head_length * n_heads, n_tokens], and scratch
+// behind it. A token's result has the same bits whatever the other tokens, their number and the threads are.
+LZN_API void lzn_attend(struct ggml_tensor * dst, int ith, int nth, void * userdata);
 
 // ggml_custom_op_t: the same product for many tokens. First x F32 [n_in, n_tokens] -> tiles; then tiles, W [n_in, n_out]
 // -> W x F32 [n_out, n_tokens]. x is rounded to 8 bits by blocks of 32, as ggml does. A token's result has the same bits

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 
-from runtime.bindings import ggml
+from runtime.bindings import ggml, sparse_ffn
 from runtime.compute.builder import Builder
+from runtime.compute.operators import add_attention
+from runtime.compute.products import by_rows
 from runtime.model_file import tensor_names as n
 from runtime.model_file.structure import Attention
 
@@ -32,7 +34,6 @@ class AttentionMixer:
         kept_keys, kept_values = b.kv.of(self.i)
         keys = self._remember(kept_keys, ggml.ggml_reshape_2d(b.ctx, k, a.kv_length, b.spec.n_tokens))
         values = self._remember(kept_values, b.linear(x, n.in_block(self.i, n.ATTN_V)))
-        q = ggml.ggml_permute(b.ctx, q, 0, 2, 1, 3)  # [head_length, n_tokens, head_count]
         mixed = self._attend(q, keys, values)
         if b.s.attention_sub_norm:
             mixed = b.norm(mixed, n.in_block(self.i, n.ATTN_SUB_NORM))
@@ -74,9 +75,13 @@ class AttentionMixer:
         return ggml.ggml_view_3d(b.ctx, cache, a.head_length, b.spec.n_kv, a.head_count_kv, row, head, 0)
 
     def _attend(self, q: ggml.TensorP, keys: ggml.TensorP, values: ggml.TensorP) -> ggml.TensorP:
-        """[query_length, n_tokens]."""
+        """Of queries [head_length, head_count, n_tokens]: [query_length, n_tokens]."""
         b, a, mask = self.b, self.shape, self.b.inputs.masks[self.shape.window]
         scale, width = 1 / math.sqrt(a.head_length), a.query_length
+        if own := self._own(scale, keys):
+            b.products.append(own)
+            return add_attention(b.ctx, q, keys, values, mask, own)
+        q = ggml.ggml_permute(b.ctx, q, 0, 2, 1, 3)  # [head_length, n_tokens, head_count]
         flash = ggml.ggml_flash_attn_ext(b.ctx, q, keys, values, mask, scale, 0.0, 0.0)
         if b.spec.run.flash_attention and ggml.ggml_backend_dev_supports_op(b.device, ggml.ConstTensorP(flash.value)):
             return ggml.ggml_reshape_2d(b.ctx, flash, width, b.spec.n_tokens)
@@ -86,3 +91,12 @@ class AttentionMixer:
         mixed = ggml.ggml_mul_mat(b.ctx, turned, weights)  # [head_length, n_tokens, head_count]
         mixed = ggml.ggml_cont(b.ctx, ggml.ggml_permute(b.ctx, mixed, 0, 2, 1, 3))
         return ggml.ggml_reshape_2d(b.ctx, mixed, width, b.spec.n_tokens)
+
+    def _own(self, scale: float, keys: ggml.TensorP) -> sparse_ffn.Attention | None:
+        """Our own operator, where few tokens attend on the CPU: it unpacks a key once for all heads that share it."""
+        b, a, run = self.b, self.shape, self.b.spec.run
+        if not b.own or run.ffn == "dense" or not run.flash_attention or keys.type != ggml.F16:
+            return None
+        if not by_rows(b.spec.n_tokens):
+            return None
+        return sparse_ffn.attention((a.head_length, a.head_count, a.head_count_kv), scale, run.threads)
