@@ -198,7 +198,9 @@ def test_ends(tiny_gguf: Path) -> None:
         assert (some.reason, some.stats.tokens) == ("length", 7)
         assert (full.reason, full.stats.tokens) == ("context", 256 - len(prompt))
         assert (ignored.reason, ignored.stop) == ("stop", " ") and " " not in ignored.text
-        with pytest.raises(PromptTooLongError, match="300 tokens, expected fewer than the context of 256"):
+        with pytest.raises(
+            PromptTooLongError, match=r"300 tokens, expected fewer: this model.s maximum context length is 256"
+        ):
             service.submit(Job((5,) * 300))
 
     with_service(tiny_gguf, test)

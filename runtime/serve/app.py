@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from runtime.serve import chat, completions, models, native, openapi
+from runtime.serve import chat, completions, messages, models, native, openapi, responses
 from runtime.serve.body import ClientGoneError
 from runtime.serve.errors import ApiError, failure
 from runtime.serve.front import Front
@@ -48,6 +48,11 @@ PLACES: tuple[Place, ...] = (
     Place("POST", ("/tokenize",), native.tokenize),
     Place("POST", ("/detokenize",), native.detokenize),
     Place("POST", ("/apply-template",), native.apply_template),
+    Place("GET", ("/metrics",), native.metrics),
+    Place("POST", ("/v1/responses", "/responses"), responses.responses),
+    Place("POST", ("/v1/responses/input_tokens",), responses.input_tokens),
+    Place("POST", ("/v1/messages",), messages.messages, anthropic=True),
+    Place("POST", ("/v1/messages/count_tokens",), messages.count_tokens, anthropic=True),
     Place("GET", ("/openapi.json",), openapi.openapi),
 )
 

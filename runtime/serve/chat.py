@@ -13,14 +13,14 @@ from starlette.types import ASGIApp
 
 from runtime.serve import wire
 from runtime.serve.body import read_object
-from runtime.serve.conversation import chat_ids, chat_prompt, normalised
+from runtime.serve.conversation import normalised
 from runtime.serve.errors import failure, wrong
 from runtime.serve.fields import CHAT, Fields, read_fields
 from runtime.serve.front import Collected, Front, cancel, merged
 from runtime.serve.jobs import End, Event, Job, Piece, Progress, TokenInfo
 from runtime.serve.replies import json_reply
 from runtime.serve.service import Ticket
-from runtime.serve.settling import job_of, wants_usage
+from runtime.serve.settling import chat_job, wants_usage
 from runtime.serve.sse import DONE, EventStream, event
 from runtime.serve.tools import Call, CallReader, Tools, tools_of
 
@@ -42,19 +42,8 @@ async def chat(front: Front, request: Request) -> Response | ASGIApp:
 
 def _job(front: Front, given: Fields, name: str, tools: Tools | None) -> Job:
     """What the engine is to do. Raises ApiError or UserError."""
-    messages = normalised(given["messages"])
-    prompt = chat_prompt(
-        front.chat_template,
-        messages,
-        front.model.special_tokens,
-        given.get("add_generation_prompt", True),
-        given.get("chat_template_kwargs"),
-        tools,
-    )
     top = given.get("top_logprobs", 0) if given.get("logprobs") else None
-    return job_of(
-        front, given, chat_ids(prompt, front.model.tokenize), name, top, grammar=tools.grammar() if tools else None
-    )
+    return chat_job(front, given, normalised(given["messages"]), name, top, tools)
 
 
 class Form:

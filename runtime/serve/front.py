@@ -20,6 +20,7 @@ from runtime.model import Model
 from runtime.serve.body import ClientGoneError
 from runtime.serve.errors import ApiError
 from runtime.serve.jobs import End, Event, FullError, Job, Piece, PromptTokens, TokenInfo
+from runtime.serve.metrics import Metrics
 from runtime.serve.service import Service, Ticket
 from runtime.serve.settings import Settings
 from runtime.serve.sse import disconnected
@@ -44,6 +45,7 @@ class Front:
         self.service, self.settings = service, settings
         self._threads = ThreadPoolExecutor(_PREPARING, "prepare")
         self._preparing = 0
+        self.metrics = Metrics(service)
         self._dense: float | None = None
         self._calibrated: list[float] | None = None
 

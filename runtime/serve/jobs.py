@@ -119,6 +119,8 @@ class PromptTooLongError(UserError):
 
     def __init__(self, n_prompt: int, n_ctx: int) -> None:
         super().__init__(
-            f"the prompt has {n_prompt} tokens, expected fewer than the context of {n_ctx}", "shorten the prompt"
+            # The words by which clients know this error from others, and shorten their prompt.
+            f"the prompt has {n_prompt} tokens, expected fewer: this model's maximum context length is {n_ctx} tokens",
+            "shorten the prompt",
         )
         self.n_prompt, self.n_ctx = n_prompt, n_ctx

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from prometheus_client.exposition import choose_encoder
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -68,6 +69,13 @@ async def slots(front: Front, request: Request) -> Response:
     every: list[dict[str, Any]] = [{"is_processing": True, **asdict(slot)} for slot in found]
     every += [{"is_processing": False}] * (front.service.parallel - len(found))
     return json_reply([{"id": i, "n_ctx": front.model.n_ctx, **slot} for i, slot in enumerate(every)])
+
+
+async def metrics(front: Front, request: Request) -> Response:
+    """What is counted, for Prometheus."""
+    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    headers = {"Cache-Control": "no-store", "Content-Type": content_type}
+    return Response(encode(front.metrics.registry), headers=headers)
 
 
 async def tokenize(front: Front, request: Request) -> Response:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from runtime.base.arguments import token_ids
+from runtime.serve.conversation import Message, chat_ids, chat_prompt
+from runtime.serve.errors import wrong
 from runtime.serve.fields import Fields, biases, sampling_of
 from runtime.serve.forms import grammar_of
 from runtime.serve.front import Front
 from runtime.serve.jobs import Job
+from runtime.serve.tools import Tools, tools_of
 from runtime.text.grammar import Grammar
 
 
@@ -45,6 +48,42 @@ def job_of(
         activity=given.get("return_activity", False),
         name=name,
     )
+
+
+def chat_job(
+    front: Front,
+    given: Fields,
+    messages: Sequence[Message],
+    name: str,
+    top_logprobs: int | None = None,
+    tools: Tools | None = None,
+) -> Job:
+    """A job of a conversation; tools: that may be called, or must. Raises ApiError or UserError."""
+    ids = prompt_ids(front, given, messages, tools)
+    return job_of(front, given, ids, name, top_logprobs, grammar=tools.grammar() if tools else None)
+
+
+def prompt_ids(front: Front, given: Fields, messages: Sequence[Message], tools: Tools | None = None) -> tuple[int, ...]:
+    """The ids of a conversation. Raises ApiError or UserError."""
+    prompt = chat_prompt(
+        front.chat_template,
+        messages,
+        front.model.special_tokens,
+        given.get("add_generation_prompt", True),
+        given.get("chat_template_kwargs"),
+        tools,
+    )
+    return chat_ids(prompt, front.model.tokenize)
+
+
+def told_tools(given: Fields) -> Tools | None:
+    """The tools of a request whose form has no place for calls that were found: the model is told of them, and what it
+    writes stays text. Raises ApiError where one must be called.
+    """
+    tools = tools_of(given)
+    if tools and tools.grammar():
+        raise wrong("tool_choice", "only `auto` and `none` are supported here; /v1/chat/completions can force a call")
+    return tools
 
 
 def wants_usage(given: Fields) -> bool:

@@ -127,7 +127,7 @@ def token_text(data: bytes) -> str:
 
 
 def _finite(logprob: float) -> float:
-    return max(logprob, LEAST)
+    return logprob if logprob > LEAST else LEAST  # also for what is no number
 
 
 def chat_logprobs(tokens: Iterable[TokenInfo], model: Model) -> dict[str, Any]:
