@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs/commands"
 SHELL = ("", "sh")  # languages of blocks that hold commands; output stands in `text` blocks
 _EMBEDDED = re.compile(r"(<!-- help: (?P<command>.+?) -->\n```\n).*?(```\n<!-- end of help -->)", re.DOTALL)
+_FIELDS = re.compile(r"(<!-- fields -->\n).*?(<!-- end of fields -->)", re.DOTALL)
 _FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 _MAINS = {"runtime": "runtime.__main__", "convert": "convert.__main__", "predictors": "predictors.__main__"}
 
@@ -118,8 +119,24 @@ def embedded(text: str) -> list[str]:
 
 
 def with_help(text: str) -> str:
-    """A page with the help of today."""
+    """A page with the help, and the server's fields, of today."""
+    text = _FIELDS.sub(lambda found: f"{found[1]}{fields_of_requests()}{found[2]}", text)
     return _EMBEDDED.sub(lambda found: f"{found[1]}{help_of(found['command'])}{found[3]}", text)
+
+
+def fields_of_requests() -> str:
+    """The server's tables of fields."""
+    from runtime.serve.fields import FIELDS, IGNORED, REFUSED
+
+    lines = ["| field | in | what it does |", "|---|---|---|"]
+    for field in FIELDS:
+        names = ", ".join(f"`{name}`" for name in (field.name, *field.aliases))
+        where = ", ".join(place for place in field.endpoints if place != "completion")
+        if where:
+            lines.append(f"| {names} | {where} | {field.about}{'; needed' if field.needed else ''} |")
+    for title, table in (("accepted, and does nothing", IGNORED), ("refused where it asks for something", REFUSED)):
+        lines += ["", f"| {title} | why |", "|---|---|", *(f"| {names} | {why} |" for names, why in table.items())]
+    return "\n".join(lines) + "\n"
 
 
 def without_help(text: str) -> str:
@@ -128,8 +145,8 @@ def without_help(text: str) -> str:
 
 
 def main() -> None:
-    """Write the embedded help of all pages anew."""
-    for page in sorted(PAGES.glob("*.md")):
+    """Write what pages embed anew."""
+    for page in documents():
         text = page.read_text(encoding="utf-8")
         if (new := with_help(text)) != text:
             page.write_text(new, encoding="utf-8")
