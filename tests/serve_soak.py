@@ -1,6 +1,6 @@
 """Many clients at once for a while, some of them bad: every answer is that of the request alone, and nothing is lost.
 
-    python tests/serve_soak.py MODEL [--seconds 300] [--clients 64] [--health 1.0]
+    python tests/serve_soak.py MODEL [--seconds 300] [--clients 64] [--health 1.0] [--growth 0.1]
 
 Clients stream or wait, leave midway, read slowly, drop the connection, and send what is no request. At the end: no wrong
 answer, memory as after the first quarter, all slots free, /health in time. One line of JSON; status 1 if not all holds.
@@ -198,13 +198,15 @@ async def soaked(soak: Soak, clients: int, seconds: float, pid: int) -> None:
             soak.judge(i, (await client.post(PATH, json=soak.bodies[i])).json()["choices"][0]["text"], "after")
 
 
-def verdict(soak: Soak, status: int, most: float) -> dict[str, Any]:
-    """What came of it; `failures` is empty where all is well. most: seconds that /health may take."""
+def verdict(soak: Soak, status: int, most: float, growth: float) -> dict[str, Any]:
+    """What came of it; `failures` is empty where all is well. most: seconds that /health may take; growth: share by
+    which memory may grow.
+    """
     health, n = sorted(soak.health), len(soak.memory) // 4
     before, after = (sum(part) / max(1, len(part)) for part in (soak.memory[n : 2 * n], soak.memory[-n:]))
     p99 = health[int(0.99 * (len(health) - 1))]
     failures = soak.wrong[:20]
-    if after > 1.05 * before:
+    if after > (1 + growth) * before:
         failures.append(f"memory grew from {before:.1f} to {after:.1f} MiB")
     if p99 > most:
         failures.append(f"/health took {p99:.3f} s")
@@ -230,6 +232,8 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=64)
     # A server that hangs takes ever longer; how long one takes that does not is the machine's business, too.
     parser.add_argument("--health", type=float, default=1.0, help="seconds that /health may take, 99 of 100 times (1)")
+    # Graphs of the batches that come up are made and kept: on a busy machine that takes more than the first quarter.
+    parser.add_argument("--growth", type=float, default=0.1, help="share by which memory may grow (0.1)")
     given = parser.parse_args()
     command = [sys.executable, "-m", "runtime", "serve", str(given.model), "--port", "0", "--json", *OPTIONS]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
@@ -238,7 +242,7 @@ def main() -> int:
             soak = Soak(json.loads(server.stdout.readline())["address"], requests())
             asyncio.run(soaked(soak, given.clients, given.seconds, server.pid))
             server.send_signal(signal.SIGTERM)
-            found = verdict(soak, server.wait(60), given.health)
+            found = verdict(soak, server.wait(60), given.health, given.growth)
         finally:
             server.kill()
     print(json.dumps(found))
