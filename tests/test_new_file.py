@@ -301,6 +301,29 @@ def test_many_threads_at_once(tmp_path: Path) -> None:
     assert left(tmp_path) == ["x"]
 
 
+def test_a_lock_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is refused just as the writer ends and the next one begins leaves the next one's files alone."""
+    out, first = tmp_path / "x", contextlib.ExitStack()
+    first.enter_context(writing(out))
+    second, asked = contextlib.ExitStack(), []
+    try_lock = module._try_lock
+
+    def changing(descriptor: int) -> bool | None:
+        asked.append(descriptor)
+        if len(asked) == 2:  # the refused run has opened the lock, to see whether the folder may go
+            first.close()
+            second.enter_context(replacing(out)).write_text("the second's")
+        return try_lock(descriptor)
+
+    monkeypatch.setattr(module, "_try_lock", changing)
+    with pytest.raises(UserError, match="another process"), writing(out):
+        pass
+    second.close()
+    assert len(asked) == 3
+    assert out.read_text() == "the second's"
+    assert left(tmp_path) == ["x"]
+
+
 def test_what_a_stopped_run_writes_is_not_removed(tmp_path: Path) -> None:
     """A process that is stopped for an hour is no process that was killed."""
     code = (

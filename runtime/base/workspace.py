@@ -202,7 +202,8 @@ def _discard(folder: Path, target: Path) -> None:
     with suppress(OSError):
         if _is_own(folder):
             lock = os.open(folder / _LOCK, os.O_RDWR)
-            if _try_lock(lock):
+            # The one who held it may have gone since, and the folder be another run's, with a lock file of its own.
+            if _try_lock(lock) and _is_still(lock, folder / _LOCK):
                 _remove(folder, target, lock)
             else:
                 os.close(lock)

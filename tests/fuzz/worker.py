@@ -287,7 +287,13 @@ class Worker:
         self._read()
         os.close(self._results)
         del seen[self.pid]
-        return self._restart(index, "hang")
+        at, *_, since = self._now()
+        if at == index and since:
+            return self._restart(index, "hang")
+        if not since:  # it came to its end in the meantime: the input had been slow, or this process was
+            return self._finish()
+        self._open(at)  # it went on; the one that it was at is run again
+        return True
 
     def _restart(self, index: int, what: str) -> bool:
         report = self.log.read_text(errors="replace")[-6000:] if self.log.exists() else ""
