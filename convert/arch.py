@@ -10,7 +10,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -40,7 +40,8 @@ class Field:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint tensor (`{i}` stands for the block's number) and the name of its rewrite in `convert.rewrites`.
+    """A checkpoint tensor and the name of its rewrite in `convert.rewrites`. In its name `{i}` stands for the block's
+    number, and `{e}` for the expert's: of one that has it there is one for each expert, and the file has all in one.
 
     ternary: its weights are rounded as its model does when it runs. columns: the tensor that its columns are multiplied
     with, such as the weights of a norm whose result it multiplies. Both happen before the rewrite.
@@ -50,6 +51,11 @@ class Source:
     rewrite: str = "identity"
     ternary: bool = False
     columns: str = ""
+
+    def numbered(self, i: int | str = "{i}", e: int | str = "{e}", prefix: str = "") -> Source:
+        """The source with numbers filled in, and without a prefix."""
+        name, columns = (text.format(i=i, e=e).removeprefix(prefix) for text in (self.name, self.columns))
+        return replace(self, name=name, columns=columns)
 
 
 @dataclass(frozen=True)

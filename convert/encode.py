@@ -44,6 +44,10 @@ class Encoder:
 
     def pieces(self, tensor: PlannedTensor) -> Iterator[Bytes]:
         """The bytes of `tensor`, in order. Raises UserError for values that its format cannot hold."""
+        for part in tensor.parts:
+            yield from self._pieces(part)
+
+    def _pieces(self, tensor: PlannedTensor) -> Iterator[Bytes]:
         source = tensor.source
         if isinstance(source, MadeTensor):
             yield source.data

@@ -42,12 +42,16 @@ def heads_kv(usual: int) -> Callable[[Config], int]:
     return count
 
 
-def within_window(context: int, config: Config) -> int:
-    """Of `context` positions those for which attention over a sliding window is attention over everything: all where
-    there is no window.
+def sliding_window(context_length: Callable[[Config], int], usual: int = 0) -> Callable[[Config], int]:
+    """Positions that a token attends to, 0 for all: a config without the key means `usual` of them, a null no window,
+    and neither is a window that the whole context fits into.
     """
-    missing = context if "sliding_window" in config.values else 4096  # null is no window, but the default is one
-    return min(context, config.get("sliding_window", int, missing))
+
+    def length(config: Config) -> int:
+        found = config.get("sliding_window", int, 0 if "sliding_window" in config.values else usual)
+        return found if found < context_length(config) else 0
+
+    return length
 
 
 def pair(name: str, source: str | tuple[str, ...], rewrite: str = "identity", bias: bool = True) -> Table:
@@ -107,6 +111,19 @@ def down(source: str, bias: bool = True) -> Table:
     return {
         **pair("blk.{i}.ffn_down", source, bias=bias),
         "blk.{i}.ffn_down_t.weight": Source(f"{source}.weight", "transpose"),
+    }
+
+
+def experts(at: str, gate: str, up: str, down: str, router: str) -> Table:
+    """Gated experts and their router. at: what the names of one expert's matrices begin with, `{e}` being its number;
+    gate, up, down: their own names; router: the whole name of the router's matrix, without `.weight`.
+    """
+    return {
+        **pair("blk.{i}.ffn_gate_inp", router, bias=False),
+        "blk.{i}.ffn_gate_exps.weight": Source(f"{at}.{gate}.weight"),
+        "blk.{i}.ffn_up_exps.weight": Source(f"{at}.{up}.weight"),
+        "blk.{i}.ffn_down_exps.weight": Source(f"{at}.{down}.weight"),
+        "blk.{i}.ffn_down_t_exps.weight": Source(f"{at}.{down}.weight", "transpose"),
     }
 
 

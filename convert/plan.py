@@ -30,7 +30,8 @@ from runtime.model_file import tensor_names as names
 from runtime.model_file.structure import Attention, Structure
 from runtime.model_file.tensor_shapes import required_tensors
 
-_ALWAYS_F32 = (names.weight(names.POSITION_EMBD),)  # besides everything with one dimension: norms, biases, frequencies
+# Besides everything with one dimension: norms, biases, frequencies.
+_ALWAYS_F32 = (names.weight(names.POSITION_EMBD), *names.ROUTERS)
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,24 @@ class PlannedTensor:
         return 1 if self.name.endswith(names.NEURON_COLUMNS) else 0
 
     @property
+    def parts(self) -> tuple[PlannedTensor, ...]:
+        """What the tensor is made of, one behind the other: a matrix for each expert, or itself."""
+        if not isinstance(self.source, Source) or "{e}" not in self.source.name:
+            return (self,)
+        *shape, count = self.shape
+        orders = [None] * count if self.order is None else self._orders(count)
+        return tuple(
+            replace(self, source=self.source.numbered(e=e), shape=tuple(shape), order=order)
+            for e, order in enumerate(orders)
+        )
+
+    def _orders(self, count: int) -> list[npt.NDArray[np.int32]]:
+        """The order of each expert's neurons among themselves."""
+        assert self.order is not None
+        length = len(self.order) // count
+        return [order - np.int32(e * length) for e, order in enumerate(self.order.reshape(count, length))]
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row; a vector counts as rows of one element."""
         return row_bytes(self.type, self.shape[0] if len(self.shape) > 1 else 1)
@@ -145,7 +164,7 @@ def make_plan(
     required = required_tensors(structure)
     _check_names(checkpoint, required, sources, _skipped(arch, structure, checkpoint))
     tensors = [_planned(name, shape, sources[name], structure, types) for name, shape in required.items()]
-    _check_shapes(checkpoint, tensors)
+    _check_shapes(checkpoint, [part for tensor in tensors for part in tensor.parts])
     return Plan(arch, structure, types, tuple(tensors), notes)
 
 
@@ -189,7 +208,7 @@ def _reordered(tensor: PlannedTensor, fit: NewBlocks) -> PlannedTensor:
 def _planned(name: str, shape: Shape, source: Source | Generated, structure: Structure, types: Types) -> PlannedTensor:
     head = names.weight(names.TOKEN_EMBD if structure.tied_output else names.OUTPUT)
     wanted = (types.output or output_type(types.main)) if name == head else types.main
-    if len(shape) == 1 or name in _ALWAYS_F32:
+    if len(shape) == 1 or name.endswith(_ALWAYS_F32):
         wanted = "f32"
     rewrite = named(source.rewrite, attention_of(structure, name)) if isinstance(source, Source) else IDENTITY
     return PlannedTensor(name, source, shape, fitting(wanted, shape[0]), wanted, rewrite=rewrite)
@@ -229,10 +248,11 @@ def _templates(arch: Arch, config: Config, block_count: int) -> Iterator[tuple[s
 
 def _fits(source: Source | Generated, shape: Shape | None, attention: Attention | None, checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint has a source in the shape that a tensor of `shape` (in ggml's order) is made from."""
-    if isinstance(source, Generated) or shape is None or source.name not in checkpoint.tensors:
+    if isinstance(source, Generated) or shape is None:
         return False
-    expected = named(source.rewrite, attention).source_shape(shape[::-1])
-    return checkpoint.tensors[source.name].shape == expected
+    first = source.numbered(e=0)
+    expected = named(source.rewrite, attention).source_shape(shape[:2][::-1])
+    return first.name in checkpoint.tensors and checkpoint.tensors[first.name].shape == expected
 
 
 def _absent_prefix(arch: Arch, checkpoint: Checkpoint) -> str:
@@ -241,10 +261,7 @@ def _absent_prefix(arch: Arch, checkpoint: Checkpoint) -> str:
 
 
 def _numbered(source: Source | Generated, i: int, prefix: str) -> Source | Generated:
-    if isinstance(source, Generated):
-        return source
-    name, columns = (text.format(i=i).removeprefix(prefix) for text in (source.name, source.columns))
-    return replace(source, name=name, columns=columns)
+    return source if isinstance(source, Generated) else source.numbered(i, prefix=prefix)
 
 
 def _skipped(arch: Arch, structure: Structure, checkpoint: Checkpoint) -> set[str]:
@@ -263,7 +280,12 @@ def _check_names(
     sources: Mapping[str, Source | Generated],
     skipped: set[str],
 ) -> None:
-    read = [source for name in required if isinstance(source := sources.get(name), Source)]
+    read = [
+        source.numbered(e=e)
+        for name, shape in required.items()
+        if isinstance(source := sources.get(name), Source)
+        for e in range(shape[-1] if "{e}" in source.name else 1)
+    ]
     used = {source.name for source in read} | {source.columns for source in read if source.columns}
     missing = sorted(used - set(checkpoint.tensors))
     missing += [f"a source of {name}" for name in required if name not in sources]

@@ -13,7 +13,15 @@ import numpy as np
 from predictors import calibration_text
 from predictors.calibrate import LayerSamples, all_test, calibrate
 from predictors.evaluate import layer_figures
-from predictors.fit import BlockFit, ModelFit, calibration_windows, fit_metadata, frequency, of_blocks
+from predictors.fit import (
+    BlockFit,
+    ModelFit,
+    calibration_windows,
+    fit_metadata,
+    frequency,
+    of_blocks,
+    refuse_experts,
+)
 from predictors.hot_order import as_it_is, hottest_first
 from predictors.margins import scale_of
 from predictors.matrices import Floats
@@ -47,6 +55,7 @@ def adopt_model(
     corpus = calibration_text.read_corpus(calibration)
     with GgufFile(path) as file:
         s = file.structure
+        refuse_experts(path, s)
         windows = calibration_windows(corpus, path, s, tokens, seed)
         with BlockRunner(file, threads or default_threads(), windows.shape[1]) as runner:
             layers = calibrate(runner, windows, all_test(windows), s.predictor_tap == "residual", progress)

@@ -189,6 +189,7 @@ def fit_candidates(
     corpus = calibration_text.read_corpus(calibration)
     with GgufFile(path) as file:
         s = file.structure
+        refuse_experts(path, s)
         windows = calibration_windows(corpus, path, s, tokens, seed)
         cores = threads or default_threads()
         options = FitOptions(_types(predictor_type, s), seed, cores)
@@ -202,6 +203,15 @@ def fit_candidates(
                         kept.keep(layer.i, [done.i for done in layers], _in_memory(layers[-1]), layer.output)
     calibrated = {"corpus": corpus.name, "sha256": corpus.sha256, "tokens": int(windows.size), "seed": seed}
     return Candidates(s, kind, tuple(layers), calibrated | {"method": METHODS[kind]})
+
+
+def refuse_experts(path: Path, s: Structure) -> None:
+    """Raise UserError for a mixture of experts: how its neurons fire cannot be measured yet."""
+    if any(ffn.experts for ffn in s.ffns.values()):
+        raise UserError(
+            f"`{path}`: a mixture of experts, of which calibration knows nothing yet",
+            "convert it with --calibration none: `exact` mode needs no calibration",
+        )
 
 
 def _digest(counts: Sequence[Floats] | None) -> str:

@@ -18,8 +18,8 @@ import numpy.typing as npt
 from runtime.compute.counters import Counters
 from runtime.compute.traffic import Activity, bytes_per_token, union
 from runtime.draft_length import DraftLength
-from runtime.hybrid.costs import frequencies
 from runtime.lookup import Lookup
+from runtime.model_file.frequencies import frequencies
 from runtime.model_file.reader import GgufFile
 from runtime.options import SettledOptions
 from runtime.sequence import CachedSequence

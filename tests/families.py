@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import experts
 import torch
 import transformers
 from checkpoints import VOCAB_SIZE, save
@@ -36,6 +37,11 @@ class Case:
     written: dict[str, Any] = field(default_factory=dict)
     change: Change | None = None
     ffn_type: str | None = None
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head is the embeddings."""
+        return bool(self.config.get("tie_word_embeddings", False))
 
     def _config(self) -> Any:
         common = {
@@ -156,7 +162,7 @@ _OLD_FALCON = {"architectures": ["RWForCausalLM"], "n_layer": 2, "n_head": 6, "n
                "num_kv_heads": None, "new_decoder_architecture": None, "rope_parameters": None, "ffn_hidden_size": None,
                "num_ln_in_parallel_attn": None}  # fmt: skip
 
-CASES = {
+CASES: dict[str, Case | experts.Model] = {
     "llama-fatrelu": Case(
         "llama", "Llama", GQA | _LLAMA3, {"hidden_act": "fatrelu", "hidden_act_param": 0.5}, fatrelu(0.5)
     ),
@@ -232,4 +238,5 @@ CASES = {
         "BitNet",
         {**GQA, "num_key_value_heads": 3, "attention_bias": True, "hidden_act": "relu2", "rms_norm_eps": 1e-3} | _TIED,
     ),
+    **experts.MODELS,  # whose reference is float64 numpy
 }

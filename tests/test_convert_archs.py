@@ -87,7 +87,8 @@ def test_every_tensor_has_its_place(name: str, checkpoint: Folder) -> None:
     plan = case_plan(name, checkpoint)
     weights = load_tensors(checkpoint(name))
     assert [t.name for t in plan.tensors] == list(required_tensors(plan.structure))
-    sources = [t.source for t in plan.tensors if isinstance(t.source, Source)]
+    parts = [part for tensor in plan.tensors for part in tensor.parts]
+    sources = [part.source for part in parts if isinstance(part.source, Source)]
     used = {source.name for source in sources} | {source.columns for source in sources if source.columns}
     assert used | {"lm_head.weight"} >= set(weights) >= used
 
@@ -193,16 +194,18 @@ def test_drelu_needs_a_gate() -> None:
         describe(find_arch(config), config, ffn_type="drelu")
 
 
-def test_a_window_limits_the_context() -> None:
+def test_a_window() -> None:
     values = {
         **MINIMAL_LLAMA,
         "architectures": ["MistralForCausalLM"],
         "num_key_value_heads": 4,
         "max_position_embeddings": 32768,
     }
-    assert structure(values, sliding_window=4096).context_length == 4096
-    assert structure(values, sliding_window=None).context_length == 32768
-    assert structure(values).context_length == 4096  # as transformers takes it
+    assert structure(values, sliding_window=1024).sliding_window == 1024
+    assert structure(values, sliding_window=None).sliding_window == 0
+    assert structure(values, sliding_window=32768).sliding_window == 0  # it holds the whole context
+    assert structure(values).sliding_window == 4096  # as transformers takes it
+    assert structure(values).context_length == 32768
 
 
 def test_a_file_names_the_oldest_schema_that_describes_it() -> None:

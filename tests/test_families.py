@@ -19,7 +19,9 @@ from convert.arch import families
 from predictors.calibrate import calibrate
 from predictors.fit import BlockFit, ModelFit
 from predictors.matrices import Tensor
+from runtime.bindings.ffn_shape import FfnShape
 from runtime.block_runner import BlockRunner
+from runtime.model_file import tensor_names as names
 from runtime.model_file.reader import GgufFile
 
 pytestmark = pytest.mark.numeric
@@ -44,22 +46,27 @@ def made_up_fit(path: Path, **_options: Any) -> ModelFit:
         s = file.structure
     rng = np.random.default_rng(0)
 
-    def block() -> BlockFit:
-        order = rng.permutation(s.feed_forward_length).astype(np.int32)
-        freq = np.sort(rng.random(s.feed_forward_length, np.float32))[::-1].copy()
+    def block(ffn: FfnShape) -> BlockFit:
+        stems, ff = names.stems(ffn), ffn.expert_length
+        each = (ffn.experts.count,) if ffn.experts else ()
+        index = np.stack([rng.permutation(ff).astype(np.int32) for _ in range(ffn.n_ff // ff)])
+        freq = -np.sort(-rng.random(index.shape, np.float32))
         shapes = {
             "predictor_in.weight": (s.embedding_length, RANK),
-            "predictor_out.weight": (RANK, s.feed_forward_length),
+            f"{stems.predictor_out}.weight": (RANK, ff, *each),
+            f"{stems.predictor_out}.bias": (ff, *each),
         }
         tensors = [Tensor(name, "f32", shape, random_bytes(rng, shape)) for name, shape in shapes.items()]
         tensors += [
-            Tensor("predictor_out.bias", "f32", (s.feed_forward_length,), random_bytes(rng, (s.feed_forward_length,))),
-            Tensor("ffn_neuron_index", "i32", order.shape, order.view(np.uint8)),
-            Tensor("ffn_neuron_freq", "f32", freq.shape, freq.view(np.uint8)),
+            Tensor(stems.index, "i32", (ff, *each), index.reshape(-1).view(np.uint8)),
+            Tensor(stems.freq, "f32", (ff, *each), freq.reshape(-1).view(np.uint8)),
         ]
-        return BlockFit(order, freq, RANK, "f32", 1.0, tuple(tensors), None)  # type: ignore[arg-type]
+        if ffn.experts:
+            tensors.append(Tensor(names.EXPERT_FREQ, "f32", each, np.full(each, 0.5, np.float32).view(np.uint8)))
+        order = (index + ff * np.arange(len(index), dtype=np.int32)[:, None]).reshape(-1)
+        return BlockFit(order, freq.reshape(-1), RANK, "f32", 1.0, tuple(tensors), None)  # type: ignore[arg-type]
 
-    return ModelFit("lowrank", "hot", tuple(block() for _ in range(s.block_count)), {})
+    return ModelFit("lowrank", "hot", tuple(block(ffn) for ffn in s.ffns.values()), {})
 
 
 def random_bytes(rng: np.random.Generator, shape: tuple[int, ...]) -> Any:
@@ -102,7 +109,7 @@ def test_equals_the_reference(case: Any, name: str, mode: str) -> None:
 def test_every_family_has_two_rows_or_more(family: str) -> None:
     rows = [case for case in CASES.values() if case.family == family]
     assert len(rows) >= 2
-    assert {case.config.get("tie_word_embeddings", False) for case in rows} == {True, False}
+    assert {case.tied for case in rows} == {True, False}
 
 
 @pytest.mark.parametrize("name", ["bitnet", "minicpm", "llama-drelu"])

@@ -22,13 +22,13 @@ from runtime.hybrid.costs import (
     PlanOptions,
     candidates,
     cuts_of,
-    frequencies,
     machine_of,
     model_costs,
     plan_for,
     reserve_of,
 )
 from runtime.hybrid.planner import place
+from runtime.model_file.frequencies import frequencies
 from runtime.model_file.reader import GgufFile
 from runtime.options import RunOptions, SettledOptions
 

@@ -17,7 +17,7 @@ ARCH = Arch(
         **naming.SIZES,
         "head_count_kv": naming.heads_kv(8),
         **_ROPE.keys(),
-        "context_length": lambda config: naming.within_window(_ROPE.context_length(config), config),
+        "sliding_window": naming.sliding_window(_ROPE.context_length, 4096),
         "norm": "rms",
         "norm_epsilon": Field("rms_norm_eps", 1e-6),
         "ffn_gate": "gated",

@@ -15,7 +15,9 @@ import numpy.typing as npt
 from convert.arch import Generated, Source
 from convert.checkpoint import Checkpoint
 from convert.encode import read
-from convert.plan import Plan
+from convert.plan import Plan, PlannedTensor
+from runtime.bindings.ffn_shape import Experts
+from runtime.model_file import tensor_names as names
 
 Floats = npt.NDArray[np.float32]
 _ROWS = 4096  # of the output head that are held at once
@@ -44,7 +46,9 @@ class NumpyModel:
 
     def _rows(self, name: str, start: int, stop: int) -> Floats:
         """Rows start .. stop - 1 of a tensor, row-major: [stop - start, n_in]; elements of a vector."""
-        tensor = self._tensors[name]
+        return self._rows_of(self._tensors[name], start, stop)
+
+    def _rows_of(self, tensor: PlannedTensor, start: int, stop: int) -> Floats:
         if isinstance(tensor.source, Generated):
             return tensor.source.make(self._checkpoint.config)[start:stop]
         assert isinstance(tensor.source, Source)
@@ -54,7 +58,11 @@ class NumpyModel:
     def _tensor(self, name: str) -> Floats:
         return self._rows(name, 0, self._tensors[name].rows)
 
-    def _linear(self, x: Floats, name: str) -> Floats:
+    def _linear(self, x: Floats, name: str, e: int | None = None) -> Floats:
+        """x times a matrix, or that of expert `e`."""
+        if e is not None:
+            part = self._tensors[f"{name}.weight"].parts[e]
+            return x @ self._rows_of(part, 0, part.rows).T
         return self._biased(x @ self._tensor(f"{name}.weight").T, name)
 
     def _biased(self, x: Floats, name: str) -> Floats:
@@ -87,15 +95,18 @@ class NumpyModel:
 
     def _block(self, x: Floats, i: int) -> Floats:
         s, block, scale = self.s, self.s.blocks[i], np.float32(self.s.residual_scale)
-        names = f"blk.{i}.attn_norm", f"blk.{i}.ffn_norm"
+        norms = f"blk.{i}.attn_norm", f"blk.{i}.ffn_norm"
         if s.norm_placement == "post":
-            h = self._norm(x + scale * self._attention(x, i), names[0]) if block.mixer else x
-            return self._norm(h + scale * self._ffn(h, i), names[1]) if block.ffn else h
-        mixed = self._attention(self._norm(x, names[0]), i) if block.mixer else np.float32(0)
+            h = self._norm(x + scale * self._attention(x, i), norms[0]) if block.mixer else x
+            return self._norm(h + scale * self._ffn(h, i), norms[1]) if block.ffn else h
+        mixed = self._attention(self._norm(x, norms[0]), i) if block.mixer else np.float32(0)
         h = x + scale * mixed
         if not block.ffn:
             return h
-        return h + scale * self._ffn(self._norm(x if s.residual == "parallel" else h, names[1]), i)
+        seen = self._norm(x if s.residual == "parallel" else h, norms[1])
+        if experts := block.ffn.experts:
+            return h + scale * self._experts(seen, x if experts.tap == "block" else seen, i, experts)
+        return h + scale * self._ffn(seen, i)
 
     def _attention(self, x: Floats, i: int) -> Floats:
         s, a, n = self.s, self.s.attentions[i], len(x)
@@ -137,22 +148,52 @@ class NumpyModel:
         a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1, dtype=np.float32)
 
+    def _experts(self, x: Floats, routed_by: Floats, i: int, e: Experts) -> Floats:
+        """Expert by expert, for the tokens that chose it."""
+        chosen, weights = self._routed(self._linear(routed_by, f"blk.{i}.{names.ROUTER}"), i, e)
+        out = np.zeros_like(x)
+        for expert in range(e.count):
+            tokens, places = np.nonzero(chosen == expert)
+            if len(tokens):
+                made = self._neurons(x[tokens], i, expert) @ self._down(i, expert).T
+                out[tokens] += weights[tokens, places, None] * made
+        return out
+
+    def _routed(self, logits: Floats, i: int, e: Experts) -> tuple[npt.NDArray[np.int64], Floats]:
+        """The experts of each token and the weights of what they give, both [n_tokens, used]."""
+        powers = np.exp(logits - logits.max(-1, keepdims=True))
+        scores = 1 / (1 + np.exp(-logits)) if e.gating == "sigmoid" else powers / powers.sum(-1, keepdims=True)
+        judged = logits if e.gating == "softmax_weight" else scores
+        if e.bias:
+            judged = judged + self._tensor(f"blk.{i}.{names.ROUTER_BIAS}.bias")
+        chosen = np.argsort(-judged, axis=-1, kind="stable")[:, : e.used]
+        weights = np.take_along_axis(scores, chosen, -1)
+        if e.normalised or e.gating == "softmax_weight":
+            weights = weights / weights.sum(-1, keepdims=True)
+        return chosen, np.float32(e.scale) * weights
+
+    def _neurons(self, x: Floats, i: int, e: int | None = None) -> Floats:
+        """What each neuron of an FFN, or of its expert `e`, is multiplied with its down row by: [n_tokens, n]."""
+        ffn = self.s.ffns[i]
+        stems, activate = names.stems(ffn), _activation(ffn.activation, ffn.threshold)
+        h = self._linear(x, names.in_block(i, stems.up), e)
+        if not ffn.gated:
+            return activate(h)
+        up = np.maximum(h, 0) if ffn.activation == "drelu" else h
+        return np.asarray(activate(self._linear(x, names.in_block(i, stems.gate), e)) * up)
+
     def _ffn(self, x: Floats, i: int) -> Floats:
         s, ffn = self.s, self.s.ffns[i]
-        activate = _activation(ffn.activation, ffn.threshold)
-        h = self._linear(x, f"blk.{i}.ffn_up")
-        if ffn.gated:
-            up = np.maximum(h, 0) if ffn.activation == "drelu" else h
-            h = activate(self._linear(x, f"blk.{i}.ffn_gate")) * up
-        else:
-            h = activate(h)
+        h = self._neurons(x, i)
         if ffn.sub_norm:
             h = h / np.sqrt((h**2).mean(-1, keepdims=True) + np.float32(s.norm_epsilon))
         return self._biased(h @ self._down(i).T, f"blk.{i}.ffn_down")
 
-    def _down(self, i: int) -> Floats:
-        """Block `i`'s down projection as the checkpoint has it, [n_embd, n_ff], whatever layouts the file stores."""
-        source = self._tensors[f"blk.{i}.ffn_down_t.weight"].source
+    def _down(self, i: int, e: int = 0) -> Floats:
+        """Block `i`'s down projection, or its expert's, as the checkpoint has it, [n_embd, n_ff], whatever layouts the
+        file stores.
+        """
+        source = self._tensors[names.weight_of(i, names.stems(self.s.ffns[i]).down_t)].parts[e].source
         assert isinstance(source, Source)
         with read(self._checkpoint, source) as stored:
             return np.asarray(stored[:], np.float32)

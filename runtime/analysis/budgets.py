@@ -11,8 +11,9 @@ from itertools import pairwise
 from typing import Any
 
 from runtime.analysis.placement import PlacedModel, placed_model
-from runtime.hybrid.costs import PlanOptions, frequencies, machine_of, model_costs
+from runtime.hybrid.costs import PlanOptions, machine_of, model_costs
 from runtime.hybrid.planner import BlockCosts, Device, Machine, Placement, Planner
+from runtime.model_file.frequencies import frequencies
 from runtime.model_file.reader import GgufFile
 
 BUDGETS = 65

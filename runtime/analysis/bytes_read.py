@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime.compute.traffic import Activity, Traffic, bytes_per_token
+from runtime.model_file.frequencies import fired_share
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import ARCHITECTURE
-from runtime.model_file.tensor_names import NEURON_FREQ, in_block
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,9 @@ class Sparsity:
 
 def sparsity_of(file: GgufFile) -> Sparsity:
     """What an open file says of how many neurons fire."""
-    names = {i: in_block(i, NEURON_FREQ) for i in file.structure.ffns}
-    if not all(name in file.tensors and file.tensors[name].type == "f32" for name in names.values()):
+    if file.structure.neuron_order != "hot":
         return Sparsity(False, None, None)
-    fired = {i: float(np.clip(file.read(name).view(np.float32).mean(), 0, 1)) for i, name in names.items()}
+    fired = {i: fired_share(file, i) for i in file.structure.ffns}
     shares = [fired.get(i, 0.0) for i in range(file.structure.block_count)]
     return Sparsity(True, shares, float(np.mean(list(fired.values()))))
 

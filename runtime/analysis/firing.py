@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.errors import UserError
+from runtime.model_file.frequencies import frequencies
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import ARCHITECTURE
-from runtime.model_file.tensor_names import NEURON_FREQ, in_block
 
 CARRIED = 0.8  # of the activations: how many of the hottest neurons carry that
 RARE = 0.01  # a neuron that fires for fewer tokens than this
@@ -62,8 +62,8 @@ def read_frequencies(file: GgufFile) -> list[Frequencies]:
             f"`{file.path}`: holds no neuron frequencies: it was converted without calibration",
             "convert it again without --calibration none",
         )
-    none, s = np.zeros(0, np.float32), file.structure
-    return [file.read(in_block(i, NEURON_FREQ)).view(np.float32) if i in s.ffns else none for i in range(s.block_count)]
+    blocks = range(file.structure.block_count)
+    return [np.sort(frequencies(file, i))[::-1].astype(np.float32) for i in blocks]
 
 
 def layer_firing(freq: Frequencies) -> LayerFiring:

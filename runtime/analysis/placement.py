@@ -11,9 +11,10 @@ from typing import Any
 
 from runtime.errors import UserError
 from runtime.hybrid.choose import machine_options, usable
-from runtime.hybrid.costs import Floats, PlanOptions, frequencies, machine_of, model_costs
+from runtime.hybrid.costs import Floats, PlanOptions, machine_of, model_costs
 from runtime.hybrid.devices import find, parse_names
 from runtime.hybrid.planner import Device, Machine, Placement, place
+from runtime.model_file.frequencies import frequencies
 from runtime.model_file.reader import GgufFile
 from runtime.options import SettledOptions
 

@@ -11,22 +11,17 @@ from dataclasses import dataclass
 from runtime.bindings import ggml
 from runtime.compute.builder import Builder
 from runtime.compute.ffns import ffn_of
-from runtime.compute.ffns.neurons import NeuronFfn
+from runtime.compute.ffns.neurons import FfnInputs, NeuronFfn
 from runtime.compute.mixers import mixer_of
 from runtime.model_file import tensor_names as n
 
 
 @dataclass(frozen=True)
 class AtFfn:
-    """Where a block's FFN begins: F32 [n_embd, n] each.
+    """Where a block's FFN begins. residual: what its result is added to, F32 [n_embd, n]."""
 
-    x: its input. residual: what its result is added to. stream: what a predictor sees that does not see x: the hidden
-    states before the FFN's norm, which in a parallel block are the block's own input.
-    """
-
-    x: ggml.TensorP
+    inputs: FfnInputs
     residual: ggml.TensorP
-    stream: ggml.TensorP
 
 
 class Blocks:
@@ -56,15 +51,16 @@ class Blocks:
             _, h = self._mixed(x, i)
             return h
         at = self.until_ffn(x, i)
-        return self.after_ffn(at, self.ffn(i).product(at.x, at.stream), i)
+        return self.after_ffn(at, self.ffn(i).product(at.inputs), i)
 
     def until_ffn(self, x: ggml.TensorP, i: int) -> AtFfn:
         """Block `i`, which has an FFN, up to there."""
         residual, h = self._mixed(x, i)
+        entry = self._wanted(x, i)
         if self.s.norm_placement == "post":
-            return AtFfn(h, residual, residual)
-        stream = self._wanted(x, i) if self.s.residual == "parallel" else h
-        return AtFfn(self.b.norm(stream, self.ffn(i).norm), residual, stream)
+            return AtFfn(FfnInputs(h, residual, entry), residual)
+        stream = entry if self.s.residual == "parallel" else h
+        return AtFfn(FfnInputs(self.b.norm(stream, self.ffn(i).norm), stream, entry), residual)
 
     def _mixed(self, x: ggml.TensorP, i: int) -> tuple[ggml.TensorP, ggml.TensorP]:
         """Block `i`'s hidden states after its mixer, and these with the norm behind it, where norms stand there."""
@@ -92,7 +88,7 @@ class Blocks:
         y = ffn.finished(y)
         if self.s.norm_placement == "pre":
             return ggml.ggml_add(b.ctx, at.residual, y)
-        return b.norm(ggml.ggml_add(b.ctx, at.x, y), ffn.norm)
+        return b.norm(ggml.ggml_add(b.ctx, at.inputs.x, y), ffn.norm)
 
     def head(self, x: ggml.TensorP) -> ggml.TensorP:
         """Logits [n_vocab, n_outputs]."""

@@ -21,13 +21,13 @@ class Counters:
     """FFN activity of a model's layers since it was made or reset."""
 
     def __init__(self, structure: Structure, ffn: str) -> None:
-        self._n_ff = [block.ffn.n_ff if block.ffn else 0 for block in structure.blocks]
+        self._neurons = [block.ffn.n_reached if block.ffn else 0 for block in structure.blocks]
         self._dense = ffn == "dense"
         self.reset()
 
     def reset(self) -> None:
         """Start anew."""
-        self.layers = [LayerCount() for _ in self._n_ff]
+        self.layers = [LayerCount() for _ in self._neurons]
 
     def add(self, counted: Mapping[int, LayerCount]) -> None:
         """Add what layers did."""
@@ -38,7 +38,9 @@ class Counters:
             layer.seen += count.seen
 
     def layer_shares(self) -> list[float]:
-        """Share of each layer's neurons computed; 1.0 in dense mode, 0.0 before any token."""
+        """Share of each layer's neurons computed, where there are experts of those of the chosen ones; 1.0 in dense
+        mode, 0.0 before any token.
+        """
         return self._shares("fired")
 
     def gate_shares(self) -> list[float]:
@@ -51,6 +53,6 @@ class Counters:
         if self._dense:
             return [1.0] * len(self.layers)
         return [
-            getattr(layer, what) / (layer.seen * n_ff) if layer.seen and n_ff else 0.0
-            for layer, n_ff in zip(self.layers, self._n_ff, strict=True)
+            getattr(layer, what) / (layer.seen * neurons) if layer.seen and neurons else 0.0
+            for layer, neurons in zip(self.layers, self._neurons, strict=True)
         ]

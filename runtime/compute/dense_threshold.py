@@ -10,15 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from runtime.bindings import sparse_ffn
 from runtime.bindings.ffn_shape import FfnShape
 from runtime.compute.products import repacked_for_a_batch, tiles_of_type
 from runtime.compute.traffic import Activity
+from runtime.model_file.frequencies import fired_share
 from runtime.model_file.reader import GgufFile, TensorInfo
 from runtime.model_file.structure import Structure
-from runtime.model_file.tensor_names import FFN_MATRICES, NEURON_FREQ, in_block, row_matrices, weight_of
+from runtime.model_file.tensor_names import Stems, row_matrices, weight_of
 
 # Share of an FFN's rows from which on whole matrices are faster, by format: time per token and row of ggml's product
 # over that of the row kernels, many tokens at once.
@@ -51,14 +50,14 @@ def dense_from(s: Structure, tensors: Mapping[str, TensorInfo], activity: Activi
     """
     found = [math.inf] * s.block_count
     if s.layout == "both" and activity.ffn != "dense":
-        for i, ffn in s.ffns.items():
+        for i, ffn in ((i, ffn) for i, ffn in s.ffns.items() if not ffn.experts):
             found[i] = _dense_from(ffn, tensors, activity, i, _fill(tensors, i))
     return tuple(found)
 
 
 def _fill(tensors: Mapping[str, TensorInfo], i: int) -> float:
     """Tokens whose products take as long as repacking those matrices of block `i` that have to be."""
-    found = [tensor for stem in FFN_MATRICES if (tensor := tensors.get(weight_of(i, stem)))]
+    found = [tensor for stem in Stems().matrices if (tensor := tensors.get(weight_of(i, stem)))]
     return _FILL * sum(repacked_for_a_batch(tensor.type_id) for tensor in found) / len(found)
 
 
@@ -84,7 +83,7 @@ def expected(file: GgufFile, ffn: str, predictor_bias: float) -> Activity:
         return Activity.uniform(ffn, s.block_count, 1.0)
     fired = [0.0] * s.block_count
     for i in s.ffns:
-        fired[i] = float(file.read(in_block(i, NEURON_FREQ)).view(np.float32).mean())
+        fired[i] = fired_share(file, i)
     if ffn != "predicted" or predictor_bias > 0:
         return Activity(ffn, fired, [1.0] * s.block_count)
     stored = file.metadata.get("lazyneuron.predictor.predicted_share", ())

@@ -36,8 +36,8 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Activity:
-    """Which share of each block's neurons is read; of blocks without an FFN it says nothing. fired: up and down rows
-    (ungated: down rows); gates: gate (up) rows.
+    """Which share of each block's neurons is read, where there are experts of those that are chosen; of blocks without
+    an FFN it says nothing. fired: up and down rows (ungated: down rows); gates: gate (up) rows.
     """
 
     ffn: str  # the mode
@@ -60,7 +60,10 @@ def bytes_per_token(
     by_row = (names.weight(stem) for stem in (names.TOKEN_EMBD, names.POSITION_EMBD))
     other = sum(tensors[name].nbytes / tensors[name].ne[1] for name in by_row if name in tensors)
     always = (names.OUTPUT_NORM, names.OUTPUT_PROJ, names.TOKEN_EMBD_PROJ, names.ROPE_FREQS)
-    other += sum(t.nbytes for name, t in tensors.items() if name.startswith(always) or f".{names.FFN_NORM}" in name)
+    in_blocks = tuple(f".{short}" for short in (names.FFN_NORM, *names.ROUTERS))
+    other += sum(
+        t.nbytes for name, t in tensors.items() if name.startswith(always) or any(short in name for short in in_blocks)
+    )
     return Traffic(ffn=ffn, attention=attention, head=head, other=other, kv=kv_bytes)
 
 
@@ -88,13 +91,14 @@ def ffn_bytes(ffn: FfnShape, tensors: Mapping[str, TensorInfo], activity: Activi
         found = (tensors.get(names.in_block(i, name)) for name in short)
         return sum(tensor.nbytes for tensor in found if tensor)
 
-    always = size(*(names.bias(stem) for stem in names.FFN_MATRICES))
+    stems, reached = names.stems(ffn), ffn.n_reached / ffn.n_ff
+    always: float = size(*(names.bias(stem) for stem in stems.matrices))
     if activity.ffn == "dense":
-        return size(*(names.weight(stem) for stem in names.FFN_MATRICES)) + always
+        return reached * size(*(names.weight(stem) for stem in stems.matrices)) + always
     if activity.ffn == "predicted":
-        always += size(names.weight(names.PREDICTOR_IN), *names.PREDICTOR_ROWS)
+        always += size(names.weight(names.PREDICTOR_IN)) + reached * size(*names.PREDICTOR_ROWS)
     first, *rest = (names.weight(stem) for stem in names.row_matrices(ffn))
-    return always + activity.gates[i] * size(first) + activity.fired[i] * size(*rest)
+    return always + reached * (activity.gates[i] * size(first) + activity.fired[i] * size(*rest))
 
 
 class BytesRead:
@@ -106,6 +110,8 @@ class BytesRead:
         self, s: Structure, tensors: Mapping[str, TensorInfo], ffn: str, usual: Mapping[int, npt.NDArray[np.float64]]
     ) -> None:
         self._usual, n = usual, len(s.blocks)
+        # Several tokens reach more neurons than one.
+        self._most = np.array([b.ffn.n_ff / b.ffn.n_reached if b.ffn else 1.0 for b in s.blocks])
 
         def read(fired: float, gates: float) -> npt.NDArray[np.float64]:
             activity = Activity.uniform(ffn, n, fired, gates)
@@ -123,7 +129,7 @@ class BytesRead:
         How much they have in common is estimated: neurons fire independently, each as often as usual.
         """
         each = np.array(fired), np.array(gates)
-        rows = [np.minimum(1.0, share * self._growth(n)) for share in each]
+        rows = [np.minimum(self._most, share * self._growth(n)) for share in each]
         return float(self._always + rows[0] @ self._fired + rows[1] @ self._gates) / n + kv
 
     def _growth(self, n: int) -> npt.NDArray[np.float64]:

@@ -112,7 +112,7 @@ class Weights(Tensors, Closing):
 
     def _tensor(self, name: str, buffer: ggml.BufferP, address: int) -> ggml.TensorP:
         info = self._file.tensors[name]
-        tensor = ggml.ggml_new_tensor_2d(self._context, info.type_id, *(*info.ne, 1)[:2])
+        tensor = ggml.ggml_new_tensor_3d(self._context, info.type_id, *(*info.ne, 1, 1)[:3])
         ggml.ggml_set_name(tensor, name.encode())
         status = ggml.ggml_backend_tensor_alloc(buffer, tensor, address)
         assert status == ggml.STATUS_SUCCESS, name

@@ -17,9 +17,11 @@ from runtime.bindings import ggml
 from runtime.bindings.ffn_shape import FfnShape
 from runtime.compute.dense_threshold import expected
 from runtime.compute.kv_cache import padded_cells
+from runtime.compute.traffic import ffn_bytes
 from runtime.errors import UserError
 from runtime.hybrid.planner import BlockCosts, Device, Machine, Placement, place
 from runtime.model_file import tensor_names as names
+from runtime.model_file.frequencies import frequencies
 from runtime.model_file.reader import GgufFile, TensorInfo
 from runtime.model_file.structure import Structure
 from runtime.options import SettledOptions
@@ -138,7 +140,7 @@ def scratch_of(s: Structure, options: PlanOptions) -> int:
 
 def _widest(s: Structure) -> tuple[int, int]:
     """The most neurons of a block, and the longest queries of one."""
-    return max(ffn.n_ff for ffn in s.ffns.values()), max(a.query_length for a in s.attentions.values())
+    return max(ffn.expert_length for ffn in s.ffns.values()), max(a.query_length for a in s.attentions.values())
 
 
 def model_costs(file: GgufFile, options: PlanOptions) -> tuple[list[BlockCosts], int]:
@@ -150,16 +152,6 @@ def model_costs(file: GgufFile, options: PlanOptions) -> tuple[list[BlockCosts],
     ends = (names.OUTPUT_NORM, names.OUTPUT_PROJ)
     head = (output, *(name for name in file.tensors if name.startswith(ends)))
     return blocks, sum(_stored(file.tensors[name]) for name in head)
-
-
-def frequencies(file: GgufFile, i: int) -> Floats:
-    """How often each neuron of block `i` fires, hottest first; 1 for all where the file was not calibrated; empty
-    without an FFN.
-    """
-    ffn = file.structure.blocks[i].ffn
-    if ffn is None or file.structure.neuron_order != "hot":
-        return np.ones(ffn.n_ff if ffn else 0)
-    return file.read(names.in_block(i, names.NEURON_FREQ)).view(np.float32).astype(np.float64)
 
 
 def candidates(freq: Floats, share: float) -> Floats:
@@ -231,10 +223,12 @@ _ALWAYS_READ = ("attn_", names.FFN_NORM, names.bias(names.FFN_DOWN))
 def _with_neurons(
     block: BlockCosts, ffn: FfnShape, file: GgufFile, i: int, options: PlanOptions, freq: Floats, share: float
 ) -> BlockCosts:
-    tensors, n_ff = _tensors(file, i), ffn.n_ff
+    tensors, n_ff, stems = _tensors(file, i), ffn.n_ff, names.stems(ffn)
     predicted = options.ffn == "predicted" and file.structure.rank(i) > 0
-    sign = tensors[names.PREDICTOR_SIGN].nbytes / n_ff if predicted and names.PREDICTOR_SIGN in tensors else 0.0
-    down = tensors.get(names.weight(names.FFN_DOWN)) if file.structure.layout == "both" else None
+    if ffn.experts:
+        return _with_experts(block, ffn, file, i, options)
+    sign = tensors[stems.predictor_sign].nbytes / n_ff if predicted and stems.predictor_sign in tensors else 0.0
+    down = tensors.get(names.weight(stems.down)) if file.structure.layout == "both" else None
     cuts = cuts_of(n_ff, _block_size(down)) if down else (0,)
     neuron, candidate = _neuron(ffn, tensors), candidates(freq, share) if predicted else np.ones(n_ff)
     mode = "predicted" if predicted else _exact(options.ffn)
@@ -247,6 +241,12 @@ def _with_neurons(
         hot=tuple(round(neuron.device * k) for k in cuts),
         cold=tuple(bytes_ + sign * (n_ff - k) for bytes_, k in zip(cold, cuts, strict=True)),
     )
+
+
+def _with_experts(block: BlockCosts, ffn: FfnShape, file: GgufFile, i: int, options: PlanOptions) -> BlockCosts:
+    """Experts are the CPU's: there is one cut, and what their chosen ones read."""
+    usual = expected(file, options.ffn, options.run.predictor_bias)
+    return replace(block, neurons=ffn.n_ff, cold=(ffn_bytes(ffn, file.tensors, usual, i),))
 
 
 def _tensors(file: GgufFile, i: int) -> dict[str, TensorInfo]:
@@ -263,8 +263,9 @@ def _neuron(ffn: FfnShape, tensors: Mapping[str, TensorInfo]) -> NeuronBytes:
         return sum(tensors[name].nbytes for name in short if name in tensors) / ffn.n_ff
 
     first, *rest = (names.weight(stem) for stem in names.row_matrices(ffn))
-    biases = row(names.bias(names.FFN_GATE), names.bias(names.FFN_UP))
-    device = row(*(names.weight(stem) for stem in names.FFN_MATRICES))
+    stems = names.stems(ffn)
+    biases = row(names.bias(stems.gate), names.bias(stems.up))
+    device = row(*(names.weight(stem) for stem in stems.matrices))
     return NeuronBytes(row(first) + biases, row(*rest), device + biases)
 
 
@@ -274,7 +275,7 @@ def _predictor(tensors: Mapping[str, TensorInfo]) -> int:
 
 def _slack(tensors: Mapping[str, TensorInfo]) -> int:
     """Alignment and padding of the pieces of the FFN's tensors on a device."""
-    stems = tuple(f"{stem}." for stem in names.FFN_MATRICES)
+    stems = tuple(f"{stem}." for stem in names.Stems().matrices)
     return sum(_ALIGNMENT + _padding(t) for name, t in tensors.items() if name.startswith(stems))
 
 

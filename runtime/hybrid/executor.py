@@ -107,8 +107,9 @@ class Executor(Closing):
             return None
         limits = self._attention_limits()
         if spec.dense_from:
+            matrices = n.Stems().matrices
             for i in self.map.whole_on_cpu:
-                limits |= dict.fromkeys((n.weight_of(i, stem) for stem in n.FFN_MATRICES), spec.dense_from[i])
+                limits |= dict.fromkeys((n.weight_of(i, stem) for stem in matrices), spec.dense_from[i])
         if not any(spec.n_tokens >= limit for limit in limits.values()):
             return None
         found = {name: t for name, limit in limits.items() if limit < math.inf and (t := self._weights.get(name))}

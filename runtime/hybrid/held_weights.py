@@ -23,7 +23,7 @@ from runtime.model_file.tensor_shapes import required_tensors
 from runtime.options import SettledOptions
 
 _OF_PREDICTORS = (n.weight(n.PREDICTOR_IN), n.weight(n.PREDICTOR_OUT), n.PREDICTOR_SIGN)
-_UNUSED_DENSE = frozenset((*_OF_PREDICTORS, n.bias(n.PREDICTOR_OUT), n.weight(n.FFN_DOWN_T)))
+_UNUSED_DENSE = frozenset((*n.PREDICTOR_ROWS, n.weight(n.PREDICTOR_IN), *n.TRANSPOSED))
 _USABLE = 0.9  # of the memory that is left
 _GAINS = sys.platform == "linux"  # where it was measured that memory of one's own is faster
 
@@ -78,15 +78,16 @@ def _part(info: TensorInfo, tensor_map: TensorMap) -> Held:
     i, short = block
     sides = tensor_map.blocks[i]
     pieces = sides.on(CPU)
-    if short in NEURON_ELEMENTS:
+    ffn = tensor_map.structure.blocks[i].ffn
+    if short in NEURON_ELEMENTS and not (ffn and ffn.experts):
         row = info.nbytes // info.ne[-1]
         if not pieces:
             return nothing
         # From the first to the last: pieces of the CPU between which a device has some are an exception.
         return Held(row * pieces[0].first, row * (pieces[-1].end - pieces[0].first))
-    if short in n.NEURON_COLUMNS or short == n.weight(n.PREDICTOR_IN):
+    if short in (*NEURON_ELEMENTS, *n.NEURON_COLUMNS, n.weight(n.PREDICTOR_IN), *n.ROUTERS):
         return whole if pieces else nothing
-    return whole if sides.home == CPU and short not in (n.NEURON_INDEX, n.NEURON_FREQ) else nothing
+    return whole if sides.home == CPU and short not in n.NEURON_NOTES else nothing
 
 
 def _read_whole(tensor_map: TensorMap, run: SettledOptions, touched: Mapping[str, Held]) -> dict[str, Held]:
@@ -99,11 +100,13 @@ def _read_whole(tensor_map: TensorMap, run: SettledOptions, touched: Mapping[str
         names |= {n.weight_of(i, stem) for stem in n.ATTENTION_MATRICES}
     for i, ffn in s.ffns.items():
         if run.ffn == "dense":
-            names |= {n.weight_of(i, stem) for stem in n.FFN_MATRICES}
+            names |= {n.weight_of(i, stem) for stem in n.Stems().matrices}
             continue
         predicted = s.rank(i) > 0 and (run.chooses or run.ffn == "verified")
         if predicted and not tensor_map.scored_at_home(i):
             names |= {n.in_block(i, short) for short in _OF_PREDICTORS}
-        if not predicted or run.ffn == "verified":
+        if ffn.experts:  # of the rest, every token reads some rows only
+            names |= {n.in_block(i, short) for short in n.ROUTERS}
+        elif not predicted or run.ffn == "verified":
             names.add(n.weight_of(i, n.row_matrices(ffn)[0]))
     return {name: part for name, part in touched.items() if name in names}

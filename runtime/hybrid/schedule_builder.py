@@ -15,6 +15,7 @@ from runtime.bindings import ggml, sparse_ffn
 from runtime.compute.blocks import AtFfn, Blocks
 from runtime.compute.builder import Builder, GraphSpec, Inputs
 from runtime.compute.ffns import ffn_of
+from runtime.compute.ffns.neurons import FfnInputs
 from runtime.compute.repack import Repacked
 from runtime.hybrid.schedule import Compute, Download, InOneOrder, Schedule, SetMark, Step, Upload, Wait
 from runtime.hybrid.sides import Sides
@@ -140,11 +141,12 @@ class _Building:
             return blocks.block(x, i)
         at = blocks.until_ffn(x, i)
         if self._spec.tapped:
-            self.taps |= {role: self._left(t, role) for role, t in (("ffn_input", at.x), ("residual", at.stream))}
+            roles = (("ffn_input", at.inputs.x), ("residual", at.inputs.stream))
+            self.taps |= {role: self._left(t, role) for role, t in roles}
         if self._map.blocks[i].divided:
             at, product = self._divided(at, i)
         else:
-            product = self._share(self._subgraph(), self._side, at.x, at.stream, i)
+            product = self._share(self._subgraph(), self._side, at.inputs, i)
         return self._blocks().after_ffn(at, product, i)
 
     # --- an FFN on several sides -------------------------------------------------------------------------------------
@@ -153,22 +155,27 @@ class _Building:
         """Compute the FFN of block `i` on all sides that have neurons of it: where the block goes on at home, and the
         FFN's product.
         """
-        home, there, n, d = self._side, self._graphs[self._side], at.x.ne[1], self._s.embedding_length
+        home, there, d = self._side, self._graphs[self._side], self._s.embedding_length
+        given = at.inputs
+        n = given.x.ne[1]
         sides = self._map.blocks[i].sides
         there.keep(self._subgraph(), at.residual, "kept residual")
-        x = self._left(at.x, "x")
-        stream = self._left(at.stream, "stream") if self._sees_stream(i) else x
-        self._leave_scores(at, i)
+        x = self._left(given.x, "x")
+        stream = self._left(given.stream, "stream") if self._sees_stream(i) else x
+        entry = self._left(given.entry, "entry") if self._sees_entry(i) else x
+        self._leave_scores(given, i)
         arrived = self._ended()
         if home != CPU and home in sides:  # which goes on while the CPU waits
-            self._compute_share(home, there.at("x", d, n), x, i)
+            at_home = there.at("x", d, n)
+            self._compute_share(home, FfnInputs(at_home, at_home, at_home), i)
         self.steps += arrived
         waits: list[Step] = []
         for side in (side for side in sides if side not in (CPU, home)):
-            product = self._compute_share(side, self._uploaded(side, "x", x), x, i)
+            arrived_there = self._uploaded(side, "x", x)
+            product = self._compute_share(side, FfnInputs(arrived_there, arrived_there, arrived_there), i)
             waits += self._fetched(side, [self._download(side, product, _product_of(side))])
         if CPU in sides:
-            self._compute_share(CPU, x, stream, i)
+            self._compute_share(CPU, FfnInputs(x, stream, entry), i)
         self.steps += waits
         self._at = i + 1
         length, host = self._s.ffns[i].product_length, self._graphs[CPU]
@@ -180,13 +187,18 @@ class _Building:
         products = [self._sum(others)] if others else []
         if home in sides:
             products.insert(0, there.at(_product_of(home), length, n))
-        residual = there.at("kept residual", d, n)
-        return AtFfn(there.at("x", d, n), residual, residual), self._sum(products)
+        residual, x = there.at("kept residual", d, n), there.at("x", d, n)
+        return AtFfn(FfnInputs(x, residual, residual), residual), self._sum(products)
 
     def _sees_stream(self, i: int) -> bool:
         """Whether the CPU chooses among neurons of block `i` by the hidden states before the FFN's norm."""
         s, here = self._s, bool(self._map.blocks[i].on(CPU)) and not self._map.scored_at_home(i)
         return here and self._predicts and s.rank(i) > 0 and s.predictor_tap == "residual"
+
+    def _sees_entry(self, i: int) -> bool:
+        """Whether the CPU chooses among experts of block `i` by the block's own input."""
+        experts = self._s.ffns[i].experts
+        return experts is not None and experts.tap == "block" and bool(self._map.blocks[i].on(CPU))
 
     @property
     def _predicts(self) -> bool:
@@ -195,33 +207,31 @@ class _Building:
     def _scored_at_home(self, i: int) -> bool:
         return self._predicts and self._map.scored_at_home(i)
 
-    def _leave_scores(self, at: AtFfn, i: int) -> None:
+    def _leave_scores(self, given: FfnInputs, i: int) -> None:
         """Where a device is home to block `i`: the predictor's scores of the CPU's neurons."""
         if not self._scored_at_home(i):
             return
-        seen = at.stream if self._s.predictor_tap == "residual" else at.x
+        seen = given.stream if self._s.predictor_tap == "residual" else given.x
         for k, piece in enumerate(self._map.blocks[i].on(CPU)):
             builder = replace(self._builder(), w=self._sides[self._side].scorers[i, piece.first])
             self._left(ffn_of(builder, i).scores(seen), f"scores {k}")
 
-    def _compute_share(self, side: int, x: ggml.TensorP, stream: ggml.TensorP, i: int) -> ggml.TensorP:
+    def _compute_share(self, side: int, given: FfnInputs, i: int) -> ggml.TensorP:
         """Compute a side's share of block `i`'s product; it lies there as `_product_of` that side."""
         there = self._graphs[side]
         subgraph = there.new(len(self._map.blocks[i].on(side)))
         subgraph.name = f"{'cold' if side == CPU else 'hot'} {i}"
-        product = there.keep(subgraph, self._share(subgraph, side, x, stream, i), _product_of(side))
+        product = there.keep(subgraph, self._share(subgraph, side, given, i), _product_of(side))
         self.steps.append(Compute(self._sides[side].queue, subgraph))
         return product
 
-    def _share(self, subgraph: Subgraph, side: int, x: ggml.TensorP, stream: ggml.TensorP, i: int) -> ggml.TensorP:
-        """The product of block `i`'s neurons on a side, from the FFN's input there."""
+    def _share(self, subgraph: Subgraph, side: int, given: FfnInputs, i: int) -> ggml.TensorP:
+        """The product of block `i`'s neurons on a side, from what the FFN reads there."""
         pieces = self._map.blocks[i].on(side)
-        products = [self._piece(subgraph, piece, x, stream, i, k) for k, piece in enumerate(pieces)]
+        products = [self._piece(subgraph, piece, given, i, k) for k, piece in enumerate(pieces)]
         return reduce(lambda a, b: ggml.ggml_add(subgraph.ctx, a, b), products)
 
-    def _piece(
-        self, subgraph: Subgraph, piece: Piece, x: ggml.TensorP, stream: ggml.TensorP, i: int, k: int
-    ) -> ggml.TensorP:
+    def _piece(self, subgraph: Subgraph, piece: Piece, given: FfnInputs, i: int, k: int) -> ggml.TensorP:
         """The product of block `i`'s piece number `k` on a side."""
         side, shape = self._sides[piece.side], self._s.ffns[i]
         whole = i in self._map.whole_on_cpu
@@ -243,9 +253,10 @@ class _Building:
         )
         ffn = ffn_of(builder, i, shape.part(piece.length))
         if piece.side == CPU and self._scored_at_home(i):
-            product = ffn.native(x, ffn.chosen(self._graphs[CPU].at(f"scores {k}", piece.length, x.ne[1])))
+            scores = self._graphs[CPU].at(f"scores {k}", piece.length, given.x.ne[1])
+            product = ffn.native(given.x, ffn.chosen(scores))
         else:
-            product = ffn.product(x, stream)
+            product = ffn.product(given)
         if spec.tapped:
             self.taps |= {role: self._left(t, role) for role, t in builder.taps.items()}
         if ffns:

@@ -95,7 +95,7 @@ class Sides(Closing):
         return Side(queue, self.weights, neurons, {}, self._kv(handles, CPU, queue))
 
     def _cold(self, views: ggml.ContextP, i: int, piece: Piece) -> Tensors:
-        if i in self.map.whole_on_cpu:
+        if len(self.map.blocks[i].pieces) == 1:
             return self.weights  # with their copies in other layouts
         found = viewed(views, self.weights, self.map.neurons(i, piece))
         whole = self.weights.get(n.weight_of(i, n.PREDICTOR_IN))

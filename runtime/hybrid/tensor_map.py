@@ -17,9 +17,9 @@ from runtime.model_file.structure import Structure
 from runtime.model_file.tensor_shapes import required_tensors
 
 CPU = 0
-_ROWS = tuple(name for name in n.NEURON_ROWS if name != n.weight(n.FFN_DOWN_T))  # what a device computes with
+_ROWS = tuple(name for name in n.NEURON_ROWS if name not in n.TRANSPOSED)  # what a device computes with
 NEURON_ELEMENTS = frozenset((*n.NEURON_ROWS, *n.PREDICTOR_ROWS))  # what has a row or an element for each neuron
-_OF_NEURONS = NEURON_ELEMENTS | {*n.NEURON_COLUMNS, n.NEURON_INDEX, n.NEURON_FREQ}
+_OF_NEURONS = NEURON_ELEMENTS | {*n.NEURON_COLUMNS, *n.NEURON_NOTES, *n.ROUTERS}
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ class TensorMap:
         no device has an operation for them.
         """
         s, block = self.structure, self.blocks[i]
-        wanted = self.predicted and s.rank(i) > 0 and s.predictor != "signbit"
+        ffn = s.blocks[i].ffn
+        wanted = self.predicted and s.rank(i) > 0 and s.predictor != "signbit" and not (ffn and ffn.experts)
         return wanted and block.home != CPU and bool(block.on(CPU))
 
     @property

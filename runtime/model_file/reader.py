@@ -12,7 +12,9 @@ import numpy as np
 
 from runtime.base.closing import Closing
 from runtime.bindings import ggml
+from runtime.bindings.ffn_shape import FfnShape
 from runtime.errors import UserError
+from runtime.model_file import tensor_names as names
 from runtime.model_file.container import MAGIC, GgufPart, TensorInfo
 from runtime.model_file.provenance import check_figures
 from runtime.model_file.shards import open_shards
@@ -22,6 +24,12 @@ from runtime.model_file.tensor_shapes import required_tensors
 
 __all__ = ["MAGIC", "GgufFile", "TensorInfo"]
 
+# Of what has more dimensions than one and is no matrix, or none that may be quantised.
+_SPECIAL = {
+    **dict.fromkeys((*names.NEURON_NOTES, *names.ROUTERS, *names.PREDICTOR_BIASES), ggml.F32),
+    **dict.fromkeys(names.INDICES, ggml.I32),
+    **dict.fromkeys(names.SIGNS, ggml.I8),
+}
 _AGAIN = "the file is damaged: download or convert it again"
 
 
@@ -55,9 +63,10 @@ class GgufFile(Closing):
         structure = read_structure(self.metadata, f"`{self.path}`")
         self._check_tensors(structure)
         check_figures(self.metadata, structure.block_count, f"`{self.path}`")
-        if structure.neuron_order == "hot":
-            for i in structure.ffns:
-                self._check_order(i)
+        for i, ffn in structure.ffns.items():
+            if structure.neuron_order == "hot":
+                self._check_order(i, ffn)
+            self._check_router(i, ffn, structure)
         return structure
 
     def path_of(self, name: str) -> Path:
@@ -108,22 +117,41 @@ class GgufFile(Closing):
             if wanted:
                 raise UserError(f"`{self.path}`: tensor `{name}` has type {self.tensors[name].type}, expected {wanted}")
 
-    def _check_order(self, i: int) -> None:
-        index = self.read(f"blk.{i}.ffn_neuron_index").view(np.int32)
-        if not np.array_equal(np.sort(index), np.arange(len(index))):
+    def _check_order(self, i: int, ffn: FfnShape) -> None:
+        """That each expert's neurons, or all, are there once, hottest first."""
+        stems, length = names.stems(ffn), ffn.expert_length
+        index = self.read(names.in_block(i, stems.index)).view(np.int32).reshape(-1, length)
+        each = " in each expert" if ffn.experts else ""
+        if not np.array_equal(np.sort(index), np.broadcast_to(np.arange(length), index.shape)):
             raise UserError(
-                f"`{self.path}`: `blk.{i}.ffn_neuron_index` is no permutation of 0 to {len(index) - 1}", _AGAIN
+                f"`{self.path}`: `{names.in_block(i, stems.index)}` is no permutation of 0 to {length - 1}{each}",
+                _AGAIN,
             )
-        freq = self.read(f"blk.{i}.ffn_neuron_freq").view(np.float32)
-        if not (np.all(freq[:-1] >= freq[1:]) and np.all((freq >= 0) & (freq <= 1))):
+        freq = self.read(names.in_block(i, stems.freq)).view(np.float32).reshape(-1, length)
+        if not (np.all(freq[:, :-1] >= freq[:, 1:]) and np.all((freq >= 0) & (freq <= 1))):
             raise UserError(
-                f"`{self.path}`: `blk.{i}.ffn_neuron_freq` is not sorted from hot to cold within 0 to 1", _AGAIN
+                f"`{self.path}`: `{names.in_block(i, stems.freq)}` is not sorted from hot to cold{each} within 0 to 1",
+                _AGAIN,
             )
+
+    def _check_router(self, i: int, ffn: FfnShape, structure: Structure) -> None:
+        """That a router's numbers are finite, and its experts' frequencies shares of the tokens."""
+        if not ffn.experts:
+            return
+        for short in names.ROUTERS:
+            name = names.in_block(i, short)
+            if name in self.tensors and not np.isfinite(self.read(name).view(np.float32)).all():
+                raise UserError(f"`{self.path}`: `{name}` has numbers that are not finite", _AGAIN)
+        if structure.neuron_order == "hot":
+            freq = self.read(names.in_block(i, names.EXPERT_FREQ)).view(np.float32)
+            if not np.all((freq >= 0) & (freq <= 1)):
+                raise UserError(f"`{self.path}`: `{names.in_block(i, names.EXPERT_FREQ)}` is not within 0 to 1", _AGAIN)
 
 
 def _wanted_type(info: TensorInfo) -> str:
     """What the tensor's type should be, "" if it is that: vectors are F32, and ggml can multiply with matrices."""
-    special = {"ffn_neuron_index": ggml.I32, "predictor_sign": ggml.I8}.get(info.name.rpartition(".")[2])
+    short = (names.parsed(info.name) or (0, ""))[1]
+    special = _SPECIAL.get(short)
     if special is not None or len(info.ne) == 1:
         wanted = ggml.F32 if special is None else special
         return "" if info.type_id == wanted else ggml.ggml_type_name(wanted).decode()

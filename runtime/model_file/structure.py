@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
-from runtime.bindings.ffn_shape import ACTIVATIONS, FfnShape
+from runtime.bindings.ffn_shape import ACTIVATIONS, GATINGS, ROUTER_TAPS, Experts, FfnShape
 
 ARCHITECTURE = "lazyneuron"
 SCHEMA_VERSION = 3  # the newest; a file names the oldest whose readers compute it rightly
@@ -29,7 +29,14 @@ PREDICTOR_TAPS = ("ffn_norm", "residual")
 
 # Fields that may differ between blocks: an int for all, or a tuple of one for each. A tuple of equal ones becomes the
 # int.
-PER_BLOCK = ("feed_forward_length", "head_count", "head_count_kv", "rope_dimension_count")
+PER_BLOCK = (
+    "feed_forward_length",
+    "head_count",
+    "head_count_kv",
+    "rope_dimension_count",
+    "expert_count",
+    "expert_used_count",
+)
 MIXED = 3  # the first schema version whose readers know lists of such values
 
 
@@ -91,7 +98,9 @@ class Structure:
     context_length: int = _key("context_length")
     embedding_length: int = _key("embedding_length")
     block_count: int = _key("block_count")
-    feed_forward_length: int | tuple[int, ...] = _key("feed_forward_length")  # 0: the block has no FFN
+    feed_forward_length: int | tuple[int, ...] = _key(
+        "feed_forward_length"
+    )  # of one expert where there are any; 0: the block has no FFN
     head_count: int | tuple[int, ...] = _key("attention.head_count")
     head_count_kv: int | tuple[int, ...] = _key("attention.head_count_kv")  # 0: the block has no attention
     head_length: int = _key("attention.key_length")
@@ -121,6 +130,13 @@ class Structure:
     sliding_window: int = _key("attention.sliding_window", since=3, default=0)  # 0: none
     # One per block: whether it has the window; (): all have.
     sliding_window_pattern: tuple[bool, ...] = _key("attention.sliding_window_pattern", since=3, default=())
+    expert_count: int | tuple[int, ...] = _key("expert_count", since=3, default=0)  # 0: an FFN without experts
+    expert_used_count: int | tuple[int, ...] = _key("expert_used_count", since=3, default=0)
+    expert_gating: str = _key("expert_gating_func", GATINGS, since=3, default="softmax")
+    expert_bias: bool = _key("expert_bias", since=3, default=False)
+    expert_weights_norm: bool = _key("expert_weights_norm", since=3, default=False)
+    expert_weights_scale: float = _key("expert_weights_scale", since=3, default=1.0)
+    router_tap: str = _key("router.tap", ROUTER_TAPS, since=3, default="ffn_norm")
     rope_dimension_count: int | tuple[int, ...] = _key(
         "rope.dimension_count", default=0
     )  # 0: the block does not rotate
@@ -154,19 +170,33 @@ class Structure:
         columns = (self.each(name) for name in PER_BLOCK)
         return tuple(self._block(*values) for values in zip(*columns, windows, strict=True))
 
-    def _block(self, n_ff: int, heads: int, heads_kv: int, rotated: int, windowed: bool) -> Block:
+    def _block(
+        self, n_ff: int, heads: int, heads_kv: int, rotated: int, experts: int, used: int, windowed: bool
+    ) -> Block:
         rope, window = rotated if self.position.startswith("rope") else 0, self.sliding_window if windowed else 0
         ffn = FfnShape(
             self.embedding_length,
-            n_ff,
+            n_ff * (experts or 1),
             self.ffn_gate == "gated",
             self.ffn_activation,
             self.activation_threshold,
             self.ffn_bias,
             self.ffn_sub_norm,
+            self._experts(experts, used) if experts else None,
         )
         attention = Attention(heads, heads_kv, self.head_length, rope, window)
         return Block(attention if heads_kv else None, ffn if n_ff else None)
+
+    def _experts(self, count: int, used: int) -> Experts:
+        return Experts(
+            count,
+            used,
+            self.expert_gating,
+            self.expert_bias,
+            self.expert_weights_norm,
+            self.expert_weights_scale,
+            self.router_tap,
+        )
 
     def each(self, name: str) -> tuple[int, ...]:
         """A field that may differ between blocks, for each of them."""

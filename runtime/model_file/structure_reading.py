@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.bindings.ffn_shape import FfnShape
 from runtime.errors import UserError
 from runtime.model_file.structure import ARCHITECTURE, PER_BLOCK, SCHEMA_VERSION, Block, Structure, item_type
 
@@ -78,6 +79,9 @@ _LIMITS = {
     "head_count_kv": 1 << 14,
     "head_length": 1 << 16,
 }
+_MOST_EXPERTS = 1 << 16
+_MOST_NEURONS = (1 << 31) - 1  # of a block, all experts together: rows are counted in 32 bits
+_MOST_USED = 64  # experts of one token: as many ranges of rows as the operators take
 
 
 _LARGEST = 3.4e38  # of a number: what an F32 holds
@@ -120,10 +124,10 @@ def _check_numbers(s: Structure, where: str) -> None:
         raise UserError(
             f"{where}: norm_epsilon, rope.freq_base and rope.scaling.factor must be positive (norm_epsilon below 1)"
         )
-    scales = (s.embedding_scale, s.residual_scale, s.logit_scale, s.rope_attention_factor)
+    scales = (s.embedding_scale, s.residual_scale, s.logit_scale, s.rope_attention_factor, s.expert_weights_scale)
     if min(scales) <= 0 or min(s.logit_softcap, s.activation_threshold) < 0:
         raise UserError(
-            f"{where}: the scales of embeddings, residuals, logits and rotation must be positive, "
+            f"{where}: the scales of embeddings, residuals, logits, rotation and experts must be positive, "
             "logit_softcap and ffn.activation_threshold 0 or more"
         )
     if not 0 <= s.sliding_window <= _LIMITS["context_length"]:
@@ -155,12 +159,31 @@ def _check_lists(s: Structure, where: str) -> None:
         raise UserError(f"{where}: a predictor rank of {max(s.predictor_rank)}, expected 0 to {1 << 20}")
 
 
+def _check_experts(s: Structure, i: int, ffn: FfnShape | None, at: str) -> None:
+    count, used = s.each("expert_count")[i], s.each("expert_used_count")[i]
+    if not (0 <= count <= _MOST_EXPERTS and count != 1):
+        raise UserError(f"{at}: expert_count is {count}, expected 0, or 2 to {_MOST_EXPERTS}")
+    if count and ffn is None:
+        raise UserError(f"{at}: {count} experts without neurons, expected feed_forward_length with them")
+    if not (1 <= used <= min(count, _MOST_USED) if count else used == 0):
+        expected = f"1 to {min(count, _MOST_USED)}" if count else "0 without experts"
+        raise UserError(f"{at}: expert_used_count is {used}, expected {expected}")
+    if ffn is None or not ffn.experts:
+        return
+    if ffn.n_ff > _MOST_NEURONS:
+        raise UserError(f"{at}: {ffn.n_ff} neurons of all experts, expected at most {_MOST_NEURONS}")
+    for key, value in (("ffn.bias", ffn.bias), ("ffn.sub_norm", ffn.sub_norm)):
+        if value:
+            raise UserError(f"{at}: `{key}` with experts, expected false")
+
+
 def _check_block(s: Structure, i: int, block: Block, where: str) -> None:
     attention, ffn, at = block.mixer, block.ffn, f"{where}: block {i}"
     if attention is None and ffn is None:
         raise UserError(f"{at}: neither attention nor FFN, expected at least one")
     if ffn is None and s.rank(i):
         raise UserError(f"{at}: a predictor of rank {s.rank(i)}, expected 0 in a block without an FFN")
+    _check_experts(s, i, ffn, at)
     if attention is None:
         return
     if attention.head_count < 1 or attention.head_count % attention.head_count_kv:

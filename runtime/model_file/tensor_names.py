@@ -7,6 +7,7 @@ there are both.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from runtime.bindings.ffn_shape import FfnShape
 
@@ -19,6 +20,36 @@ ATTN_Q_NORM, ATTN_K_NORM, ATTN_SUB_NORM = "attn_q_norm", "attn_k_norm", "attn_su
 FFN_NORM, FFN_GATE, FFN_UP, FFN_DOWN, FFN_DOWN_T = "ffn_norm", "ffn_gate", "ffn_up", "ffn_down", "ffn_down_t"
 NEURON_INDEX, NEURON_FREQ = "ffn_neuron_index", "ffn_neuron_freq"
 PREDICTOR_IN, PREDICTOR_OUT, PREDICTOR_SIGN = "predictor_in", "predictor_out", "predictor_sign"
+ROUTER, ROUTER_BIAS, EXPERT_FREQ = "ffn_gate_inp", "exp_probs_b", "expert_freq"
+
+
+@dataclass(frozen=True)
+class Stems:
+    """The stems of the tensors over an FFN's neurons; where these are divided into experts, with one more dimension."""
+
+    gate: str = FFN_GATE
+    up: str = FFN_UP
+    down: str = FFN_DOWN
+    down_t: str = FFN_DOWN_T
+    index: str = NEURON_INDEX
+    freq: str = NEURON_FREQ
+    predictor_out: str = PREDICTOR_OUT
+    predictor_sign: str = PREDICTOR_SIGN
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """What ggml multiplies with."""
+        return self.gate, self.up, self.down
+
+
+_WHOLE = Stems()
+_EXPERTS = Stems(**{f: f"{stem}_exps" for f, stem in vars(_WHOLE).items()})
+
+
+def stems(ffn: FfnShape) -> Stems:
+    """The stems of an FFN's tensors."""
+    return _EXPERTS if ffn.experts else _WHOLE
+
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.*)")
 
@@ -58,15 +89,25 @@ def row_matrices(ffn: FfnShape) -> tuple[str, ...]:
     """Stems of the matrices that have a row for each neuron: first the one that decides which fire, then those read of
     these.
     """
-    return (FFN_GATE, FFN_UP, FFN_DOWN_T) if ffn.gated else (FFN_UP, FFN_DOWN_T)
+    s = stems(ffn)
+    return (s.gate, s.up, s.down_t) if ffn.gated else (s.up, s.down_t)
 
 
 ATTENTION_MATRICES = (ATTN_Q, ATTN_K, ATTN_V, ATTN_OUTPUT)
-FFN_MATRICES = (FFN_GATE, FFN_UP, FFN_DOWN)  # what ggml multiplies with
+_BOTH = (_WHOLE, _EXPERTS)
 
 # Of an FFN, what has neurons as its rows (vectors: as its elements), in the matrices that every file has.
-NEURON_ROWS = (weight(FFN_GATE), bias(FFN_GATE), weight(FFN_UP), bias(FFN_UP), weight(FFN_DOWN_T))
+NEURON_ROWS = tuple(
+    name for s in _BOTH for name in (weight(s.gate), bias(s.gate), weight(s.up), bias(s.up), weight(s.down_t))
+)
 # And what has them as its columns.
-NEURON_COLUMNS = (weight(FFN_DOWN),)
+NEURON_COLUMNS = tuple(weight(s.down) for s in _BOTH)
 # Of a predictor, what has neurons as its rows or elements.
-PREDICTOR_ROWS = (weight(PREDICTOR_OUT), bias(PREDICTOR_OUT), PREDICTOR_SIGN)
+PREDICTOR_BIASES = tuple(bias(s.predictor_out) for s in _BOTH)
+SIGNS = tuple(s.predictor_sign for s in _BOTH)
+PREDICTOR_ROWS = (*(weight(s.predictor_out) for s in _BOTH), *PREDICTOR_BIASES, *SIGNS)
+# What says how often neurons fire, and what they were.
+INDICES = tuple(s.index for s in _BOTH)
+NEURON_NOTES = (*(name for s in _BOTH for name in (s.index, s.freq)), EXPERT_FREQ)
+TRANSPOSED = tuple(weight(s.down_t) for s in _BOTH)  # down projections with a row for each neuron
+ROUTERS = (weight(ROUTER), bias(ROUTER_BIAS))  # what chooses experts

@@ -67,14 +67,23 @@ def _attention(s: Structure, a: Attention) -> tuple[Shapes, Shapes]:
 
 def _ffn(s: Structure, ffn: FfnShape) -> tuple[Shapes, Shapes]:
     """What every FFN has, and the rest."""
-    d, ff = ffn.n_embd, ffn.n_ff
-    rest: Shapes = {n.weight(n.FFN_GATE): (d, ff)} if ffn.gated else {}
+    d, ff, stems = ffn.n_embd, ffn.expert_length, n.stems(ffn)
+    each = (ffn.experts.count,) if ffn.experts else ()
+    rest: Shapes = {n.weight(stems.gate): (d, ff, *each)} if ffn.gated else {}
     if s.layout == "both":
-        rest[n.weight(n.FFN_DOWN)] = (ff, d)
+        rest[n.weight(stems.down)] = (ff, d, *each)
     if ffn.bias:
         rest |= {n.bias(n.FFN_UP): (ff,), n.bias(n.FFN_DOWN): (d,)}
         rest |= {n.bias(n.FFN_GATE): (ff,)} if ffn.gated else {}
-    return {**_norm(s, n.FFN_NORM, d), n.weight(n.FFN_UP): (d, ff), n.weight(n.FFN_DOWN_T): (d, ff)}, rest
+    first = {n.weight(stems.up): (d, ff, *each), n.weight(stems.down_t): (d, ff, *each)}
+    return {**_norm(s, n.FFN_NORM, d), **_router(ffn), **first}, rest
+
+
+def _router(ffn: FfnShape) -> Shapes:
+    if not ffn.experts:
+        return {}
+    count = ffn.experts.count
+    return {n.weight(n.ROUTER): (ffn.n_embd, count)} | ({n.bias(n.ROUTER_BIAS): (count,)} if ffn.experts.bias else {})
 
 
 def neuron_tensors(s: Structure, i: int) -> Shapes:
@@ -82,15 +91,17 @@ def neuron_tensors(s: Structure, i: int) -> Shapes:
     ffn, r = s.blocks[i].ffn, s.rank(i)
     if ffn is None:
         return {}
-    d, ff = ffn.n_embd, ffn.n_ff
+    d, stems = ffn.n_embd, n.stems(ffn)
+    rows = (ffn.expert_length, ffn.experts.count) if ffn.experts else (ffn.n_ff,)
     tensors: Shapes = {}
     if s.neuron_order == "hot":
-        tensors |= {n.NEURON_INDEX: (ff,), n.NEURON_FREQ: (ff,)}
+        tensors |= {stems.index: rows, stems.freq: rows}
+        tensors |= {n.EXPERT_FREQ: rows[1:]} if ffn.experts else {}
     if r and s.predictor == "signbit":
-        tensors |= {n.PREDICTOR_SIGN: (d // 8, ff), n.bias(n.PREDICTOR_OUT): (ff,)}
+        tensors |= {stems.predictor_sign: (d // 8, *rows), n.bias(stems.predictor_out): rows}
     elif r:
-        tensors |= {n.weight(n.PREDICTOR_IN): (d, r), n.weight(n.PREDICTOR_OUT): (r, ff)}
-        tensors[n.bias(n.PREDICTOR_OUT)] = (ff,)
+        tensors |= {n.weight(n.PREDICTOR_IN): (d, r), n.weight(stems.predictor_out): (r, *rows)}
+        tensors[n.bias(stems.predictor_out)] = rows
     return tensors
 
 

@@ -13,8 +13,8 @@ from typing import Literal
 from runtime.compute.kv_cache import MAX_SEQUENCES
 from runtime.compute.traffic import BytesRead
 from runtime.errors import UserError
-from runtime.hybrid.costs import frequencies
 from runtime.model import Model
+from runtime.model_file.frequencies import frequencies
 from runtime.serve.answers import Answer, Served
 from runtime.serve.engine_loop import Counts, EngineLoop
 from runtime.serve.jobs import End, Event, FullError, Job, Progress, PromptTooLongError, UnavailableError
@@ -214,7 +214,7 @@ class Service:
         """How it is doing, as of now."""
         engine, scheduler = self.model.engine, self._engine_loop.scheduler
         shares = engine.counters.layer_shares()
-        neurons = [block.ffn.n_ff if block.ffn else 0 for block in self.model.structure.blocks]
+        neurons = [block.ffn.n_reached if block.ffn else 0 for block in self.model.structure.blocks]
         share = sum(s * n for s, n in zip(shares, neurons, strict=True)) / max(1, sum(neurons))
         counts = self._engine_loop.counts  # which the other thread goes on changing
         return Figures(

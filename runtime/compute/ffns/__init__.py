@@ -1,20 +1,21 @@
 """What is computed of each token by itself: one file for each kind of FFN, and here the table of kinds.
 
-A new kind is a frozen value beside `FfnShape` (runtime/bindings/ffn_shape.py), its tensors
-(runtime/model_file/tensor_shapes.py), a class in a file here, and its row below.
+A new kind is a field of `FfnShape` (runtime/bindings/ffn_shape.py), its tensors (runtime/model_file/tensor_shapes.py),
+a class in a file here, and its row below.
 """
 
 from __future__ import annotations
 
 from runtime.bindings.ffn_shape import FfnShape
 from runtime.compute.builder import Builder
+from runtime.compute.ffns.experts import ExpertsFfn
 from runtime.compute.ffns.neurons import NeuronFfn
 
-KINDS = {FfnShape: NeuronFfn}
+KINDS = {False: NeuronFfn, True: ExpertsFfn}  # by whether there are experts
 
 
 def ffn_of(b: Builder, i: int, part: FfnShape | None = None) -> NeuronFfn:
     """The FFN of block `i`, which has one; or a part of its neurons, those whose rows the builder's tensors hold."""
     shape = part or b.s.blocks[i].ffn
     assert shape, f"block {i} has no FFN"
-    return KINDS[type(shape)](b, shape, i)
+    return KINDS[shape.experts is not None](b, shape, i)

@@ -7,13 +7,27 @@ Shapes in comments are ggml's: the contiguous dimension first.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from runtime.bindings import ggml, sparse_ffn
 from runtime.bindings.ffn_shape import FfnShape
 from runtime.compute.builder import Builder
-from runtime.compute.operators import NativeTensors, add_choice, add_native_ffn, add_predictor
+from runtime.compute.operators import Chosen, NativeTensors, add_choice, add_native_ffn, add_predictor
 from runtime.compute.products import by_rows, tiles_of
 from runtime.model_file import tensor_names as n
+
+
+@dataclass(frozen=True)
+class FfnInputs:
+    """What an FFN reads, F32 [n_embd, n] each.
+
+    x: its input. stream: what a predictor sees that does not see x: the hidden states before the FFN's norm, which in a
+    parallel block are the block's own input. entry: the block's own input, which a router may see.
+    """
+
+    x: ggml.TensorP
+    stream: ggml.TensorP
+    entry: ggml.TensorP
 
 
 class NeuronFfn:
@@ -25,17 +39,27 @@ class NeuronFfn:
     """
 
     def __init__(self, b: Builder, shape: FfnShape, i: int) -> None:
-        self.b, self.shape, self.i = b, shape, i
+        self.b, self.shape, self.i, self.stems = b, shape, i, n.stems(shape)
         self.norm = n.in_block(i, n.FFN_NORM)
 
-    def product(self, x: ggml.TensorP, stream: ggml.TensorP) -> ggml.TensorP:
-        """The product of its input x [n_embd, n], in the way that the graph's spec asks for. stream: see `AtFfn`."""
-        b, spec = self.b, self.b.spec
-        if spec.run.ffn == "dense" or (spec.dense_from and x.ne[1] >= spec.dense_from[self.i]):
-            return self.dense(x)
-        if spec.run.chooses and b.s.rank(self.i):
-            return self.native(x, self.candidates(x if b.s.predictor_tap == "ffn_norm" else stream))
-        return self.native(x, None)
+    def product(self, given: FfnInputs) -> ggml.TensorP:
+        """The product, in the way that the graph's spec asks for."""
+        b, chosen = self.b, self.routed(given)
+        if self._whole(given.x.ne[1]):
+            return self.dense(given.x, chosen)
+        if b.spec.run.chooses and b.s.rank(self.i):
+            seen = given.x if b.s.predictor_tap == "ffn_norm" else given.stream
+            return self.native(given.x, self.candidates(seen, chosen), chosen)
+        return self.native(given.x, None, chosen)
+
+    def _whole(self, n_tokens: int) -> bool:
+        """Whether so many tokens go through whole matrices."""
+        spec = self.b.spec
+        return spec.run.ffn == "dense" or bool(spec.dense_from and n_tokens >= spec.dense_from[self.i])
+
+    def routed(self, given: FfnInputs) -> Chosen | None:
+        """The experts of each token; None where all neurons are every token's."""
+        return None
 
     def finished(self, y: ggml.TensorP) -> ggml.TensorP:
         """What is added to the residual stream, from the product of all neurons: [n_embd, n]."""
@@ -55,23 +79,28 @@ class NeuronFfn:
 
     # --- all neurons, with ggml's operations -------------------------------------------------------------------------
 
-    def dense(self, x: ggml.TensorP) -> ggml.TensorP:
+    def dense(self, x: ggml.TensorP, chosen: Chosen | None = None) -> ggml.TensorP:
         """The product through whole matrices, every neuron: in `dense` mode ggml's own products."""
         b = self.b
-        names = [name for stem in n.FFN_MATRICES if b.w.get(name := n.weight_of(self.i, stem))]
+        names = [name for stem in self.stems.matrices if b.w.get(name := n.weight_of(self.i, stem))]
         # No other mode reads `ffn_down`: its pages are released again.
         x = b.repacked(x, names, release=[n.weight_of(self.i, n.FFN_DOWN)])
-        h = b.taps["up"] = b.linear(x, self._named(n.FFN_UP))
+        gate, up = None, b.linear(x, self._named(n.FFN_UP))
+        b.taps["up"] = up
         if self.shape.gated:
             gate = b.taps["gate"] = b.linear(x, self._named(n.FFN_GATE))
-            gate = self._activated(gate)
-            h = ggml.ggml_mul(b.ctx, gate, ggml.ggml_relu(b.ctx, h) if self.shape.activation == "drelu" else h)
-        else:
-            h = self._activated(h)
+        h = self.strengths(gate, up)
         y = b.times(n.weight_of(self.i, n.FFN_DOWN), h)
         if self.shape.sub_norm:
             y = ggml.ggml_concat(b.ctx, y, ggml.ggml_sum_rows(b.ctx, ggml.ggml_sqr(b.ctx, h)), 0)
         return y
+
+    def strengths(self, gate: ggml.TensorP | None, up: ggml.TensorP) -> ggml.TensorP:
+        """What each neuron's down row is multiplied by, from the products of its gate (None: ungated) and up rows."""
+        if gate is None:
+            return self._activated(up)
+        drelu = self.shape.activation == "drelu"
+        return ggml.ggml_mul(self.b.ctx, self._activated(gate), ggml.ggml_relu(self.b.ctx, up) if drelu else up)
 
     def _activated(self, gate: ggml.TensorP) -> ggml.TensorP:
         """What a neuron's gate (ungated: its only) product is turned into."""
@@ -85,11 +114,10 @@ class NeuronFfn:
 
     # --- those that fire, with our own operators ---------------------------------------------------------------------
 
-    def native(self, x: ggml.TensorP, candidates: ggml.TensorP | None) -> ggml.TensorP:
+    def native(self, x: ggml.TensorP, candidates: ggml.TensorP | None, chosen: Chosen | None = None) -> ggml.TensorP:
         """The product through gate rows of every neuron (or of the candidates), up and down rows of those that fire."""
-        return add_native_ffn(
-            self.b.ctx, x, self._description(), self._rows(), candidates, gates=self._gates(x, candidates)
-        )
+        gates = None if chosen else self._gates(x, candidates)
+        return add_native_ffn(self.b.ctx, x, self._description(), self._rows(), candidates, chosen, gates)
 
     def _gates(self, x: ggml.TensorP, candidates: ggml.TensorP | None) -> ggml.TensorP | None:
         """The gates of all neurons, [n_ff, n], for a batch of which tiles compute them faster than rows do."""
@@ -102,10 +130,10 @@ class NeuronFfn:
         w, first = self.b.w, n.row_matrices(self.shape)[0]
         return NativeTensors(
             gate=w[n.weight_of(self.i, first)],
-            down=w[n.weight_of(self.i, n.FFN_DOWN_T)],
-            up=w[n.weight_of(self.i, n.FFN_UP)] if self.shape.gated else None,
+            down=w[n.weight_of(self.i, self.stems.down_t)],
+            up=w[n.weight_of(self.i, self.stems.up)] if self.shape.gated else None,
             gate_bias=w.get(n.bias_of(self.i, first)),
-            up_bias=w.get(n.bias_of(self.i, n.FFN_UP)) if self.shape.gated else None,
+            up_bias=w.get(n.bias_of(self.i, self.stems.up)) if self.shape.gated else None,
         )
 
     def _description(self) -> sparse_ffn.Ffn:
@@ -117,14 +145,14 @@ class NeuronFfn:
 
     # --- its predictor -----------------------------------------------------------------------------------------------
 
-    def candidates(self, x: ggml.TensorP) -> ggml.TensorP:
+    def candidates(self, x: ggml.TensorP, chosen: Chosen | None = None) -> ggml.TensorP:
         """The neurons that the predictor expects to fire, from its input x [n_embd, n]."""
-        b, bias = self.b, self.b.w[n.bias_of(self.i, n.PREDICTOR_OUT)]
+        b, bias = self.b, self.b.w[n.bias_of(self.i, self.stems.predictor_out)]
         if b.s.predictor == "signbit":
-            rows = b.w[self._named(n.PREDICTOR_SIGN)]
+            rows = b.w[self._named(self.stems.predictor_sign)]
         else:
-            x, rows = self._narrowed(x), b.w[n.weight_of(self.i, n.PREDICTOR_OUT)]
-        return add_predictor(b.ctx, x, self._description(), rows, bias, self._shift())
+            x, rows = self._narrowed(x), b.w[n.weight_of(self.i, self.stems.predictor_out)]
+        return add_predictor(b.ctx, x, self._description(), rows, bias, self._shift(), chosen)
 
     def scores(self, x: ggml.TensorP) -> ggml.TensorP:
         """What a predictor of two matrices says of its rows, without bias: [n_embd, n] -> [rows, n]. With ggml's
