@@ -11,7 +11,7 @@ import pytest
 from test_grammar import accepts
 
 from runtime.serve.errors import ApiError
-from runtime.serve.tools import Call, CallReader, told, tools_of
+from runtime.serve.tools import Call, CallReader, Part, Tools, split, told, tools_of
 from runtime.text.chat_template import render
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -22,13 +22,24 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ørsta <b>"}}\n<
 
 def read(text: str, cuts: tuple[int, ...] = ()) -> tuple[str, list[tuple[str, Any]]]:
     """The text and the calls in what is written, cut at these places."""
-    reader, said, calls = CallReader(["weather", "clock"]), "", list[Call]()
+    said, calls = split(parts_of(text, cuts))
+    return said, [(call.name, json.loads(call.arguments)) for call in calls]
+
+
+def parts_of(text: str, cuts: tuple[int, ...] = (), parallel: bool = True) -> list[Part]:
+    reader, parts = CallReader(reading(parallel)), list[Part]()
     for low, high in zip((0, *cuts), (*cuts, len(text)), strict=True):
-        more, found = reader.push(text[low:high])
-        said, calls = said + more, calls + found
-    more, found = reader.end()
-    assert reader.calls == calls + found
-    return said + more, [(call.name, json.loads(call.arguments)) for call in calls + found]
+        parts += reader.push(text[low:high])
+    parts += reader.end()
+    assert all(parts)
+    assert [part for part in parts if isinstance(part, Call)] == reader.calls
+    return parts
+
+
+def reading(parallel: bool = True) -> Tools:
+    found = tools_of({"tools": [WEATHER, {"name": "clock"}], "parallel_tool_calls": parallel})
+    assert found
+    return found
 
 
 WRITTEN: list[tuple[str, str, int]] = [
@@ -42,6 +53,14 @@ WRITTEN: list[tuple[str, str, int]] = [
     ('x <tool_call>{"name": "else"}</tool_call>', 'x <tool_call>{"name": "else"}</tool_call>', 0),
     ('<tool_call>{"name": "clock"}</tool_call>', "", 1),
     ("<tool_call>[]</tool_call>  ", "<tool_call>[]</tool_call>  ", 0),
+    (CALL.replace('{"city": "Ørsta <b>"}', '"{\\"city\\": 1}"'), "", 1),
+    *(
+        (text, text, 0)
+        for value in ("[1]", '"x"', "NaN", '{"a": 1e999}', '{"a": NaN}')
+        for text in [f'<tool_call>{{"name": "clock", "arguments": {value}}}</tool_call>']
+    ),
+    ('<tool_call>{"name": []}</tool_call>', '<tool_call>{"name": []}</tool_call>', 0),
+    (f"a {CALL} b {CALL} c", "a b c", 2),
     ("1 < 2 <tool <tool_cal", "1 < 2 <tool <tool_cal", 0),
     ("</tool_call> <<tool_call", "</tool_call> <<tool_call", 0),
 ]
@@ -59,8 +78,16 @@ def test_case_48_calls_are_the_same_however_the_text_is_cut(text: str, said: str
     assert read(text, tuple(range(1, len(text)))) == whole
 
 
+def test_parts_are_in_order_and_only_one_call_is_made_where_no_more_may_be() -> None:
+    def kinds(text: str, parallel: bool = True) -> list[str]:
+        return [part if isinstance(part, str) else "call" for part in parts_of(text, (), parallel)]
+
+    assert kinds(f"a\n{CALL}\n{CALL} b {CALL}") == ["a", "call", "call", " b", "call"]
+    assert kinds(f"a\n{CALL}\n{CALL} b", parallel=False) == ["a", "call", f"\n{CALL}", " b"]
+
+
 def test_case_49_calls_have_ids_of_their_own_and_arguments_as_text() -> None:
-    reader = CallReader(["weather"])
+    reader = CallReader(reading())
     reader.push(CALL + CALL)
     one, two = (call.wire(i) for i, call in enumerate(reader.calls))
     assert (one["index"], two["index"]) == (0, 1)

@@ -22,7 +22,7 @@ from runtime.serve.replies import json_reply
 from runtime.serve.service import Ticket
 from runtime.serve.settling import chat_job, wants_usage
 from runtime.serve.sse import DONE, EventStream, event
-from runtime.serve.tools import Call, CallReader, Tools, tools_of
+from runtime.serve.tools import Call, CallReader, Tools, split, tools_of
 
 
 async def chat(front: Front, request: Request) -> Response | ASGIApp:
@@ -81,15 +81,15 @@ class Form:
     def _message(self, end: End) -> dict[str, Any]:
         """The message of an answer, and why it ended."""
         reader = self.reader()
-        said = "".join(text for text, _ in (reader.push(end.text), reader.end()))
+        said, _ = split([*reader.push(end.text), *reader.end()])
         message: dict[str, Any] = {"role": "assistant", "content": said, "refusal": None}
         if reader.calls:
             message |= {"content": said or None, "tool_calls": [call.wire() for call in reader.calls]}
-        return {"message": message, "finish_reason": finished(end, reader)}
+        return {"message": message, "finish_reason": finished(end, reader.calls)}
 
     def reader(self) -> CallReader:
         """What finds calls in an answer; all is text where there are no tools."""
-        return CallReader(self._tools.names if self._tools else ())
+        return CallReader(self._tools)
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         """A piece of the answer, as an event."""
@@ -105,10 +105,10 @@ class Form:
         return wire.chat_logprobs(tokens, self.front.model) if wanted else None
 
 
-def finished(end: End, reader: CallReader) -> str:
-    """Why an answer ended, with what was found in it."""
+def finished(end: End, calls: Sequence[Call]) -> str:
+    """Why an answer ended, with the calls that were found in it."""
     reason = wire.finish_reason(end.reason)
-    return "tool_calls" if reader.calls and reason == "stop" else reason
+    return "tool_calls" if calls and reason == "stop" else reason
 
 
 def last_figures(front: Front, end: End) -> dict[str, Any]:
@@ -169,20 +169,20 @@ def _told(form: Form, stream: Stream, i: int, one: Event) -> list[bytes]:
     elif isinstance(one, End):
         stream.ends[i] = one
         reader = stream.reader(form, i)
-        n, (text, calls) = len(reader.calls), reader.end()
+        n, (text, calls) = len(reader.calls), split(reader.end())
         rest = stream.held.pop(i, []) if form.given.get("logprobs") else []
         if text or rest:
             chunks.append(form.chunk([form.choice(i, {"content": text}, rest)]))
         chunks += _calls(form, i, calls, n)
         figures = last_figures(form.front, one)
-        chunks.append(form.chunk([form.choice(i, {}, end=finished(one, reader))], **figures))
+        chunks.append(form.chunk([form.choice(i, {}, end=finished(one, reader.calls))], **figures))
     return chunks
 
 
 def _piece(form: Form, stream: Stream, i: int, piece: Piece) -> list[bytes]:
     """The chunks that tell of a piece: its text, and calls that end in it."""
     reader, chunks = stream.reader(form, i), list[bytes]()
-    n, (text, calls) = len(reader.calls), reader.push(piece.text)
+    n, (text, calls) = len(reader.calls), split(reader.push(piece.text))
     active = bool(form.given.get("return_activity"))
     if text or active:
         more = {"lazyneuron": wire.activity(piece, neurons(form.front))} if active else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from starlette.types import ASGIApp
 
 from runtime.base.arguments import shown
 from runtime.serve import wire
+from runtime.serve.blocks import Added, Blocks, Change, Opened, blocks_of
 from runtime.serve.body import read_object
-from runtime.serve.chat import last_figures
+from runtime.serve.chat import finished, last_figures
 from runtime.serve.conversation import Message, normalised, text_of
 from runtime.serve.errors import failure, wrong
 from runtime.serve.fields import ANTHROPIC, Fields, read_fields
@@ -20,8 +22,9 @@ from runtime.serve.front import Front, cancel, merged
 from runtime.serve.jobs import End, Job, Piece
 from runtime.serve.replies import json_reply
 from runtime.serve.service import Ticket
-from runtime.serve.settling import chat_job, prompt_ids, told_tools
+from runtime.serve.settling import chat_job, prompt_ids
 from runtime.serve.sse import EventStream, event
+from runtime.serve.tools import Call, Part, Tools, tools_of
 
 _REASONS = {"eos": "end_turn", "stop": "stop_sequence", "length": "max_tokens"}
 _SKIPPED = ("thinking", "redacted_thinking")
@@ -34,9 +37,10 @@ async def messages(front: Front, request: Request) -> Response | ASGIApp:
     front.check_model(given.get("model"))
     if "max_tokens" not in given:
         raise wrong("max_tokens", "is missing")
-    job = await front.prepare(lambda: _job(front, given, state["id"]))
+    tools = tools_of(given)
+    job = await front.prepare(lambda: _job(front, given, state["id"], tools))
     tickets = front.submit(job)
-    form = _Form(front, state["log"], len(job.prompt))
+    form = _Form(front, state["log"], len(job.prompt), tools)
     if given.get("stream"):
         return EventStream(_events(form, tickets), front.settings.ping)
     end = (await front.collect(tickets, request.receive))[0].end
@@ -47,13 +51,13 @@ async def messages(front: Front, request: Request) -> Response | ASGIApp:
 async def count_tokens(front: Front, request: Request) -> Response:
     """How many tokens a conversation has."""
     given = read_fields(await read_object(request, front.settings), ANTHROPIC)
-    ids = await front.prepare(lambda: prompt_ids(front, given, messages_of(given), told_tools(given)))
+    ids = await front.prepare(lambda: prompt_ids(front, given, messages_of(given), tools_of(given)))
     return json_reply({"input_tokens": len(ids)})
 
 
-def _job(front: Front, given: Fields, name: str) -> Job:
+def _job(front: Front, given: Fields, name: str, tools: Tools | None) -> Job:
     settled = {**given, "stop": given.get("stop_sequences", ())}
-    return chat_job(front, settled, messages_of(given), name, tools=told_tools(given))
+    return chat_job(front, settled, messages_of(given), name, tools=tools)
 
 
 def messages_of(given: Fields) -> list[Message]:
@@ -90,10 +94,10 @@ def _split(message: dict[str, Any], content: list[Any], where: str) -> list[Any]
 
 
 class _Form:
-    """Answers in this form. n_prompt: tokens of the prompt."""
+    """Answers in this form. n_prompt: tokens of the prompt; tools: that may be called."""
 
-    def __init__(self, front: Front, log: dict[str, Any], n_prompt: int) -> None:
-        self.front, self.log, self._n_prompt = front, log, n_prompt
+    def __init__(self, front: Front, log: dict[str, Any], n_prompt: int, tools: Tools | None) -> None:
+        self.front, self.log, self.tools, self._n_prompt = front, log, tools, n_prompt
         name = front.settings.name
         self._base = {"id": wire.new_id("msg_"), "type": "message", "role": "assistant", "model": name}
 
@@ -104,18 +108,32 @@ class _Form:
 
     def whole(self, end: End) -> dict[str, Any]:
         """The answer when it has ended."""
-        stats = end.stats
+        stats, blocks = end.stats, blocks_of(end.text, self.tools)
         return {
             **self._base,
-            "content": [{"type": "text", "text": end.text}],
-            **stopped(end),
+            "content": [block_of(one) for one in blocks.found],
+            **stopped(end, blocks.calls),
             "usage": _usage(stats.prompt_tokens, stats.cached_tokens, stats.tokens),
             **last_figures(self.front, end),
         }
 
 
-def stopped(end: End) -> dict[str, Any]:
+def block_of(part: Part) -> dict[str, Any]:
+    """A text, or a call, as a block of the content."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    arguments = json.loads(part.arguments)
+    return {"type": "tool_use", "id": _call_id(part), "name": part.name, "input": arguments}
+
+
+def _call_id(call: Call) -> str:
+    return "toolu_" + call.id.removeprefix("call_")
+
+
+def stopped(end: End, calls: Sequence[Call]) -> dict[str, Any]:
     """Why an answer ended, in Anthropic's words."""
+    if finished(end, calls) == "tool_calls":
+        return {"stop_reason": "tool_use", "stop_sequence": None}
     reason = _REASONS.get(end.reason, "model_context_window_exceeded")
     return {"stop_reason": reason, "stop_sequence": end.stop}
 
@@ -131,23 +149,46 @@ def _usage(prompt: int, cached: int, output: int) -> dict[str, int]:
 
 
 async def _events(form: _Form, tickets: Sequence[Ticket]) -> AsyncIterator[bytes]:
-    def told(kind: str, **values: Any) -> bytes:
-        return event({"type": kind, **values}, kind)
-
+    blocks = Blocks(form.tools)
     try:
-        yield told("message_start", message=form.begun())
-        yield told("content_block_start", index=0, content_block={"type": "text", "text": ""})
+        yield _told("message_start", message=form.begun())
         async for _, one in merged(tickets):
-            if isinstance(one, Piece) and one.text:
-                yield told("content_block_delta", index=0, delta={"type": "text_delta", "text": one.text})
+            if isinstance(one, Piece):
+                for data in _changed(blocks.push(one.text)):
+                    yield data
             elif isinstance(one, End):
+                for data in _changed(blocks.end()):
+                    yield data
                 stats = one.stats
-                yield told("content_block_stop", index=0)
                 usage = _usage(stats.prompt_tokens, stats.cached_tokens, stats.tokens)
-                yield told("message_delta", delta=stopped(one), usage=usage, **last_figures(form.front, one))
+                figures = last_figures(form.front, one)
+                yield _told("message_delta", delta=stopped(one, blocks.calls), usage=usage, **figures)
                 wire.told(form.log, [one])
-                yield told("message_stop")
+                yield _told("message_stop")
     except Exception as error:
         yield event(failure(error, form.log).anthropic_body(), "error")
     finally:
         cancel(tickets)
+
+
+def _told(kind: str, **values: Any) -> bytes:
+    return event({"type": kind, **values}, kind)
+
+
+def _changed(changes: Sequence[Change]) -> list[bytes]:
+    """The events that tell of blocks. The arguments of a call come in one piece, when it is known to be one."""
+    events = []
+    for one in changes:
+        at = one.index
+        if isinstance(one, Opened):
+            block = block_of(one.call or "") | ({"input": {}} if one.call else {})
+            events.append(_told("content_block_start", index=at, content_block=block))
+            if one.call:
+                delta = {"type": "input_json_delta", "partial_json": one.call.arguments}
+                events.append(_told("content_block_delta", index=at, delta=delta))
+        elif isinstance(one, Added):
+            delta = {"type": "text_delta", "text": one.text}
+            events.append(_told("content_block_delta", index=at, delta=delta))
+        else:
+            events.append(_told("content_block_stop", index=at))
+    return events

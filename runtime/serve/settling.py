@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 from runtime.base.arguments import token_ids
 from runtime.serve.conversation import Message, chat_ids, chat_prompt
-from runtime.serve.errors import wrong
 from runtime.serve.fields import Fields, biases, sampling_of
 from runtime.serve.forms import grammar_of
 from runtime.serve.front import Front
 from runtime.serve.jobs import Job
-from runtime.serve.tools import Tools, tools_of
+from runtime.serve.tools import Tools
 from runtime.text.grammar import Grammar
 
 
@@ -74,16 +73,6 @@ def prompt_ids(front: Front, given: Fields, messages: Sequence[Message], tools: 
         tools,
     )
     return chat_ids(prompt, front.model.tokenize)
-
-
-def told_tools(given: Fields) -> Tools | None:
-    """The tools of a request whose form has no place for calls that were found: the model is told of them, and what it
-    writes stays text. Raises ApiError where one must be called.
-    """
-    tools = tools_of(given)
-    if tools and tools.grammar():
-        raise wrong("tool_choice", "only `auto` and `none` are supported here; /v1/chat/completions can force a call")
-    return tools
 
 
 def wants_usage(given: Fields) -> bool:

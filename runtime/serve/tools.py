@@ -11,7 +11,7 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from runtime.base.arguments import shown
 from runtime.errors import UserError
@@ -22,6 +22,7 @@ from runtime.text.json_schema import gbnf, rules_of
 OPENS, CLOSES = "<tool_call>", "</tool_call>"
 _MOST = 128
 _LONGEST_NAME = 64
+_MOST_CALLS = 128  # of an answer
 _TOLD = """You can call functions. These are known, as JSON schemas:
 <tools>
 {tools}
@@ -92,11 +93,15 @@ def tools_of(given: Mapping[str, Any]) -> Tools | None:
     forced = _forced(given.get("tool_choice"), names)
     if forced is None or not functions:
         return None
-    return Tools(tuple(functions), forced, given.get("parallel_tool_calls", True))
+    choice = given.get("tool_choice")
+    alone = isinstance(choice, Mapping) and choice.get("disable_parallel_tool_use") is True
+    return Tools(tuple(functions), forced, given.get("parallel_tool_calls", True) and not alone)
 
 
 def _is_other(tool: Any) -> bool:
-    return isinstance(tool, Mapping) and tool.get("type", "function") not in ("function", "custom")
+    """Whether it is no function: a custom tool of OpenAI's takes text, one of Anthropic's has a schema."""
+    kind = tool.get("type", "function") if isinstance(tool, Mapping) else "function"
+    return kind != "function" and not (kind == "custom" and "input_schema" in tool)
 
 
 def _function(tool: Any, where: str) -> dict[str, Any]:
@@ -176,7 +181,7 @@ def _called(call: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a tool. arguments: JSON."""
+    """A call of a tool. arguments: a JSON object, as text."""
 
     name: str
     arguments: str
@@ -188,68 +193,82 @@ class Call:
         return {**({} if index is None else {"index": index}), "id": self.id, "type": "function", "function": function}
 
 
+Part: TypeAlias = "str | Call"
+
+
 class CallReader:
     """Text and calls, out of pieces of what a model writes. Joined, they are the same however it is cut.
 
-    calls: all so far. What looks like a call and is none, or one of no tool that there is, is text.
+    calls: all so far. What looks like a call and is none, one of no tool that there is, or one more than may be made,
+    is text.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = frozenset(names)
-        self._held = ""
+    def __init__(self, tools: Tools | None) -> None:
+        self._names = frozenset(tools.names if tools else ())
+        self._most = _MOST_CALLS if tools and tools.parallel else 1
+        self._held = self._spaces = ""
         self._inside = False
         self.calls: list[Call] = []
 
-    def push(self, text: str) -> tuple[str, list[Call]]:
-        """What is sure after another piece: text, and calls that follow it."""
+    def push(self, text: str) -> list[Part]:
+        """What is sure after another piece: texts and calls, in order."""
         if not self._names:
-            return text, []
+            return [text] if text else []
         self._held += text
-        said, calls = "", list[Call]()
+        parts: list[Part] = []
         while True:
-            marker = CLOSES if self._inside else OPENS
-            before, found, after = self._held.partition(marker)
+            before, found, after = self._held.partition(CLOSES if self._inside else OPENS)
             if not found:
                 break
-            if not self._inside:
-                said += before.rstrip() if before.strip() else ""
-                self._spaces = before[len(before.rstrip()) :]
-            elif call := self._read(before):
-                calls.append(call)
-            else:
-                said += self._spaces + OPENS + before + CLOSES
+            parts.append(self._closed(before) if self._inside else self._opened(before))
             self._held, self._inside = after, not self._inside
         if not self._inside:
             n = len(self._held) - _may_open(self._held)
-            said, self._held = said + self._held[:n], self._held[n:]
-        self.calls += calls
-        return said, calls
+            parts.append(self._held[:n])
+            self._held = self._held[n:]
+        return [part for part in parts if part]
 
-    def end(self) -> tuple[str, list[Call]]:
+    def end(self) -> list[Part]:
         """What was held back: a call whose end is missing counts, if it is whole."""
         held, self._held = self._held, ""
-        if not self._inside:
-            return ("" if self.calls and not held.strip() else held), []
-        self._inside = False
-        call = self._read(held)
-        if call is None:
-            return self._spaces + OPENS + held, []
-        self.calls.append(call)
-        return "", [call]
+        part: Part = "" if self.calls and not held.strip() else held
+        if self._inside:
+            self._inside = False
+            part = self._read(held) or self._spaces + OPENS + held
+        return [part] if part else []
 
-    _spaces = ""
+    def _opened(self, before: str) -> str:
+        """The text before a marker; spaces are kept back until it is known whether a call follows."""
+        self._spaces = before[len(before.rstrip()) :]
+        return before.rstrip()
+
+    def _closed(self, inner: str) -> Part:
+        return self._read(inner) or self._spaces + OPENS + inner + CLOSES
 
     def _read(self, text: str) -> Call | None:
+        """The call that stands between the markers, if it is one."""
+        if len(self.calls) >= self._most:
+            return None
         try:
             found = json.loads(text)
-        except (ValueError, RecursionError):
+            if not isinstance(found, dict) or found.get("name") not in self._names:
+                return None
+            arguments = found.get("arguments", found.get("parameters", {}))
+            if isinstance(arguments, str):  # some write them as text
+                arguments = json.loads(arguments)
+            call = Call(found["name"], json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+        except (ValueError, TypeError, RecursionError):  # TypeError: a name that is no text
             return None
-        if not isinstance(found, dict) or found.get("name") not in self._names:
+        if not isinstance(arguments, dict):
             return None
-        arguments = found.get("arguments", found.get("parameters", {}))
-        if isinstance(arguments, str):
-            return Call(found["name"], arguments)
-        return Call(found["name"], json.dumps(arguments, ensure_ascii=False))
+        self.calls.append(call)
+        return call
+
+
+def split(parts: Sequence[Part]) -> tuple[str, list[Call]]:
+    """The text of parts, and their calls."""
+    texts = [part for part in parts if isinstance(part, str)]
+    return "".join(texts), [part for part in parts if isinstance(part, Call)]
 
 
 def _may_open(text: str) -> int:
