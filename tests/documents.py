@@ -131,9 +131,7 @@ def fields_of_requests() -> str:
     lines = ["| field | in | what it does |", "|---|---|---|"]
     for field in FIELDS:
         names = ", ".join(f"`{name}`" for name in (field.name, *field.aliases))
-        where = ", ".join(place for place in field.endpoints if place != "completion")
-        if where:
-            lines.append(f"| {names} | {where} | {field.about}{'; needed' if field.needed else ''} |")
+        lines.append(f"| {names} | {', '.join(field.endpoints)} | {field.about}{'; needed' if field.needed else ''} |")
     for title, table in (("accepted, and does nothing", IGNORED), ("refused where it asks for something", REFUSED)):
         lines += ["", f"| {title} | why |", "|---|---|", *(f"| {names} | {why} |" for names, why in table.items())]
     return "\n".join(lines) + "\n"

@@ -282,8 +282,10 @@ WRONG = [
     ({"prompt": {}}, "prompt"),
     ({"prompt": []}, "prompt"),
     ({"prompt": ["a", {}]}, "prompt[1]"),
-    ({"prompt": [1, "a", 1.5]}, "prompt[0]"),
+    ({"prompt": [1, "a", 1.5]}, "prompt"),
     ({"prompt": [[]]}, "prompt[0]"),
+    ({"prompt": [["a", 1, True]]}, "prompt[0]"),
+    ({"prompt": {"prompt_string": "a", "multimodal_data": ["x"]}}, "prompt"),
 ]
 
 

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from runtime.serve import chat, completions, messages, models, native, openapi, responses
+from runtime.serve import chat, completions, llama_completion, messages, models, native, openapi, responses
 from runtime.serve.body import ClientGoneError
 from runtime.serve.errors import ApiError, failure
 from runtime.serve.front import Front
@@ -40,6 +40,7 @@ class Place:
 PLACES: tuple[Place, ...] = (
     Place("POST", ("/v1/chat/completions", "/chat/completions"), chat.chat),
     Place("POST", ("/v1/completions", "/completions"), completions.completions),
+    Place("POST", ("/completion",), llama_completion.completion),
     Place("GET", ("/v1/models", "/models"), models.models),
     Place("GET", ("/v1/models/{name:path}", "/models/{name:path}"), models.model),
     Place("GET", ("/health", "/v1/health"), native.health),

@@ -4,38 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from runtime.base.arguments import shown, token_ids
 from runtime.generation import Stats
-from runtime.model import Model
 from runtime.serve import wire
 from runtime.serve.body import read_object
 from runtime.serve.chat import Stream, last_figures, neurons
-from runtime.serve.errors import failure, wrong
+from runtime.serve.errors import failure
 from runtime.serve.fields import TEXT, Fields, read_fields
 from runtime.serve.front import Collected, Front, cancel, merged
 from runtime.serve.jobs import End, Event, Job, Piece, Progress, PromptTokens, TokenInfo
+from runtime.serve.prompts import Prompt, prompts_of
 from runtime.serve.replies import json_reply
 from runtime.serve.service import Ticket
 from runtime.serve.settling import job_of, wants_usage
 from runtime.serve.sse import DONE, EventStream, event
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions
-_MOST = 128  # prompts of a request
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt as ids, and as the text that `echo` repeats."""
-
-    ids: tuple[int, ...]
-    text: str
 
 
 async def completions(front: Front, request: Request) -> Response | ASGIApp:
@@ -56,34 +46,6 @@ async def completions(front: Front, request: Request) -> Response | ASGIApp:
     if given.get("stream"):
         return EventStream(_events(form, tickets), front.settings.ping)
     return json_reply(form.whole(await front.collect(tickets, request.receive)))
-
-
-def prompts_of(value: Any, model: Model) -> list[Prompt]:
-    """The prompts that a request's `prompt` holds: a text, ids, or a list of either. Raises ApiError or UserError."""
-    single = isinstance(value, str) or (isinstance(value, list) and value and all(map(_is_id, value)))
-    found = [value] if single else value
-    if not isinstance(found, list) or not found:
-        raise wrong("prompt", f"{shown(value)}, expected a text, token ids, or a list of either")
-    if len(found) > _MOST:
-        raise wrong("prompt", f"{len(found)} prompts, expected at most {_MOST}")
-    return [_prompt(one, "prompt" if single else f"prompt[{i}]", model) for i, one in enumerate(found)]
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _prompt(value: Any, where: str, model: Model) -> Prompt:
-    if isinstance(value, str):
-        ids, text = model.tokenize(value), value
-    elif isinstance(value, list) and all(map(_is_id, value)):
-        ids = token_ids(where, value, model.structure.vocab_size)
-        text = model.detokenize(ids)
-    else:
-        raise wrong(where, f"{shown(value)}, expected a text or a list of token ids")
-    if not ids:
-        raise wrong(where, "has no tokens, expected at least one")
-    return Prompt(tuple(ids), text)
 
 
 def _jobs(front: Front, given: Fields, name: str) -> tuple[list[Prompt], list[Job]]:

@@ -42,7 +42,11 @@ FIELDS: tuple[Field, ...] = (
     Field("stream_options", Keyed(), "`include_usage`: a last chunk with the usage", _BOTH),
     Field("messages", Listing(), "the conversation", (CHAT, ANTHROPIC), needed=True),
     Field(
-        "prompt", Anything(), "a text, token ids, or a list of either, mixed as you like", (TEXT, NATIVE), needed=True
+        "prompt",
+        Anything(),
+        "a text, token ids, both in one list, or a list of such prompts",
+        (TEXT, NATIVE),
+        needed=True,
     ),
     Field(
         "max_tokens",
@@ -52,7 +56,7 @@ FIELDS: tuple[Field, ...] = (
         ("max_completion_tokens", "n_predict"),
     ),
     Field("max_output_tokens", Whole(1, _BIG), "tokens of the answer at most", (RESPONSES,)),
-    Field("n", Whole(1, 128), "how many answers; the prompt is computed once", _BOTH),
+    Field("n", Whole(1, 128), "how many answers; the prompt is computed once", _OURS, ("n_cmpl",)),
     Field("best_of", Whole(1, 128), "accepted where it equals `n`", (TEXT,)),
     Field("stop", Texts(), "a text that ends the answer, or several; it is not part of the answer", _OURS),
     Field("stop_sequences", Texts(), "texts that end the answer", (ANTHROPIC,)),
@@ -105,7 +109,9 @@ FIELDS: tuple[Field, ...] = (
         "log-probabilities of the tokens, and of as many likeliest ones each",
         (TEXT,),
     ),
-    Field("n_probs", Whole(0, 20), "log-probabilities, as `logprobs`", (NATIVE,)),
+    Field("n_probs", Whole(0, 100), "log-probabilities of the tokens, and of as many likeliest ones", (NATIVE,)),
+    Field("return_tokens", Flag(), "tell the ids of the answer's tokens, as streams do", (NATIVE,)),
+    Field("response_fields", Texts(), "tell only these; `a/b` is `b` within `a`; not in streams", (NATIVE,)),
     Field("echo", Flag(), "begin with the prompt; with `logprobs`, with its log-probabilities, too", (TEXT,)),
     Field("ignore_eos", Flag(), "go on behind what ends a text", _OURS),
     Field("cache_prompt", Flag(), "reuse what is known of the prompt (true)", _OURS),
@@ -117,9 +123,9 @@ FIELDS: tuple[Field, ...] = (
     Field("parallel_tool_calls", Flag(), "false: one call at most", (CHAT, RESPONSES)),
     Field("chat_template_kwargs", Keyed(), "values for the chat template", (CHAT,)),
     Field("add_generation_prompt", Flag(), "end the prompt where the answer begins (true)", (CHAT,)),
-    Field("return_activity", Flag(), "each chunk tells the share of neurons computed, per layer", _BOTH),
-    Field("return_progress", Flag(), "chunks tell how much of the prompt is computed", _BOTH),
-    Field("timings_per_token", Flag(), "accepted; figures of speed come with the last chunk", _BOTH),
+    Field("return_activity", Flag(), "each chunk tells the share of neurons computed, per layer", _OURS),
+    Field("return_progress", Flag(), "chunks tell how much of the prompt is computed", _OURS),
+    Field("timings_per_token", Flag(), "accepted; figures of speed come with the last chunk", _OURS),
     Field("input", Anything(), "a text, or the conversation as a list of items", (RESPONSES,), needed=True),
     Field("instructions", Text(), "the system prompt", (RESPONSES,)),
     Field("text", Keyed(), "`format`: as `response_format`", (RESPONSES,)),
@@ -145,6 +151,7 @@ IGNORED: Mapping[str, str] = {
 REFUSED: Mapping[str, str] = {
     "best_of": "only as many answers as `n` are made",
     "functions": "use `tools`",
+    "post_sampling_probs": "probabilities are those of the model, before filters",
     "suffix": "no model of ours fills gaps",
     "continue_final_message": "end the prompt by hand, with /apply-template and /v1/completions",
     "previous_response_id, conversation": "nothing is stored: send the whole conversation",
@@ -211,7 +218,7 @@ def sampling_of(given: Fields, default: Sampling, bias: Iterable[tuple[int, floa
 
 _SAMPLERS = frozenset(
     field.name for field in FIELDS if isinstance(field.check, Number | Whole | Texts) and NATIVE in field.endpoints
-) - {"max_tokens", "n_probs", "stop", "seed"}
+) - {"max_tokens", "n", "n_probs", "response_fields", "stop", "seed"}
 
 
 def biases(value: Any, ids_of: Any, n_vocab: int) -> tuple[tuple[int, float], ...]:

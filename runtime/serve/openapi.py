@@ -8,11 +8,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from runtime.serve import wire
-from runtime.serve.fields import ANTHROPIC, CHAT, RESPONSES, TEXT, fields_of
+from runtime.serve.fields import ANTHROPIC, CHAT, NATIVE, RESPONSES, TEXT, fields_of
 from runtime.serve.front import Front
 from runtime.serve.replies import json_reply
 
-_BODIES = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT, "/v1/responses": RESPONSES, "/v1/messages": ANTHROPIC}
+_BODIES = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": TEXT,
+    "/v1/responses": RESPONSES,
+    "/v1/messages": ANTHROPIC,
+    "/completion": NATIVE,
+}
 _ERROR = {
     "type": "object",
     "required": ["error"],

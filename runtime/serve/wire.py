@@ -148,6 +148,24 @@ def chat_logprobs(tokens: Iterable[TokenInfo], model: Model) -> dict[str, Any]:
     }
 
 
+def llama_logprobs(tokens: Iterable[TokenInfo], model: Model) -> list[dict[str, Any]]:
+    """Log-probabilities in the form of llama-server's own endpoint; of a token that is no whole characters, the text is
+    what there is of whole ones.
+    """
+
+    def entry(token: int, data: bytes, logprob: float) -> dict[str, Any]:
+        text = data.decode("utf-8", "ignore")
+        return {"id": token, "token": text, "bytes": list(data), "logprob": _finite(logprob)}
+
+    return [
+        {
+            **entry(token.id, token.data, token.logprob),
+            "top_logprobs": [entry(i, _bytes(model, i), logprob) for i, logprob in token.top],
+        }
+        for token in tokens
+    ]
+
+
 def text_logprobs(tokens: Sequence[TokenInfo], model: Model, offset: int, top: int) -> dict[str, Any]:
     """Log-probabilities in the form of completions; offset: of the first token's text; top: how many were asked for."""
     found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [] if top else None, "text_offset": []}
@@ -169,6 +187,11 @@ def _likeliest(token: TokenInfo, model: Model) -> dict[str, float]:
         found.setdefault(token_text(_bytes(model, i)), _finite(logprob))
     found.setdefault(token_text(token.data), _finite(token.logprob))
     return found
+
+
+def spelled(ids: Iterable[int], model: Model) -> str:
+    """A text of ids, with special tokens and the space that the vocabulary puts before a text."""
+    return b"".join(_bytes(model, i) for i in ids).decode("utf-8", "replace")
 
 
 def _bytes(model: Model, token: int) -> bytes:
