@@ -17,7 +17,7 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 _TEXTS = ("text", "input_text", "output_text", "refusal")
 _KEPT = ("name", "tool_calls", "tool_call_id")  # beside role and content, where templates may look for them
 _MOST = 4096  # messages
-_OPENS, _CLOSES = "\ufdd0", "\ufdd1"  # no characters, so that no text has them
+_OPENS, _CLOSES, _CUT = "\ufdd0", "\ufdd1", "\ufdd2"  # no characters, so that no text has them
 
 
 def normalised(messages: Sequence[Any], name: str = "messages") -> list[Message]:
@@ -77,8 +77,10 @@ def chat_prompt(
     add_generation_prompt: bool = True,
     values: Mapping[str, Any] | None = None,
     tools: Tools | None = None,
+    continues: bool = False,
 ) -> str:
-    """The prompt for a conversation. values: others that the template may name; tools: that the model may call.
+    """The prompt for a conversation. values: others that the template may name; tools: that the model may call;
+    continues: the prompt ends where the last message does, so that the model goes on with it.
 
     Raises ApiError where the model has no template, UserError where it refuses.
     """
@@ -91,7 +93,29 @@ def chat_prompt(
         )
     named = {**({"tools": tools.described} if tools else {}), **(values or {})}
     shown_messages = _shielded(told(template, messages, tools), special_tokens)
-    return render(template, shown_messages, special_tokens, add_generation_prompt, named)
+    if not continues:
+        return render(template, shown_messages, special_tokens, add_generation_prompt, named)
+    # A template may put something before the message's text, too, so it is rendered whole, and cut behind its text.
+    shown_messages[-1]["content"] += _CUT
+    prompt, found, _ = render(template, shown_messages, special_tokens, False, named).rpartition(_CUT)
+    if not found:
+        raise wrong("messages", "the chat template does not show the last message, so it cannot be continued")
+    return prompt
+
+
+def is_prefill(messages: Sequence[Message], continues: bool | None, add_generation_prompt: bool | None) -> bool:
+    """Whether a model goes on with the last message, by what a request says of it (None: nothing). Where it says
+    nothing, a last message of the assistant is continued, as llama.cpp's and Anthropic's servers do. Raises ApiError.
+    """
+    last = messages[-1]
+    if continues is None:
+        return last["role"] == "assistant" and not last.get("tool_calls") and add_generation_prompt is not False
+    name = "continue_final_message"
+    if continues and add_generation_prompt:
+        raise wrong(name, "is true beside add_generation_prompt, expected one of them")
+    if continues and (last["role"] != "assistant" or last.get("tool_calls")):
+        raise wrong(name, "the last message is no text of the assistant")
+    return continues
 
 
 def _shielded(messages: Sequence[Message], special_tokens: Mapping[str, Any]) -> list[Message]:
@@ -110,7 +134,7 @@ def _shielded(messages: Sequence[Message], special_tokens: Mapping[str, Any]) ->
 
 def plain(prompt: str) -> str:
     """A prompt without these marks, to be shown."""
-    return prompt.replace(_OPENS, "").replace(_CLOSES, "")
+    return prompt.replace(_OPENS, "").replace(_CLOSES, "").replace(_CUT, "")
 
 
 def chat_ids(prompt: str, encode: Callable[..., list[int]]) -> tuple[int, ...]:

@@ -123,6 +123,12 @@ FIELDS: tuple[Field, ...] = (
     Field("parallel_tool_calls", Flag(), "false: one call at most", (CHAT, RESPONSES)),
     Field("chat_template_kwargs", Keyed(), "values for the chat template", (CHAT,)),
     Field("add_generation_prompt", Flag(), "end the prompt where the answer begins (true)", (CHAT,)),
+    Field(
+        "continue_final_message",
+        Flag(),
+        "go on with the last message, one of the assistant, and answer with what follows (true where it is last)",
+        (CHAT, ANTHROPIC),
+    ),
     Field("return_activity", Flag(), "each chunk tells the share of neurons computed, per layer", _OURS),
     Field("return_progress", Flag(), "chunks tell how much of the prompt is computed", _OURS),
     Field("timings_per_token", Flag(), "accepted; figures of speed come with the last chunk", _OURS),
@@ -153,7 +159,6 @@ REFUSED: Mapping[str, str] = {
     "functions": "use `tools`",
     "post_sampling_probs": "probabilities are those of the model, before filters",
     "suffix": "no model of ours fills gaps",
-    "continue_final_message": "end the prompt by hand, with /apply-template and /v1/completions",
     "previous_response_id, conversation": "nothing is stored: send the whole conversation",
     "background": "an answer lives as long as its request",
 }

@@ -13,7 +13,7 @@ from runtime.base.arguments import token_ids
 from runtime.serve import wire
 from runtime.serve.body import read_object
 from runtime.serve.checks import Flag, Ids, Keyed, Listing, Text
-from runtime.serve.conversation import chat_prompt, normalised, plain
+from runtime.serve.conversation import chat_prompt, is_prefill, normalised, plain
 from runtime.serve.errors import ApiError, wrong
 from runtime.serve.front import Front
 from runtime.serve.replies import error_reply, json_reply
@@ -115,12 +115,15 @@ async def apply_template(front: Front, request: Request) -> Response:
     if messages is None:
         raise wrong("messages", "is missing")
     more = _given(body, "chat_template_kwargs", Keyed(), {})
-    add = _given(body, "add_generation_prompt", Flag(), True)
-    special = front.model.special_tokens
-    prompt = await front.prepare(
-        lambda: chat_prompt(front.chat_template, normalised(messages), special, add, more),
-    )
-    return json_reply({"prompt": plain(prompt)})
+    add = _given(body, "add_generation_prompt", Flag(), None)
+    continued = _given(body, "continue_final_message", Flag(), None)
+
+    def prompt() -> str:
+        found, special = normalised(messages), front.model.special_tokens
+        goes_on = is_prefill(found, continued, add)
+        return plain(chat_prompt(front.chat_template, found, special, add is not False, more, continues=goes_on))
+
+    return json_reply({"prompt": await front.prepare(prompt)})
 
 
 def _given(body: dict[str, Any], name: str, check: Any, default: Any) -> Any:

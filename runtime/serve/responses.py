@@ -52,17 +52,22 @@ async def responses(front: Front, request: Request) -> Response | ASGIApp:
 async def input_tokens(front: Front, request: Request) -> Response:
     """How many tokens a conversation has."""
     given = read_fields(await read_object(request, front.settings), RESPONSES)
-    ids = await front.prepare(lambda: prompt_ids(front, given, messages_of(given), tools_of(given)))
+    ids = await front.prepare(lambda: prompt_ids(front, _settled(given), messages_of(given), tools_of(given)))
     return json_reply({"object": "response.input_tokens", "input_tokens": len(ids)})
 
 
 def _job(front: Front, given: Fields, name: str, tools: Tools | None) -> Job:
-    settled = dict(given)
+    return chat_job(front, _settled(given), messages_of(given), name, tools=tools)
+
+
+def _settled(given: Fields) -> Fields:
+    """The fields by the names that chats have. An answer is an item of its own here, so none is continued."""
+    settled = {**given, "continue_final_message": False}
     if "max_output_tokens" in given:
         settled["max_tokens"] = given["max_output_tokens"]
     if output := given.get("text", {}).get("format"):
         settled["response_format"] = output
-    return chat_job(front, settled, messages_of(given), name, tools=tools)
+    return settled
 
 
 def messages_of(given: Fields) -> list[Message]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from runtime.base.arguments import token_ids
-from runtime.serve.conversation import Message, chat_ids, chat_prompt
+from runtime.serve.conversation import Message, chat_ids, chat_prompt, is_prefill
 from runtime.serve.fields import Fields, biases, sampling_of
 from runtime.serve.forms import grammar_of
 from runtime.serve.front import Front
@@ -64,13 +64,15 @@ def chat_job(
 
 def prompt_ids(front: Front, given: Fields, messages: Sequence[Message], tools: Tools | None = None) -> tuple[int, ...]:
     """The ids of a conversation. Raises ApiError or UserError."""
+    add_generation_prompt = given.get("add_generation_prompt")
     prompt = chat_prompt(
         front.chat_template,
         messages,
         front.model.special_tokens,
-        given.get("add_generation_prompt", True),
+        add_generation_prompt is not False,
         given.get("chat_template_kwargs"),
         tools,
+        is_prefill(messages, given.get("continue_final_message"), add_generation_prompt),
     )
     return chat_ids(prompt, front.model.tokenize)
 
