@@ -179,7 +179,7 @@ class Engine(OfWorker):
         for i, shape in self.structure.ffns.items():
             # A device computes every neuron that it has.
             hot, cold = self.map.on_devices[i], schedule.ffns.get(i, ())
-            if not cold and hot < shape.n_ff:
+            if not cold and hot < shape.n_reached:
                 continue  # all neurons, as whole matrices
             seen = sequences
             if cold and len(cold[0].fired) < len(sequences):  # the last block: tokens whose logits are wanted

@@ -13,7 +13,7 @@ from typing import Any
 from runtime.analysis.placement import PlacedModel, placed_model
 from runtime.hybrid.costs import PlanOptions, machine_of, model_costs
 from runtime.hybrid.planner import BlockCosts, Device, Machine, Placement, Planner
-from runtime.model_file.frequencies import frequencies
+from runtime.model_file.frequencies import by_rank
 from runtime.model_file.reader import GgufFile
 
 BUDGETS = 65
@@ -61,7 +61,7 @@ def placements(file: GgufFile, options: PlanOptions, wanted: int | None, free: i
 
     begin = (span.most // 2 + span.least // 2) // span.unit * span.unit if wanted is None else min(wanted, span.most)
     budgets = choose(span, [begin, min(span.most, _rounded_up(whole.most))], speed)
-    freq = [frequencies(file, i) for i in range(len(blocks))]
+    freq = [by_rank(file, i) for i in range(len(blocks))]
     rows = [_row(placed_model(known[n], _with(machine, n), freq)) for n in budgets]
     return {
         "everything": whole.most,

@@ -14,7 +14,7 @@ from runtime.hybrid.choose import machine_options, usable
 from runtime.hybrid.costs import Floats, PlanOptions, machine_of, model_costs
 from runtime.hybrid.devices import find, parse_names
 from runtime.hybrid.planner import Device, Machine, Placement, place
-from runtime.model_file.frequencies import frequencies
+from runtime.model_file.frequencies import by_rank
 from runtime.model_file.reader import GgufFile
 from runtime.options import SettledOptions
 
@@ -118,7 +118,7 @@ def plan_report(
     blocks, head = model_costs(file, options)
     nothing = tuple(Device(0, d.bandwidth) for d in machine.devices)
     cpu_only = place(blocks, head, Machine(nothing, machine.cpu_bandwidth, machine.sync))
-    freq = [frequencies(file, i) for i in range(len(blocks))]
+    freq = [by_rank(file, i) for i in range(len(blocks))]
     return PlanReport(
         model=str(file.path),
         kv_type=run.kv_type,

@@ -64,6 +64,6 @@ class FfnShape:
         """
         return self.n_embd + self.sub_norm
 
-    def part(self, n_ff: int) -> FfnShape:
-        """The same FFN with so many of its neurons."""
-        return replace(self, n_ff=n_ff)
+    def part(self, n: int) -> FfnShape:
+        """The same FFN with so many of its neurons; where there are experts, of each one's."""
+        return replace(self, n_ff=n * (self.experts.count if self.experts else 1))

@@ -56,11 +56,12 @@ class Blocks:
     def until_ffn(self, x: ggml.TensorP, i: int) -> AtFfn:
         """Block `i`, which has an FFN, up to there."""
         residual, h = self._mixed(x, i)
-        entry = self._wanted(x, i)
+        ffn, entry = self.ffn(i), self._wanted(x, i)
         if self.s.norm_placement == "post":
-            return AtFfn(FfnInputs(h, residual, entry), residual)
+            return AtFfn(FfnInputs(h, residual, ffn.routed(h, entry)), residual)
         stream = entry if self.s.residual == "parallel" else h
-        return AtFfn(FfnInputs(self.b.norm(stream, self.ffn(i).norm), stream, entry), residual)
+        given = self.b.norm(stream, ffn.norm)
+        return AtFfn(FfnInputs(given, stream, ffn.routed(given, entry)), residual)
 
     def _mixed(self, x: ggml.TensorP, i: int) -> tuple[ggml.TensorP, ggml.TensorP]:
         """Block `i`'s hidden states after its mixer, and these with the norm behind it, where norms stand there."""

@@ -17,11 +17,10 @@ from runtime.bindings import ggml
 from runtime.bindings.ffn_shape import FfnShape
 from runtime.compute.dense_threshold import expected
 from runtime.compute.kv_cache import padded_cells
-from runtime.compute.traffic import ffn_bytes
 from runtime.errors import UserError
 from runtime.hybrid.planner import BlockCosts, Device, Machine, Placement, place
 from runtime.model_file import tensor_names as names
-from runtime.model_file.frequencies import frequencies
+from runtime.model_file.frequencies import by_rank
 from runtime.model_file.reader import GgufFile, TensorInfo
 from runtime.model_file.structure import Structure
 from runtime.options import SettledOptions
@@ -147,7 +146,7 @@ def model_costs(file: GgufFile, options: PlanOptions) -> tuple[list[BlockCosts],
     """The planner's blocks, and the bytes of the output head (its norm and projection included)."""
     s = file.structure
     gates = expected(file, options.ffn, options.run.predictor_bias).gates
-    blocks = [_block(file, i, options, frequencies(file, i), float(gates[i])) for i in range(s.block_count)]
+    blocks = [_block(file, i, options, by_rank(file, i), float(gates[i])) for i in range(s.block_count)]
     output = names.weight(names.TOKEN_EMBD if s.tied_output else names.OUTPUT)
     ends = (names.OUTPUT_NORM, names.OUTPUT_PROJ)
     head = (output, *(name for name in file.tensors if name.startswith(ends)))
@@ -189,17 +188,19 @@ def cold_bytes(
     candidate: Floats,
     cuts: tuple[int, ...],
     scattered: float,
+    used: int = 1,
 ) -> tuple[float, ...]:
     """Bytes that the CPU reads for one token, for each prefix on the device: as if rows that are picked were
     `scattered` times as long.
 
-    freq, candidate: how often each neuron fires, and has its first row read, [n_ff].
+    freq, candidate: how often each neuron fires, and has its first row read, [n_ff]; where a token uses several
+    experts, `used`, of the neurons of each rank how many.
     """
     if ffn == "dense":
-        return tuple(neuron.device * (len(freq) - k) for k in cuts)
+        return tuple(neuron.device * used * (len(freq) - k) for k in cuts)
     # Where most neurons are read, rows follow each other.
-    picked, fired = np.minimum(1.0, scattered * candidate), np.minimum(1.0, scattered * freq)
-    read = neuron.first * (picked if ffn == "predicted" else 1.0) + neuron.rest * fired
+    picked, fired = np.minimum(used, scattered * candidate), np.minimum(used, scattered * freq)
+    read = neuron.first * (picked if ffn == "predicted" else float(used)) + neuron.rest * fired
     colder = np.append(np.cumsum(read[::-1])[::-1], 0.0)
     return tuple(float(colder[k]) for k in cuts)
 
@@ -217,36 +218,34 @@ def _block(file: GgufFile, i: int, options: PlanOptions, freq: Floats, share: fl
     return _with_neurons(block, ffn, file, i, options, freq, share) if ffn else block
 
 
-_ALWAYS_READ = ("attn_", names.FFN_NORM, names.bias(names.FFN_DOWN))
+_ALWAYS_READ = ("attn_", names.FFN_NORM, names.bias(names.FFN_DOWN), *names.ROUTERS)
 
 
 def _with_neurons(
     block: BlockCosts, ffn: FfnShape, file: GgufFile, i: int, options: PlanOptions, freq: Floats, share: float
 ) -> BlockCosts:
-    tensors, n_ff, stems = _tensors(file, i), ffn.n_ff, names.stems(ffn)
+    tensors, n, stems, experts = _tensors(file, i), ffn.expert_length, names.stems(ffn), ffn.experts
+    count, used = (experts.count, experts.used) if experts else (1, 1)
     predicted = options.ffn == "predicted" and file.structure.rank(i) > 0
-    if ffn.experts:
-        return _with_experts(block, ffn, file, i, options)
-    sign = tensors[stems.predictor_sign].nbytes / n_ff if predicted and stems.predictor_sign in tensors else 0.0
+    # What the CPU reads of a predictor for each of its neurons, where no device computes the scores.
+    own = (stems.predictor_sign, names.weight(stems.predictor_out)) if experts else (stems.predictor_sign,)
+    scored = used * sum(tensors[name].nbytes for name in own if predicted and name in tensors) / ffn.n_ff
+    inner = tensors[names.weight(names.PREDICTOR_IN)].nbytes if predicted and experts else 0
     down = tensors.get(names.weight(stems.down)) if file.structure.layout == "both" else None
-    cuts = cuts_of(n_ff, _block_size(down)) if down else (0,)
-    neuron, candidate = _neuron(ffn, tensors), candidates(freq, share) if predicted else np.ones(n_ff)
+    cuts = cuts_of(n, _block_size(down)) if down else (0,)
+    neuron = _neuron(ffn, tensors)
+    candidate = used * candidates(freq / used, share) if predicted else np.full(n, float(used))
     mode = "predicted" if predicted else _exact(options.ffn)
-    cold = cold_bytes(mode, neuron, freq, candidate, cuts, options.scattered)
+    cold = cold_bytes(mode, neuron, freq, candidate, cuts, options.scattered, used)
     return replace(
         block,
-        predictor=_predictor(tensors) if predicted and not sign else 0,
-        neurons=n_ff,
+        predictor=_predictor(tensors) if predicted and not scored else 0,
+        neurons=n,
         cuts=cuts,
-        hot=tuple(round(neuron.device * k) for k in cuts),
-        cold=tuple(bytes_ + sign * (n_ff - k) for bytes_, k in zip(cold, cuts, strict=True)),
+        hot=tuple(round(neuron.device * k * count) for k in cuts),
+        cold=tuple(bytes_ + scored * (n - k) + inner * (k < n) for bytes_, k in zip(cold, cuts, strict=True)),
+        hot_read=used / count,
     )
-
-
-def _with_experts(block: BlockCosts, ffn: FfnShape, file: GgufFile, i: int, options: PlanOptions) -> BlockCosts:
-    """Experts are the CPU's: there is one cut, and what their chosen ones read."""
-    usual = expected(file, options.ffn, options.run.predictor_bias)
-    return replace(block, neurons=ffn.n_ff, cold=(ffn_bytes(ffn, file.tensors, usual, i),))
 
 
 def _tensors(file: GgufFile, i: int) -> dict[str, TensorInfo]:
@@ -275,8 +274,7 @@ def _predictor(tensors: Mapping[str, TensorInfo]) -> int:
 
 def _slack(tensors: Mapping[str, TensorInfo]) -> int:
     """Alignment and padding of the pieces of the FFN's tensors on a device."""
-    stems = tuple(f"{stem}." for stem in names.Stems().matrices)
-    return sum(_ALIGNMENT + _padding(t) for name, t in tensors.items() if name.startswith(stems))
+    return sum(_ALIGNMENT + _padding(t) for name, t in tensors.items() if name.startswith(names.MULTIPLIED))
 
 
 def _stored(t: TensorInfo) -> int:

@@ -40,10 +40,11 @@ def copied(
 
 def _like(context: ggml.ContextP, weights: Weights, part: Slice) -> ggml.TensorP:
     source = weights[part.name]
-    return ggml.ggml_new_tensor_2d(context, source.type, *_shape(source, part))
+    return ggml.ggml_new_tensor_3d(context, source.type, *_shape(source, part), source.ne[2])
 
 
 def _shape(source: ggml.TensorP, part: Slice) -> tuple[int, int]:
+    """Of a slice, or of its part of each expert."""
     ne = source.ne[:2]
     if part.axis is None:
         return ne[0], ne[1]
@@ -77,12 +78,14 @@ def _upload(weights: Weights, part: Slice, target: ggml.TensorP) -> None:
     if part.axis == 0:
         row = source.nb[1]
         first, end = (ggml.ggml_row_size(source.type, n) for n in (part.first, part.end))
-        mapped = np.ctypeslib.as_array((ctypes.c_uint8 * (row * source.ne[1])).from_address(data))
+        mapped = np.ctypeslib.as_array((ctypes.c_uint8 * (row * source.ne[1] * source.ne[2])).from_address(data))
         columns = np.ascontiguousarray(mapped.reshape(-1, row)[:, first:end])
         ggml.ggml_backend_tensor_set(target, columns.ctypes.data, 0, size)
     else:
         offset = 0 if part.axis is None else part.first * (source.nb[1] if source.ne[1] > 1 else source.nb[0])
-        ggml.ggml_backend_tensor_set(target, data + offset, 0, size)
+        each = size // source.ne[2]
+        for e in range(source.ne[2]):
+            ggml.ggml_backend_tensor_set(target, data + offset + e * source.nb[2], e * each, each)
     # What is on the device need not stay in main memory; the CPU reads its rows again when it needs them.
     weights.release(part.name)
 

@@ -85,7 +85,7 @@ def _part(info: TensorInfo, tensor_map: TensorMap) -> Held:
             return nothing
         # From the first to the last: pieces of the CPU between which a device has some are an exception.
         return Held(row * pieces[0].first, row * (pieces[-1].end - pieces[0].first))
-    if short in (*NEURON_ELEMENTS, *n.NEURON_COLUMNS, n.weight(n.PREDICTOR_IN), *n.ROUTERS):
+    if short in (*NEURON_ELEMENTS, *n.NEURON_COLUMNS, n.weight(n.PREDICTOR_IN)):
         return whole if pieces else nothing
     return whole if sides.home == CPU and short not in n.NEURON_NOTES else nothing
 

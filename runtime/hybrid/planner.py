@@ -36,8 +36,10 @@ class BlockCosts:
     stored: what a device must hold whatever its share of the FFN (attention, norms, biases, keys and values, padding).
     read: how much of that one token reads. predictor: stored and read where a predictor chooses among neurons on the
     CPU.
-    neurons: n_ff. cuts: the prefixes that a device can hold, in neurons: 0 first, increasing; the last one may be n_ff.
-    hot: for each cut, the bytes of its neurons on a device, which stores and reads them all.
+    neurons: n_ff, or those of one expert. cuts: the prefixes that a device can hold, in neurons: 0 first, increasing;
+    the last one may be all.
+    hot: for each cut, the bytes of its neurons on a device, which stores them all and reads the share `hot_read`: with
+    experts, those of the chosen ones.
     cold: for each cut, the bytes that the CPU reads of the others for one token.
     """
 
@@ -48,6 +50,7 @@ class BlockCosts:
     cuts: tuple[int, ...]
     hot: tuple[int, ...]
     cold: tuple[float, ...]
+    hot_read: float = 1.0
 
     def __post_init__(self) -> None:
         if not len(self.cuts) == len(self.hot) == len(self.cold) or self.cuts[:1] != (0,) or self.hot[0] != 0:
@@ -178,7 +181,7 @@ def _block_cost(
     hot = 0.0
     for d, size in enumerate(sizes.tolist()):
         used[d] += size
-        hot = max(hot, size / machine.devices[d].bandwidth)
+        hot = max(hot, b.hot_read * size / machine.devices[d].bandwidth)
     crossings = (k < b.neurons) + sum(n > 0 for n in pieces[1:])
     cost = {
         "attention (device)": (b.read + predictor) / machine.devices[0].bandwidth,
@@ -302,9 +305,8 @@ class _Search:
         slowest = max(share / d.bandwidth for share, d in zip(shares, self.devices, strict=True))
         attention = (b.read + b.predictor * split) / self.devices[0].bandwidth
         crossings = split + (cuts > 0) * (len(self.devices) - 1)
-        seconds = (
-            attention + np.maximum(hot * slowest, cold / self.machine.cpu_bandwidth) + self.machine.sync * crossings
-        )
+        computing = np.maximum(b.hot_read * hot * slowest, cold / self.machine.cpu_bandwidth)
+        seconds = attention + computing + self.machine.sync * crossings
         # Pieces are counted in whole blocks of neurons; a predictor that is not needed frees its bytes on a single
         # device only.
         sizes = np.arange(len(cuts)) * _step(b) if self.several else hot + b.predictor * split

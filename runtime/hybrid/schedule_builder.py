@@ -16,13 +16,15 @@ from runtime.compute.blocks import AtFfn, Blocks
 from runtime.compute.builder import Builder, GraphSpec, Inputs
 from runtime.compute.ffns import ffn_of
 from runtime.compute.ffns.neurons import FfnInputs
+from runtime.compute.operators import Chosen
 from runtime.compute.repack import Repacked
 from runtime.hybrid.schedule import Compute, Download, InOneOrder, Schedule, SetMark, Step, Upload, Wait
 from runtime.hybrid.sides import Sides
 from runtime.hybrid.subgraphs import Subgraph, Subgraphs, check_supported
 from runtime.hybrid.tensor_map import CPU, Piece
 
-_TENSORS_PER_BLOCK = 16  # that cross, on one side, beside those of each piece
+_TENSORS_PER_BLOCK = 20  # that cross, on one side, beside those of each piece
+_EXPERTS, _WEIGHTS = "experts", "weights of experts"  # roles of each token's choice
 
 
 def build(spec: GraphSpec, sides: Sides, scratch: Repacked | None = None) -> Schedule:
@@ -162,20 +164,20 @@ class _Building:
         there.keep(self._subgraph(), at.residual, "kept residual")
         x = self._left(given.x, "x")
         stream = self._left(given.stream, "stream") if self._sees_stream(i) else x
-        entry = self._left(given.entry, "entry") if self._sees_entry(i) else x
+        chosen = self._left_choice(given.chosen) if given.chosen else None
         self._leave_scores(given, i)
         arrived = self._ended()
         if home != CPU and home in sides:  # which goes on while the CPU waits
             at_home = there.at("x", d, n)
-            self._compute_share(home, FfnInputs(at_home, at_home, at_home), i)
+            self._compute_share(home, FfnInputs(at_home, at_home, self._choice_on(home, chosen)), i)
         self.steps += arrived
         waits: list[Step] = []
         for side in (side for side in sides if side not in (CPU, home)):
-            arrived_there = self._uploaded(side, "x", x)
-            product = self._compute_share(side, FfnInputs(arrived_there, arrived_there, arrived_there), i)
+            there_x, there_chosen = self._uploaded(side, "x", x), self._uploaded_choice(side, chosen)
+            product = self._compute_share(side, FfnInputs(there_x, there_x, there_chosen), i)
             waits += self._fetched(side, [self._download(side, product, _product_of(side))])
         if CPU in sides:
-            self._compute_share(CPU, FfnInputs(x, stream, entry), i)
+            self._compute_share(CPU, FfnInputs(x, stream, chosen), i)
         self.steps += waits
         self._at = i + 1
         length, host = self._s.ffns[i].product_length, self._graphs[CPU]
@@ -188,17 +190,12 @@ class _Building:
         if home in sides:
             products.insert(0, there.at(_product_of(home), length, n))
         residual, x = there.at("kept residual", d, n), there.at("x", d, n)
-        return AtFfn(FfnInputs(x, residual, residual), residual), self._sum(products)
+        return AtFfn(FfnInputs(x, residual), residual), self._sum(products)
 
     def _sees_stream(self, i: int) -> bool:
         """Whether the CPU chooses among neurons of block `i` by the hidden states before the FFN's norm."""
         s, here = self._s, bool(self._map.blocks[i].on(CPU)) and not self._map.scored_at_home(i)
         return here and self._predicts and s.rank(i) > 0 and s.predictor_tap == "residual"
-
-    def _sees_entry(self, i: int) -> bool:
-        """Whether the CPU chooses among experts of block `i` by the block's own input."""
-        experts = self._s.ffns[i].experts
-        return experts is not None and experts.tap == "block" and bool(self._map.blocks[i].on(CPU))
 
     @property
     def _predicts(self) -> bool:
@@ -233,7 +230,7 @@ class _Building:
 
     def _piece(self, subgraph: Subgraph, piece: Piece, given: FfnInputs, i: int, k: int) -> ggml.TensorP:
         """The product of block `i`'s piece number `k` on a side."""
-        side, shape = self._sides[piece.side], self._s.ffns[i]
+        side = self._sides[piece.side]
         whole = i in self._map.whole_on_cpu
         spec = self._spec_on(piece.side) if whole else replace(self._spec_on(piece.side), dense_from=())
         ffns: dict[int, sparse_ffn.Ffn] = {}
@@ -251,7 +248,7 @@ class _Building:
             ffns,
             self.products,
         )
-        ffn = ffn_of(builder, i, shape.part(piece.length))
+        ffn = ffn_of(builder, i, (piece.first, piece.end))
         if piece.side == CPU and self._scored_at_home(i):
             scores = self._graphs[CPU].at(f"scores {k}", piece.length, given.x.ne[1])
             product = ffn.native(given.x, ffn.chosen(scores))
@@ -324,10 +321,27 @@ class _Building:
         kept = self._graphs[self._side].keep(self._subgraph(), x, role)
         if self._side != CPU:
             self._downloads.append(self._download(self._side, kept, role))
-        return self._graphs[CPU].at(role, *kept.ne[:2])
+        return self._graphs[CPU].like(role, kept)
+
+    def _left_choice(self, chosen: Chosen) -> Chosen:
+        """Keep each token's experts; returns where they are found in main memory."""
+        return Chosen(self._left(chosen.ranges, _EXPERTS), self._left(chosen.weights, _WEIGHTS))
+
+    def _choice_on(self, side: int, chosen: Chosen | None) -> Chosen | None:
+        """Where each token's experts lie on the side that chose them; None where there are none."""
+        if chosen is None:
+            return None
+        there = self._graphs[side]
+        return Chosen(there.like(_EXPERTS, chosen.ranges), there.like(_WEIGHTS, chosen.weights))
+
+    def _uploaded_choice(self, side: int, chosen: Chosen | None) -> Chosen | None:
+        """Each token's experts on another side; None where there are none."""
+        if chosen is None:
+            return None
+        return Chosen(self._uploaded(side, _EXPERTS, chosen.ranges), self._uploaded(side, _WEIGHTS, chosen.weights))
 
     def _download(self, side: int, tensor: ggml.TensorP, role: str) -> Download:
-        return Download(self._sides[side].queue, tensor, self._graphs[CPU].at(role, *tensor.ne[:2]))
+        return Download(self._sides[side].queue, tensor, self._graphs[CPU].like(role, tensor))
 
     def _fetched(self, side: int, downloads: list[Step]) -> list[Step]:
         """Let a device make some downloads; returns what to wait for before they are read."""
@@ -341,7 +355,7 @@ class _Building:
         """A tensor of main memory on another side."""
         if side == CPU:
             return source
-        target = self._graphs[side].at(role, *source.ne[:2])
+        target = self._graphs[side].like(role, source)
         self.steps.append(Upload(self._sides[side].queue, source, target))
         return target
 

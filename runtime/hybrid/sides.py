@@ -95,8 +95,8 @@ class Sides(Closing):
         return Side(queue, self.weights, neurons, {}, self._kv(handles, CPU, queue))
 
     def _cold(self, views: ggml.ContextP, i: int, piece: Piece) -> Tensors:
-        if len(self.map.blocks[i].pieces) == 1:
-            return self.weights  # with their copies in other layouts
+        if len(self.map.blocks[i].pieces) == 1 or self.map.structure.ffns[i].experts:
+            return self.weights  # with their copies in other layouts; of experts, the operators pick their rows
         found = viewed(views, self.weights, self.map.neurons(i, piece))
         whole = self.weights.get(n.weight_of(i, n.PREDICTOR_IN))
         return Tensors(found.tensors | ({n.weight_of(i, n.PREDICTOR_IN): whole} if whole else {}))

@@ -49,6 +49,10 @@ class Subgraphs(Closing):
         """A tensor to be read by subgraphs, or copied."""
         return self._with(role, ggml.ggml_new_tensor_2d(self._context, type_id, ne0, ne1))
 
+    def like(self, role: str, tensor: ggml.TensorP) -> ggml.TensorP:
+        """The same, as large as another tensor."""
+        return self.at(role, tensor.ne[0], tensor.ne[1], tensor.type)
+
     def keep(self, subgraph: Subgraph, tensor: ggml.TensorP, role: str) -> ggml.TensorP:
         """Let a subgraph compute a tensor to where the role lies; returns what is computed there."""
         return self._with(role, subgraph.keep(tensor))

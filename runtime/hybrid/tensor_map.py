@@ -19,12 +19,12 @@ from runtime.model_file.tensor_shapes import required_tensors
 CPU = 0
 _ROWS = tuple(name for name in n.NEURON_ROWS if name not in n.TRANSPOSED)  # what a device computes with
 NEURON_ELEMENTS = frozenset((*n.NEURON_ROWS, *n.PREDICTOR_ROWS))  # what has a row or an element for each neuron
-_OF_NEURONS = NEURON_ELEMENTS | {*n.NEURON_COLUMNS, *n.NEURON_NOTES, *n.ROUTERS}
+_OF_NEURONS = NEURON_ELEMENTS | {*n.NEURON_COLUMNS, *n.NEURON_NOTES}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Neurons first .. end - 1 of one block's FFN, on a side."""
+    """Neurons first .. end - 1 of one block's FFN, or of each of its experts, on a side."""
 
     side: int
     first: int
@@ -88,7 +88,7 @@ class TensorMap:
         shapes = [block.ffn for block in self.structure.blocks]
         for i, (block, ffn) in enumerate(zip(self.blocks, shapes, strict=True)):
             ends = [0, *(p.end for p in block.pieces)]
-            if [p.first for p in block.pieces] != ends[:-1] or ends[-1] != (ffn.n_ff if ffn else 0):
+            if [p.first for p in block.pieces] != ends[:-1] or ends[-1] != (ffn.expert_length if ffn else 0):
                 raise ValueError(f"block {i}: its pieces must hold each of its neurons once, in their order")
             if any(p.length <= 0 for p in block.pieces):
                 raise ValueError(f"block {i}: a piece must hold a neuron")
@@ -108,8 +108,11 @@ class TensorMap:
 
     @cached_property
     def on_devices(self) -> tuple[int, ...]:
-        """By block, the neurons on all devices together."""
-        return tuple(sum(p.length for p in block.pieces if p.side != CPU) for block in self.blocks)
+        """By block, the neurons on all devices together; with experts, of those that one token uses."""
+        used = (b.ffn.experts.used if b.ffn and b.ffn.experts else 1 for b in self.structure.blocks)
+        return tuple(
+            n * sum(p.length for p in block.pieces if p.side != CPU) for n, block in zip(used, self.blocks, strict=True)
+        )
 
     def scored_at_home(self, i: int) -> bool:
         """Whether a device computes the predictor's scores for the CPU's neurons of block `i`. Sign bits are the CPU's:
@@ -188,13 +191,13 @@ def of_placement(s: Structure, placement: Placement, predicted: bool) -> TensorM
 
 
 def _cut(ffn: FfnShape | None, hot: Sequence[int]) -> tuple[Piece, ...]:
-    """Consecutive pieces of an FFN's neurons: so many on each device, the others on the CPU."""
-    return tuple(_pieces(ffn.n_ff, hot)) if ffn else ()
+    """Consecutive pieces of an FFN's neurons, or of each expert's: so many on each device, the others on the CPU."""
+    return tuple(_pieces(ffn.expert_length, hot)) if ffn else ()
 
 
-def _pieces(n_ff: int, hot: Sequence[int]) -> Iterator[Piece]:
+def _pieces(n: int, hot: Sequence[int]) -> Iterator[Piece]:
     at = 0
-    for side, length in (*enumerate(hot, start=1), (CPU, n_ff - sum(hot))):
+    for side, length in (*enumerate(hot, start=1), (CPU, n - sum(hot))):
         if length:
             yield Piece(side, at, at + length)
         at += length

@@ -27,6 +27,19 @@ def frequencies(file: GgufFile, i: int) -> Doubles:
     return (fired.reshape(ffn.experts.count, -1) * chosen[:, None]).reshape(-1)
 
 
+def by_rank(file: GgufFile, i: int) -> Doubles:
+    """Of the neurons of one rank, one in each expert of block `i`, how many fire for a token: float64 [expert_length],
+    falling where the file was calibrated. Without experts the same as `frequencies`.
+    """
+    ffn, found = file.structure.blocks[i].ffn, frequencies(file, i)
+    if not ffn or not ffn.experts:
+        return found
+    if file.structure.neuron_order != "hot":  # all neurons of the chosen experts
+        return np.full(ffn.expert_length, float(ffn.experts.used))
+    ranked: Doubles = found.reshape(ffn.experts.count, -1).sum(0)
+    return ranked
+
+
 def fired_share(file: GgufFile, i: int) -> float:
     """Of the neurons that a token may use in block `i`, which has an FFN, the share that fires, on average."""
     ffn = file.structure.ffns[i]

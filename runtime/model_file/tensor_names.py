@@ -106,6 +106,7 @@ NEURON_COLUMNS = tuple(weight(s.down) for s in _BOTH)
 PREDICTOR_BIASES = tuple(bias(s.predictor_out) for s in _BOTH)
 SIGNS = tuple(s.predictor_sign for s in _BOTH)
 PREDICTOR_ROWS = (*(weight(s.predictor_out) for s in _BOTH), *PREDICTOR_BIASES, *SIGNS)
+MULTIPLIED = tuple(f"{stem}." for s in _BOTH for stem in s.matrices)  # beginnings: matrices for ggml, and their biases
 # What says how often neurons fire, and what they were.
 INDICES = tuple(s.index for s in _BOTH)
 NEURON_NOTES = (*(name for s in _BOTH for name in (s.index, s.freq)), EXPERT_FREQ)

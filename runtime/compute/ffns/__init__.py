@@ -6,7 +6,6 @@ a class in a file here, and its row below.
 
 from __future__ import annotations
 
-from runtime.bindings.ffn_shape import FfnShape
 from runtime.compute.builder import Builder
 from runtime.compute.ffns.experts import ExpertsFfn
 from runtime.compute.ffns.neurons import NeuronFfn
@@ -14,8 +13,10 @@ from runtime.compute.ffns.neurons import NeuronFfn
 KINDS = {False: NeuronFfn, True: ExpertsFfn}  # by whether there are experts
 
 
-def ffn_of(b: Builder, i: int, part: FfnShape | None = None) -> NeuronFfn:
-    """The FFN of block `i`, which has one; or a part of its neurons, those whose rows the builder's tensors hold."""
-    shape = part or b.s.blocks[i].ffn
+def ffn_of(b: Builder, i: int, piece: tuple[int, int] | None = None) -> NeuronFfn:
+    """The FFN of block `i`, which has one; or a piece of its neurons (of each of its experts'), the first and the one
+    behind the last.
+    """
+    shape = b.s.blocks[i].ffn
     assert shape, f"block {i} has no FFN"
-    return KINDS[shape.experts is not None](b, shape, i)
+    return KINDS[shape.experts is not None](b, shape, i, piece)

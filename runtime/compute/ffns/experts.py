@@ -13,7 +13,7 @@ import numpy as np
 from runtime.bindings import ggml, sparse_ffn
 from runtime.bindings.ffn_shape import Experts, FfnShape
 from runtime.compute.builder import Builder
-from runtime.compute.ffns.neurons import FfnInputs, NeuronFfn
+from runtime.compute.ffns.neurons import NeuronFfn
 from runtime.compute.operators import Chosen
 from runtime.model_file import tensor_names as n
 
@@ -21,20 +21,23 @@ _LEAST_SUM = 6.103515625e-5  # of a token's weights, which are divided by it: th
 
 
 class ExpertsFfn(NeuronFfn):
-    """The FFN of block `i`, whose neurons are those of all experts."""
+    """The FFN of block `i`, whose neurons are those of all experts; or the same ones of each of them.
 
-    def __init__(self, b: Builder, shape: FfnShape, i: int) -> None:
-        super().__init__(b, shape, i)
+    The builder's tensors hold all neurons where our own operators compute, else those alone that are meant.
+    """
+
+    def __init__(self, b: Builder, shape: FfnShape, i: int, piece: tuple[int, int] | None = None) -> None:
+        super().__init__(b, shape, i, None if b.own else piece)
         assert shape.experts
         self.experts: Experts = shape.experts
+        self._piece = piece or (0, shape.expert_length)  # of each expert
 
     # --- the router --------------------------------------------------------------------------------------------------
 
-    def routed(self, given: FfnInputs) -> Chosen:
+    def routed(self, x: ggml.TensorP, entry: ggml.TensorP) -> Chosen:
         """The experts of each token, and the weights of what they give."""
-        ctx, e, n_tokens = self.b.ctx, self.experts, given.x.ne[1]
-        seen = given.entry if e.tap == "block" else given.x
-        scores = self._scores(self.b.times(n.weight_of(self.i, n.ROUTER), seen))
+        ctx, e, n_tokens = self.b.ctx, self.experts, x.ne[1]
+        scores = self._scores(self.b.times(n.weight_of(self.i, n.ROUTER), entry if e.tap == "block" else x))
         bias = self.b.w.get(n.bias_of(self.i, n.ROUTER_BIAS))
         ids = ggml.ggml_argsort_top_k(ctx, ggml.ggml_add(ctx, scores, bias) if bias else scores, e.used)
         rows = ggml.ggml_get_rows(ctx, ggml.ggml_reshape_3d(ctx, scores, 1, e.count, n_tokens), ids)
@@ -81,5 +84,5 @@ class ExpertsFfn(NeuronFfn):
         ffn = super()._description()
         if not ffn.n_ranges:
             starts = np.arange(self.experts.count) * self.shape.expert_length
-            sparse_ffn.divide(ffn, np.stack([starts, starts + self.shape.expert_length], 1))
+            sparse_ffn.divide(ffn, starts[:, None] + np.array(self._piece))
         return ffn

@@ -22,29 +22,31 @@ class FfnInputs:
     """What an FFN reads, F32 [n_embd, n] each.
 
     x: its input. stream: what a predictor sees that does not see x: the hidden states before the FFN's norm, which in a
-    parallel block are the block's own input. entry: the block's own input, which a router may see.
+    parallel block are the block's own input. chosen: each token's experts; None where all neurons are every token's.
     """
 
     x: ggml.TensorP
     stream: ggml.TensorP
-    entry: ggml.TensorP
+    chosen: Chosen | None = None
 
 
 class NeuronFfn:
-    """The FFN of block `i`, or of its neurons whose rows the builder's tensors hold.
+    """The FFN of block `i`; or a piece of its neurons, the first and the one behind the last, whose rows the builder's
+    tensors hold.
 
     A product is [n_embd, n], without the bias of the down projection. Where neurons are normalised before they are
     projected (`sub_norm`) it is [n_embd + 1, n]: the last row holds the sum of their squares, and `finished` divides.
     So the products of two parts of the neurons add up to the product of all, element by element.
     """
 
-    def __init__(self, b: Builder, shape: FfnShape, i: int) -> None:
-        self.b, self.shape, self.i, self.stems = b, shape, i, n.stems(shape)
+    def __init__(self, b: Builder, shape: FfnShape, i: int, piece: tuple[int, int] | None = None) -> None:
+        self.b, self.i, self.stems = b, i, n.stems(shape)
+        self.shape = shape.part(piece[1] - piece[0]) if piece else shape
         self.norm = n.in_block(i, n.FFN_NORM)
 
     def product(self, given: FfnInputs) -> ggml.TensorP:
         """The product, in the way that the graph's spec asks for."""
-        b, chosen = self.b, self.routed(given)
+        b, chosen = self.b, given.chosen
         if self._whole(given.x.ne[1]):
             return self.dense(given.x, chosen)
         if b.spec.run.chooses and b.s.rank(self.i):
@@ -57,8 +59,10 @@ class NeuronFfn:
         spec = self.b.spec
         return spec.run.ffn == "dense" or bool(spec.dense_from and n_tokens >= spec.dense_from[self.i])
 
-    def routed(self, given: FfnInputs) -> Chosen | None:
-        """The experts of each token; None where all neurons are every token's."""
+    def routed(self, x: ggml.TensorP, entry: ggml.TensorP) -> Chosen | None:
+        """The experts of each token; None where all neurons are every token's. x: the FFN's input; entry: the block's
+        own.
+        """
         return None
 
     def finished(self, y: ggml.TensorP) -> ggml.TensorP:
