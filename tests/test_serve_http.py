@@ -5,10 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import re
 import socket
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -162,8 +163,13 @@ def test_methods(server: Running) -> None:
 
 
 def test_case_46_keys(locked: Running) -> None:
-    """Case 46: /health is public, everything else asks for the key, paths that are not there too."""
+    """Case 46: /health and the page's files are public, everything else asks for the key, paths that are not there too."""
     assert locked.get("/health").json() == {"status": "ok"}
+    page = locked.get("/")
+    files = re.findall(r'(?:src|href)="([^"#]+)"', page.text)
+    assert {PurePosixPath(file).suffix for file in files} >= {".js", ".css"}
+    for file in files:
+        assert locked.get(f"/{file.lstrip('./')}").status_code == 200, file
     for headers in ({}, {"X-Api-Key": "wrong"}, {"Authorization": f"Basic {KEY}"}, {"Authorization": "Bearer"}):
         for path in ("/v1/models", "/props", "/slots", "/nothing"):
             reply = locked.get(path, headers=headers)
