@@ -24,17 +24,27 @@ SLOW = {"prompt": "The", "max_tokens": 900, "ignore_eos": True, "stream": True}
 
 
 class Process:
-    """A server with its address; stderr is kept in a file."""
+    """A server with its address; stderr is kept in a file. changed: Python that runs before the command."""
 
-    def __init__(self, model: Path, folder: Path, *options: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, model: Path, folder: Path, *options: str, env: dict[str, str] | None = None, changed: str = ""
+    ) -> None:
         self.log = folder / "log"
-        command = [sys.executable, "-m", "runtime", "serve", str(model), "--threads", "1", "--device", "none", *options]
+        program = f"{changed}\nimport sys\nfrom runtime.__main__ import main\nsys.exit(main())"
+        start = ["-c", program] if changed else ["-m", "runtime"]
+        command = [sys.executable, *start, "serve", str(model), "--threads", "1", "--device", "none", *options]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | (env or {})
             )
+        self._line = ""
+
+    @property
+    def line(self) -> str:
+        """What it says when it answers; waits for that."""
         assert self.process.stdout
-        self.line = self.process.stdout.readline()
+        self._line = self._line or self.process.stdout.readline()
+        return self._line
 
     @property
     def url(self) -> str:
@@ -46,8 +56,10 @@ class Process:
 
 
 @contextlib.contextmanager
-def serving(model: Path, folder: Path, *options: str, env: dict[str, str] | None = None) -> Iterator[Process]:
-    found = Process(model, folder, *options, env=env)
+def serving(
+    model: Path, folder: Path, *options: str, env: dict[str, str] | None = None, changed: str = ""
+) -> Iterator[Process]:
+    found = Process(model, folder, *options, env=env, changed=changed)
     try:
         yield found
     finally:
@@ -200,6 +212,64 @@ def test_a_second_signal_ends_it_at_once(tiny_gguf: Path, tmp_path: Path) -> Non
         time.sleep(0.1)
         assert server.end() in (0, 128 + signal.SIGTERM)  # 0 where the answer ended before
         assert time.monotonic() - began < 20
+
+
+ENDLESS = """
+import time
+from runtime.commands import serve
+serve.open_noted = lambda *given: time.sleep(600)
+"""
+
+
+def listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_model_is_loaded(tiny_gguf: Path, tmp_path: Path, number: int) -> None:
+    """It does not wait for the load, which nothing can interrupt."""
+    path = tmp_path / "socket"
+    with (
+        serving(tiny_gguf, tmp_path, "--uds", str(path), changed=ENDLESS) as server,
+        httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as client,
+    ):
+        limit = time.monotonic() + 60
+        while not listens(path):
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        reply = client.get("/health")
+        assert (reply.status_code, reply.json()["error"]["status"]) == (503, "loading")
+        client.close()
+        began = time.monotonic()
+        assert server.end(number) == 0
+        assert time.monotonic() - began < 30
+        assert server.line == ""
+        assert server.log.read_text().endswith("the model was still being loaded\n")
+    assert not path.exists()
+
+
+FAILING = """
+from runtime.engine import Engine
+compute, steps = Engine.compute, iter(range(9))
+def failing(*given):
+    next(steps)
+    return compute(*given)
+Engine.compute = failing
+"""
+
+
+def test_case_37_a_dead_engine_ends_the_process(tiny_gguf: Path, tmp_path: Path) -> None:
+    """Case 37: who waits gets an error, /health says `dead`, and the process ends with status 1."""
+    with serving(tiny_gguf, tmp_path, "--port", "0", "--json", changed=FAILING) as server:
+        client = Streaming(server.url, SLOW)
+        client.start()
+        client.join(60)
+        assert json.loads(client.last.removeprefix("data: "))["error"]["type"] == "unavailable_error"
+        reply = httpx.get(f"{server.url}/health")
+        assert (reply.status_code, reply.json()["error"]["status"]) == (503, "dead")
+        assert server.process.wait(60) == 1
+        assert "the engine has failed: StopIteration()" in server.log.read_text()
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -339,6 +340,31 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
         await service.close()
 
     asyncio.run(main())
+
+
+def test_what_was_loaded_too_late_is_freed() -> None:
+    loading, closed = threading.Event(), threading.Event()
+
+    class Loaded:
+        close = closed.set
+
+    def load() -> Any:
+        loading.wait(60)
+        return Loaded()
+
+    async def main() -> None:
+        service = Service()
+        starting = asyncio.ensure_future(service.start(load))
+        await asyncio.sleep(0)
+        starting.cancel()
+        await asyncio.wait({starting})
+        loading.set()
+        while not closed.is_set():
+            await asyncio.sleep(0.01)
+        assert service.state == "loading"
+        await service.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def test_an_idle_service_needs_no_processor(tiny_gguf: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,9 +116,13 @@ def serve(
 
     options = replace(run or RunOptions(), deterministic=deterministic, sequences=parallel, n_cells=n_cells)
     load = functools.partial(open_noted, model, options)
-    status = serve(load, settings, Listening(host, port, uds, drain_seconds), parallel, queue, ready)
-    if status:
-        raise SystemExit(status)
+    ending = serve(load, settings, Listening(host, port, uds, drain_seconds), parallel, queue, ready)
+    if ending.loading:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ending.status)
+    if ending.status:
+        raise SystemExit(ending.status)
 
 
 def _tell(address: Address, name: str, as_json: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -132,9 +133,11 @@ class Service:
         self._told: deque[tuple[Ticket, Event | UserError]] = deque()
 
     async def start(self, load: Callable[[], Model]) -> None:
-        """Load the model, in a thread, and begin to answer. Raises what `load` raises."""
+        """Load the model, in a thread, and begin to answer. Raises what `load` raises. Where this is cancelled the
+        thread goes on, since nothing can stop it; what it has loaded then is freed.
+        """
         self._loop = asyncio.get_running_loop()
-        model = await asyncio.to_thread(load)
+        model = await _in_thread(load)
         engine = model.engine
         file = model.file
         usual = {i: frequencies(file, i)[::8] for i in model.structure.ffns}
@@ -281,3 +284,30 @@ class Service:
 
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(dead)
+
+
+async def _in_thread(load: Callable[[], Model]) -> Model:
+    """What `load` gives, from a thread for which nothing waits when the process ends."""
+    loop = asyncio.get_running_loop()
+    loaded: asyncio.Future[Model] = loop.create_future()
+
+    def tell(model: Model | None, error: BaseException | None) -> None:
+        if loaded.cancelled():
+            if model:
+                model.close()
+        elif error:
+            loaded.set_exception(error)
+        elif model:
+            loaded.set_result(model)
+
+    def run() -> None:
+        model, failure = None, None
+        try:
+            model = load()
+        except BaseException as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop was closed: the process ends
+            loop.call_soon_threadsafe(tell, model, failure)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return await loaded

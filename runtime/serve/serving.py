@@ -24,7 +24,8 @@ from runtime.serve.service import Service
 from runtime.serve.settings import Settings
 
 _LAST_SECONDS = 5  # for what was sent last to reach those who read slowly
-_DEAD_SECONDS = 1.0  # for /health to tell of a dead engine
+_DEAD_SECONDS = 2.0  # for /health to tell of a dead engine
+_LOAD_SECONDS = 1.0  # for a load to come to its end after a signal
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,16 @@ class Address:
         return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
 
 
+@dataclass(frozen=True)
+class Ending:
+    """How a server has ended. status: of the process. loading: a thread still loads the model, which nothing can stop:
+    the process has to leave without waiting for it, nor for what it uses (`os._exit`).
+    """
+
+    status: int
+    loading: bool = False
+
+
 def serve(
     load: Callable[[], Model],
     settings: Settings,
@@ -60,9 +71,9 @@ def serve(
     parallel: int,
     queue: int,
     ready: Callable[[Address, Service], None],
-) -> int:
-    """Serve until a signal says to end; returns the exit status: 0, 1 where the engine has failed, and 128 and the
-    signal's number where a second one came.
+) -> Ending:
+    """Serve until a signal says to end. The exit status is 0, 1 where the engine has failed, and 128 and the signal's
+    number where a second one came.
 
     It listens while the model is loaded, and calls `ready` when it answers. The first signal lets what was begun end,
     within `listening.drain` seconds; the second ends at once. Raises UserError, `load`'s too.
@@ -79,7 +90,7 @@ async def _serve(
     drain: float,
     service: Service,
     ready: Callable[[Address, Service], None],
-) -> int:
+) -> Ending:
     config = uvicorn.Config(
         application(service, settings),
         log_config=None,
@@ -93,11 +104,15 @@ async def _serve(
     server = _Server(config, service, drain)
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     watching = asyncio.ensure_future(_watched(server, service))
+    starting = asyncio.ensure_future(service.start(load))
     try:
-        starting = asyncio.ensure_future(service.start(load))
         await asyncio.wait({starting, serving}, return_when=asyncio.FIRST_COMPLETED)
-        server.should_exit = server.should_exit or bool(starting.done() and starting.exception())
-        await starting  # a signal does not interrupt the loading: what was loaded is freed below
+        if serving.done():  # a signal came
+            await asyncio.wait({starting}, timeout=_LOAD_SECONDS)
+        if not starting.done():
+            LOG.info("the model was still being loaded")
+            return Ending(server.status, loading=True)
+        await starting
         if not server.should_exit:
             ready(address, service)
         await serving
@@ -105,8 +120,9 @@ async def _serve(
         server.should_exit = True
         await asyncio.wait({serving})
         watching.cancel()
+        starting.cancel()
         await service.close()
-    return 1 if service.state == "dead" or service.death else server.status
+    return Ending(1 if service.state == "dead" or service.death else server.status)
 
 
 async def _watched(server: _Server, service: Service) -> None:
