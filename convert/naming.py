@@ -114,6 +114,18 @@ def down(source: str, bias: bool = True) -> Table:
     }
 
 
+# What a config of experts must say, if anything: routers that choose groups of experts first, by the token's id or for
+# each expert its tokens, and experts that all tokens share are not implemented.
+PLAIN_ROUTING = {
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "num_hash_layers": 0,
+    "n_shared_experts": 0,
+    "shared_expert_intermediate_size": 0,
+}
+
+
 def experts(at: str, gate: str, up: str, down: str, router: str) -> Table:
     """Gated experts and their router. at: what the names of one expert's matrices begin with, `{e}` being its number;
     gate, up, down: their own names; router: the whole name of the router's matrix, without `.weight`.

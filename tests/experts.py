@@ -42,6 +42,7 @@ class Model:
     rotates: tuple[int, ...] = (1, 1, 1)
     windowed: tuple[int, ...] = (0, 0, 0)
     window: int = 5
+    context: int = 512
     tied: bool = False
     stretched: bool = False  # the rotation's long waves are slower, as in Llama 3.1
 
@@ -71,7 +72,7 @@ class Model:
         """config.json's values."""
         common = {
             "vocab_size": VOCAB_SIZE, "hidden_size": WIDTH, "head_dim": HEAD, "num_hidden_layers": self.n_blocks,
-            "max_position_embeddings": 512, "num_attention_heads": HEADS, "num_key_value_heads": HEADS_KV,
+            "max_position_embeddings": self.context, "num_attention_heads": HEADS, "num_key_value_heads": HEADS_KV,
             "rms_norm_eps": EPSILON, "tie_word_embeddings": self.tied,
             "rope_parameters": {"rope_theta": BASE, "rope_type": "default"} | (STRETCHED if self.stretched else {}),
         }  # fmt: skip
@@ -185,7 +186,6 @@ class _Reference:
 
 
 MODELS = {
-    "mixtral-relu": Model(False, stretched=True),
     "mixtral-drelu-tied": Model(False, drelu=True, experts=8, used=2, tied=True),
     "smallthinker-4b": Model(True, sigmoid=True, tied=True),
     "smallthinker-21b": Model(True, sigmoid=True, rotates=(0, 1, 1), windowed=(0, 1, 1), experts=16, used=6),

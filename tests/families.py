@@ -8,6 +8,8 @@ A new family adds rows to CASES.
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -106,6 +108,21 @@ def drelu(model: Any) -> None:
         mlp.forward = lambda x, m=mlp: m.down_proj(torch.relu(m.gate_proj(x)) * torch.relu(m.up_proj(x)))
 
 
+def drelu_experts(model: Any) -> None:
+    """The same in each expert (TurboSparse-Mixtral)."""
+
+    def forward(module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(hidden)
+        for token, place in itertools.product(range(len(hidden)), range(index.shape[1])):
+            expert = int(index[token, place])
+            gate, up = (module.gate_up_proj[expert] @ hidden[token]).chunk(2)
+            out[token] += weights[token, place] * (module.down_proj[expert] @ (torch.relu(gate) * torch.relu(up)))
+        return out
+
+    for layer in model.model.layers:
+        layer.mlp.experts.forward = functools.partial(forward, layer.mlp.experts)
+
+
 def minicpm(scale_emb: float, scale_depth: float, dim_model_base: int, threshold: float) -> Change:
     """Scaled embeddings, residual branches and logits (MiniCPM, arXiv:2404.06395), and FATReLU."""
 
@@ -155,6 +172,7 @@ _ONLINE = {
 _SPARSE_LLAMA = {
     "architectures": ["SparseLlamaForCausalLM"], "model_type": "llama_sparse_relu", "sparsity_gated_mlp": True,
 }  # fmt: skip
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 96}
 _BAMBOO = {"architectures": ["BambooForCausalLM"], "model_type": "bamboo"}
 _SCALES = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 48}
 _MINICPM = {"architectures": ["MiniCPMForCausalLM"], "hidden_act": "fatrelu", "hidden_act_param": 0.03, **_SCALES}
@@ -189,6 +207,11 @@ CASES: dict[str, Case | experts.Model] = {
     "mistral-relu": Case("mistral", "Mistral", GQA | _LLAMA3),
     "mistral-drelu-tied": Case(
         "mistral", "Mistral", {**GQA, "sliding_window": None} | _TIED, {}, drelu, ffn_type="drelu"
+    ),
+    "mistral-window": Case("mistral", "Mistral", {**GQA, "sliding_window": 40} | _TIED),
+    "mixtral": Case("mixtral", "Mixtral", GQA | _EXPERTS | _LLAMA3 | {"sliding_window": 40}),
+    "mixtral-drelu": Case(
+        "mixtral", "Mixtral", {**GQA, **_EXPERTS, "num_local_experts": 7} | _TIED, {}, drelu_experts, ffn_type="drelu"
     ),
     "qwen2-drelu": Case("qwen2", "Qwen2", GQA | _YARN, {}, drelu, ffn_type="drelu"),
     "qwen2-relu-tied": Case("qwen2", "Qwen2", {**GQA, "num_key_value_heads": 3} | _TIED),

@@ -36,4 +36,5 @@ ARCH = Arch(
             "model.layers.{i}.block_sparse_moe.experts.{e}", "w1", "w3", "w2", "model.layers.{i}.block_sparse_moe.gate"
         ),
     },
+    expect=naming.PLAIN_ROUTING,
 )

@@ -64,5 +64,10 @@ ARCH = Arch(
         **naming.attention(bias=False, output_bias=False),
         **naming.experts(f"{_MOE}.experts.{{e}}", "gate", "up", "down", f"{_MOE}.primary_router"),
     },
-    expect={"moe_layer_layout": 1, "moe_enable_secondary_experts": False, "moe_enable_early_router": True},
+    expect={
+        **naming.PLAIN_ROUTING,
+        "moe_layer_layout": 1,
+        "moe_enable_secondary_experts": False,
+        "moe_enable_early_router": True,
+    },
 )

@@ -78,7 +78,17 @@ class ExpertsFfn(NeuronFfn):
 
     def _times(self, stem: str, x: ggml.TensorP, chosen: Chosen) -> ggml.TensorP:
         """The chosen experts' matrices with a token's one vector, or with one vector for each: [n_out, used, n]."""
-        return ggml.ggml_mul_mat_id(self.b.ctx, self.b.w.matrix(n.weight_of(self.i, stem)), x, chosen.ranges)
+        matrix = self.b.w.matrix(n.weight_of(self.i, stem))
+        if self.b.own and self._piece != (0, self.shape.expert_length):
+            matrix = self._part(matrix, columns=stem == self.stems.down)
+        return ggml.ggml_mul_mat_id(self.b.ctx, matrix, x, chosen.ranges)
+
+    def _part(self, matrix: ggml.TensorP, columns: bool) -> ggml.TensorP:
+        """The rows, or columns, of the neurons that are meant, of a matrix of all."""
+        (first, end), ne, nb = self._piece, matrix.ne, matrix.nb
+        across, down = (end - first, ne[1]) if columns else (ne[0], end - first)
+        at = ggml.ggml_row_size(matrix.type, first) if columns else first * nb[1]
+        return ggml.ggml_view_3d(self.b.ctx, matrix, across, down, ne[2], nb[1], nb[2], at)
 
     def _description(self) -> sparse_ffn.Ffn:
         ffn = super()._description()
