@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-import importlib
 import json
 import zlib
 from collections.abc import Callable
@@ -127,11 +126,11 @@ def _unpacker(name: str) -> Callable[[bytes, int], bytes]:
         return lambda raw, most: _inflated(raw, most, 16 + zlib.MAX_WBITS)
     if name == "deflate":
         return lambda raw, most: _inflated(raw, most, zlib.MAX_WBITS)
-    if name == "zstd" and (unpack := _zstd()):
-        return unpack
-    hint = " (for zstd: pip install zstandard)" if name == "zstd" else ""
     raise ApiError(
-        415, f"content-encoding {name[:40]!r} is not known here{hint}", headers={"Accept-Encoding": "gzip, deflate"}
+        415,
+        f"content-encoding {name[:40]!r} is not known here, expected gzip, deflate or none",
+        code="unknown_encoding",
+        headers={"Accept-Encoding": "gzip, deflate"},
     )
 
 
@@ -143,35 +142,4 @@ def _inflated(raw: bytes, most: int, window: int) -> bytes:
         raise ApiError(400, f"the body cannot be unpacked: {error}") from None
     if not unpacker.eof and len(out) <= most:
         raise ApiError(400, "the body cannot be unpacked: it ends too early")
-    return out
-
-
-def _zstd() -> Callable[[bytes, int], bytes] | None:
-    """Python 3.14 has zstd itself; before, the package zstandard does it where it is installed."""
-    for name, unpack in (("compression.zstd", _by_python), ("zstandard", _by_package)):
-        try:
-            module = importlib.import_module(name)
-        except ImportError:
-            continue
-        return lambda raw, most, module=module, unpack=unpack: unpack(module, raw, most)  # type: ignore[misc]
-    return None
-
-
-def _by_python(module: Any, raw: bytes, most: int) -> bytes:
-    unpacker = module.ZstdDecompressor()
-    try:
-        out: bytes = unpacker.decompress(raw, most + 1)
-    except module.ZstdError as error:
-        raise ApiError(400, f"the body cannot be unpacked: {error}") from None
-    if not unpacker.eof and len(out) <= most:
-        raise ApiError(400, "the body cannot be unpacked: it ends too early")
-    return out
-
-
-def _by_package(module: Any, raw: bytes, most: int) -> bytes:
-    try:
-        with module.ZstdDecompressor().stream_reader(raw) as reader:
-            out: bytes = reader.read(most + 1)
-    except module.ZstdError as error:
-        raise ApiError(400, f"the body cannot be unpacked: {error}") from None
     return out
