@@ -14,7 +14,8 @@ from selenium.webdriver.common.keys import Keys
 from serving import piece
 
 from runtime.errors import UserError
-from runtime.serve.jobs import FullError, Piece, PromptTooLongError, TokenInfo
+from runtime.generation import Stats
+from runtime.serve.jobs import End, FullError, Piece, PromptTooLongError, TokenInfo
 
 
 def test_an_answer_comes_with_what_it_cost(page: Page) -> None:
@@ -45,6 +46,18 @@ def test_what_the_real_engine_computes_is_shown_layer_by_layer(page: Page) -> No
     pixels = "const c = arguments[0], d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; return d.filter((_, i) => i % 4 == 3 && d[i]).length"
     assert page.driver.execute_script(pixels, canvas) > 100
     page.idle()
+
+
+def test_strips_have_their_colours_after_further_messages_and_later(page: Page) -> None:
+    stats = Stats(prompt_tokens=3, tokens=2, layer_shares=[0.4] * 6, layer_neurons=[1024] * 6)
+    page.says[:] = [lambda _: [piece("a", 5, 6), End("eos", stats, 7, "a")]]
+    first = "const c = arguments[0]; return [...c.getContext('2d').getImageData(1, c.height - 1, 1, 1).data]"
+    for ask in (lambda: page.ask("Hi"), lambda: page.ask("Again"), page.open):
+        ask()
+        page.until(lambda: page.all("canvas.layers"))
+        colours = [page.driver.execute_script(first, canvas) for canvas in page.all("canvas.layers")]
+        assert colours == [[0x5F, 0x87, 0xAD, 255]] * len(colours)  # --cold in style.css
+    assert len(colours) == 2
 
 
 def test_markdown_is_shown_as_it_comes(page: Page) -> None:

@@ -32,7 +32,7 @@ function draw(canvas, means, last) {
   canvas.style.width = `${means.length * step}px`;
   canvas.style.height = `${HEIGHT}px`;
   const pen = canvas.getContext("2d");
-  const colours = getComputedStyle(canvas);
+  const colours = getComputedStyle(document.documentElement); // the canvas may not be in the document yet
   const [cold, hot] = ["--cold", "--hot"].map((name) => colours.getPropertyValue(name).trim());
   pen.scale(scale, scale);
   // Shares are small: the root makes one in a hundred visible beside one in three.
