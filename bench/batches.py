@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from bench.case import Case
 from bench.copies import Copies
 from bench.resident_memory import DenseProduct
-from bench.shapes import SHAPES, shape
+from bench.shapes import WITHOUT_EXPERTS, shape
 from bench.tables import console, table
 from convert.formats import NUMBERS
 from runtime.base.processors import default_threads
@@ -63,7 +63,7 @@ def limits(results: Sequence[Mapping[str, float]], n_matrices: int) -> list[floa
 def main() -> None:
     parser = HelpParser(prog="python -m bench.batches", description="FFNs of several tokens at once.")
     parser.add_argument("--type", nargs="+", default=["q4_0"], help=f"formats: {', '.join(NUMBERS)}")
-    parser.add_argument("--shape", choices=SHAPES, default="mistral-7b")
+    parser.add_argument("--shape", choices=WITHOUT_EXPERTS, default="mistral-7b")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 3, 4, 6, 8, 12, 16, 32])
     parser.add_argument("--active", nargs="+", type=float, default=[0.1], help="shares of neurons that fire")
     parser.add_argument("--threads", type=int, default=default_threads())

@@ -225,7 +225,7 @@ class LlamaCpp:
             blocks = "|".join(map(str, range(s.cpu_ffns)))
             buffer_type = gd.ggml_backend_dev_buffer_type(cpu().handle)
             self._overrides[0] = _BufferTypeOverride(
-                rf"^blk\.({blocks})\.ffn_(gate|up|down)\.".encode(), buffer_type.value
+                rf"^blk\.({blocks})\.ffn_(gate|up|down)(_exps)?\.".encode(), buffer_type.value
             )
             params.tensor_buft_overrides = ctypes.addressof(self._overrides)
         return params

@@ -20,7 +20,7 @@ from rich.console import Console
 from bench.case import VARIANTS, Case
 from bench.copies import Copies
 from bench.resident_memory import DenseProduct
-from bench.shapes import SHAPES, shape
+from bench.shapes import WITHOUT_EXPERTS, shape
 from bench.tables import console, table
 from convert.formats import NUMBERS, fitting
 from runtime.base.processors import default_threads
@@ -93,7 +93,9 @@ def _row(variant: str, v: dict[str, Any]) -> tuple[str, ...]:
 
 def main() -> None:
     parser = HelpParser(prog="python -m bench.kernels", description="Time one FFN in all its forms.")
-    parser.add_argument("--shape", nargs="+", default=["mistral-7b"], choices=SHAPES, help="default: mistral-7b")
+    parser.add_argument(
+        "--shape", nargs="+", default=["mistral-7b"], choices=WITHOUT_EXPERTS, help="default: mistral-7b"
+    )
     parser.add_argument("--type", nargs="+", default=["q4_0"], help="ggml types, default: q4_0")
     parser.add_argument("--active", nargs="+", type=float, default=[0.1], help="shares of neurons, default: 0.1")
     parser.add_argument("--threads", type=int, default=default_threads(), help="default: physical cores")

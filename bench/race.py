@@ -25,6 +25,7 @@ from bench.make_model import ACTIVE_KEY, random_ids
 from bench.resident_memory import read_through
 from runtime.compute.traffic import Activity, bytes_per_token, kv_bytes
 from runtime.errors import UserError
+from runtime.model_file import tensor_names as names
 from runtime.model_file.reader import GgufFile, TensorInfo
 from runtime.model_file.structure import Structure
 from runtime.options import FFN_MODES, RunOptions
@@ -41,12 +42,14 @@ _BUSY = 0.7  # load average above which others take part
 _KV_ELEMENT = 2  # bytes; F16, as in every contender
 _OF_DRAFTS = ("drafted_tokens", "accepted_tokens")  # of modes that draft
 _TEXT = Path(__file__).parent.parent / "examples/heldout.txt"
-_UNUSED = {  # tensors that no token touches in a mode
-    LLAMA_CPP: (".ffn_down_t.", ".predictor_", ".ffn_neuron_"),
-    "dense": (".ffn_down_t.", ".predictor_", ".ffn_neuron_"),
-    "exact": (".ffn_down.weight", ".predictor_", ".ffn_neuron_"),
+_NOTES = names.NEURON_NOTES
+_PREDICTORS = (names.weight(names.PREDICTOR_IN), *names.PREDICTOR_ROWS)
+_UNUSED = {  # what no token touches in a mode, by its name in a block
+    LLAMA_CPP: (*names.TRANSPOSED, *_PREDICTORS, *_NOTES),
+    "dense": (*names.TRANSPOSED, *_PREDICTORS, *_NOTES),
+    "exact": (*names.NEURON_COLUMNS, *_PREDICTORS, *_NOTES),
 }
-_UNUSED_OTHERWISE = (".ffn_down.weight", ".ffn_neuron_")
+_UNUSED_OTHERWISE = (*names.NEURON_COLUMNS, *_NOTES)
 
 
 @dataclass(frozen=True)
@@ -352,5 +355,5 @@ def _bytes(kind: str, entry: RaceEntry, setup: RaceSetup, fired: list[float], ga
 def _touchable(kind: str, setup: RaceSetup) -> float:
     """Bytes of the tensors that some token reads in this mode, and of all keys and values."""
     unused = _UNUSED.get(kind, _UNUSED_OTHERWISE)
-    weights = sum(t.nbytes for name, t in setup.tensors.items() if not any(part in name for part in unused))
+    weights = sum(t.nbytes for name, t in setup.tensors.items() if (names.parsed(name) or (0, name))[1] not in unused)
     return weights + kv_bytes(setup.structure, setup.n_ctx, _KV_ELEMENT)

@@ -1,8 +1,8 @@
 """A stock GGUF with the shapes and weights of one of our files, so that llama.cpp can be measured on the same bytes.
 
-llama.cpp computes SiLU where a gated model has ReLU (arch `llama`), and ReLU squared in the arch that stands in for
-ungated ones (`nemotron`: LayerNorm and biases as OPT has them, rotary positions instead of learned ones): the text it
-writes means nothing, the work is the same.
+llama.cpp computes SiLU where a gated model has ReLU (arch `llama`, which has experts, too), and ReLU squared in the
+arch that stands in for ungated ones (`nemotron`: LayerNorm and biases as OPT has them, rotary positions instead of
+learned ones): the text it writes means nothing, the work is the same. A `smallthinker` is the very same model.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from runtime.bindings.ffn_shape import Experts
 from runtime.errors import UserError
+from runtime.model_file import tensor_names as names
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import Structure
 from runtime.model_file.writer import NewTensor, copied, copied_keys, write_gguf
 
-_OURS = (".ffn_down_t.", ".ffn_neuron_", ".predictor_", "position_embd.")
+_OURS = (*names.TRANSPOSED, *names.NEURON_NOTES, *names.PREDICTOR_ROWS, names.weight(names.PREDICTOR_IN))
+_GATINGS = {"softmax": 1, "sigmoid": 2, "softmax_weight": 3}  # llama.cpp's numbers
 
 
 def write(source: Path, target: Path) -> None:
@@ -32,16 +35,15 @@ def write(source: Path, target: Path) -> None:
 def architecture(s: Structure, where: str) -> str:
     """llama.cpp's architecture with the same matrices."""
     gated = s.ffn_gate == "gated"
-    same = (
-        len(set(s.blocks)) == 1
-        and s.layout == "both"
-        and s.norm_placement == "pre"
-        and s.output_norm
-        and not s.projected
-    )
+    experts = [ffn.experts for ffn in s.ffns.values() if ffn.experts]
+    alike = len(set(s.blocks)) == 1
+    same = s.layout == "both" and s.norm_placement == "pre" and s.output_norm and not s.projected
     if same and gated and s.norm == "rms" and s.position.startswith("rope"):
-        return "llama"
-    if same and not gated and s.norm == "layer":
+        if experts and experts[0].tap == "block" and _smallthinker(s):
+            return "smallthinker"
+        if alike and (not experts or experts[0] == Experts(experts[0].count, experts[0].used)):
+            return "llama"
+    if same and alike and not gated and s.norm == "layer":
         return "nemotron"
     raise UserError(
         f"{where}: no stock counterpart in llama.cpp for this structure",
@@ -49,23 +51,35 @@ def architecture(s: Structure, where: str) -> str:
     )
 
 
+def _smallthinker(s: Structure) -> bool:
+    """Whether blocks differ as llama.cpp's graph of that name has it: all rotate and none has a window, or of four the
+    first does not rotate and the others have windows of 4,096 positions.
+    """
+    windowed = tuple(i % 4 > 0 for i in range(s.block_count)) if s.sliding_window else ()
+    rotated = tuple(s.head_length * w for w in windowed) or (s.head_length,) * s.block_count
+    same = s.position == "rope_neox" and len(set(s.ffns.values())) == 1 and s.ffn_activation == "relu"
+    shown = s.each("rope_dimension_count") == rotated and s.sliding_window_pattern == windowed
+    return same and shown and s.sliding_window in (0, 4096)
+
+
 def _streams(file: GgufFile, s: Structure) -> Iterator[NewTensor]:
     for name in file.tensors:
-        if not any(part in name for part in _OURS):
+        _, short = names.parsed(name) or (0, name)
+        if short not in _OURS and short != names.weight(names.POSITION_EMBD):
             yield copied(file, name)
     if s.tied_output and s.ffn_gate == "none":  # nemotron has a head of its own
         yield copied(file, "token_embd.weight", "output.weight")
 
 
 def _keys(s: Structure) -> dict[str, int | float]:
-    a = s.attentions[0]
+    a, ffn = s.attentions[0], s.ffns[0]
     epsilon = "rms_epsilon" if s.norm == "rms" else "epsilon"
     return {
         "vocab_size": s.vocab_size,
         "context_length": s.context_length,
         "embedding_length": s.embedding_length,
         "block_count": s.block_count,
-        "feed_forward_length": s.ffns[0].n_ff,
+        "feed_forward_length": ffn.expert_length,
         "attention.head_count": a.head_count,
         "attention.head_count_kv": a.head_count_kv,
         "attention.key_length": a.head_length,
@@ -73,4 +87,15 @@ def _keys(s: Structure) -> dict[str, int | float]:
         f"attention.layer_norm_{epsilon}": s.norm_epsilon,
         "rope.dimension_count": a.rope or a.head_length,
         "rope.freq_base": s.rope_freq_base,
+        **(_expert_keys(ffn.experts, ffn.expert_length) if ffn.experts else {}),
+        **({"attention.sliding_window": s.sliding_window} if s.sliding_window else {}),
+    }
+
+
+def _expert_keys(experts: Experts, length: int) -> dict[str, int | float]:
+    return {
+        "expert_count": experts.count,
+        "expert_used_count": experts.used,
+        "expert_feed_forward_length": length,
+        "expert_gating_func": _GATINGS[experts.gating],
     }

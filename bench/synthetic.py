@@ -9,20 +9,23 @@ itself; attention and FFN add little to the stream, so activity is the same in e
 
 Encoding is what takes time, so nothing is encoded twice: every block has the same gate rows, rows and groups of columns
 each in an order of its own, with the biases of its own neurons put into their first bytes. Columns in another order see
-another part of x, so that blocks do not fire together.
+another part of x, so that blocks do not fire together. The experts of a block share these rows, too, each with some of
+them in an order of its own; each fires as planned when it is chosen, and `bench.routing` plans that.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from bench.firing_rates import plan_firing
 from bench.pool import GROUP, Bytes, ColumnPool, Floats, RowPool, choose_groups, decode, encode_rows, row_ids
+from bench.routing import plan_routing, router_rows
 from convert.formats import NUMBERS, encode, fitting, output_type, row_bytes
 from runtime.bindings import ggml
 from runtime.errors import UserError
@@ -32,10 +35,12 @@ from runtime.model_file.tensor_shapes import required_tensors
 from runtime.model_file.writer import NewTensor
 
 POOL_ROWS = 2048
+EXPERTS_ROWS = 8192  # that experts choose their gates from, where there are as many
 NOISE = 0.2  # standard deviation of what the predictor cannot know of a pre-activation, whose own is 1
 MARGIN = 0.6  # threshold of the predictor, in units of its error
 FFN_GROWTH, ATTENTION_GROWTH = 0.3, 0.1  # what all blocks together add to the stream's variance, at most
 _TYPICAL_ATTENTION = 0.3  # of that: an average over many values is smaller than one value
+_FLOATS = (*names.NEURON_NOTES, *names.ROUTERS, *names.PREDICTOR_BIASES)
 _SMALL_TYPES = ("q4_0", "q4_k", "q5_k")  # of files whose predictor is q4_0
 
 
@@ -56,11 +61,13 @@ class Synthetic:
         d, ff = self.ffn.n_embd, self.ffn.n_ff
         self.type, self.seed = type_name, seed
         self.predictor_type = "q4_0" if type_name in _SMALL_TYPES else "q8_0"
-        self.firing = plan_firing(ff, active)
+        self.firing = plan_firing(self.ffn.expert_length, active)  # of each expert, where there are any
+        self.routing = plan_routing(self.ffn.experts) if self.ffn.experts else None
         self.constant = max(32, ggml.ggml_blck_size(NUMBERS[type_name])) if shape.norm == "rms" else 0
         if self.constant > d // 4:
             raise UserError(f"--type {type_name}: its blocks are too long for {d} wide rows", "use q4_0, q8_0 or f16")
         self.pool_rows = min(POOL_ROWS, ff)
+        self.gate_rows = min(ff, max(EXPERTS_ROWS, self.ffn.expert_length)) if self.ffn.experts else ff
         rank = min(128, d // 8)
         error = math.hypot(NOISE, rounding_error(fitting(type_name, d), d))
         n = shape.block_count
@@ -99,7 +106,8 @@ class Synthetic:
     def _down_scale(self) -> float:
         """Standard deviation of the down projection's elements: the growth is as wanted."""
         energy = self.firing.energies - (0 if self.ffn.gated else self.firing.outputs**2)
-        return math.sqrt(FFN_GROWTH / self.structure.block_count / max(float(energy.sum()), 1e-9))
+        experts = self.ffn.experts.used if self.ffn.experts else 1  # whose weights add up to 1
+        return math.sqrt(FFN_GROWTH * experts / self.structure.block_count / max(float(energy.sum()), 1e-9))
 
     def streams(self) -> list[NewTensor]:
         """Every tensor of the file, in its order; to be written once, in that order or any other."""
@@ -111,9 +119,10 @@ class Synthetic:
         return NewTensor(name, shape, NUMBERS[kind], rows * row_bytes(kind, length), self._pieces(name, shape, kind))
 
     def _type(self, name: str, shape: tuple[int, ...]) -> str:
-        if name.endswith("ffn_neuron_index"):
+        _, short = names.parsed(name) or (0, name)
+        if short in names.INDICES:
             return "i32"
-        if len(shape) == 1 or name == "position_embd.weight":
+        if len(shape) == 1 or short in (*_FLOATS, "position_embd.weight"):
             return "f32"
         if ".predictor_" in name:
             return self.predictor_type
@@ -140,6 +149,11 @@ class Synthetic:
             self._block = PlantedBlock(self, i)
         return self._block
 
+    def variance(self, depth: float) -> float:
+        """Of the stream behind so many blocks, or, with a half more, before an FFN."""
+        grown = depth * FFN_GROWTH + math.ceil(depth) * _TYPICAL_ATTENTION * ATTENTION_GROWTH
+        return 1 + grown / self.structure.block_count
+
     def vector(self, name: str, depth: float) -> Floats:
         """A norm's weight or bias, or another bias. depth: blocks before it; a half more for the norm of an FFN."""
         s = self.structure
@@ -148,7 +162,7 @@ class Synthetic:
             return np.zeros(self.attention.kv_length if name.startswith(("attn_k.", "attn_v.")) else d, np.float32)
         if not self.constant:
             return np.ones(d, np.float32)
-        variance = 1 + (depth * FFN_GROWTH + math.ceil(depth) * _TYPICAL_ATTENTION * ATTENTION_GROWTH) / s.block_count
+        variance = self.variance(depth)
         rms = math.sqrt(1 + variance * (d - self.constant) / d)
         weight = np.full(d, rms / math.sqrt(variance), np.float32)
         # The constant, sqrt(d) in the stream: 1 for the FFN, where it is the gate's bias; nobody else sees it.
@@ -159,13 +173,13 @@ class Synthetic:
 class GatePool:
     """The gate rows of every block, without biases, and the predictor that knows them, encoded.
 
-    weights: bytes [n_ff, groups of columns, their bytes]; inner_bytes, outer_bytes: of the predictor, [rank, groups of
-    columns, their bytes] and [n_ff, row bytes]. n_first: groups that hold the constant, which stay where they are.
-    spread: float32 [n_ff], what the predictor and the noise give a pre-activation, as a standard deviation.
+    weights: bytes [rows, groups of columns, their bytes]; inner_bytes, outer_bytes: of the predictor, [rank, groups of
+    columns, their bytes] and [rows, row bytes]. n_first: groups that hold the constant, which stay where they are.
+    spread: float32 [rows], what the predictor and the noise give a pre-activation, as a standard deviation.
     """
 
     def __init__(self, model: Synthetic, rng: np.random.Generator) -> None:
-        d, ff, rank, kind = model.ffn.n_embd, model.ffn.n_ff, model.structure.rank(0), model.predictor_type
+        d, ff, rank, kind = model.ffn.n_embd, model.gate_rows, model.structure.rank(0), model.predictor_type
         self.type, self.constant = model.plain.type, model.constant
         inner = rng.standard_normal((rank, d), np.float32) / np.float32(math.sqrt(d - model.constant))
         inner[:, : model.constant] = 0
@@ -207,27 +221,36 @@ class PlantedBlock:
     def __init__(self, model: Synthetic, i: int) -> None:
         self.m, self.i = model, i
         self.rng = np.random.default_rng([model.seed, i])
-        ff = model.ffn.n_ff
-        self.gates, self.columns = self.rng.permutation(ff), model.gates.order_of_columns(self.rng)
-        self.bias = (model.firing.means * model.gates.spread[self.gates]).astype(np.float32)
+        ff, experts = model.ffn.n_ff, model.ffn.n_ff // model.ffn.expert_length
+        self.gates, self.columns = self._choice(model.gate_rows), model.gates.order_of_columns(self.rng)
+        self.bias = (np.tile(model.firing.means, experts) * model.gates.spread[self.gates]).astype(np.float32)
         self.groups = {
             name: choose_groups(self.rng, model.pool_rows, max(ff, model.attention.query_length))
             for name in ("up", "down", "attn_q", "attn_k", "attn_v", "attn_output")
         }
-        self.ids = self.rng.permutation(ff).astype(np.int32)
+        self.ids = self._choice(model.ffn.expert_length).astype(np.int32)
+        self.experts = self.rng.permutation(experts)
+
+    def _choice(self, n: int) -> Order:
+        """For each expert as many different numbers below n as it has neurons, in a random order: [n_ff]."""
+        ffn = self.m.ffn
+        each = range(ffn.n_ff // ffn.expert_length)
+        return np.concatenate([self.rng.permutation(n)[: ffn.expert_length] for _ in each])
 
     def pieces(self, part: str, shape: tuple[int, ...]) -> Iterator[Bytes]:
         """The bytes of the block's tensor `part`, e.g. "ffn_up.weight"."""
-        m, first = self.m, names.row_matrices(self.m.ffn)[0]
+        m, first, stems = self.m, names.row_matrices(self.m.ffn)[0], names.stems(self.m.ffn)
         kind, _, _ = part.partition(".")
         if part == f"{first}.weight":
             yield from self._gate_rows()
-        elif kind == "ffn_up" and len(shape) > 1:
-            yield from m.plain.pieces(self.groups["up"], shape[1])
-        elif part == "ffn_down_t.weight":
-            yield from m.down_t.pieces(self.groups["down"], shape[1])
-        elif part == "ffn_down.weight":
-            yield from m.down.pieces(self.groups["down"][: shape[0] // GROUP])
+        elif kind == stems.up and len(shape) > 1:
+            yield from m.plain.pieces(self.groups["up"], m.ffn.n_ff)
+        elif part == names.weight(stems.down_t):
+            yield from m.down_t.pieces(self.groups["down"], m.ffn.n_ff)
+        elif part == names.weight(stems.down):
+            each = shape[0] // GROUP  # of one expert
+            for at in range(0, m.ffn.n_ff // GROUP, each):
+                yield from m.down.pieces(self.groups["down"][at : at + each])
         elif part == "attn_output.weight":
             yield from m.output.pieces(self.groups[kind], shape[1], zeros=m.constant)
         elif kind.startswith("attn_") and len(shape) > 1:
@@ -236,17 +259,19 @@ class PlantedBlock:
             yield self._small(part, f"{first}.bias")
 
     def _small(self, part: str, bias: str) -> Bytes:
-        """Vectors, and the predictor."""
-        m = self.m
-        if part == "predictor_in.weight":
+        """Vectors, the predictor, and the router."""
+        m, stems = self.m, names.stems(self.m.ffn)
+        if part == names.weight(names.PREDICTOR_IN):
             return m.gates.inner_bytes[:, self.columns].reshape(-1)
-        if part == "predictor_out.weight":
+        if part == names.weight(stems.predictor_out):
             return m.gates.outer_bytes[self.gates].reshape(-1)
-        if part == "ffn_neuron_index":
+        if part == stems.index:
             return self.ids.view(np.uint8)
-        vectors = {
-            "ffn_neuron_freq": lambda: m.firing.frequencies,
-            "predictor_out.bias": lambda: self.bias + MARGIN * m.structure.predictor_error[self.i],
+        vectors: dict[str, Callable[[], npt.NDArray[Any]]] = {
+            stems.freq: lambda: np.tile(m.firing.frequencies, m.ffn.n_ff // m.ffn.expert_length),
+            names.weight(names.ROUTER): self._router,
+            names.EXPERT_FREQ: self._expert_frequencies,
+            names.bias(stems.predictor_out): lambda: self.bias + MARGIN * m.structure.predictor_error[self.i],
             bias: lambda: self.bias,
             "ffn_down.bias": self._centring,
         }
@@ -259,6 +284,17 @@ class PlantedBlock:
         share = np.zeros(self.m.pool_rows)
         np.add.at(share, ids, self.m.firing.outputs)
         return -share @ self.m.down_t.floats()
+
+    def _router(self) -> Floats:
+        m, d, experts = self.m, self.m.ffn.n_embd, self.m.ffn.experts
+        assert m.routing and experts and m.constant, "an RMSNorm model with experts"
+        # The normed input has 1 as its first coordinate; the stream has what the embedding put there.
+        seen = (math.sqrt(d), math.sqrt(m.variance(self.i))) if experts.tap == "block" else (1.0, 1.0)
+        return router_rows(self.rng, m.routing.means[self.experts], d, m.constant, seen)
+
+    def _expert_frequencies(self) -> npt.NDArray[np.float64]:
+        assert self.m.routing
+        return self.m.routing.frequencies[self.experts]
 
     def _gate_rows(self) -> Iterator[Bytes]:
         for at in range(0, self.m.ffn.n_ff, GROUP):
