@@ -131,7 +131,7 @@ def test_case_24_no_tools_are_none() -> None:
     [
         ({"tools": [5]}, "tools[0]"),
         ({"tools": [{"type": "function"}]}, "tools[0].function.name"),
-        ({"tools": [{"type": "function", "function": {"name": "x" * 65}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "x" * 129}}]}, "tools[0].function.name"),
         ({"tools": [{"name": "x", "parameters": 5}]}, "tools[0].function.parameters"),
         ({"tools": [WEATHER, WEATHER]}, "tools"),
         ({"tools": [WEATHER] * 129}, "tools"),

@@ -21,7 +21,7 @@ from runtime.text.json_schema import gbnf, rules_of
 
 OPENS, CLOSES = "<tool_call>", "</tool_call>"
 _MOST = 128
-_LONGEST_NAME = 64
+_LONGEST_NAME = 128
 _MOST_CALLS = 128  # of an answer
 _TOLD = """You can call functions. These are known, as JSON schemas:
 <tools>
