@@ -102,6 +102,9 @@ def test_keys_of_blocks_that_differ_are_not_in_other_files() -> None:
     ("keys", "message"),
     [
         ({"feed_forward_length": [64, 0, 96]}, "`lazyneuron.feed_forward_length` has 3 values, expected 4, one per block"),
+        ({"feed_forward_length": []}, "`lazyneuron.feed_forward_length` has 0 values, expected 4, one per block"),
+        ({"expert_count": []}, "`lazyneuron.expert_count` has 0 values, expected 4, one per block"),
+        ({"expert_used_count": [0, 1, 0]}, "`lazyneuron.expert_used_count` has 3 values, expected 4, one per block"),
         ({"feed_forward_length": [64] * 3}, "`lazyneuron.feed_forward_length` has 3 values, expected 4, one per block"),
         ({"feed_forward_length": [64, 0, 96, -1]}, "feed_forward_length is (64, 0, 96, -1), expected 0 to 16777216"),
         ({"feed_forward_length": 0}, "feed_forward_length is 0, expected 1 to 16777216"),

@@ -239,6 +239,7 @@ def ordered(
         ({"expert_count": -1}, None, "expert_count is -1"),
         ({"expert_used_count": 17}, None, "block 0: expert_used_count is 17, expected 1 to 16"),
         ({"expert_used_count": 0}, None, "block 0: expert_used_count is 0, expected 1 to 16"),
+        ({"expert_used_count": [6, 6]}, None, "`lazyneuron.expert_used_count` has 2 values, expected 3"),
         ({"expert_count": 0}, None, "block 0: expert_used_count is 6, expected 0 without experts"),
         ({"expert_gating_func": "hash"}, None, "is `hash`, expected one of softmax, sigmoid, softmax_weight"),
         ({"router__tap": "residual"}, None, "is `residual`, expected one of ffn_norm, block"),

@@ -140,7 +140,9 @@ def _check_lists(s: Structure, where: str) -> None:
     """That there is one value per block in each list."""
     for f in fields(s):
         value = getattr(s, f.name)
-        if f.name.startswith("predictor") or not isinstance(value, tuple) or len(value) in (0, s.block_count):
+        if f.name.startswith("predictor") or not isinstance(value, tuple) or len(value) == s.block_count:
+            continue
+        if not value and f.name not in PER_BLOCK:
             continue
         raise UserError(
             f"{where}: `{ARCHITECTURE}.{f.metadata['key']}` has {len(value)} values, "

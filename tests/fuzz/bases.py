@@ -5,6 +5,7 @@ Weights have few distinct values, so that a damaged file in the corpus packs sma
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,16 @@ from typing import Any
 import numpy as np
 
 from convert.formats import NUMBERS, encode, fitting
+from runtime.bindings.ffn_shape import GATINGS, ROUTER_TAPS
 from runtime.model_file import structure
 from runtime.model_file.shard_writer import split_model
 from runtime.model_file.structure import Structure
+from runtime.model_file.tensor_names import EXPERT_FREQ, INDICES, NEURON_NOTES, PREDICTOR_BIASES, ROUTERS, SIGNS
 from runtime.model_file.tensor_shapes import required_tensors
 from runtime.model_file.writer import NewTensor, write_files
 
 VOCAB = 300
+_FREQUENCIES = tuple(set(NEURON_NOTES) - {*INDICES, EXPERT_FREQ})
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 
 LLAMA = Structure(
@@ -139,6 +143,42 @@ MODELS: dict[str, tuple[Structure, str, str]] = {
         "q4_k",
         "spm",
     ),
+    "experts": (
+        replace(
+            LLAMA,
+            feed_forward_length=32,
+            expert_count=4,
+            expert_used_count=2,
+            expert_gating="sigmoid",
+            expert_bias=True,
+            expert_weights_norm=True,
+            expert_weights_scale=2.5,
+            router_tap="block",
+            sliding_window=3,
+            layout="both",
+            predictor="lowrank",
+            predictor_rank=(8,),
+            **_HOT,
+        ),
+        "q8_0",
+        "spm",
+    ),
+    "experts-in-one-block": (
+        replace(
+            LLAMA,
+            block_count=2,
+            feed_forward_length=(33, 64),
+            expert_count=(3, 0),
+            expert_used_count=(3, 0),
+            expert_gating="softmax_weight",
+            sliding_window=4,
+            sliding_window_pattern=(False, True),
+            ffn_activation="drelu",
+            layout="both",
+        ),
+        "f16",
+        "bpe",
+    ),
     "odd": (
         replace(
             LLAMA,
@@ -200,7 +240,31 @@ def any_structure(rng: Random) -> tuple[Structure, str, str]:
             "predictor_rank": tuple(pick(ranks) for _ in range(n_blocks)),
             "predictor_error": (0.5,) * n_blocks,
         }
+    if rng.randrange(3) == 0:
+        values |= _with_experts(rng, n_blocks)
+    if rng.randrange(3) == 0:
+        values["sliding_window"] = pick((1, 2, 5, 1000))
+        values["sliding_window_pattern"] = pick(((), tuple(pick((False, True)) for _ in range(n_blocks))))
     return replace(LLAMA, **values), pick(("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k", "q6_k")), pick(("spm", "bpe"))
+
+
+def _with_experts(rng: Random, n_blocks: int) -> dict[str, Any]:
+    """Fields of a mixture of experts, in some blocks or in all."""
+    pick = rng.choice
+    counts = (
+        tuple(pick((0, 2, 3, 8)) for _ in range(n_blocks)) if rng.randrange(2) else (pick((2, 3, 8, 40)),) * n_blocks
+    )
+    return {
+        "expert_count": counts,
+        "expert_used_count": tuple(rng.randrange(1, count + 1) if count else 0 for count in counts),
+        "expert_gating": pick(GATINGS),
+        "expert_bias": pick((False, True)),
+        "expert_weights_norm": pick((False, True)),
+        "expert_weights_scale": pick((1.0, 1.0, 2.5, 1e-3)),
+        "router_tap": pick(ROUTER_TAPS),
+        "ffn_bias": False,
+        "ffn_sub_norm": False,
+    }
 
 
 def model_bytes(folder: Path, s: Structure, kind: str, vocabulary: str) -> bytes:
@@ -297,17 +361,22 @@ def _streams(s: Structure, kind: str) -> list[NewTensor]:
 
 def _stream(name: str, shape: tuple[int, ...], kind: str, rng: np.random.Generator) -> NewTensor:
     part = name.rpartition(".")[2]
-    if part == "ffn_neuron_index":
-        return _made(name, shape, "i32", rng.permutation(shape[0]).astype(np.int32).view(np.uint8))
-    if part == "ffn_neuron_freq":
-        return _made(name, shape, "f32", np.linspace(0.75, 0.25, shape[0], dtype=np.float32).view(np.uint8))
-    if part == "predictor_sign":
-        return _made(name, shape, "i8", rng.choice(np.array([0, 255, 15], np.uint8), shape[0] * shape[1]))
-    plain = len(shape) == 1 or name == "position_embd.weight"
+    each = math.prod(shape[1:])  # experts, where the shape is one of neurons
+    if part in INDICES:
+        index = np.concatenate([rng.permutation(shape[0]) for _ in range(each)])
+        return _made(name, shape, "i32", index.astype(np.int32).view(np.uint8))
+    if part in _FREQUENCIES:
+        falling = np.tile(np.linspace(0.75, 0.25, shape[0], dtype=np.float32), each)
+        return _made(name, shape, "f32", falling.view(np.uint8))
+    if part in SIGNS:
+        return _made(name, shape, "i8", rng.choice(np.array([0, 255, 15], np.uint8), math.prod(shape)))
+    plain = len(shape) == 1 or name == "position_embd.weight" or name.endswith((*ROUTERS, *PREDICTOR_BIASES))
     used = "f32" if plain else fitting(kind, shape[0])
     center = 1.0 if part == "weight" and ("norm" in name or name.startswith("rope_freqs")) else 0.0
     kinds = center + rng.choice(np.array([-0.25, 0.0, 0.25], np.float32), (8, shape[0]))  # eight different rows
-    values = kinds[rng.integers(0, 8, shape[1:])] if len(shape) > 1 else kinds[0]
+    if part == EXPERT_FREQ:
+        kinds = np.full((1, *shape), 0.5, np.float32)
+    values = kinds[rng.integers(0, 8, each)] if len(shape) > 1 else kinds[0]
     return _made(name, shape, used, encode(values, used))
 
 

@@ -1,4 +1,4 @@
-"""Targets of the converter: damaged checkpoints of Llama; of every family its config.json, which needs no weights to be read."""
+"""Targets of the converter: damaged checkpoints of Llama and of a mixture of experts; of every family its config.json, which needs no weights to be read."""
 
 from __future__ import annotations
 
@@ -35,12 +35,21 @@ _OTHERS: dict[str, Any] = {
     "dim_model_base": 16, "qk_layernorm": True, "final_logit_softcapping": 5.0, "norm_eps": 1e-5, "mlp_bias": False,
     "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "attention_factor": 1.0},
     "use_sliding_window": False, "layer_types": ["full_attention"], "pretraining_tp": 1, "mlp_only_layers": [], "head_dim": 8,
+    "num_local_experts": 4, "num_experts_per_tok": 2, "moe_num_primary_experts": 4, "moe_num_active_primary_experts": 2,
+    "moe_ffn_hidden_size": 64, "moe_primary_router_apply_softmax": True, "moe_layer_layout": [1], "moe_enable_secondary_experts": False,
+    "moe_enable_early_router": True, "rope_layout": [1], "sliding_window_layout": [0], "sliding_window_size": 4, "n_group": 1,
+    "topk_group": 1, "topk_method": "greedy", "num_hash_layers": 0, "n_shared_experts": 0, "shared_expert_intermediate_size": 0,
+}  # fmt: skip
+# A mixture of experts: what its config.json says otherwise than that of the Llama.
+_EXPERTS = {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2,
+    "sliding_window": 5,
 }  # fmt: skip
 _WORDS = tuple(dict.fromkeys([*CONFIG, *_OTHERS, "llama3", "yarn", "linear", "default", "dynamic", "longrope", "relu", "silu", "type", "rope_type", "factor", "low_freq_factor", "gptq", "awq"]))  # fmt: skip
 
 
 def weights(config: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
-    """Tensors of a Llama of this config."""
+    """Tensors of a Llama or a Mixtral of this config."""
     rng, kv = np.random.default_rng(0), config["num_key_value_heads"] * 16
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (VOCAB, D),
@@ -48,13 +57,18 @@ def weights(config: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
         "model.norm.weight": (D,),
     }
     layer = "model.layers.0."
+    n_experts = config.get("num_local_experts", 0)
     shapes |= {f"{layer}self_attn.{part}_proj.weight": (n, D) for part, n in {"q": D, "k": kv, "v": kv, "o": D}.items()}
     shapes |= {f"{layer}{name}_layernorm.weight": (D,) for name in ("input", "post_attention")}
-    shapes |= {
-        f"{layer}mlp.gate_proj.weight": (FF, D),
-        f"{layer}mlp.up_proj.weight": (FF, D),
-        f"{layer}mlp.down_proj.weight": (D, FF),
+    moe = f"{layer}block_sparse_moe."
+    ffns = {f"{moe}experts.{e}.w{{}}": (1, 3, 2) for e in range(n_experts)} or {
+        f"{layer}mlp.{{}}_proj": ("gate", "up", "down")
     }
+    for name, (gate, up, down) in ffns.items():
+        shapes |= {f"{name.format(part)}.weight": (FF, D) for part in (gate, up)}
+        shapes[f"{name.format(down)}.weight"] = (D, FF)
+    if n_experts:
+        shapes[f"{moe}gate.weight"] = (n_experts, D)
     return {name: rng.choice(np.array([-0.25, 0.25, 1.0], np.float16), shape) for name, shape in shapes.items()}
 
 
@@ -75,7 +89,9 @@ def _joined(header: bytes, data: bytes, size: int | None = None) -> bytes:
 
 # --- what is damaged --------------------------------------------------------------------------------------------------
 
-_HEADER, _DATA = safetensors(weights(CONFIG))
+_CONFIGS = (CONFIG, {**CONFIG, **_EXPERTS})
+_WHOLE = tuple(safetensors(weights(config)) for config in _CONFIGS)
+_HEADER, _DATA = _WHOLE[0]
 _SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 _TYPES = ("F16", "F32", "BF16", "F8_E4M3", "I64", "BOOL", "F4", "dtype", "shape")
 _NAMES = (
@@ -95,9 +111,9 @@ def _architectures() -> list[str]:
     return [name for arch in families().values() for name in arch.architectures]
 
 
-def _config(rng: Random) -> Files:
+def _config(rng: Random, usual: dict[str, Any] = CONFIG) -> Files:
     """A config.json of any family."""
-    values = dict(CONFIG)
+    values = dict(usual)
     if rng.randrange(3):
         others = dict(rng.sample(sorted(_OTHERS.items()), rng.choice((1, 3, 12))))
         values |= {
@@ -109,13 +125,18 @@ def _config(rng: Random) -> Files:
     return {"config.json": mutate_json.damaged(rng, json.dumps(values).encode(), _WORDS)}
 
 
-def _weights(rng: Random) -> Files:
+def _weights(rng: Random, whole: tuple[dict[str, Any], bytes] = _WHOLE[0]) -> Files:
     """A safetensors file with faults in its header, cut off, or of another length than it says."""
-    header = mutate_json.damaged(rng, json.dumps(_HEADER).encode(), _TYPES)
+    described, data = whole
+    header = mutate_json.damaged(rng, json.dumps(described).encode(), _TYPES)
     size = None if rng.randrange(6) else rng.choice((mutate.whole(rng), len(header) + rng.choice((-1, 1, 100))))
-    return {
-        "model.safetensors": _joined(header, _DATA if rng.randrange(6) else _DATA[: rng.randrange(len(_DATA))], size)
-    }
+    return {"model.safetensors": _joined(header, data if rng.randrange(6) else data[: rng.randrange(len(data))], size)}
+
+
+def _planned_weights(rng: Random) -> Files:
+    """The same beside its own config.json."""
+    i = rng.randrange(len(_CONFIGS))
+    return {"config.json": json.dumps(_CONFIGS[i]).encode()} | _weights(rng, _WHOLE[i])
 
 
 @functools.cache
@@ -140,13 +161,19 @@ def _index(rng: Random) -> Files:
 
 def _any_file(rng: Random) -> Files:
     """A whole checkpoint with one file damaged."""
-    files = small_files() | {"model.safetensors": _joined(json.dumps(_HEADER).encode(), _DATA)}
+    i = rng.randrange(len(_CONFIGS))
+    described, data = _WHOLE[i]
+    config = {"config.json": json.dumps(_CONFIGS[i]).encode()}
+    files = small_files() | config | {"model.safetensors": _joined(json.dumps(described).encode(), data)}
     if rng.randrange(3) == 0:
         of_the_other = ("tokenizer.model", "added_tokens.json", "special_tokens_map.json")
         files = {name: data for name, data in files.items() if name not in of_the_other} | byte_level_files()
     name = rng.choice(sorted(files))
-    kinds = {"config.json": _config, "model.safetensors": _weights}
-    return files | (kinds[name](rng) if name in kinds else {name: damaged_file(rng, name, files[name])})
+    if name == "config.json":
+        return files | _config(rng, _CONFIGS[i])
+    if name == "model.safetensors":
+        return files | _weights(rng, _WHOLE[i])
+    return files | {name: damaged_file(rng, name, files[name])}
 
 
 # --- what is done with it ---------------------------------------------------------------------------------------------
@@ -171,10 +198,9 @@ def _converted(folder: Path) -> bool:
 
 def checkpoint_targets(rng_of: Callable[[str, int], Random]) -> list[Target]:
     """All of them."""
-    config = {"config.json": json.dumps(CONFIG).encode()}
     return [
         seeded(rng_of, "config", _config, _described, 3),
-        seeded(rng_of, "safetensors", lambda rng: config | _weights(rng), _planned, 2),
+        seeded(rng_of, "safetensors", _planned_weights, _planned, 2),
         seeded(rng_of, "index", _index, _planned, 0.5),
         seeded(rng_of, "convert", _any_file, _converted),
     ]

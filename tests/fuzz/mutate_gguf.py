@@ -8,13 +8,14 @@ from random import Random
 
 from fuzz import mutate
 from fuzz.gguf_parts import BLOCKS, SCALARS, STRING, Entry, Parts, Tensor, build, header
+from runtime.bindings.ffn_shape import GATINGS, ROUTER_TAPS
 from runtime.model_file import structure
 
 WORDS = tuple(
     dict.fromkeys([
         *structure.NORMS, *structure.NORM_PLACEMENTS, *structure.POSITIONS, *structure.ROPE_SCALINGS, *structure.RESIDUALS,
         *structure.QK_NORMS, *structure.GATES, *structure.ACTIVATIONS, *structure.LAYOUTS, *structure.NEURON_ORDERS,
-        *structure.PREDICTOR_KINDS, *structure.PREDICTOR_TAPS, "llama", "gpt2", "bert", "t5", "rwkv", "plamo2", "none", "default",
+        *structure.PREDICTOR_KINDS, *structure.PREDICTOR_TAPS, *GATINGS, *ROUTER_TAPS, "llama", "gpt2", "bert", "t5", "rwkv", "plamo2", "none", "default",
         "llama-bpe", "gpt-2", "qwen2", "falcon", "smollm", "jais-2", "lazyneuron",
     ])
 )  # fmt: skip
@@ -28,6 +29,9 @@ KEYS = (
     "tokenizer.ggml.suppress_tokens", "tokenizer.huggingface.json", "tokenizer.chat_template", "general.alignment", "split.no", "split.count",
     "split.tensors.count", "lazyneuron.schema_version", "llama.vocab_size", "llama.block_count", "llama.context_length",
     "lazyneuron.context_length", "lazyneuron.vocab_size", "lazyneuron.rope.scaling.factor", "lazyneuron.tied_output", "general.name",
+    "lazyneuron.expert_count", "lazyneuron.expert_used_count", "lazyneuron.expert_bias", "lazyneuron.expert_gating_func",
+    "lazyneuron.expert_weights_norm", "lazyneuron.expert_weights_scale", "lazyneuron.router.tap",
+    "lazyneuron.attention.sliding_window", "lazyneuron.attention.sliding_window_pattern", "lazyneuron.feed_forward_length",
 )  # fmt: skip
 
 
@@ -236,7 +240,11 @@ def _sane(rng: Random, t: Tensor) -> bytes:
 
 def numbers(rng: Random, p: Parts) -> None:
     """A tensor's bytes: random, one NaN or infinity, all the same, or an index or figure at a border."""
-    small = [t for t in p.tensors if b"neuron" in t.name or b"predictor" in t.name]
+    small = [
+        t
+        for t in p.tensors
+        if any(part in t.name for part in (b"neuron", b"predictor", b"expert", b"exp_probs", b"gate_inp"))
+    ]
     t = rng.choice(small) if small and rng.randrange(2) else rng.choice(p.tensors)
     kind = rng.randrange(6)
     if len(t.data) < 8:
