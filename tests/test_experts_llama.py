@@ -61,7 +61,7 @@ def llama_logits(path: Path, ids: list[int]) -> Logits:
     import llama_cpp
 
     model = llama_cpp.Llama(
-        str(path), n_ctx=len(ids), n_batch=512, logits_all=True, type_k=0, type_v=0, n_threads=2, verbose=False
+        str(path), n_ctx=len(ids), n_batch=512, logits_all=True, type_k=0, type_v=0, n_threads=2, verbose=True
     )
     try:
         model.eval(ids)

@@ -90,7 +90,7 @@ main() {
   [ -d "$folder" ] || build_wheel "$folder"
   ! is_stale || install "$folder"
 
-  "$MODELS_PYTHON" tests/make_models.py "$LAZYNEURON_TEST_MODELS" llama-gqa opt-pre-norm opt-post-norm >&2
+  "$MODELS_PYTHON" tests/make_models.py "$LAZYNEURON_TEST_MODELS" llama-gqa opt-pre-norm opt-post-norm mixtral-drelu-tied smallthinker-21b >&2
   export VK_DRIVER_FILES=${drivers[0]} # this driver alone, also where there is a GPU
   export GGML_VK_VISIBLE_DEVICES=0     # ggml passes over a Vulkan device of type CPU unless it is named
   "$VENV/bin/python" -m tests.devices >&2
