@@ -18,6 +18,7 @@ from in_process import command
 from oracle import random_ids
 
 import runtime
+from bench.make_model import Recipe, write_model
 from runtime.base import worker
 from runtime.base.memory_left import memory_left
 from runtime.base.own_memory import OwnMemory, Reading
@@ -82,6 +83,23 @@ def test_blocks_without_a_predictor_read_their_gates(file: GgufFile) -> None:
     found = held(file, cpu_alone(s, True), ffn="predicted")
     assert {"blk.0.ffn_gate.weight", "blk.1.predictor_in.weight"} <= set(found)
     assert not {"blk.1.ffn_gate.weight", "blk.0.predictor_in.weight"} & set(found)
+
+
+@linux
+@pytest.mark.parametrize(
+    ("ffn", "wanted"),
+    [
+        ("exact", {"ffn_gate_exps.weight"}),
+        ("predicted", {"predictor_in.weight", "predictor_out_exps.weight"}),
+        ("verified", {"predictor_in.weight", "predictor_out_exps.weight", "ffn_gate_exps.weight"}),
+    ],
+)
+def test_of_experts_what_their_tokens_read_whole(tmp_path: Path, ffn: str, wanted: set[str]) -> None:
+    write_model(Recipe("tiny-mixtral", 0.2, "q4_0"), tmp_path / "m.gguf")
+    with GgufFile(tmp_path / "m.gguf") as file:
+        found = held(file, ffn=ffn)
+        assert stems(found) == ATTENTION | wanted | {"ffn_gate_inp.weight", "output.weight"}
+        assert all(n == file.tensors[name].nbytes for name, n in found.items())
 
 
 def test_a_bias_of_infinity_reads_gates(file: GgufFile) -> None:

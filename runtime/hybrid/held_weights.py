@@ -1,8 +1,8 @@
 """Which weights are read into memory of our own when a model is loaded, and which stay in the mapped file.
 
-What every token reads from its first byte to its last gains by it: it is read at the speed of large pages. Rows picked
-here and there gain next to nothing, and stay mapped: they can be dropped where memory gets short, and are shared with
-whoever has the same file open.
+What every token reads from its first byte to its last gains by it: it is read at the speed of large pages. So do whole
+experts, though each token uses some of them only. Rows picked here and there gain next to nothing, and stay mapped:
+they can be dropped where memory gets short, and are shared with whoever has the same file open.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from runtime.model_file.reader import GgufFile, TensorInfo
 from runtime.model_file.tensor_shapes import required_tensors
 from runtime.options import SettledOptions
 
-_OF_PREDICTORS = (n.weight(n.PREDICTOR_IN), n.weight(n.PREDICTOR_OUT), n.PREDICTOR_SIGN)
+_OF_PREDICTORS = (n.weight(n.PREDICTOR_IN), *(name for name in n.PREDICTOR_ROWS if name not in n.PREDICTOR_BIASES))
 _UNUSED_DENSE = frozenset((*n.PREDICTOR_ROWS, n.weight(n.PREDICTOR_IN), *n.TRANSPOSED))
 _USABLE = 0.9  # of the memory that is left
 _GAINS = sys.platform == "linux"  # where it was measured that memory of one's own is faster
@@ -105,8 +105,9 @@ def _read_whole(tensor_map: TensorMap, run: SettledOptions, touched: Mapping[str
         predicted = s.rank(i) > 0 and (run.chooses or run.ffn == "verified")
         if predicted and not tensor_map.scored_at_home(i):
             names |= {n.in_block(i, short) for short in _OF_PREDICTORS}
-        if ffn.experts:  # of the rest, every token reads some rows only
+        if ffn.experts:
             names |= {n.in_block(i, short) for short in n.ROUTERS}
-        elif not predicted or run.ffn == "verified":
+        # Of experts, those that a token uses; a few tokens later all were.
+        if not predicted or run.ffn == "verified":
             names.add(n.weight_of(i, n.row_matrices(ffn)[0]))
     return {name: part for name, part in touched.items() if name in names}
