@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from runtime.serve import chat, completions, llama_completion, messages, models, native, openapi, responses
@@ -39,6 +40,7 @@ class Place:
 
 PLACES: tuple[Place, ...] = (
     Place("POST", ("/v1/chat/completions", "/chat/completions"), chat.chat),
+    Place("POST", ("/v1/chat/completions/input_tokens", "/chat/completions/input_tokens"), chat.input_tokens),
     Place("POST", ("/v1/completions", "/completions"), completions.completions),
     Place("POST", ("/completion",), llama_completion.completion),
     Place("GET", ("/v1/models", "/models"), models.models),
@@ -51,7 +53,7 @@ PLACES: tuple[Place, ...] = (
     Place("POST", ("/apply-template",), native.apply_template),
     Place("GET", ("/metrics",), native.metrics),
     Place("POST", ("/v1/responses", "/responses"), responses.responses),
-    Place("POST", ("/v1/responses/input_tokens",), responses.input_tokens),
+    Place("POST", ("/v1/responses/input_tokens", "/responses/input_tokens"), responses.input_tokens),
     Place("POST", ("/v1/messages",), messages.messages, anthropic=True),
     Place("POST", ("/v1/messages/count_tokens",), messages.count_tokens, anthropic=True),
     Place("GET", ("/openapi.json",), openapi.openapi),
@@ -92,7 +94,13 @@ def application(service: Service, settings: Settings) -> ASGIApp:
     handlers = {HTTPException: _http_error}
     inner = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     inner.router.redirect_slashes = False
-    return Named(Guarded(inner, settings, public))
+    return Named(Guarded(inner, settings, public, functools.partial(_methods, routes)))
+
+
+def _methods(routes: Sequence[Route], scope: Scope) -> set[str]:
+    """The methods of a path; none where there is nothing."""
+    found = [route.methods or () for route in routes if route.matches(scope)[0] is not Match.NONE]
+    return set().union(*found)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

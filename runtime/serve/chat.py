@@ -20,7 +20,7 @@ from runtime.serve.front import Collected, Front, cancel, merged
 from runtime.serve.jobs import End, Event, Job, Piece, Progress, TokenInfo
 from runtime.serve.replies import json_reply
 from runtime.serve.service import Ticket
-from runtime.serve.settling import chat_job, wants_usage
+from runtime.serve.settling import chat_job, prompt_ids, wants_usage
 from runtime.serve.sse import DONE, EventStream, event
 from runtime.serve.tools import Call, CallReader, Tools, split, tools_of
 
@@ -38,6 +38,14 @@ async def chat(front: Front, request: Request) -> Response | ASGIApp:
     if given.get("stream"):
         return EventStream(_events(form, tickets), front.settings.ping)
     return json_reply(form.whole(await front.collect(tickets, request.receive)))
+
+
+async def input_tokens(front: Front, request: Request) -> Response:
+    """How many tokens the prompt of a conversation has; nothing is computed."""
+    given = read_fields(await read_object(request, front.settings), CHAT)
+    front.check_model(given.get("model"))
+    ids = await front.prepare(lambda: prompt_ids(front, given, normalised(given["messages"]), tools_of(given)))
+    return json_reply({"object": "response.input_tokens", "input_tokens": len(ids)})
 
 
 def _job(front: Front, given: Fields, name: str, tools: Tools | None) -> Job:

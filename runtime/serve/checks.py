@@ -5,7 +5,7 @@ name, and describes itself as a JSON schema.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from runtime.base.arguments import shown
@@ -149,7 +149,12 @@ class Keyed:
 
 @dataclass(frozen=True)
 class Listing:
-    """A list of objects."""
+    """A list of objects. items: what they are, as a JSON schema; least: how many there are to be. Both are only told:
+    what objects hold is looked at later.
+    """
+
+    items: Schema = field(default_factory=lambda: {"type": "object"})
+    least: int = 0
 
     def __call__(self, name: str, value: Any) -> list[dict[str, Any]]:
         """The list."""
@@ -163,7 +168,7 @@ class Listing:
     @property
     def schema(self) -> Schema:
         """An array of objects."""
-        return {"type": "array", "items": {"type": "object"}}
+        return {"type": "array", "items": self.items, **({"minItems": self.least} if self.least else {})}
 
 
 @dataclass(frozen=True)
@@ -184,7 +189,9 @@ class Ids:
 
 @dataclass(frozen=True)
 class Anything:
-    """A value that is looked at later."""
+    """A value that is looked at later. form: what it is to be, as a JSON schema."""
+
+    form: Schema = field(default_factory=dict)
 
     def __call__(self, name: str, value: Any) -> Any:
         """The value."""
@@ -192,8 +199,8 @@ class Anything:
 
     @property
     def schema(self) -> Schema:
-        """Anything."""
-        return {}
+        """Its form."""
+        return self.form
 
 
 def _range(low: float, high: float) -> str:

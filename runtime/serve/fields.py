@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from runtime.serve.checks import Anything, Check, Flag, Ids, Keyed, Listing, Number, Text, Texts, Whole
+from runtime.serve.checks import Anything, Check, Flag, Ids, Keyed, Listing, Number, Schema, Text, Texts, Whole
 from runtime.serve.errors import ApiError, wrong
 from runtime.text.sampling import Sampling
 
@@ -36,14 +36,26 @@ class Field:
     needed: bool = False
 
 
+_TEXT: Schema = {"type": "string"}
+_PART: Schema = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"type": "string", "enum": ["text"]}, "text": _TEXT},
+}
+_CONTENT: Schema = {"anyOf": [_TEXT, {"type": "array", "items": _PART}]}
+_ROLE: Schema = {"type": "string", "enum": ["system", "developer", "user", "assistant", "tool"]}
+_MESSAGE: Schema = {"type": "object", "required": ["role"], "properties": {"role": _ROLE, "content": _CONTENT}}
+_PROMPT: Schema = {"anyOf": [_TEXT, {"type": "object"}, {"type": "array", "minItems": 1, "items": {}}]}
+_INPUT: Schema = {"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": {"type": "object"}}]}
+
 FIELDS: tuple[Field, ...] = (
     Field("model", Text(), "the model's name; others are served, too, unless `--strict-model` is set"),
     Field("stream", Flag(), "send the answer in pieces, as server-sent events"),
     Field("stream_options", Keyed(), "`include_usage`: a last chunk with the usage", _BOTH),
-    Field("messages", Listing(), "the conversation", (CHAT, ANTHROPIC), needed=True),
+    Field("messages", Listing(_MESSAGE, 1), "the conversation", (CHAT, ANTHROPIC), needed=True),
     Field(
         "prompt",
-        Anything(),
+        Anything(_PROMPT),
         "a text, token ids, both in one list, or a list of such prompts",
         (TEXT, NATIVE),
         needed=True,
@@ -57,7 +69,7 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field("max_output_tokens", Whole(1, _BIG), "tokens of the answer at most", (RESPONSES,)),
     Field("n", Whole(1, 128), "how many answers; the prompt is computed once", _OURS, ("n_cmpl",)),
-    Field("best_of", Whole(1, 128), "accepted where it equals `n`", (TEXT,)),
+    Field("best_of", Whole(0, 128), "accepted where it equals `n`; 0 counts as absent", (TEXT,)),
     Field("stop", Texts(), "a text that ends the answer, or several; it is not part of the answer", _OURS),
     Field("stop_sequences", Texts(), "texts that end the answer", (ANTHROPIC,)),
     Field(
@@ -132,10 +144,10 @@ FIELDS: tuple[Field, ...] = (
     Field("return_activity", Flag(), "each chunk tells the share of neurons computed, per layer", _OURS),
     Field("return_progress", Flag(), "chunks tell how much of the prompt is computed", _OURS),
     Field("timings_per_token", Flag(), "accepted; figures of speed come with the last chunk", _OURS),
-    Field("input", Anything(), "a text, or the conversation as a list of items", (RESPONSES,), needed=True),
+    Field("input", Anything(_INPUT), "a text, or the conversation as a list of items", (RESPONSES,), needed=True),
     Field("instructions", Text(), "the system prompt", (RESPONSES,)),
     Field("text", Keyed(), "`format`: as `response_format`", (RESPONSES,)),
-    Field("system", Anything(), "the system prompt: a text, or a list of text blocks", (ANTHROPIC,)),
+    Field("system", Anything(_CONTENT), "the system prompt: a text, or a list of text blocks", (ANTHROPIC,)),
 )
 
 IGNORED: Mapping[str, str] = {

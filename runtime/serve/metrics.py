@@ -33,6 +33,7 @@ class Metrics(Collector):
         self._first = self._histogram("time_to_first_token_seconds", "From the request to its first token")
         self._between = self._histogram("time_per_token_seconds", "Mean time between the tokens of an answer")
         self._bytes = self._tokens = 0.0
+        self._longest = self._drafted = self._accepted = 0
         service.on_end = self._ended
 
     def _histogram(self, name: str, about: str) -> Histogram:
@@ -42,6 +43,9 @@ class Metrics(Collector):
         if not isinstance(event, End) or ticket.began is None or event.reason == "cancelled":
             return
         stats = event.stats
+        self._longest = max(self._longest, stats.prompt_tokens + stats.tokens)
+        self._drafted += stats.drafted_tokens
+        self._accepted += stats.accepted_tokens
         self._queued.observe(ticket.began - ticket.asked)
         if stats.tokens:
             self._first.observe(ticket.began - ticket.asked + stats.prompt_seconds)
@@ -61,6 +65,10 @@ class Metrics(Collector):
         if self._service.state in ("ready", "draining"):
             figures = self._service.figures()
             yield from _like_llama_cpp(figures)
+            yield _gauge("llamacpp:n_tokens_max", "Tokens of the longest prompt with its answer", self._longest)
+            drafts = "llamacpp:spec_decode_num"
+            yield _counter(f"{drafts}_draft_tokens", "Tokens that were drafted", self._drafted)
+            yield _counter(f"{drafts}_accepted_tokens", "Of these, the ones that were right", self._accepted)
             yield from _ours(figures)
             if self._tokens:
                 read = self._bytes / self._tokens
@@ -78,6 +86,7 @@ def _counter(name: str, about: str, value: float) -> Metric:
 def _like_llama_cpp(figures: Figures) -> Iterator[Metric]:
     counts = figures.counts
     yield _counter("llamacpp:prompt_tokens", "Tokens of prompts that were computed", counts.prompt_tokens)
+    yield _counter("llamacpp:prompt_tokens_cached", "Tokens of prompts that were reused", counts.cached_tokens)
     yield _counter("llamacpp:prompt_seconds", "Time that they took", counts.prompt_seconds)
     yield _counter("llamacpp:tokens_predicted", "Tokens that were generated", counts.generated_tokens)
     yield _counter("llamacpp:tokens_predicted_seconds", "Time that they took", counts.generated_seconds)

@@ -12,7 +12,7 @@ import logging
 import re
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -81,13 +81,15 @@ def _log(scope: Scope, name: str, status: int, seconds: float) -> None:
 
 class Guarded:
     """Answers only those who call the server by a name of its own, from its own page or one that is allowed, and with
-    a key, where there is one. public: paths that need no key.
+    a key, where there is one. public: paths that need no key. methods: those of a path.
 
     A web page of anybody's can make a browser send requests to this machine, and can point a name of its own at it.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, public: Iterable[str]) -> None:
-        self._app, self._settings, self._public = app, settings, frozenset(public)
+    def __init__(
+        self, app: ASGIApp, settings: Settings, public: Iterable[str], methods: Callable[[Scope], Iterable[str]]
+    ) -> None:
+        self._app, self._settings, self._public, self._methods = app, settings, frozenset(public), methods
         self._keys = [_digest(key) for key in settings.keys]
         self._hosts = {name.lower() for name in (*settings.hosts, socket.gethostname())}
 
@@ -104,7 +106,7 @@ class Guarded:
             await error_reply(error)(scope, receive, _with_cors(send, allowed))
             return
         if scope["method"] == "OPTIONS":
-            await _preflight(headers, allowed)(scope, receive, send)
+            await _preflight(headers, allowed, self._methods(scope))(scope, receive, send)
             return
         await self._app(scope, receive, _with_cors(send, allowed))
 
@@ -188,9 +190,9 @@ def _with_cors(send: Send, origin: str) -> Send:
     return sending
 
 
-def _preflight(headers: Headers, origin: str) -> Response:
-    """The answer to OPTIONS, which browsers send without keys."""
-    found = {"Allow": "GET, HEAD, POST, OPTIONS"}
+def _preflight(headers: Headers, origin: str, methods: Iterable[str]) -> Response:
+    """The answer to OPTIONS, which browsers send without keys; methods: of the path."""
+    found = {"Allow": ", ".join([*sorted(methods), "OPTIONS"])}
     if origin:
         asked = headers.get("access-control-request-headers", "")
         found |= {

@@ -17,6 +17,7 @@ from runtime.serve.conversation import chat_prompt, is_prefill, normalised, plai
 from runtime.serve.errors import ApiError, wrong
 from runtime.serve.front import Front
 from runtime.serve.replies import error_reply, json_reply
+from runtime.serve.tools import tools_of
 
 
 async def health(front: Front, _: Request) -> Response:
@@ -117,11 +118,12 @@ async def apply_template(front: Front, request: Request) -> Response:
     more = _given(body, "chat_template_kwargs", Keyed(), {})
     add = _given(body, "add_generation_prompt", Flag(), None)
     continued = _given(body, "continue_final_message", Flag(), None)
+    tools = tools_of({**body, "tools": _given(body, "tools", Listing(), [])})
 
     def prompt() -> str:
         found, special = normalised(messages), front.model.special_tokens
         goes_on = is_prefill(found, continued, add)
-        return plain(chat_prompt(front.chat_template, found, special, add is not False, more, continues=goes_on))
+        return plain(chat_prompt(front.chat_template, found, special, add is not False, more, tools, goes_on))
 
     return json_reply({"prompt": await front.prepare(prompt)})
 

@@ -19,6 +19,18 @@ _BODIES = {
     "/v1/messages": ANTHROPIC,
     "/completion": NATIVE,
 }
+_ANTHROPIC_ERROR = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"type": "string", "enum": ["error"]},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+    },
+}
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -48,23 +60,26 @@ def description() -> dict[str, Any]:
         "openapi": "3.0.3",
         "info": {"title": "lazyneuron", "version": wire.version()},
         "paths": {path: {"post": _operation(path, endpoint)} for path, endpoint in _BODIES.items()},
-        "components": {"schemas": {"Error": _ERROR}},
+        "components": {"schemas": {"Error": _ERROR, "AnthropicError": _ANTHROPIC_ERROR}},
     }
 
 
 def body_schema(endpoint: str) -> dict[str, Any]:
     """The fields of an endpoint as a JSON schema. Any other field is ignored, and null counts as absent."""
     found = fields_of(endpoint)
+    # Anthropic's form demands a field that others need not have.
+    required = [f.name for f in found if f.needed or (f.name == "max_tokens" and endpoint == ANTHROPIC)]
     properties = {
-        name: {**field.check.schema, "description": field.about, "nullable": True}
+        name: {**field.check.schema, "description": field.about, **({} if name in required else {"nullable": True})}
         for field in found
         for name in (field.name, *field.aliases)
     }
-    return {"type": "object", "required": [field.name for field in found if field.needed], "properties": properties}
+    return {"type": "object", "required": required, "properties": properties}
 
 
 def _operation(path: str, endpoint: str) -> dict[str, Any]:
-    error = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
+    name = "AnthropicError" if endpoint == ANTHROPIC else "Error"
+    error = {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}}
     schema = body_schema(endpoint)
     return {
         "operationId": path.strip("/").replace("/", "_"),

@@ -136,7 +136,7 @@ class _Form:
             "tools": [{"type": "function", "strict": None, **one} for one in tools.functions] if tools else [],
             "top_p": given.get("top_p", front.settings.sampling.top_p),
             "truncation": "disabled",
-            "user": None,
+            **({"user": body["user"]} if isinstance(body.get("user"), str) else {}),  # never null, by OpenAI's schema
         }
 
     def begun(self) -> dict[str, Any]:
