@@ -88,6 +88,12 @@ def test_a_response_names_its_user_or_nobody(server: Running) -> None:
     assert server.post("/v1/responses", {**body, "user": "me"}).json()["user"] == "me"
 
 
+def test_an_item_without_anything_is_none(server: Running) -> None:
+    """It was left out without a word."""
+    reply = server.post("/v1/responses", {"input": [{"role": "user", "content": "Hi"}, {}], "max_output_tokens": 1})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "input[1].role")
+
+
 def test_options_tell_the_methods_of_the_path(server: Running) -> None:
     methods = {"/v1/models": "GET, HEAD, OPTIONS", "/v1/models/a/b": "GET, HEAD, OPTIONS", "/nothing": "OPTIONS"}
     with server.client() as client:

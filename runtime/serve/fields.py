@@ -42,7 +42,7 @@ _PART: Schema = {
     "required": ["type", "text"],
     "properties": {"type": {"type": "string", "enum": ["text"]}, "text": _TEXT},
 }
-_CONTENT: Schema = {"anyOf": [_TEXT, {"type": "array", "items": _PART}]}
+_CONTENT: Schema = {"anyOf": [_TEXT, {"type": "array", "items": {"anyOf": [_TEXT, _PART]}}]}
 _ROLE: Schema = {"type": "string", "enum": ["system", "developer", "user", "assistant", "tool"]}
 _MESSAGE: Schema = {"type": "object", "required": ["role"], "properties": {"role": _ROLE, "content": _CONTENT}}
 _PROMPT: Schema = {"anyOf": [_TEXT, {"type": "object"}, {"type": "array", "minItems": 1, "items": {}}]}
@@ -128,7 +128,7 @@ FIELDS: tuple[Field, ...] = (
     Field("ignore_eos", Flag(), "go on behind what ends a text", _OURS),
     Field("cache_prompt", Flag(), "reuse what is known of the prompt (true)", _OURS),
     Field("response_format", Keyed(), "`text`, `json_object` or `json_schema`: the answer is such JSON", (CHAT, TEXT)),
-    Field("json_schema", Anything(), "the answer is JSON of this schema", _OURS),
+    Field("json_schema", Anything({"type": "object"}), "the answer is JSON of this schema", _OURS),
     Field("grammar", Text(), "the answer is of this grammar, in llama.cpp's GBNF", _OURS),
     Field("tools", Listing(), "functions that the model may call", (CHAT, RESPONSES, ANTHROPIC)),
     Field("tool_choice", Anything(), "`auto`, `none`, `required`, or the one to call", (CHAT, RESPONSES, ANTHROPIC)),

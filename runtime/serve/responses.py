@@ -84,7 +84,7 @@ def messages_of(given: Fields) -> list[Message]:
         one = _message(item, f"input[{i}]")
         if one and one.get("tool_calls") and _goes_on(found):  # a turn of the model is one message
             found[-1] = {**found[-1], "tool_calls": [*(found[-1].get("tool_calls") or ()), *one["tool_calls"]]}
-        elif one:
+        elif one is not None:
             found.append(one)
     return normalised(found, "input")
 
