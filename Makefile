@@ -11,7 +11,7 @@ NATIVE := $(wildcard runtime/native/*)
 # As in pyproject.toml. Installed before the package, so that its wheel (about 6 minutes on two cores) is built once and then comes from pip's cache.
 LLAMA_CPP := $(shell sed -n 's/^requires = .*"\(llama-cpp-python==[0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: chat serve setup test test-kernels test-kill test-vulkan sanitize fuzz fuzz-sanitized soak check check-ports docs bench bench-avx2 clean
+.PHONY: chat serve setup test test-kernels test-kill test-vulkan sanitize fuzz fuzz-sanitized soak outside check check-ports docs bench bench-avx2 clean
 
 chat: $(MODEL)
 	@$(PY) -m runtime chat $(MODEL)
@@ -95,6 +95,17 @@ SOAK_S       ?= 300
 SOAK_CLIENTS ?= 64
 soak: $(MODEL) $(VENV)/.test
 	$(PY) tests/serve_soak.py $(MODEL) --seconds $(SOAK_S) --clients $(SOAK_CLIENTS)
+
+# llama.cpp's own server tests against our server (tests/outside/README.md). LLAMA_TESTS: their folder in llama.cpp's sources.
+LLAMA_TESTS ?= vendor/llama.cpp/tools/server/tests
+OUTSIDE     := build/outside
+outside: $(MODEL) $(VENV)/.server $(OUTSIDE)/.ready
+	$(PY) tests/outside/run_llama_cpp.py $(LLAMA_TESTS) --python $(OUTSIDE)/bin/python
+
+$(OUTSIDE)/.ready:
+	$(PYTHON) -m venv $(OUTSIDE)
+	$(OUTSIDE)/bin/pip install --quiet pytest pytest-timeout filelock numpy openai prometheus-client requests wget aiohttp >&2
+	@touch $@
 
 check: $(VENV)/.check
 	$(VENV)/bin/ruff check .

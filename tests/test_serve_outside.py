@@ -88,6 +88,15 @@ def test_a_response_names_its_user_or_nobody(server: Running) -> None:
     assert server.post("/v1/responses", {**body, "user": "me"}).json()["user"] == "me"
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_the_chunk_of_the_usage_tells_times_too(server: Running, path: str) -> None:
+    body = {"messages": MESSAGES, "prompt": "The", "max_tokens": 2, "stream_options": {"include_usage": True}}
+    *_, last, usage, done = server.events(path, body)
+    assert (usage["choices"], done) == ([], "[DONE]")
+    assert usage["timings"] == last["timings"]
+    assert usage["timings"]["predicted_n"] == usage["usage"]["completion_tokens"]
+
+
 def test_an_item_without_anything_is_none(server: Running) -> None:
     """It was left out without a word."""
     reply = server.post("/v1/responses", {"input": [{"role": "user", "content": "Hi"}, {}], "max_output_tokens": 1})

@@ -154,7 +154,8 @@ async def _events(form: Form, tickets: Sequence[Ticket]) -> AsyncIterator[bytes]
             for data in _told(form, stream, i, one):
                 yield data
         if wants_usage(form.given):
-            yield form.chunk([], usage=wire.usage([stream.ends[i].stats for i in sorted(stream.ends)]))
+            every = [stream.ends[i].stats for i in sorted(stream.ends)]
+            yield form.chunk([], usage=wire.usage(every), timings=wire.timings(every[0]))
         wire.told(form.log, [stream.ends[i] for i in sorted(stream.ends)])
         yield DONE
     except Exception as error:

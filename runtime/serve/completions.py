@@ -132,7 +132,8 @@ async def _events(form: TextForm, tickets: Sequence[Ticket]) -> AsyncIterator[by
             for data in _told(form, stream, i, one):
                 yield data
         if wants_usage(form.given):
-            yield form.chunk([], usage=form.usage([stream.ends[i].stats for i in sorted(stream.ends)]))
+            every = [stream.ends[i].stats for i in sorted(stream.ends)]
+            yield form.chunk([], usage=form.usage(every), timings=wire.timings(every[0]))
         wire.told(form.log, [stream.ends[i] for i in sorted(stream.ends)])
         yield DONE
     except Exception as error:
