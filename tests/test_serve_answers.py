@@ -447,7 +447,7 @@ def test_metrics_and_slots(server: Running) -> None:
     after = values()
     grown = {name: after[name] - before.get(name, 0) for name in after}
     assert grown["llamacpp:prompt_tokens_total"] == found["usage"]["prompt_tokens"]
-    assert grown["llamacpp:tokens_predicted_total"] == 8  # the first one belongs to the prompt
+    assert grown["llamacpp:tokens_predicted_total"] == found["usage"]["completion_tokens"] == 9
     assert grown["lazyneuron:answers_totallength"] == 1
     assert grown["lazyneuron:time_to_first_token_seconds_count"] == 1
     assert grown["lazyneuron:batch_tokens_bucket1"] == 8

@@ -22,12 +22,15 @@ _LOG = logging.getLogger("lazyneuron.serve")
 
 @dataclass
 class Counts:
-    """What the loop did since it began. batches: steps by their number of tokens, of decoding. times in seconds."""
+    """What the loop did since it began. generated_tokens: that decoding computed; answer_tokens: of answers, their first
+    ones too, which come with the prompt. batches: steps by their number of tokens, of decoding. times in seconds.
+    """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     prompt_seconds: float = 0.0
     generated_tokens: int = 0
+    answer_tokens: int = 0
     generated_seconds: float = 0.0
     steps: int = 0
     busy_total: int = 0
@@ -154,6 +157,7 @@ class EngineLoop:
 
     def _advance(self, part: Part, rows: Floats, n_together: int) -> None:
         answer = self._answers[id(part.task)]
+        n_before = answer.n_tokens
         try:
             answer.took(part, rows, n_together)
         except UserError as error:
@@ -161,6 +165,7 @@ class EngineLoop:
         except Exception as error:  # a fault of ours, but of this answer alone
             _LOG.exception("an answer failed")
             self._fail(answer, FailedError(error))
+        self.counts.answer_tokens += answer.n_tokens - n_before
         if answer.ended:
             self._forget(answer)
 

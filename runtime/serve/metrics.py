@@ -88,7 +88,7 @@ def _like_llama_cpp(figures: Figures) -> Iterator[Metric]:
     yield _counter("llamacpp:prompt_tokens", "Tokens of prompts that were computed", counts.prompt_tokens)
     yield _counter("llamacpp:prompt_tokens_cached", "Tokens of prompts that were reused", counts.cached_tokens)
     yield _counter("llamacpp:prompt_seconds", "Time that they took", counts.prompt_seconds)
-    yield _counter("llamacpp:tokens_predicted", "Tokens that were generated", counts.generated_tokens)
+    yield _counter("llamacpp:tokens_predicted", "Tokens that were generated", counts.answer_tokens)
     yield _counter("llamacpp:tokens_predicted_seconds", "Time that they took", counts.generated_seconds)
     yield _counter("llamacpp:n_decode", "Steps that were computed", counts.steps)
     busy = counts.busy_total / counts.steps if counts.steps else 0.0
