@@ -22,8 +22,8 @@ _LOG = logging.getLogger("lazyneuron.serve")
 
 @dataclass
 class Counts:
-    """What the loop did since it began. generated_tokens: that decoding computed; answer_tokens: of answers, their first
-    ones too, which come with the prompt. batches: steps by their number of tokens, of decoding. times in seconds.
+    """What the loop did since it began. generated_tokens: that decoding computed; answer_tokens: of answers, their
+    first ones too, which come with the prompt. batches: steps by their number of tokens, of decoding. times in seconds.
     """
 
     prompt_tokens: int = 0
