@@ -159,6 +159,17 @@ class Engine(OfWorker):
             self._dense_from if n_outputs < n_tokens else (),
         )
 
+    def expert_shares(self) -> list[list[float]]:
+        """By layer, the share of tokens that chose each expert since the model was loaded; empty for layers without
+        experts, and while nothing was computed but whole matrices.
+        """
+        used = [b.ffn.experts.used if b.ffn and b.ffn.experts else 0 for b in self.structure.blocks]
+        found: list[list[float]] = [[] for _ in used]
+        for i, counts in self._executor.choices.items():
+            if total := int(counts.sum()):
+                found[i] = (counts * (used[i] / total)).tolist()
+        return found
+
     def device_bytes(self) -> tuple[int, ...]:
         """Bytes of all buffers on each device: weights, keys and values, hidden states, compute buffers."""
         return self._executor.device_bytes

@@ -261,6 +261,12 @@ class Model(Closing):
             total,
         )
 
+    def expert_shares(self) -> list[list[float]]:
+        """By layer, the share of tokens that chose each expert since the model was loaded; empty for layers without
+        experts, and where whole matrices were computed.
+        """
+        return self._open_engine().expert_shares()
+
     def layer_shares(self) -> list[float]:
         """Share of each layer's neurons computed since `reset_counts`."""
         return self._open_engine().counters.layer_shares()

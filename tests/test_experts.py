@@ -12,9 +12,11 @@ import numpy.typing as npt
 import pytest
 from experts import FF, MODELS
 from oracle import Logits, random_ids, relative
+from safetensors.numpy import load_file
 
 import runtime
 from convert import convert
+from runtime.analysis.experts import busiest_share
 from runtime.bindings import ggml
 from runtime.bindings.sparse_ffn import FEW_TOKENS
 from runtime.compute.batch import Batch
@@ -93,6 +95,36 @@ def test_what_is_counted(file: Callable[..., Path]) -> None:
         model.logits(random_ids(N, 4000))
         assert model.gate_shares() == [1.0] * 3
         assert all(0.4 < share < 0.6 for share in model.layer_shares())
+
+
+def test_choices_are_counted(file: Callable[..., Path], checkpoint: Made) -> None:
+    """By few tokens and by many, in all schedules together; as often as float64 chooses."""
+    name, ids = "smallthinker-21b", random_ids(N, 4000)
+    with load(file(name), ffn="exact") as model:
+        assert model.expert_shares() == [[]] * 3
+        model.logits(ids)
+        model.logits(ids[:7])
+        found = model.expert_shares()
+    assert [round(sum(layer), 6) for layer in found] == [6.0] * 3
+    seen = load_file(checkpoint(name) / "model.safetensors")
+    routed = (
+        seen["model.embed_tokens.weight"][[*ids, *ids[:7]]]
+        @ seen["model.layers.0.block_sparse_moe.primary_router.weight"].T
+    )
+    chosen = np.argsort(-routed, 1)[:, :6]
+    assert np.allclose(found[0], np.bincount(chosen.ravel(), minlength=16) / len(routed))
+
+
+def test_whole_matrices_count_nothing(file: Callable[..., Path]) -> None:
+    with load(file("smallthinker-21b"), ffn="dense") as model:
+        model.logits(random_ids(N, 4000))
+        assert model.expert_shares() == [[]] * 3
+
+
+def test_the_busiest_quarter() -> None:
+    assert busiest_share([[], []]) is None
+    assert busiest_share([[1.0] * 8, []]) == 0.25
+    assert busiest_share([[4, 0, 0, 0, 0], [0, 1, 2, 1]]) == (4 + 2) / 8
 
 
 TEXTS = [random_ids(n, 4000, seed=n) for n in (1, 3, 17, 24, 2, 5, 9, 30)]

@@ -53,6 +53,7 @@ class Ffn(ctypes.Structure):
     fired: npt.NDArray[np.int32]  # [n_tokens], neurons whose up and down rows the last run read
     gates: npt.NDArray[np.int32]  # [n_tokens], neurons whose gate rows it read
     table: npt.NDArray[np.int32]  # what `ranges` points to
+    choices: npt.NDArray[np.int64]  # what `chosen` points to
 
     _fields_ = [
         ("n_embd", ctypes.c_int32),
@@ -76,6 +77,7 @@ class Ffn(ctypes.Structure):
         ("predictor", Rows),
         ("ranges", ctypes.c_void_p),
         ("counts", ctypes.c_void_p),
+        ("chosen", ctypes.c_void_p),
     ]
 
 
@@ -247,10 +249,11 @@ def count(ffn: Ffn, n_tokens: int) -> None:
     ffn.counts = counts.ctypes.data
 
 
-def divide(ffn: Ffn, ranges: npt.ArrayLike) -> None:
+def divide(ffn: Ffn, ranges: npt.ArrayLike, choices: npt.NDArray[np.int64] | None = None) -> None:
     """Let each token scan some ranges of the rows only.
 
-    ranges: int [n, 2], the first row of each and the one behind its last.
+    ranges: int [n, 2], the first row of each and the one behind its last. choices: int64 [n], to which every run adds
+    how many tokens chose each.
     Raises ValueError for a range without rows, or with rows that the FFN does not have.
     """
     table = np.array(ranges, np.int32).reshape(-1, 2)
@@ -258,6 +261,10 @@ def divide(ffn: Ffn, ranges: npt.ArrayLike) -> None:
         raise ValueError(f"ranges of {ffn.n_ff} rows: {table.tolist()}")
     ffn.table = table
     ffn.n_ranges, ffn.ranges = len(table), table.ctypes.data
+    if choices is not None:
+        if choices.shape != (len(table),) or choices.dtype != np.int64:
+            raise ValueError(f"choices {choices.dtype} {choices.shape} of {len(table)} ranges")
+        ffn.choices, ffn.chosen = choices, choices.ctypes.data
 
 
 def predict(ffn: Ffn, rank: int, type_id: int | None, shift: float) -> None:

@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from runtime.analysis.experts import busiest_share
 from runtime.base.atomic import new_path
 from runtime.base.figures import number, share, size
 from runtime.base.home import expanded
@@ -181,6 +182,8 @@ class Session:
         note(f"prompt tokens       {total['prompt_tokens']}, {total['cached_tokens']} of them cached")
         note(f"neurons computed    {share(total['computed_share'])} ({self.model.ffn})")
         note(f"bytes per token     {size(total['bytes_per_token'])}")
+        if busiest := busiest_share(self.model.expert_shares()):
+            note(f"experts             the busiest quarter took {share(busiest)} of all choices")
         if total["drafted_tokens"]:
             note(f"drafts              {total['drafted_tokens']}, {total['accepted_tokens']} of them right")
         note(f"context             {last.positions} of {self.model.n_ctx} tokens after the last reply{dropped}")
@@ -198,6 +201,7 @@ class Session:
             "accepted_tokens": total.accepted_tokens,
             "prompt_tokens": total.prompt_tokens,
             "cached_tokens": total.cached_tokens,
+            "expert_shares": self.model.expert_shares(),
         }
 
     def result(self) -> dict[str, Any]:

@@ -6,8 +6,11 @@ Shapes in comments are ggml's: the contiguous dimension first.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
 
 from runtime.bindings import ggml, sparse_ffn
 from runtime.compute.kv_cache import KvCache
@@ -63,7 +66,8 @@ class Builder:
     device: what will compute it. own: whether our operators may, which only the CPU can. scratch: where matrices of one
     block are repacked for a batch. ffns, products: the userdata of our own operators; must live as long as the graph.
     placed: repacked matrices, by the tensor that they are copies of. taps: inner results, by role, where the spec asks
-    for them. arranged: what matrices were multiplied with so far, as tiles want it.
+    for them. arranged: what matrices were multiplied with so far, as tiles want it. choices: by block, how often each
+    of its experts was chosen, to which our operators add.
     """
 
     ctx: ggml.ContextP
@@ -80,6 +84,7 @@ class Builder:
     placed: dict[str, ggml.TensorP] = field(default_factory=dict)
     taps: dict[str, ggml.TensorP] = field(default_factory=dict)
     arranged: dict[tuple[int | None, int | None], ggml.TensorP] = field(default_factory=dict)
+    choices: Mapping[int, npt.NDArray[np.int64]] = field(default_factory=dict)
 
     def norm(self, x: ggml.TensorP, stem: str) -> ggml.TensorP:
         """RMS or layer norm over the first dimension, scaled (and shifted)."""

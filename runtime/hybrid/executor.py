@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
+import numpy.typing as npt
+
 from runtime.base import worker
 from runtime.base.closing import Closing, Handles
 from runtime.base.figures import memory
@@ -62,6 +65,11 @@ class Executor(Closing):
             worker.stop_if_unwanted()
             handles.enter_context(self.cache)
             self._handles = handles.pop_all()
+
+    @property
+    def choices(self) -> dict[int, npt.NDArray[np.int64]]:
+        """By block with experts, how many tokens chose each: see `Sides.choices`."""
+        return self.sides.choices
 
     def schedule(self, spec: GraphSpec) -> Schedule:
         """The schedule of a spec, made where it is not kept; it stays the executor's, until the next call."""

@@ -65,7 +65,7 @@ class _Building:
 
     def __init__(self, spec: GraphSpec, sides: Sides, graphs: list[Subgraphs], scratch: Repacked | None) -> None:
         self._spec, self._sides, self._graphs, self._scratch = spec, sides.all, graphs, scratch
-        self._map, self._s = sides.map, sides.map.structure
+        self._map, self._s, self._choices = sides.map, sides.map.structure, sides.choices
         self._first = spec.first or 0
         self._end = self._s.block_count if spec.end is None else spec.end
         few = spec.n_tokens <= sparse_ffn.FEW_TOKENS and spec.run.by_rows
@@ -247,6 +247,7 @@ class _Building:
             scratch,
             ffns,
             self.products,
+            choices=self._choices,
         )
         ffn = ffn_of(builder, i, (piece.first, piece.end))
         if piece.side == CPU and self._scored_at_home(i):

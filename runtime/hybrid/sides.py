@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from runtime.base.closing import Closing, Handles
 from runtime.bindings import ggml
 from runtime.compute.kv_cache import KvCache
@@ -56,6 +58,9 @@ class Sides(Closing):
         self.weights, self.map = weights, tensor_map
         self._blocks = range(tensor_map.structure.block_count) if blocks is None else blocks
         self._n_cells, self._kv_type = n_cells, kv_type
+        # By block, how many tokens chose each of its experts, of what our operators computed.
+        experts = {i: ffn.experts for i, ffn in tensor_map.structure.ffns.items() if ffn.experts}
+        self.choices = {i: np.zeros(e.count, np.int64) for i, e in experts.items()}
         with Handles() as handles:
             self.devices = [self._on_device(handles, side, queue) for side, queue in enumerate(devices, start=1)]
             self._memories = [handles.enter_context(Memory(q.where, device_kinds(q.device), SMALLER)) for q in devices]

@@ -108,6 +108,7 @@ class tiles_of_tokens {
           chosen_(f, f.predicted ? gate_.candidates : x_, n_tokens_) {}
 
     int64_t n_tokens() const { return n_tokens_; }
+    void count_choices() const { gate_.ranges.count(n_tokens_); }
     void finish(const partial & out, int64_t n) const { rows_.finish(out.sums, n); }
 
     // Tokens t0 to t1 - 1, at most TOKEN_TILE, of which `out` has the sums. ith, nth: of the crew
@@ -283,6 +284,9 @@ void lzn_ffn_down(ggml_tensor * dst, int ith, int nth, void * userdata) {
 void lzn_ffn_tokens(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const lzn_ffn & f = *static_cast<const lzn_ffn *>(userdata);
     const tiles_of_tokens tokens(f, dst);
+    if (ith == 0) {
+        tokens.count_choices();
+    }
     if (alone(f, tokens.n_tokens())) {
         tokens_alone(f, tokens, dst, ith, nth);
     } else {

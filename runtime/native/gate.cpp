@@ -171,6 +171,9 @@ void lzn_ffn_gate(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const gate_rows gate(f, x, from);
     const few_ranges ranges(gate.ranges, x->ne[1]);
     const gate_result out{static_cast<char *>(dst->data), f, x->ne[1]};
+    if (ith == 0) {
+        gate.ranges.count(x->ne[1]);
+    }
     if (!f.predicted) {
         gate_every(gate, ranges, out, ith, nth);
     } else if (ranges.n_tokens == 1) {

@@ -49,7 +49,7 @@ enum lzn_variant { LZN_PORTABLE = 0, LZN_AVX2 = 1, LZN_AVXVNNI = 2, LZN_AVX512 =
 
 enum lzn_activation { LZN_RELU = 0, LZN_RELU2 = 1, LZN_FATRELU = 2, LZN_DRELU = 3 };
 
-// One FFN: the userdata of its operators. Nothing of it is written but what `counts` points to.
+// One FFN: the userdata of its operators. Nothing of it is written but what `counts` and `chosen` point to.
 struct lzn_ffn {
     int32_t n_embd;
     int32_t n_ff;        // neurons, of all ranges together
@@ -74,6 +74,7 @@ struct lzn_ffn {
     // [n_tokens, 2], the caller's memory, written anew by every run: for each token the neurons whose up and down rows
     // were read, then for each token those whose gate rows were.
     int32_t * counts;
+    int64_t * chosen;  // [n_ranges], the caller's memory, or null: how many tokens chose each range, added up by every run
 };
 
 // One matrix that tokens are multiplied with: the userdata of `lzn_multiply`.

@@ -73,6 +73,19 @@ class token_ranges {
         }
     }
 
+    // Add up how many of the first tokens chose each range.
+    void count(int64_t n_tokens) const {
+        if (!f_.n_ranges || !f_.chosen) {
+            return;
+        }
+        for (int64_t t = 0; t < n_tokens; t++) {
+            for (int64_t i = 0; i < std::min<int64_t>(chosen_->ne[0], LZN_MAX_RANGES); i++) {
+                const int32_t id = at<int32_t>(chosen_, i, t);
+                f_.chosen[id < 0 || id >= f_.n_ranges ? 0 : id] += 0 <= id && id < f_.n_ranges;
+            }
+        }
+    }
+
   private:
     template <typename T> static T at(const ggml_tensor * m, int64_t i, int64_t t) {
         return *reinterpret_cast<const T *>(static_cast<const char *>(m->data) + i * m->nb[0] + t * m->nb[1]);

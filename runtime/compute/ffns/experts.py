@@ -94,5 +94,5 @@ class ExpertsFfn(NeuronFfn):
         ffn = super()._description()
         if not ffn.n_ranges:
             starts = np.arange(self.experts.count) * self.shape.expert_length
-            sparse_ffn.divide(ffn, starts[:, None] + np.array(self._piece))
+            sparse_ffn.divide(ffn, starts[:, None] + np.array(self._piece), self.b.choices.get(self.i))
         return ffn
