@@ -115,7 +115,8 @@ def down(source: str, bias: bool = True) -> Table:
 
 
 # What a config of experts must say, if anything: routers that choose groups of experts first, by the token's id or for
-# each expert its tokens, and experts that all tokens share are not implemented.
+# each expert its tokens, and experts that all tokens share are not implemented. The weights of a token's experts add up
+# to 1 in all of these families.
 PLAIN_ROUTING = {
     "n_group": 1,
     "topk_group": 1,
@@ -123,6 +124,8 @@ PLAIN_ROUTING = {
     "num_hash_layers": 0,
     "n_shared_experts": 0,
     "shared_expert_intermediate_size": 0,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1,
 }
 
 

@@ -162,10 +162,11 @@ def make_plan(
     sources = _sources(arch, structure, checkpoint)
     structure, sources, notes = settle_head(checkpoint, structure, sources)
     required = required_tensors(structure)
-    _check_names(checkpoint, required, sources, _skipped(arch, structure, checkpoint))
+    left = _left_aside(arch, structure, checkpoint)
+    _check_names(checkpoint, required, sources, left | _useless(arch, structure, checkpoint))
     tensors = [_planned(name, shape, sources[name], structure, types) for name, shape in required.items()]
     _check_shapes(checkpoint, [part for tensor in tensors for part in tensor.parts])
-    return Plan(arch, structure, types, tuple(tensors), notes)
+    return Plan(arch, structure, types, tuple(tensors), notes + _told(left))
 
 
 def outline(
@@ -264,10 +265,20 @@ def _numbered(source: Source | Generated, i: int, prefix: str) -> Source | Gener
     return source if isinstance(source, Generated) else source.numbered(i, prefix=prefix)
 
 
-def _skipped(arch: Arch, structure: Structure, checkpoint: Checkpoint) -> set[str]:
+def _left_aside(arch: Arch, structure: Structure, checkpoint: Checkpoint) -> set[str]:
+    """The tensors that the architecture knows of, and has no use for."""
     prefix = _absent_prefix(arch, checkpoint)
     patterns = {name.format(i=i).removeprefix(prefix) for name in arch.skip for i in range(structure.block_count)}
-    skipped = {name for pattern in patterns for name in fnmatch.filter(checkpoint.tensors, pattern)}
+    return {name for pattern in patterns for name in fnmatch.filter(checkpoint.tensors, pattern)}
+
+
+def _told(left: set[str]) -> tuple[str, ...]:
+    return (f"{len(left)} tensors of the checkpoint are left aside ({listed(sorted(left), 1)})",) if left else ()
+
+
+def _useless(arch: Arch, structure: Structure, checkpoint: Checkpoint) -> set[str]:
+    """Buffers, and a head that is the embeddings."""
+    skipped = set()
     head = arch.tensors.get(names.weight(names.OUTPUT))
     if structure.tied_output and isinstance(head, Source):
         skipped.add(head.name)  # where it is stored as well, it is the same as the embeddings

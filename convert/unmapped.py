@@ -40,7 +40,14 @@ _TRACES = {
     r"^(model\.)?layers\.\d+\.attention\.w[qkvo]\.": (
         "weights as Meta or Mistral store them: use the repository's version for transformers"
     ),
-    r"\.experts\.|block_sparse_moe": "mixtures of experts are not supported",
+    r"\.experts\.(gate_up_proj|down_proj)(\.|$)": (
+        "all experts are in one tensor: load the model with transformers and save it with save_pretrained, "
+        "which stores each by itself"
+    ),
+    r"shared_experts?(\.|_gate)": "experts that every token uses are not supported",
+    r"\.experts\.|block_sparse_moe": (
+        "experts, or parts of them, that the architecture and config.json do not have: is this the model's own config?"
+    ),
     r"^(score|classifier)\.": "a classifier, expected a language model",
     r"vision_|visual\.|multi_modal_projector|(^|\.)language_model\.": (
         "a model that sees images, expected a language model alone"

@@ -349,6 +349,8 @@ def infinite(weights: dict[str, npt.NDArray[Any]]) -> None:
         ({"num_hash_layers": 3}, None, "`num_hash_layers` is 3, expected 0"),
         ({"shared_expert_intermediate_size": 64}, None, "`shared_expert_intermediate_size` is 64, expected 0"),
         ({"n_shared_experts": 1}, None, "`n_shared_experts` is 1, expected 0"),
+        ({"norm_topk_prob": False}, None, "`norm_topk_prob` is false, expected true"),
+        ({"routed_scaling_factor": 2.5}, None, "`routed_scaling_factor` is 2.5, expected 1"),
         ({"rope_layout": [1, 0]}, None, "has 2 values, expected 3"),
         ({"sliding_window_layout": [1, 0]}, None, "has 2 values, expected 3"),
     ],
@@ -364,3 +366,32 @@ def test_checkpoints_that_are_refused(
     with pytest.raises(UserError, match=message):
         convert(source, out, type="f32", calibration="none")
     assert not list(out.parent.iterdir())
+
+
+def test_predictors_of_a_checkpoint_are_left_aside(tmp_path: Path) -> None:
+    """Whatever their names are: TurboSparse-Mixtral's are not published."""
+    ones = np.ones((8, 96), np.float32)
+    names = [f"model.layers.{i}.block_sparse_moe.experts.{e}.predictor.fc1.weight" for i in range(3) for e in range(8)]
+    name, source = "mixtral-drelu-tied", tmp_path / "checkpoint"
+    MODELS[name].make(source, lambda weights: weights.update(dict.fromkeys(names, ones)))
+    report = convert(source, tmp_path / "x.gguf", type="f32", calibration="none")
+    assert f"24 tensors of the checkpoint are left aside ({names[0]}, ...)" in report.notes
+    ids = random_ids(N, 4000)
+    with load(tmp_path / "x.gguf", ffn="exact") as model:
+        assert relative(MODELS[name].logits(source, ids), model.logits(ids)) < FLOATS
+
+
+def test_experts_in_one_tensor_are_refused(tmp_path: Path) -> None:
+    """As transformers saves them where it is asked for its own form of them."""
+
+    def fused(weights: dict[str, npt.NDArray[Any]]) -> None:
+        for i in range(3):
+            at = f"model.layers.{i}.block_sparse_moe.experts."
+            parts = [[weights.pop(f"{at}{e}.{part}.weight") for e in range(8)] for part in ("w1", "w3", "w2")]
+            weights[f"{at}gate_up_proj"] = np.concatenate([np.stack(parts[0]), np.stack(parts[1])], 1)
+            weights[f"{at}down_proj"] = np.stack(parts[2])
+
+    MODELS["mixtral-drelu-tied"].make(tmp_path / "checkpoint", fused)
+    with pytest.raises(UserError, match="72 tensors missing") as caught:
+        convert(tmp_path / "checkpoint", tmp_path / "x.gguf", type="f32", calibration="none")
+    assert "all experts are in one tensor" in str(caught.value.hint)
