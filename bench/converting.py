@@ -2,10 +2,12 @@
 its own.
 
     python -m bench.converting [--layers N] [--type q4_0] [--tokens N] [--width N] [--neurons N]
+        [--experts N] [--used N]
 
-The checkpoint is made in $LAZYNEURON_CACHE and kept. Prints core-seconds (user and system time) and the peak of
-resident memory, with calibration and without; what lies between is the calibration's, by layer. Then what each part of
-the calibration takes (see `runtime.base.phases`). The last line is one JSON object.
+With --experts it is of a SmallThinker's shape, and --neurons counts those of one expert. The checkpoint is made in
+$LAZYNEURON_CACHE and kept. Prints core-seconds (user and system time) and the peak of resident memory, with calibration
+and without; what lies between is the calibration's, by layer. Then what each part of the calibration takes (see
+`runtime.base.phases`). The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -53,16 +55,22 @@ _LABELS = {
 }
 
 
-def shapes(width: int, neurons: int, layers: int, vocab: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the checkpoint's tensors, as transformers has them."""
+def shapes(width: int, neurons: int, layers: int, vocab: int, experts: int = 0) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the checkpoint's tensors, as transformers has them. neurons: of each expert, where there are
+    any.
+    """
+    ffn = {"mlp.gate_proj": (neurons, width), "mlp.up_proj": (neurons, width), "mlp.down_proj": (width, neurons)}
+    if experts:
+        parts = {"gate": (neurons, width), "up": (neurons, width), "down": (width, neurons)}
+        each = ((f"experts.{e}.{part}", shape) for e in range(experts) for part, shape in parts.items())
+        ffn = {"block_sparse_moe.primary_router": (experts, width)}
+        ffn |= {f"block_sparse_moe.{name}": shape for name, shape in each}
     block = {
         "self_attn.q_proj": (width, width),
         "self_attn.k_proj": (width // 4, width),
         "self_attn.v_proj": (width // 4, width),
         "self_attn.o_proj": (width, width),
-        "mlp.gate_proj": (neurons, width),
-        "mlp.up_proj": (neurons, width),
-        "mlp.down_proj": (width, neurons),
+        **ffn,
         "input_layernorm": (width,),
         "post_attention_layernorm": (width,),
     }
@@ -71,23 +79,32 @@ def shapes(width: int, neurons: int, layers: int, vocab: int) -> dict[str, tuple
     return blocks | ends | {"model.norm.weight": (width,)}
 
 
-def make_checkpoint(folder: Path, width: int, neurons: int, layers: int) -> None:
+def make_checkpoint(folder: Path, width: int, neurons: int, layers: int, experts: int = 0, used: int = 0) -> None:
     """Write it, a tensor at a time."""
     config = json.loads((_TOKENIZER / "config.json").read_text())
     heads = max(4, width // 128)
     config |= {"hidden_size": width, "intermediate_size": neurons, "num_hidden_layers": layers}
     config |= {"num_attention_heads": heads, "num_key_value_heads": heads // 4, "head_dim": width // heads}
-    config |= {"tie_word_embeddings": False}
+    config |= {"tie_word_embeddings": False} | (_mixture(neurons, layers, experts, used) if experts else {})
     folder.mkdir(parents=True)
     for path in _TOKENIZER.glob("tokenizer*"):
         shutil.copy(path, folder)
     (folder / "config.json").write_text(json.dumps(config))
     rng, weight_map = np.random.default_rng(0), {}
-    for k, (name, shape) in enumerate(shapes(width, neurons, layers, config["vocab_size"]).items()):
+    for k, (name, shape) in enumerate(shapes(width, neurons, layers, config["vocab_size"], experts).items()):
         file = f"model-{k:05}.safetensors"
         save_bf16(folder / file, name, rng.standard_normal(shape, np.float32) * _STD + (len(shape) == 1))
         weight_map[name] = file
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def _mixture(neurons: int, layers: int, experts: int, used: int) -> dict[str, Any]:
+    return {
+        "architectures": ["SmallThinkerForCausalLM"], "model_type": "smallthinker", "moe_ffn_hidden_size": neurons,
+        "moe_num_primary_experts": experts, "moe_num_active_primary_experts": used,
+        "moe_primary_router_apply_softmax": False, "rope_layout": [1] * layers, "sliding_window_layout": [0] * layers,
+        "moe_layer_layout": [1] * layers,
+    }  # fmt: skip
 
 
 def save_bf16(path: Path, name: str, values: Any) -> None:
@@ -113,16 +130,19 @@ def convert(source: Path, out: Path, *options: str) -> dict[str, Any]:
     return {"core_s": used.ru_utime + used.ru_stime, "peak_bytes": used.ru_maxrss * 1024, "phases_s": phases}
 
 
-def measure(layers: int, type_name: str, tokens: int | None, width: int, neurons: int) -> dict[str, Any]:
+def measure(
+    layers: int, type_name: str, tokens: int | None, width: int, neurons: int, experts: int = 0, used: int = 0
+) -> dict[str, Any]:
     """Convert with calibration and without. Returns what is printed as JSON."""
     cache = cache_folder()
     if cache is None:
         raise UserError("no home folder to keep a checkpoint in", "set LAZYNEURON_CACHE to a folder")
-    source = cache / "bench" / f"SYNTHETIC-checkpoint-{width}x{neurons}-{layers}layers"
+    shape = f"{width}x{neurons}" + (f"x{experts}-{used}" if experts else "")
+    source = cache / "bench" / f"SYNTHETIC-checkpoint-{shape}-{layers}layers"
     if not (source / "model.safetensors.index.json").exists():
         print(f"making {source}", file=sys.stderr)
         shutil.rmtree(source, ignore_errors=True)
-        make_checkpoint(source, width, neurons, layers)
+        make_checkpoint(source, width, neurons, layers, experts, used)
     with tempfile.TemporaryDirectory(dir=source.parent) as folder:
         out, kind = Path(folder) / "m.gguf", ("--type", type_name)
         plain = convert(source, out, *kind, "--calibration", "none")
@@ -138,6 +158,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="of calibration (default: as `python -m convert`)")
     parser.add_argument("--width", type=int, default=4096, help=argparse.SUPPRESS)
     parser.add_argument("--neurons", type=int, default=14336, help=argparse.SUPPRESS)
+    parser.add_argument("--experts", type=int, default=0, help="experts of a mixture (default: 0, no mixture)")
+    parser.add_argument("--used", type=int, default=4, help="how many of them a token uses (default: 4)")
     result = measure(**vars(parser.parse_args()))
     rows = [
         (name, f"{result[name]['core_s']:.1f}", f"{result[name]['peak_bytes'] / 2**30:.2f}")

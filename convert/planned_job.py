@@ -80,6 +80,8 @@ class Job:
         plan = with_neurons(self.plan, new)
         if isinstance(new, ModelFit) and self.imported:
             plan = replace(plan, notes=(*plan.notes, _measured(new)))
+        if isinstance(new, ModelFit):
+            plan = replace(plan, notes=(*plan.notes, *new.notes))
         return replace(self, plan=plan, metadata=self.metadata | plan.structure.to_metadata() | new.metadata)
 
 

@@ -20,7 +20,6 @@ from predictors.fit import (
     fit_metadata,
     frequency,
     of_blocks,
-    refuse_experts,
 )
 from predictors.hot_order import as_it_is, hottest_first
 from predictors.margins import scale_of
@@ -55,7 +54,6 @@ def adopt_model(
     corpus = calibration_text.read_corpus(calibration)
     with GgufFile(path) as file:
         s = file.structure
-        refuse_experts(path, s)
         windows = calibration_windows(corpus, path, s, tokens, seed)
         with BlockRunner(file, threads or default_threads(), windows.shape[1]) as runner:
             layers = calibrate(runner, windows, all_test(windows), s.predictor_tap == "residual", progress)

@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from predictors.routed import Counts, Places, Routed
 from runtime.base.phases import phase
 from runtime.base.progress import Progress, silent
 from runtime.bindings.ffn_shape import FfnShape
@@ -24,12 +25,13 @@ from runtime.model_file.structure import Structure
 
 Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.float16]
-Counts = npt.NDArray[np.int64]
+Tokens = slice | Places  # some tokens of a part: what picks their rows
 Number = TypeVar("Number", np.float32, np.float16)
 
 DEFAULT_TOKENS = 24576
 SHARES = (0.78, 0.165, 0.055)  # of the windows: to fit predictors, to choose among them, to say what they achieve
 _MOST_BYTES = 1 << 29  # of hidden states and FFN inputs
+_MOST_KEPT = 5 << 26  # bytes of what neurons say of the tokens that judge; more is computed again when it is wanted
 _CACHED = 1024  # tokens whose pre-activations stay in a cache while they are counted
 _CHUNK_BYTES = 1 << 26  # of one float32 matrix [tokens, neurons of a chunk]
 
@@ -58,7 +60,9 @@ class TokenSamples:
     for.
 
     weight: float32 [n_tokens], one over the squared norm of the residual stream after the block.
-    gate, up: what the rows say of each neuron, biases included, float16 [n_tokens, n_ff]; None where it was not kept.
+    gate, up: what the rows say of each neuron, biases included, float16 [n_tokens, n_ff]; where there are experts,
+    [places of `routed`, expert_length]. None where it was not kept.
+    routed: the tokens' experts, where there are any.
     """
 
     x: Floats
@@ -66,6 +70,7 @@ class TokenSamples:
     residual: Floats | None = None
     gate: Halves | None = None
     up: Halves | None = None
+    routed: Routed | None = None
 
     @property
     def seen(self) -> Floats:
@@ -77,21 +82,35 @@ class TokenSamples:
 
 
 class LayerSamples:
-    """One layer on the calibration text, in three parts that share no window."""
+    """One layer on the calibration text, in three parts that share no window.
+
+    Neurons are numbered through all experts. What is asked of some is asked of neurons of one expert, and answered for
+    the tokens that chose it: `tokens` says which.
+    """
 
     def __init__(self, runner: BlockRunner, i: int, parts: tuple[TokenSamples, TokenSamples, TokenSamples]) -> None:
         self.structure, self.ffn, self.i, self._runner = runner.structure, runner.structure.ffns[i], i, runner
         self.fit, self.validation, self.test = parts
         self.output: Floats | None = None  # hidden states after the block, of all windows: see `calibrate`
         self.fired: Counts | None = None  # at how many tokens each neuron fires, [n_ff], where the runner has said so
+        self._stems = names.stems(self.ffn)
         self._first = names.row_matrices(self.ffn)[0]
         self._mean_squares: dict[int, Floats] = {}  # by part: see _weight
 
     def chunks(self, n_tokens: int) -> Iterator[tuple[int, int]]:
-        """Ranges of neurons, first and end, small enough for a few matrices [n_tokens, neurons]."""
+        """Ranges of neurons, first and end, small enough for a few matrices [n_tokens, neurons]; each of one expert."""
         step = max(64, _CHUNK_BYTES // (4 * max(n_tokens, self.ffn.n_embd)))
-        for first in range(0, self.ffn.n_ff, step):
-            yield first, min(first + step, self.ffn.n_ff)
+        length = self.ffn.expert_length
+        for start in range(0, self.ffn.n_ff, length):
+            for first in range(start, start + length, step):
+                yield first, min(first + step, start + length)
+
+    def tokens(self, part: TokenSamples, first: int) -> Tokens:
+        """The tokens of a part that neuron `first` sees: those that chose its expert, or all."""
+        return part.routed.tokens(self._expert(first)) if part.routed else slice(None)
+
+    def _expert(self, neuron: int) -> int:
+        return neuron // self.ffn.expert_length
 
     def gate_rows(self, first: int, end: int) -> Floats:
         """Rows whose product with the FFN's input decides who fires: float32 [end - first, n_embd]."""
@@ -105,21 +124,29 @@ class LayerSamples:
     @cached_property
     def down_norm2(self) -> Floats:
         """Squared norms of the down rows, float32 [n_ff]."""
-        parts = [(self._rows(names.FFN_DOWN_T, *c) ** 2).sum(1) for c in self.chunks(1)]
+        parts = [(self._rows(self._stems.down_t, *c) ** 2).sum(1) for c in self.chunks(1)]
         return np.concatenate(parts)
 
     def gate(self, part: TokenSamples, first: int, end: int) -> Floats:
-        """Pre-activations of the neurons first .. end - 1: float32 [len(part), end - first]."""
+        """Pre-activations of the neurons first .. end - 1 at their tokens: float32 [n_tokens, end - first]."""
         known = part.gate if self.ffn.gated else part.up
         if known is not None:
-            return known[:, first:end].astype(np.float32)
-        return part.x @ self.gate_rows(first, end).T + self.gate_bias[first:end]
+            return self._kept(known, part, first, end).astype(np.float32)
+        return part.x[self.tokens(part, first)] @ self.gate_rows(first, end).T + self.gate_bias[first:end]
+
+    def _kept(self, values: Halves, part: TokenSamples, first: int, end: int) -> Halves:
+        """The columns of some neurons, at their tokens."""
+        if not part.routed:
+            return values[:, first:end]
+        expert = self._expert(first)
+        start = expert * self.ffn.expert_length
+        return values[part.routed.places(expert), first - start : end - start]
 
     def responses(self, part: TokenSamples, first: int, end: int) -> Responses:
-        """What the neurons first .. end - 1 do on the tokens of a part."""
+        """What the neurons first .. end - 1 do on their tokens of a part."""
         gate = self.gate(part, first, end)
         fired, h = self._strengths(part, gate, first, end)
-        energy = h * h * self.down_norm2[first:end] * self._weight(part)[:, None]
+        energy = h * h * self.down_norm2[first:end] * self._weight(part, first)[:, None]
         return Responses(gate, fired, energy)
 
     def _strengths(
@@ -139,13 +166,18 @@ class LayerSamples:
 
     def _up(self, part: TokenSamples, first: int, end: int) -> Floats | Halves:
         if part.up is not None:
-            return part.up[:, first:end]
-        return part.x @ self._rows(names.FFN_UP, first, end).T + self._bias(names.FFN_UP)[first:end]
+            return self._kept(part.up, part, first, end)
+        rows = self._rows(self._stems.up, first, end)
+        return part.x[self.tokens(part, first)] @ rows.T + self._bias(self._stems.up)[first:end]
 
-    def _weight(self, part: TokenSamples) -> Floats:
-        """A part's `weight`, with what the block itself multiplies the FFN's product by: float32 [n_tokens]."""
+    def _weight(self, part: TokenSamples, first: int) -> Floats:
+        """`weight` of the tokens that neuron `first` sees, with what the router and the block multiply by: float32
+        [n_tokens].
+        """
         s = self.structure
-        scaled = part.weight * np.float32(s.residual_scale**2)
+        scaled = part.weight[self.tokens(part, first)] * np.float32(s.residual_scale**2)
+        if part.routed:
+            scaled = scaled * part.routed.weights(self._expert(first)) ** 2
         if not self.ffn.sub_norm:
             return scaled
         if id(part) not in self._mean_squares:
@@ -156,21 +188,51 @@ class LayerSamples:
 
     @cached_property
     def frequency(self) -> Floats:
-        """Share of all calibration tokens at which each neuron fires, float32 [n_ff]."""
+        """Share of all calibration tokens at which each neuron fires, where there are experts of those that chose its
+        expert: float32 [n_ff].
+        """
         with phase("frequencies"):
             return self._frequency()
 
     def _frequency(self) -> Floats:
-        parts = (self.fit, self.validation, self.test)
-        counts = self._counted(parts) if self.fired is None else self.fired
-        return (counts / sum(len(p) for p in parts)).astype(np.float32)
+        counts = self._counted(self._parts) if self.fired is None else self.fired
+        seen = self._n_tokens if self.chosen is None else np.repeat(self.chosen, self.ffn.expert_length)
+        return (counts / np.maximum(seen, 1)).astype(np.float32)
+
+    @property
+    def _parts(self) -> tuple[TokenSamples, TokenSamples, TokenSamples]:
+        return self.fit, self.validation, self.test
+
+    @property
+    def _n_tokens(self) -> int:
+        return sum(len(part) for part in self._parts)
+
+    @cached_property
+    def chosen(self) -> Counts | None:
+        """How many of all calibration tokens chose each expert, int64 [count]; None without experts."""
+        found = [part.routed.chosen for part in self._parts if part.routed]
+        return np.sum(found, axis=0) if found else None
+
+    @property
+    def expert_frequency(self) -> Floats | None:
+        """Share of all calibration tokens that chose each expert, float32 [count]; None without experts."""
+        return None if self.chosen is None else (self.chosen / self._n_tokens).astype(np.float32)
+
+    @property
+    def active_share(self) -> float:
+        """Of the neurons that a token may use, the share that fires, on average."""
+        if self.chosen is None:
+            return float(self.frequency.mean())
+        fired = self.frequency.reshape(len(self.chosen), -1).mean(1, dtype=np.float64)
+        return float(fired @ self.chosen) / max(int(self.chosen.sum()), 1)
 
     def _counted(self, parts: Sequence[TokenSamples]) -> Counts:
         counts = np.zeros(self.ffn.n_ff, np.int64)
         for first, end in self.chunks(1):
             rows, least = self.gate_rows(first, end).T, self.ffn.threshold - self.gate_bias[first:end]
-            for x in (part.x[at : at + _CACHED] for part in parts for at in range(0, len(part), _CACHED)):
-                counts[first:end] += np.count_nonzero(x @ rows > least, axis=0)
+            for seen in (part.x[self.tokens(part, first)] for part in parts):
+                for x in (seen[at : at + _CACHED] for at in range(0, len(seen), _CACHED)):
+                    counts[first:end] += np.count_nonzero(x @ rows > least, axis=0)
         return counts
 
     def _rows(self, stem: str, first: int, end: int) -> Floats:
@@ -244,15 +306,15 @@ class _Seen:
         self._residuals = np.empty(shape, np.float32) if residual else None
         self._weight = np.empty(shape[:2], np.float32)
         self._judged = judged
-        self._neurons: dict[str, Halves] = {}  # by role: gate, up [n_judged, length, n_ff]
+        self._neurons: dict[str, Halves] = {}  # by role: gate, up [n_judged, *shape in a BlockResult]
+        self._known: set[str] = set()  # the roles that this block has filled
+        self._routed: list[Routed] = []  # by window
         self.fired: Counts | None = None
 
     def begin(self, ffn: FfnShape) -> None:
         """Begin with another block."""
-        self._ffn = ffn
+        self._ffn, self._routed, self._known = ffn, [], set()
         self.fired = np.zeros(ffn.n_ff, np.int64)
-        if self._neurons and next(iter(self._neurons.values())).shape[-1] != ffn.n_ff:
-            self._neurons = {}
 
     def add(self, k: int, result: BlockResult) -> None:
         """Keep window `k`."""
@@ -260,31 +322,58 @@ class _Seen:
         self._weight[k] = 1 / np.maximum((result.output**2).sum(-1), np.finfo(np.float32).tiny)
         if self._residuals is not None:
             self._residuals[k] = result.residual
+        if result.experts is not None and result.expert_weights is not None and self._ffn.experts:
+            self._routed.append(Routed(result.experts, result.expert_weights, self._ffn.experts.count))
         deciding = result.gate if self._ffn.gated else result.up
         if deciding is None:  # a run that computes some neurons only
             self.fired = None
             return
-        assert self.fired is not None
-        self.fired += (deciding > self._ffn.threshold).sum(0, dtype=np.int32)
+        self._count(deciding > self._ffn.threshold)
         if self._judged and self._judged.start <= k < self._judged.stop:
-            for role, values in (("gate", result.gate), ("up", result.up)):
-                if values is not None:
-                    self._kept(role, values.shape)[k - self._judged.start] = _halves(values)
+            kept = {role: values for role, values in (("gate", result.gate), ("up", result.up)) if values is not None}
+            n_judged = self._judged.stop - self._judged.start
+            if n_judged * sum(2 * values.size for values in kept.values()) <= _MOST_KEPT:
+                for role, values in kept.items():
+                    self._kept(role, (n_judged, *values.shape))[k - self._judged.start] = _halves(values)
+
+    def _count(self, fired: npt.NDArray[np.bool_]) -> None:
+        """Count what fired in the last window."""
+        assert self.fired is not None
+        if not self._routed:
+            self.fired += fired.sum(0, dtype=np.int32)
+            return
+        by_expert = self.fired.reshape(-1, self._ffn.expert_length)
+        for expert in np.flatnonzero(self._routed[-1].chosen).tolist():
+            by_expert[expert] += fired[self._routed[-1].places(expert)].sum(0, dtype=np.int32)
 
     def _kept(self, role: str, shape: tuple[int, ...]) -> Halves:
-        if role not in self._neurons:
-            assert self._judged
-            self._neurons[role] = np.empty((self._judged.stop - self._judged.start, *shape), np.float16)
+        if role not in self._neurons or self._neurons[role].shape != shape:
+            self._neurons[role] = np.empty(shape, np.float16)
+        self._known.add(role)
         return self._neurons[role]
 
     def part(self, at: slice) -> TokenSamples:
         """The tokens of some windows."""
         residual = None if self._residuals is None else _tokens(self._residuals[at])
         gate, up = (self._of_neurons(role, at) for role in ("gate", "up"))
-        return TokenSamples(_tokens(self._inputs[at]), self._weight[at].reshape(-1), residual, gate, up)
+        return TokenSamples(
+            _tokens(self._inputs[at]), self._weight[at].reshape(-1), residual, gate, up, self._choices(at)
+        )
+
+    def _choices(self, at: slice) -> Routed | None:
+        e = self._ffn.experts
+        if not e:
+            return None
+        ids, shares = np.zeros((0, e.used), np.int32), np.zeros((0, e.used), np.float32)
+        some = self._routed[at]
+        return Routed(
+            np.concatenate([ids, *(each.ids for each in some)]),
+            np.concatenate([shares, *(each.shares for each in some)]),
+            e.count,
+        )
 
     def _of_neurons(self, role: str, at: slice) -> Halves | None:
-        if self.fired is None or role not in self._neurons or not self._judged or at.start < self._judged.start:
+        if self.fired is None or role not in self._known or not self._judged or at.start < self._judged.start:
             return None
         return _tokens(self._neurons[role][at.start - self._judged.start : at.stop - self._judged.start])
 

@@ -32,13 +32,14 @@ _NEVER = 1e6  # a margin that no score reaches
 class Cost:
     """Bytes of one neuron: gate: of the row that decides whether it fires; rest: of its up and down rows.
 
-    fixed: of the FFN's biases.
+    n_ff: the neurons that a token may use, a share `reach` of all. fixed: bytes of the FFN's biases.
     """
 
     gate: float
     rest: float
     n_ff: int
     fixed: float = 0.0
+    reach: float = 1.0
 
     def exact(self, fired: float) -> float:
         """Bytes per token in `exact` mode when a share `fired` of the neurons fires."""
@@ -56,7 +57,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Curve:
-    """What a rule of thresholds achieves at each of PRICES; shares of all neurons, float64 [len(PRICES)].
+    """What a rule of thresholds achieves at each of PRICES; shares of the neurons that a token may use, float64
+    [len(PRICES)].
 
     energy: per token.
     """
@@ -72,8 +74,8 @@ class Curve:
 class Rule:
     """Thresholds at every price.
 
-    size: float64 [n_ff], a neuron's energy relative to the others'; worth: what a token at an edge brings for its
-    bytes, never falling.
+    size: float64 [n_ff], a neuron's energy relative to the others', infinite where nothing is known of it; worth: what
+    a token at an edge brings for its bytes, never falling.
     """
 
     size: Doubles
@@ -115,17 +117,18 @@ class Judged:
 def judge(candidate: Candidate, measured: tuple[Scale, Margins, Margins], cost: Cost) -> Judged:
     """Thresholds for every price from the validation margins, and what they achieve there and on the test margins."""
     scale, validation, test = measured
-    rule = thresholds(validation, cost)
+    rule = thresholds(validation, cost, scale.known)
     prices = rule.prices()
-    curves = [_curve(m, prices) for m in (validation, test)]
+    curves = [_curve(m, prices, cost) for m in (validation, test)]
     time = predicted_bytes(candidate, cost, SCATTERED * curves[0].predicted, SCATTERED * curves[0].hits)
     return Judged(candidate, scale, rule, curves[0], curves[1], time)
 
 
-def sketch(candidate: Candidate, validation: Margins, cost: Cost, share: float) -> Doubles:
+def sketch(candidate: Candidate, measured: tuple[Scale, Margins], cost: Cost, share: float) -> Doubles:
     """What a candidate takes and loses at each of PRICES, in bytes, by the margins of one of `share` neurons."""
-    rule = thresholds(validation, cost)
-    curve = _curve(validation, rule.prices())
+    scale, validation = measured
+    rule = thresholds(validation, cost, scale.known)
+    curve = _curve(validation, rule.prices(), cost)
     time = predicted_bytes(candidate, cost, SCATTERED * curve.predicted, SCATTERED * curve.hits)
     lost: Doubles = PRICES * cost.dense * np.maximum(0.0, curve.total - curve.energy) * share
     return time + lost
@@ -140,14 +143,16 @@ def predicted_bytes(candidate: Candidate, cost: Cost, predicted: Shares, hits: S
     return own + cost.fixed + cost.n_ff * (cost.gate * predicted + cost.rest * hits)
 
 
-def thresholds(m: Margins, cost: Cost) -> Rule:
-    """The best thresholds for given margins.
+def thresholds(m: Margins, cost: Cost, known: npt.NDArray[np.bool_]) -> Rule:
+    """The best thresholds for given margins. known: bool [n_ff], of which neurons they say something.
 
     Energy at a margin is modelled as (the neuron's own size) x (a function of the margin, the same for the layer's
     neurons): few enough parameters for few tokens.
     """
-    size, shape = _factors(m.predicted, m.energy)
-    nbytes = cost.gate + cost.rest * _ratio(m.hits.sum(0), m.predicted.sum(0))
+    predicted, hits, energy = (a if known.all() else a[known] for a in (m.predicted, m.hits, m.energy))
+    size = np.full(len(known), np.inf)
+    size[known], shape = _factors(predicted, energy)
+    nbytes = cost.gate + cost.rest * _ratio(hits.sum(0), predicted.sum(0))
     return Rule(size, np.maximum.accumulate(shape / (SCATTERED * nbytes)) * cost.dense)
 
 
@@ -164,19 +169,23 @@ def _factors(count: Floats, energy: Floats) -> tuple[Doubles, Doubles]:
     for _ in range(3):
         shape = _ratio(energy.sum(0, dtype=np.float64), size @ count)
         expected = count @ shape
-        prior = _SHRINKAGE * expected.mean()
+        prior = _SHRINKAGE * expected.sum() / max(len(count), 1)
         size = (energy.sum(1) + prior) / (expected + prior)
     return size, shape
 
 
-def _curve(m: Margins, prices: npt.NDArray[np.int64]) -> Curve:
+def _curve(m: Margins, prices: npt.NDArray[np.int64], cost: Cost) -> Curve:
     """What is achieved where each neuron is computed from these prices on, [n_ff, len(EDGES)]."""
-    n, size = len(m.fired), len(PRICES) + 1
+    n, size = len(m.fired) * cost.reach, len(PRICES) + 1
 
     def so_far(found: Floats) -> Doubles:
         at_price = np.bincount(prices.ravel(), found.ravel(), size).astype(np.float64)
         return at_price.cumsum()[:-1]
 
     return Curve(
-        so_far(m.predicted) / n, so_far(m.hits) / n, so_far(m.energy), float(m.fired.mean()), float(m.total.sum())
+        so_far(m.predicted) / n,
+        so_far(m.hits) / n,
+        so_far(m.energy),
+        float(m.fired.mean()) / cost.reach,
+        float(m.total.sum()),
     )

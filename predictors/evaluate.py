@@ -112,12 +112,12 @@ def layer_figures(file: GgufFile, layer: LayerSamples, predictor_bias: float = 0
     fired = predicted = hits = 0
     energy = kept = 0.0
     for first, end in layer.chunks(len(layer.test)):
-        responses = layer.responses(layer.test, first, end)
+        responses, tokens = layer.responses(layer.test, first, end), layer.tokens(layer.test, first)
         chosen = np.ones_like(responses.fired)
         if found:
             candidate, bias = found
             shift = bias[first:end] + np.float32(_shift(layer, predictor_bias))
-            chosen = candidate.scores(prepared, first, end) + shift > 0
+            chosen = candidate.scores(prepared[tokens], first, end) + shift > 0
         fired, predicted = fired + int(responses.fired.sum()), predicted + int(chosen.sum())
         hits += int((responses.fired & chosen).sum())
         energy += float(responses.energy.sum(dtype=np.float64))

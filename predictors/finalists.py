@@ -16,10 +16,12 @@ from predictors.choose_candidate import Cost, Doubles, sketch
 from predictors.margins import Range, measure_some
 from predictors.predictor import Proposal
 from runtime.base.phases import phase
+from runtime.bindings.ffn_shape import FfnShape
 
 FEWEST = 2048  # neurons of a layer that is judged by some of them
 _SHARE = 8  # one of so many is
 _TOGETHER = 256  # neurons side by side
+_OF_EXPERTS = 64  # where there are experts: of more of these
 _TOLERANCE = 0.005  # what may be lost by leaving a candidate out, at any price, of the time that the best one takes
 _AT_ONCE = 8  # candidates that are measured together
 
@@ -28,7 +30,7 @@ def finalists(layer: LayerSamples, proposals: Sequence[Proposal], cost: Cost) ->
     """Those of which, at every price, one is the best or nearly so."""
     if layer.ffn.n_ff < FEWEST or len(proposals) < 3:
         return list(proposals)
-    ranges = spread(layer.ffn.n_ff)
+    ranges = spread(layer.ffn)
     neurons = np.concatenate([np.arange(*r, dtype=np.int32) for r in ranges])
     values: list[Doubles] = []
     coming = iter(proposals)
@@ -39,15 +41,17 @@ def finalists(layer: LayerSamples, proposals: Sequence[Proposal], cost: Cost) ->
             measured = measure_some(layer, candidates, ranges)
         with phase("judging"):
             shares = layer.ffn.n_ff / len(neurons)
-            values += [sketch(c, m, cost, shares) for c, (_, m) in zip(candidates, measured, strict=True)]
+            values += [sketch(c, m, cost, shares) for c, m in zip(candidates, measured, strict=True)]
     return [proposals[k] for k in covering(np.array(values))]
 
 
-def spread(n_ff: int) -> list[Range]:
-    """Some of the neurons, in ranges that lie evenly among all: in a file they may be sorted."""
-    n = max(1, n_ff // _SHARE // _TOGETHER)
-    step = n_ff // n
-    return [(i * step, i * step + min(_TOGETHER, step)) for i in range(n)]
+def spread(ffn: FfnShape) -> list[Range]:
+    """Some of the neurons, in ranges that lie evenly among all, each in one expert: in a file they may be sorted."""
+    together, length = _OF_EXPERTS if ffn.experts else _TOGETHER, ffn.expert_length
+    n = max(1, ffn.n_ff // _SHARE // together)
+    step = ffn.n_ff // n
+    firsts = [i * step for i in range(n)]
+    return [(first, min(first + min(together, step), (first // length + 1) * length)) for first in firsts]
 
 
 def covering(values: Doubles) -> list[int]:

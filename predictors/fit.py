@@ -8,7 +8,7 @@ Returns what is to be stored; writes nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from predictors.calibrate import LayerSamples, calibrate, default_tokens
 from predictors.candidate_store import Shelved, shelve
 from predictors.choose_candidate import Cost, Judged, judge, predicted_bytes
 from predictors.finalists import finalists
-from predictors.hot_order import Order, as_frequencies, as_it_is, hottest_first
+from predictors.hot_order import BlockOrder, Order, as_frequencies, as_it_is, hottest_first, hottest_in_experts
 from predictors.kept_layers import KeptLayers
-from predictors.margins import EDGES, measure
+from predictors.margins import EDGES, FEWEST_TOKENS, measure
 from predictors.matrices import MATRIX_TYPES, Floats, Tensor, block_size, plain
 from predictors.predictor import Candidate, FitOptions, Proposal
 from predictors.registry import KINDS, METHODS
@@ -37,19 +37,20 @@ from runtime.compute.traffic import Activity, ffn_bytes
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import ARCHITECTURE, Structure
-from runtime.model_file.tensor_names import PREDICTOR_OUT, bias
+from runtime.model_file.tensor_names import PREDICTOR_OUT, bias, of_experts
 from runtime.text.tokenizer import Tokenizer
 
 DEFAULT_ENERGY = 0.997  # 0.995 costs the bundled model 0.6 % of perplexity: see docs/predictors.md
 TYPES = ("auto", *MATRIX_TYPES)
 _BATCH_BYTES = 1 << 28  # of margins that are held at once
+_LISTED = 8  # layers in a note
 
 
 @dataclass(frozen=True)
 class Figures:
     """What a layer's predictor achieves on calibration text that neither the fit nor the choice saw.
 
-    Shares are of all neurons; bytes per token, of FFN and predictor.
+    Shares are of the neurons that a token may use; bytes per token, of FFN and predictor.
     """
 
     active_share: float
@@ -87,13 +88,16 @@ NO_FFN = BlockFit(
 
 @dataclass(frozen=True)
 class ModelFit:
-    """What a fit adds to a model, block by block. metadata: every key of predictors, calibration and neuron order."""
+    """What a fit adds to a model, block by block. metadata: every key of predictors, calibration and neuron order.
+    notes: what the model's user should know.
+    """
 
     kind: str
     neuron_order: str
     blocks: tuple[BlockFit, ...]
     metadata: dict[str, Any]
     tap: str = "ffn_norm"
+    notes: tuple[str, ...] = ()
 
     def structure_fields(self) -> dict[str, Any]:
         """The fields of runtime.model_file.structure.Structure that it sets."""
@@ -109,11 +113,16 @@ class ModelFit:
 
 @dataclass(frozen=True)
 class _Layer:
-    """What is remembered of a layer until all are calibrated."""
+    """What is remembered of a layer until all are calibrated. expert_frequency: see `LayerSamples`; few: experts that
+    too few tokens chose to judge a predictor by.
+    """
 
     i: int
+    ffn: FfnShape
     frequency: Floats
     options: LayerOptions
+    expert_frequency: Floats | None = None
+    few: int = 0
 
 
 @dataclass(frozen=True)
@@ -134,7 +143,7 @@ class Candidates:
         keys = fit_metadata(self.structure, fit, self.calibration)
         if self.kind != "none":
             keys[f"{ARCHITECTURE}.predictor.energy"] = float(energy)
-        return replace(fit, metadata=keys)
+        return replace(fit, metadata=keys, notes=tuple(_expert_notes(self.layers, fit)))
 
 
 def fit_model(
@@ -189,7 +198,8 @@ def fit_candidates(
     corpus = calibration_text.read_corpus(calibration)
     with GgufFile(path) as file:
         s = file.structure
-        refuse_experts(path, s)
+        if kind == "mlp" and any(ffn.experts for ffn in s.ffns.values()):
+            raise UserError(f"`{path}`: predictor kind `mlp` for a mixture of experts, expected lowrank or signbit")
         windows = calibration_windows(corpus, path, s, tokens, seed)
         cores = threads or default_threads()
         options = FitOptions(_types(predictor_type, s), seed, cores)
@@ -205,13 +215,26 @@ def fit_candidates(
     return Candidates(s, kind, tuple(layers), calibrated | {"method": METHODS[kind]})
 
 
-def refuse_experts(path: Path, s: Structure) -> None:
-    """Raise UserError for a mixture of experts: how its neurons fire cannot be measured yet."""
-    if any(ffn.experts for ffn in s.ffns.values()):
-        raise UserError(
-            f"`{path}`: a mixture of experts, of which calibration knows nothing yet",
-            "convert it with --calibration none: `exact` mode needs no calibration",
+def _expert_notes(layers: Sequence[_Layer], fit: ModelFit) -> Iterator[str]:
+    """Which experts the text says too little of."""
+    known = {layer.i: layer.expert_frequency for layer in layers if layer.expert_frequency is not None}
+    total = sum(map(len, known.values()))
+    unseen = {i: int(np.count_nonzero(chosen == 0)) for i, chosen in known.items()}
+    if any(unseen.values()):
+        where = _in_layers(unseen, total)
+        yield f"{where} were chosen by no token of the calibration text: their neurons stay as they are"
+    few = {layer.i: layer.few for layer in layers if fit.blocks[layer.i].rank}
+    if any(few.values()):
+        yield (
+            f"{_in_layers(few, total)} were chosen by fewer than {FEWEST_TOKENS} of the tokens that judge predictors: "
+            "they are computed exactly"
         )
+
+
+def _in_layers(counts: Mapping[int, int], total: int) -> str:
+    where = [f"{n} in layer {i}" for i, n in counts.items() if n]
+    more = f" and {len(where) - _LISTED} more layers" if len(where) > _LISTED else ""
+    return f"{sum(counts.values())} of {total:,} experts ({', '.join(where[:_LISTED])}{more})"
 
 
 def _digest(counts: Sequence[Floats] | None) -> str:
@@ -253,19 +276,22 @@ def _fit_layer(
     layer: LayerSamples, file: GgufFile, kind: str, options: FitOptions, counts: Sequence[Floats] | None
 ) -> _Layer:
     cost = cost_of(file, layer.ffn, layer.i)
-    known = LayerOptions([], cost, float(layer.frequency.mean()))
-    for batch in _batches(finalists(layer, list(KINDS[kind](layer, options)), cost), cost.n_ff):
+    known = LayerOptions([], cost, layer.active_share)
+    for batch in _batches(finalists(layer, list(KINDS[kind](layer, options)), cost), layer.ffn.n_ff):
         with phase("margins"):
             measured = measure(layer, batch)
         with phase("judging"):
             new = [judge(c, m, cost) for c, m in zip(batch, measured, strict=True)]
         known = replace(known, candidates=[*known.candidates, *new]).worth_keeping()
-    return _Layer(layer.i, frequency(layer, counts), replace(known, candidates=shelve(known.candidates)))
+    shelved = replace(known, candidates=shelve(known.candidates))
+    routed = layer.validation.routed
+    few = int((routed.chosen < FEWEST_TOKENS).sum()) if routed else 0
+    return _Layer(layer.i, layer.ffn, frequency(layer, counts), shelved, layer.expert_frequency, few)
 
 
 def frequency(layer: LayerSamples, counts: Sequence[Floats] | None) -> Floats:
-    """Share of tokens at which each neuron fires, float32 [n_ff]: as counted on the text, or as counts made elsewhere
-    say, with the text's mean.
+    """`LayerSamples.frequency`, float32 [n_ff]: as counted on the text, or as counts made elsewhere say, with the
+    text's mean.
     """
     if counts is None:
         return layer.frequency
@@ -278,8 +304,8 @@ def cost_of(file: GgufFile, ffn: FfnShape, i: int) -> Cost:
         ffn_bytes(ffn, file.tensors, Activity.uniform("exact", i + 1, fired, gate), i)
         for fired, gate in ((0, 0), (0, 1), (1, 0))
     )
-    n = ffn.n_ff
-    return Cost((gates - nothing) / n, (rest - nothing) / n, n, nothing)
+    n = ffn.n_reached
+    return Cost((gates - nothing) / n, (rest - nothing) / n, n, nothing, n / ffn.n_ff)
 
 
 def _batches(proposals: Sequence[Proposal], n_ff: int) -> Iterator[list[Candidate]]:
@@ -292,7 +318,7 @@ def _batches(proposals: Sequence[Proposal], n_ff: int) -> Iterator[list[Candidat
 
 
 def _block(layer: _Layer, choice: tuple[Judged, int] | None, reorder: bool) -> BlockFit:
-    hot = hottest_first(layer.frequency) if reorder else as_it_is(layer.frequency)
+    hot = _ordered(layer) if reorder else as_it_is(layer.frequency)
     if choice is None:
         return BlockFit(hot.order, hot.freq, 0, "none", 0.0, hot.tensors, _exact_figures(layer))
     judged, price = choice
@@ -303,10 +329,24 @@ def _block(layer: _Layer, choice: tuple[Judged, int] | None, reorder: bool) -> B
         freq=hot.freq,
         rank=judged.candidate.rank,
         type=judged.candidate.type,
-        error=float(np.median(judged.scale.error)),
-        tensors=(*hot.tensors, *shared, rows.reordered(hot.order), thresholds),
+        error=float(np.median(judged.scale.error[judged.scale.known])),
+        tensors=(*hot.tensors, *shared, *(_divided(t, layer.ffn) for t in (rows.reordered(hot.order), thresholds))),
         figures=_figures(layer.options.cost, judged, price),
     )
+
+
+def _ordered(layer: _Layer) -> BlockOrder:
+    if layer.expert_frequency is None:
+        return hottest_first(layer.frequency)
+    return hottest_in_experts(layer.frequency, layer.expert_frequency)
+
+
+def _divided(tensor: Tensor, ffn: FfnShape) -> Tensor:
+    """A tensor over neurons as the file has it: where there are experts, with one more dimension."""
+    if not ffn.experts:
+        return tensor
+    shape = (*tensor.shape[:-1], ffn.expert_length, ffn.experts.count)
+    return replace(tensor, name=of_experts(tensor.name), shape=shape)
 
 
 def _figures(cost: Cost, judged: Judged, price: int) -> Figures:
@@ -326,7 +366,7 @@ def _figures(cost: Cost, judged: Judged, price: int) -> Figures:
 
 def _exact_figures(layer: _Layer) -> Figures:
     cost, known = layer.options.cost, layer.options.candidates
-    fired = known[0].test.fired if known else float(layer.frequency.mean())
+    fired = known[0].test.fired if known else layer.options.fired
     return Figures(fired, 1.0, 1.0, fired, 1.0, cost.exact(fired), cost.exact(fired), cost.dense)
 
 

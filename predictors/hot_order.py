@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from predictors.matrices import Floats, Tensor, plain
 from runtime.model_file.structure import ARCHITECTURE
-from runtime.model_file.tensor_names import NEURON_FREQ, NEURON_INDEX
+from runtime.model_file.tensor_names import EXPERT_FREQ, NEURON_FREQ, NEURON_INDEX, of_experts
 
 Order = npt.NDArray[np.int32]
 _HALVINGS = 60  # of the interval in which a scale is sought: to the last bit of a float
@@ -47,6 +47,22 @@ def hottest_first(frequency: Floats) -> BlockOrder:
     order = np.argsort(-frequency, kind="stable").astype(np.int32)
     freq = frequency[order]
     return BlockOrder(order, freq, (plain(NEURON_INDEX, "i32", order), plain(NEURON_FREQ, "f32", freq)))
+
+
+def hottest_in_experts(frequency: Floats, chosen: Floats) -> BlockOrder:
+    """The same within each expert, whose neurons come one behind the other. frequency: given that the expert was
+    chosen; chosen: how often that is, float32 [experts].
+    """
+    each = frequency.reshape(len(chosen), -1)
+    order = np.argsort(-each, axis=1, kind="stable").astype(np.int32)
+    freq = np.take_along_axis(each, order, 1)
+    tensors = (
+        plain(of_experts(NEURON_INDEX), "i32", order),
+        plain(of_experts(NEURON_FREQ), "f32", freq),
+        plain(EXPERT_FREQ, "f32", chosen),
+    )
+    starts = each.shape[1] * np.arange(len(each), dtype=np.int32)
+    return BlockOrder((order + starts[:, None]).reshape(-1), freq.reshape(-1), tensors)
 
 
 def as_it_is(frequency: Floats) -> BlockOrder:

@@ -21,7 +21,7 @@ import numpy as np
 from predictors.matrices import Floats
 from runtime.base.workspace import naming
 
-REVISION = 2  # of what a fit computes: another one uses no layers of this one
+REVISION = 3  # of what a fit computes: another one uses no layers of this one
 _HIDDEN = "hidden"
 _PIECE = 1 << 24
 _DIGEST = hashlib.sha256().digest_size

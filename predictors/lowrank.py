@@ -6,6 +6,9 @@ the rows of A are the leading eigenvectors of G C, orthogonal in the metric C: w
 L, with C = L L^T, would give. Scores are estimates of pre-activations.
 Sources: whitened ("truncation-aware") SVD as in SVD-LLM (arXiv 2403.12983), for predictors in arXiv 2603.14110. Knows
 nothing of thresholds.
+
+Experts share A, for which the inputs are those of each expert about their own mean. B has rows of each expert, and is
+the best for the tokens that chose it.
 """
 
 from __future__ import annotations
@@ -14,13 +17,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from predictors.calibrate import LayerSamples
 from predictors.hot_order import Order
 from predictors.matrices import Floats, Tensor, block_size, matrix
 from predictors.predictor import FitOptions, Proposal
+from predictors.routed import Routed
 from runtime.base.phases import phase
 from runtime.errors import UserError
 from runtime.model_file import tensor_names as names
@@ -29,6 +35,8 @@ RIDGE = 1e-2  # added to the covariance, times its mean diagonal: directions tha
 _RANKS = (32, 64, 96, 128, 192, 256, 512, 1024)
 _MORE = 64  # directions of the subspace beyond those that are wanted
 _ITERATIONS = 2
+_GATHERED = 4096  # tokens of an expert whose inputs are gathered at a time
+_SMALL = 32  # columns that LAPACK computes in one thread
 _NOTHING = 1e-6  # an eigenvalue that may be only rounding, relative to the largest
 
 
@@ -55,23 +63,23 @@ class LowRank:
 
 def fit(layer: LayerSamples, options: FitOptions) -> Iterator[Proposal]:
     """One candidate for each rank and matrix type."""
-    if not ranks(layer.ffn.n_embd, layer.ffn.n_ff, 32):
+    if not ranks(layer.ffn.n_embd, layer.ffn.n_reached, 32):
         return
     with phase("covariance"):
-        spread = covariance(layer.fit.x)
+        spread = covariance(layer.fit.x) if layer.fit.routed is None else within_experts(layer.fit.x, layer.fit.routed)
     with phase("directions"):
         directions = basis(layer, spread, options.seed)
     for type_name in options.types:
         if layer.ffn.n_embd % block_size(type_name) == 0:
             with phase("candidates"):
                 outer = _OuterRows.best(layer, spread, directions, type_name)
-            for r in ranks(layer.ffn.n_embd, layer.ffn.n_ff, block_size(type_name)):
+            for r in ranks(layer.ffn.n_embd, layer.ffn.n_reached, block_size(type_name)):
                 yield Proposal(partial(outer.candidate, r))
 
 
 def ranks(n_embd: int, n_ff: int, block: int) -> list[int]:
     """Ranks worth trying: multiples of the type's block at which the predictor has fewer than half of the gate's
-    elements.
+    elements. n_ff: neurons that a token may use.
     """
     most = n_embd * n_ff / (2 * (n_embd + n_ff))
     return sorted({-(-r // block) * block for r in _RANKS if -(-r // block) * block <= min(most, n_embd)})
@@ -82,6 +90,24 @@ def covariance(x: Floats) -> Floats:
     centred = x - x.mean(0)
     c: Floats = centred.T @ centred
     c /= np.float32(len(x))
+    return _regularised(c)
+
+
+def within_experts(x: Floats, routed: Routed) -> Floats:
+    """The same of inputs about the mean of those with the same expert, averaged over all choices: a constant per expert
+    costs a predictor nothing.
+    """
+    total = x.mean(0)
+    c: Floats = (x - total).T @ (x - total)
+    c /= np.float32(len(x))
+    for expert, n in enumerate(routed.chosen):
+        if n:
+            apart = x[routed.tokens(expert)].mean(0) - total
+            c -= np.outer(apart, apart * np.float32(n / routed.ids.size))
+    return _regularised(c)
+
+
+def _regularised(c: Floats) -> Floats:
     c[np.diag_indices_from(c)] += np.float32(RIDGE * np.trace(c, dtype=np.float64) / len(c))
     return c
 
@@ -91,10 +117,13 @@ def basis(layer: LayerSamples, covariance: Floats, seed: int = 0) -> Floats:
     of the pre-activations, each with its own variance.
     """
     gram = np.zeros_like(covariance)
+    routed = layer.fit.routed
     for chunk in layer.chunks(1):
         rows = layer.gate_rows(*chunk)
+        if routed:  # as often as they count
+            rows *= np.float32(np.sqrt(routed.chosen[chunk[0] // layer.ffn.expert_length] / len(layer.fit)))
         gram += rows.T @ rows
-    return leading(gram, covariance, max(ranks(layer.ffn.n_embd, layer.ffn.n_ff, 32)), seed)
+    return leading(gram, covariance, max(ranks(layer.ffn.n_embd, layer.ffn.n_reached, 32)), seed)
 
 
 def leading(gram: Floats, covariance: Floats, n: int, seed: int = 0) -> Floats:
@@ -139,9 +168,9 @@ def _orthogonal(products: Floats) -> Floats:
 class _OuterRows:
     """For one matrix type, what every rank's outer matrix follows from.
 
-    inner: of the largest rank; those of others are its first rows. mixed: float32 [n_ff, r_max], and turned [r_max,
-    r_max], lower triangular: the best outer matrix of rank r is the product of their first r columns. size: float32
-    [r_max], mean squares of the components.
+    inner: of the largest rank; those of others are its first rows. mixed: float32 [n_ff, r_max], and turned [experts,
+    r_max, r_max], lower triangular: an expert's best outer matrix of rank r is the product of their first r columns.
+    size: float32 [r_max], mean squares of the components. Without experts all neurons are those of one.
     """
 
     inner: Tensor
@@ -149,30 +178,81 @@ class _OuterRows:
     mixed: Floats
     turned: Floats
     size: Floats
+    length: int  # neurons of an expert
 
     @classmethod
     def best(cls, layer: LayerSamples, covariance: Floats, basis: Floats, type_name: str) -> _OuterRows:
         """The best outer matrices for the inner one as it is rounded, not for the one that was meant."""
         inner = matrix(names.weight(names.PREDICTOR_IN), type_name, basis, np.diag(covariance))
-        stored = inner.floats()
-        spread = covariance @ stored.T  # [n_embd, r_max]: of inputs with components
-        moments = (stored @ spread).astype(np.float64)
-        # Directions beyond the rows' own rank are noise.
-        moments[np.diag_indices_from(moments)] += 1e-6 * np.diag(moments).max()
-        size = np.sqrt(np.diag(moments))
-        # The first r rows and columns of a triangular inverse are the inverse of the first r.
-        inverse = np.linalg.inv(np.linalg.cholesky(moments / np.outer(size, size)))
-        turned = inverse.T / size[:, None]
-        mixed = np.concatenate([layer.gate_rows(*chunk) @ spread for chunk in layer.chunks(1)])
-        mixed = mixed @ turned.astype(np.float32)
-        return cls(inner, stored, mixed, turned.T.astype(np.float32), np.diag(moments).astype(np.float32))
+        stored, length, r = inner.floats(), layer.ffn.expert_length, len(basis)
+        everywhere = covariance @ stored.T  # [n_embd, r_max]: of inputs with components
+        mixed = np.empty((layer.ffn.n_ff, r), np.float32)
+        turned = np.empty((layer.ffn.n_ff // length, r, r), np.float32)
+        spread, last = everywhere, -1
+        for first, end in layer.chunks(1):
+            if (expert := first // length) != last:
+                if layer.fit.routed:
+                    spread = _of_expert(layer, expert, stored, everywhere)
+                turned[expert], last = _turned(stored @ spread), expert
+            mixed[first:end] = layer.gate_rows(first, end) @ spread @ turned[expert].T
+        return cls(inner, stored, mixed, turned, np.diag(stored @ everywhere).astype(np.float32), length)
 
     def candidate(self, r: int, neurons: Order | None) -> LowRank:
         """The candidate of rank `r`, for some neurons (None: all)."""
-        type_name = self.inner.type
-        mixed = self.mixed if neurons is None else self.mixed[neurons]
-        rows = np.ascontiguousarray(mixed[:, :r]) @ self.turned[:r, :r]
+        type_name, chosen = self.inner.type, np.arange(len(self.mixed)) if neurons is None else neurons
+        rows = np.empty((len(chosen), r), np.float32)
+        bounds = np.searchsorted(chosen, np.arange(len(self.turned) + 1) * self.length)
+        for expert, (first, end) in enumerate(pairwise(bounds.tolist())):
+            rows[first:end] = self.mixed[chosen[first:end], :r] @ self.turned[expert, :r, :r]
         outer = matrix(names.weight(names.PREDICTOR_OUT), type_name, rows, self.size[:r])
         row = self.inner.nbytes // len(self.stored)
-        first = Tensor(self.inner.name, type_name, (self.stored.shape[1], r), self.inner.data[: r * row])
-        return LowRank((first, outer), r, type_name, (self.stored[:r], outer.floats()))
+        first_matrix = Tensor(self.inner.name, type_name, (self.stored.shape[1], r), self.inner.data[: r * row])
+        return LowRank((first_matrix, outer), r, type_name, (self.stored[:r], outer.floats()))
+
+
+def _turned(products: Floats) -> Floats:
+    """Of the components' mean products [r, r] the lower triangular T with T^t T as their inverse, and so for the first
+    rows and columns of both.
+    """
+    moments = products.astype(np.float64)
+    # Directions beyond the rows' own rank are noise.
+    moments[np.diag_indices_from(moments)] += 1e-6 * np.diag(moments).max()
+    size = np.sqrt(np.diag(moments))
+    # The first r rows and columns of a triangular inverse are the inverse of the first r.
+    turned: Floats = (_inverse_root(moments / np.outer(size, size)) / size).astype(np.float32)
+    return turned
+
+
+def _inverse_root(m: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The inverse of the Cholesky factor of m, by halves: LAPACK's threads wait for each other at every few columns,
+    which takes a hundred times as long where other processes have the cores.
+    """
+    n = len(m)
+    if n <= _SMALL:
+        return np.asarray(np.linalg.inv(np.linalg.cholesky(m)))
+    h = n // 2
+    first = _inverse_root(m[:h, :h])
+    mixed = m[h:, :h] @ first.T
+    second = _inverse_root(m[h:, h:] - mixed @ mixed.T)
+    found = np.zeros_like(m)
+    found[:h, :h], found[h:, h:], found[h:, :h] = first, second, -second @ (mixed @ first)
+    return found
+
+
+def _of_expert(layer: LayerSamples, expert: int, stored: Floats, everywhere: Floats) -> Floats:
+    """What `everywhere` [n_embd, r] is for the tokens of one expert, and a little what it is for all: these count as
+    many tokens as an input has elements, for of fewer no covariance has an inverse.
+    """
+    routed, x = layer.fit.routed, layer.fit.x
+    assert routed
+    tokens, d = routed.tokens(expert), x.shape[1]
+    if not len(tokens):
+        return everywhere
+    mean = x[tokens].mean(0)
+    own = np.zeros_like(everywhere)
+    for at in range(0, len(tokens), _GATHERED):
+        centred = x[tokens[at : at + _GATHERED]] - mean
+        own += centred.T @ (centred @ stored.T)
+    own += np.float32(d) * everywhere
+    own /= np.float32(len(tokens) + d)
+    return own

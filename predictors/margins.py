@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from predictors.calibrate import LayerSamples, TokenSamples
+from predictors.calibrate import LayerSamples, Responses, TokenSamples
 from predictors.matrices import Floats
 from predictors.predictor import Candidate
 from runtime.bindings.counting import count_margins, moments
 
 STEP = 1 / 8
+FEWEST_TOKENS = 32  # an expert that fewer tokens of the validation part chose is computed whole
+_ALWAYS = np.float32(1e9)  # a margin above every threshold, that of no candidate too
 EDGES: Floats = np.arange(-6, 6 + STEP, STEP, dtype=np.float32)  # the margins that a threshold can have
 Range = tuple[int, int]  # neurons: the first, and the one behind the last
 _BINS = len(EDGES) + 1
@@ -27,7 +29,9 @@ _TINY = np.finfo(np.float32).tiny
 
 @dataclass(frozen=True)
 class Scale:
-    """Turns scores into margins: (slope x score + intercept) / spread, each float32 [n_ff]."""
+    """Turns scores into margins: (slope x score + intercept) / spread, each float32 [n_ff]. Of neurons that were seen
+    too little, all margins are above every threshold.
+    """
 
     slope: Floats
     intercept: Floats
@@ -44,6 +48,17 @@ class Scale:
         bias: Floats = ((self.intercept - thresholds * self.spread) / self.slope).astype(np.float32)
         return bias
 
+    @property
+    def known(self) -> npt.NDArray[np.bool_]:
+        """Of which neurons something is known, bool [n_ff]: the others are always to be candidates."""
+        known: npt.NDArray[np.bool_] = self.intercept < _ALWAYS
+        return known
+
+    @classmethod
+    def always(cls, n_ff: int) -> Scale:
+        """Of neurons that were seen too little."""
+        return cls(np.ones(n_ff, np.float32), np.full(n_ff, _ALWAYS), np.ones(n_ff, np.float32))
+
     def __getitem__(self, at: slice) -> Scale:
         return Scale(self.slope[at], self.intercept[at], self.spread[at])
 
@@ -59,7 +74,7 @@ class Margins:
     totals [n_ff] count every margin.
     """
 
-    predicted: Floats  # share of tokens whose margin is there
+    predicted: Floats  # share of all tokens whose margin is there
     hits: Floats  # share of tokens at which it is there and the neuron fires
     energy: Floats  # of those, per token
     fired: Floats  # share of tokens, whatever the margin
@@ -97,13 +112,15 @@ def _measured(
     for first, end in ranges:
         rows = slice(at, at := at + end - first)
         for k, part in enumerate(parts):
-            responses = layer.responses(part, first, end)
+            responses, tokens = layer.responses(part, first, end), layer.tokens(part, first)
             goal = responses.gate - np.float32(layer.ffn.threshold)
             for c, x, (scale, margins) in zip(candidates, prepared, found, strict=True):
-                scores = c.scores(x[k], rows.start, rows.stop)
+                scores = c.scores(x[k][tokens], rows.start, rows.stop)
                 if k == 0:
-                    _fill(scale, rows, scale_of(goal, scores, c.unit_slope))
-                _fill(margins[k], rows, _margins(scores, scale[rows], responses.fired, responses.energy))
+                    few = part.routed is not None and len(scores) < FEWEST_TOKENS
+                    own = Scale.always(end - first) if few else scale_of(goal, scores, c.unit_slope)
+                    _fill(scale, rows, own)
+                _fill(margins[k], rows, _margins(scores, scale[rows], responses, len(part)))
     return found
 
 
@@ -126,9 +143,9 @@ def scale_of(goal: Floats, scores: Floats, unit_slope: bool) -> Scale:
     return Scale(*(values.astype(np.float32) for values in (slope, centre - slope * mean, spread)))
 
 
-def _margins(scores: Floats, scale: Scale, fired: npt.NDArray[np.bool_], energy: Floats) -> Margins:
-    """Margins of scores [n_tokens, n]; fired, energy: of the same tokens and neurons."""
+def _margins(scores: Floats, scale: Scale, responses: Responses, n_tokens: int) -> Margins:
+    """Margins of scores [tokens, n] and what the neurons do there, as shares of `n_tokens` tokens."""
     slope, offset = scale.slope / scale.spread / STEP, (scale.intercept / scale.spread - EDGES[0]) / STEP + 1
-    counted = count_margins(scores, fired, energy, slope, offset, _BINS)
-    predicted, hits, kept = ((found / len(scores)).astype(np.float32) for found in counted)
+    counted = count_margins(scores, responses.fired, responses.energy, slope, offset, _BINS)
+    predicted, hits, kept = ((found / n_tokens).astype(np.float32) for found in counted)
     return Margins(predicted[:, 1:], hits[:, 1:], kept[:, 1:], hits.sum(1), kept.sum(1))

@@ -54,8 +54,8 @@ class Mlp:
 
 def fit(layer: LayerSamples, options: FitOptions) -> Iterator[Proposal]:
     """One candidate for each of a few ranks and each matrix type."""
-    torch = _torch()
-    ffn = layer.ffn
+    torch, ffn = _torch(), layer.ffn
+    assert not ffn.experts  # see `predictors.fit`
     allowed = lowrank.ranks(ffn.n_embd, ffn.n_ff, 32)
     weights = _weights(layer) if allowed else np.zeros((0, 0), np.float16)
     basis = lowrank.basis(layer, lowrank.covariance(layer.fit.x)) if allowed else np.zeros((0, 0), np.float32)

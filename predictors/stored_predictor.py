@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+
 from predictors.lowrank import LowRank
 from predictors.matrices import Floats, Tensor
 from predictors.mlp import Mlp
@@ -13,19 +17,20 @@ from runtime.model_file.reader import GgufFile
 
 def stored_predictor(file: GgufFile, i: int) -> tuple[Candidate, Floats] | None:
     """Block `i`'s predictor and its bias, float32 [n_ff] (a neuron is computed where score + bias > 0); None where it
-    has none.
+    has none. Neurons are those of all experts, expert by expert.
     """
     s = file.structure
     if s.rank(i) == 0:
         return None
-    bias = _tensor(file, i, names.bias(names.PREDICTOR_OUT)).floats()
+    stems = names.stems(s.ffns[i])
+    bias = file.read(names.bias_of(i, stems.predictor_out)).view(np.float32)
     if s.predictor == "signbit":
-        return SignBit((_tensor(file, i, names.PREDICTOR_SIGN),), s.rank(i)), bias
-    tensors = tuple(_tensor(file, i, names.weight(stem)) for stem in (names.PREDICTOR_IN, names.PREDICTOR_OUT))
+        return SignBit((_matrix(file, i, stems.predictor_sign),), s.rank(i)), bias
+    tensors = tuple(_matrix(file, i, names.weight(stem)) for stem in (names.PREDICTOR_IN, stems.predictor_out))
     kind = Mlp if s.predictor == "mlp" else LowRank
     return kind(tensors, s.rank(i), tensors[1].type, (tensors[0].floats(), tensors[1].floats())), bias
 
 
-def _tensor(file: GgufFile, i: int, short: str) -> Tensor:
+def _matrix(file: GgufFile, i: int, short: str) -> Tensor:
     info = file.tensors[names.in_block(i, short)]
-    return Tensor(short, info.type, info.ne, file.read(info.name))
+    return Tensor(short, info.type, (info.ne[0], math.prod(info.ne[1:])), file.read(info.name))

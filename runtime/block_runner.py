@@ -6,7 +6,8 @@ Each sequence is computed on its own, from position 0.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -40,15 +41,20 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class BlockResult:
-    """One block over one sequence, each float32 [n_tokens, n_embd]."""
+    """One block over one sequence, each float32 [n_tokens, n_embd] where nothing else is said."""
 
     output: Floats  # hidden states after the block
     ffn_input: Floats  # what gate and up rows are multiplied with
     residual: Floats  # the stream before the norm whose result the FFN reads
-    # What the gate and up rows say of each neuron, biases included, float32 [n_tokens, n_ff]: overwritten when the next
-    # sequence is computed. None where there is no gate, or where only those that fire are computed.
+    # What the gate and up rows say of each neuron, biases included, float32 [n_tokens, n_ff]; where there are experts,
+    # [n_tokens x used, expert_length], of those that each token uses in turn. Overwritten when the next sequence is
+    # computed. None where there is no gate, or where only those that fire are computed.
     gate: Floats | None
     up: Floats | None
+    # Where there are experts, those that each token uses, and what their results are multiplied with: int32 and
+    # float32 [n_tokens, used].
+    experts: npt.NDArray[np.int32] | None = None
+    expert_weights: Floats | None = None
 
 
 class BlockRunner(OfWorker):
@@ -90,9 +96,13 @@ class BlockRunner(OfWorker):
 
         def compute() -> BlockResult:
             output, schedule = self._computed(i, hidden)
-            copies = (read(schedule.taps[role]) for role in ("ffn_input", "residual"))
-            views = (_viewed(schedule.taps[role]) if role in schedule.taps else None for role in ("gate", "up"))
-            return BlockResult(output, *copies, *views)
+            taps = schedule.taps
+            gate, up = (_viewed(taps[role]) if role in taps else None for role in ("gate", "up"))
+            found = BlockResult(output, read(taps["ffn_input"]), read(taps["residual"]), gate, up)
+            if "experts" not in taps:
+                return found
+            ids, weights = read(taps["experts"]).view(np.int32), read(taps["weights of experts"])
+            return replace(found, experts=ids, expert_weights=weights)
 
         return self._do(compute)
 
@@ -166,9 +176,11 @@ class BlockRunner(OfWorker):
         self._held = None
 
     def rows(self, name: str, first: int, end: int) -> Floats:
-        """Rows first .. end - 1 of a matrix, e.g. "blk.3.ffn_gate.weight", as float32 [end - first, ne0]."""
-        info = self._file.tensors[name]
-        return self._do(lambda: dequantize(self._weights[name], first, min(end, info.ne[1])))
+        """Rows first .. end - 1 of a matrix, e.g. "blk.3.ffn_gate.weight", or of those of all experts, as float32
+        [end - first, ne0].
+        """
+        n_rows = math.prod(self._file.tensors[name].ne[1:])
+        return self._do(lambda: dequantize(self._weights[name], first, min(end, n_rows)))
 
     def vector(self, name: str) -> Floats | None:
         """A bias or norm, float32, or None where the file has none of that name."""

@@ -15,6 +15,7 @@ from predictors.finalists import FEWEST, covering, finalists, spread
 from predictors.margins import measure, measure_some
 from predictors.matrices import matrix
 from predictors.predictor import FitOptions, Proposal
+from runtime.bindings.ffn_shape import Experts, FfnShape
 
 AUTO = FitOptions(("q4_0", "q8_0"))
 COST = Cost(144, 288, FEWEST)
@@ -97,11 +98,18 @@ def test_few_rows_serve_all_columns() -> None:
 
 @pytest.mark.parametrize("n_ff", [2048, 2049, 11008, 14336, 16385])
 def test_some_neurons_lie_evenly(n_ff: int) -> None:
-    ranges = spread(n_ff)
+    ranges = spread(FfnShape(64, n_ff, True, "relu"))
     assert all(0 <= first < end <= n_ff for first, end in ranges)
     assert all(a[1] <= b[0] for a, b in pairwise(ranges))
     assert n_ff / 8 - 256 <= sum(end - first for first, end in ranges) <= n_ff / 8
     assert ranges[-1][1] > n_ff * 0.75 or len(ranges) < 4
+
+
+def test_some_neurons_of_each_expert() -> None:
+    ranges = spread(FfnShape(64, 32 * 768, True, "relu", experts=Experts(32, 4)))
+    assert {first // 768 for first, _ in ranges} == set(range(32))
+    assert all(first // 768 == (end - 1) // 768 for first, end in ranges)
+    assert sum(end - first for first, end in ranges) == 32 * 768 // 8
 
 
 def test_finalists_lose_little() -> None:
@@ -113,7 +121,7 @@ def test_finalists_lose_little() -> None:
     candidates = [proposal.make(None) for proposal in proposals]
     judged = [judge(c, m, COST) for c, m in zip(candidates, measure(layer, candidates), strict=True)]
     values = np.array(
-        [sketch(j.candidate, m, COST, 1.0) for j, (_, m, _) in zip(judged, measure(layer, candidates), strict=True)]
+        [sketch(j.candidate, m[:2], COST, 1.0) for j, m in zip(judged, measure(layer, candidates), strict=True)]
     )
     kept = [k for k, proposal in enumerate(proposals) if proposal in chosen]
     assert (values[kept].min(0) <= 1.02 * values.min(0)).all()

@@ -46,6 +46,7 @@ def open_predictors(source: str, s: Structure) -> Predictors:
 
     Raises UserError when one is missing, has other tensors or other shapes than the model's layers, or cannot be read.
     """
+    _refuse_experts(source, s)
     folder, repo = fetch_files(source, ["config.json", "model_*.pt"], "a folder with model_0.pt, model_1.pt, ...")
     files = _by_layer(folder, "model", s.block_count)
     ranks = tuple(_rank(file, s) for file in files)
@@ -58,6 +59,7 @@ def read_counts(source: str, s: Structure) -> tuple[list[Floats], str]:
 
     Raises UserError when one is missing or cannot be read, or has negative counts or another number of them.
     """
+    _refuse_experts(source, s)
     patterns = ["activation/activation_*.pt", "activation_*.pt"]
     folder, repo = fetch_files(source, patterns, "a folder with activation_0.pt, activation_1.pt, ...")
     inner = folder / "activation" if (folder / "activation").is_dir() else folder
@@ -85,6 +87,14 @@ def _planned(name: str, shape: Shape, found: Predictors, wanted: str) -> Planned
         return PlannedTensor(name, threshold_bias(found.threshold, shape[0]), shape, "f32", "f32")
     source = PickledTensor(found.files[int(block)], _PARTS[part])
     return PlannedTensor(name, source, shape, fitting(wanted, shape[0]), wanted)
+
+
+def _refuse_experts(source: str, s: Structure) -> None:
+    if any(ffn.experts for ffn in s.ffns.values()):
+        raise UserError(
+            f"`{source}`: PowerInfer's predictors or counts for a mixture of experts, whose form is not known",
+            "leave the option out: calibration orders neurons and fits predictors",
+        )
 
 
 def _by_layer(folder: Path, stem: str, n: int) -> tuple[Path, ...]:

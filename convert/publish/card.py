@@ -115,7 +115,9 @@ def _plot(file: GgufFile, frequencies: Sequence[Frequencies]) -> bytes:
     figure = new_figure(11, 4)
     bars, curves = figure.subplots(1, 2)
     n = len(frequencies)
-    bars.bar(range(n), [layer_firing(freq).active for freq in frequencies], label="active")
+    ffns = [block.ffn for block in file.structure.blocks]
+    active = [layer_firing(freq, ffn).active for freq, ffn in zip(frequencies, ffns, strict=True)]
+    bars.bar(range(n), active, label="active")
     predictors = predictor_figures(file.metadata, n) or ()
     shown = [(i, found.predicted_share) for i, found in enumerate(predictors) if file.structure.rank(i)]
     if shown:

@@ -152,7 +152,8 @@ def _files(facts: CardFacts) -> Iterator[str]:
 def _sparsity(facts: CardFacts) -> Iterator[str]:
     if not facts.frequencies:
         return
-    layers = [layer_firing(freq) for freq in facts.frequencies if len(freq)]
+    blocks = facts.structure.blocks
+    layers = [layer_firing(f, block.ffn) for f, block in zip(facts.frequencies, blocks, strict=True) if len(f)]
     n = len(layers)
     active, hot = sum(layer.active for layer in layers) / n, sum(layer.hot for layer in layers) / n
     yield "## Sparsity\n"
@@ -181,7 +182,7 @@ def _predictors(facts: CardFacts) -> Iterator[str]:
 def _layer_row(facts: CardFacts, i: int, found: PredictorFigures | None) -> tuple[str, ...]:
     shares, rank = ["", ""], facts.structure.rank(i)
     if facts.frequencies:
-        layer = layer_firing(facts.frequencies[i])
+        layer = layer_firing(facts.frequencies[i], facts.structure.blocks[i].ffn)
         shares = [share(layer.active), share(layer.hot)]
     if not rank:
         return (str(i), *shares, "none", "", "", "", "")

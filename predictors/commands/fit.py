@@ -43,6 +43,8 @@ def fit(model: Path, out: Path, force: bool = False, as_json: bool = False, **op
         written = refit(model, out, force, progress=progress, **options)
     made = written.fit
     note(f"`{out}`: wrote {written.bytes:,} bytes, {_summary(made)}")
+    for text in made.notes:
+        note(f"note: {text}")
     figures = [b.figures for b in made.blocks]
     if made.kind != "none":
         console().print(layer_table(figures, [f"{b.type} {b.rank}" if b.rank else "exact" for b in made.blocks]))

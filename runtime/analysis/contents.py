@@ -13,6 +13,7 @@ from runtime.analysis.bytes_read import Sparsity, sparsity_of, traffic_by_mode
 from runtime.compute.traffic import Traffic
 from runtime.model_file.reader import GgufFile, TensorInfo
 from runtime.model_file.structure import Structure
+from runtime.model_file.tensor_names import EXPERT_FREQ
 from runtime.text.tokenizer import Tokenizer
 
 # Share of the neurons that fire, from which on skipping the others saves less than predicting them and jumping costs.
@@ -106,14 +107,14 @@ def contents_of(file: GgufFile) -> Contents:
 
 def kind_of(name: str) -> str:
     """The group a tensor belongs to, by its name: one of embeddings, attention, ffn_*, output, norms, other."""
-    stem = name.split(".")[2 if name.startswith("blk.") else 0]
+    stem = name.split(".")[2 if name.startswith("blk.") else 0].removesuffix("_exps")
     if stem.endswith("_norm"):
         return "norms"
     if stem.startswith("attn_"):
         return "attention"
     if stem in _KINDS:
         return stem
-    if stem.startswith("ffn_neuron_"):
+    if stem.startswith("ffn_neuron_") or stem == EXPERT_FREQ:
         return "neurons"
     if stem.startswith("predictor_"):
         return "predictor"

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from runtime.bindings.ffn_shape import FfnShape
 from runtime.errors import UserError
 from runtime.model_file.frequencies import frequencies
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import ARCHITECTURE
+from runtime.model_file.tensor_names import EXPERT_FREQ, in_block
 
 CARRIED = 0.8  # of the activations: how many of the hottest neurons carry that
 RARE = 0.01  # a neuron that fires for fewer tokens than this
@@ -24,12 +26,23 @@ Frequencies = npt.NDArray[np.float32]  # [n_ff], of one layer: the share of the 
 
 @dataclass(frozen=True)
 class LayerFiring:
-    """Shares of one layer's neurons. active: firing for a token, on average; hot: the hottest, that carry 80 % of the
-    activations; rare: those that fire for less than 1 % of the tokens."""
+    """Shares of one layer's neurons. active: firing for a token, on average, of those that it may use; hot: the
+    hottest, that carry 80 % of the activations; rare: those that fire for less than 1 % of the tokens.
+    """
 
     active: float
     hot: float
     rare: float
+
+
+@dataclass(frozen=True)
+class ExpertUse:
+    """How unevenly one layer's experts are chosen. most, least: the share of the tokens that choose the most and the
+    least chosen one; hot: the share of the experts that carry 80 % of the choices."""
+
+    most: float
+    least: float
+    hot: float
 
 
 @dataclass(frozen=True)
@@ -66,13 +79,27 @@ def read_frequencies(file: GgufFile) -> list[Frequencies]:
     return [np.sort(frequencies(file, i))[::-1].astype(np.float32) for i in blocks]
 
 
-def layer_firing(freq: Frequencies) -> LayerFiring:
+def layer_firing(freq: Frequencies, ffn: FfnShape | None) -> LayerFiring:
     """How unevenly one layer's neurons fire; all 0 where there are none. freq: hottest first."""
-    if not len(freq):
+    if ffn is None or not len(freq):
         return LayerFiring(0.0, 0.0, 0.0)
+    active = float(freq.sum(dtype=np.float64)) / ffn.n_reached
+    return LayerFiring(active, _hot_share(freq), float((freq < RARE).mean()))
+
+
+def expert_use(file: GgufFile, i: int) -> ExpertUse | None:
+    """How unevenly the experts of block `i` are chosen; None without experts, or without calibration."""
+    ffn = file.structure.blocks[i].ffn
+    if ffn is None or not ffn.experts or file.structure.neuron_order != "hot":
+        return None
+    chosen = np.sort(file.read(in_block(i, EXPERT_FREQ)).view(np.float32))[::-1]
+    return ExpertUse(float(chosen[0]), float(chosen[-1]), _hot_share(chosen))
+
+
+def _hot_share(freq: Frequencies) -> float:
+    """The share of the hottest ones that carry 80 % of all. freq: hottest first."""
     carried = np.cumsum(freq, dtype=np.float64)
-    hot = (np.searchsorted(carried, CARRIED * carried[-1]) + 1) / len(freq) if carried[-1] else 0.0
-    return LayerFiring(float(freq.mean()), float(hot), float((freq < RARE).mean()))
+    return float((np.searchsorted(carried, CARRIED * carried[-1]) + 1) / len(freq)) if carried[-1] else 0.0
 
 
 def carried_shares(freq: Frequencies) -> npt.NDArray[np.float64]:

@@ -106,7 +106,8 @@ def _layers(file: GgufFile, frequencies: Sequence[Frequencies]) -> list[dict[str
     it.
     """
     s, n = file.structure, file.structure.block_count
-    firing = [asdict(layer_firing(freq)) for freq in frequencies] or [{} for _ in range(n)]
+    ffns = [block.ffn for block in s.blocks]
+    firing = [asdict(layer_firing(*both)) for both in zip(frequencies, ffns, strict=False)] or [{} for _ in range(n)]
     measured = [found.as_json() for found in predictor_figures(file.metadata, n) or ()] or [{} for _ in range(n)]
     return [{**firing[i], **(measured[i] if s.rank(i) else {}), "rank": s.rank(i)} for i in range(n)]
 

@@ -11,9 +11,11 @@ from rich.table import Table
 
 from runtime.analysis.drawing import draw_curves, drawn, new_figure
 from runtime.analysis.firing import (
+    ExpertUse,
     Frequencies,
     LayerFiring,
     PredictorFigures,
+    expert_use,
     layer_firing,
     predictor_figures,
     read_frequencies,
@@ -50,16 +52,21 @@ def sparsity(model: Path, plot: Path | None = None, as_json: bool = False) -> No
         if plot is not None:
             check_target(plot, 0, force=True, inputs=[part.path for part in file.parts])
         frequencies = read_frequencies(file)
-        layers = [layer_firing(freq) for freq in frequencies]
+        ffns = [block.ffn for block in file.structure.blocks]
+        layers = [layer_firing(freq, ffn) for freq, ffn in zip(frequencies, ffns, strict=True)]
+        experts = [expert_use(file, i) for i in range(len(layers))]
         known = predictor_figures(file.metadata, len(layers))
         predictors: list[PredictorFigures | None] = [*known] if known else [None] * len(layers)
     if plot is not None:
         _write_plot(plot, frequencies, model.name)
     if as_json:
         rows = [asdict(a) | (b.as_json() if b else {}) for a, b in zip(layers, predictors, strict=True)]
+        rows = [row | ({"experts": asdict(use)} if use else {}) for row, use in zip(rows, experts, strict=True)]
         print_json({"model": str(model), "layers": rows})
         return
     console().print(_table(model, layers, predictors))
+    if any(experts):
+        console().print(_expert_table(experts))
 
 
 def _table(model: Path, layers: Sequence[LayerFiring], predictors: Sequence[PredictorFigures | None]) -> Table:
@@ -72,6 +79,14 @@ def _table(model: Path, layers: Sequence[LayerFiring], predictors: Sequence[Pred
             measured = [predictor.predicted_share, predictor.recall, predictor.precision]
         rank = str(predictor.rank) if predictor else NONE
         table.add_row(str(i), *map(share, shares), rank, *map(share, measured))
+    return table
+
+
+def _expert_table(experts: Sequence[ExpertUse | None]) -> Table:
+    table = new_table("layer", "most chosen", "least chosen", "carry 80 %", title="experts")
+    for i, use in enumerate(experts):
+        if use:
+            table.add_row(str(i), share(use.most), share(use.least), share(use.hot))
     return table
 
 

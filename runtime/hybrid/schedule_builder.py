@@ -143,8 +143,10 @@ class _Building:
             return blocks.block(x, i)
         at = blocks.until_ffn(x, i)
         if self._spec.tapped:
-            roles = (("ffn_input", at.inputs.x), ("residual", at.inputs.stream))
-            self.taps |= {role: self._left(t, role) for role, t in roles}
+            roles = {"ffn_input": at.inputs.x, "residual": at.inputs.stream}
+            if chosen := at.inputs.chosen:
+                roles |= {_EXPERTS: chosen.ranges, _WEIGHTS: chosen.weights}
+            self.taps |= {role: self._left(t, role) for role, t in roles.items()}
         if self._map.blocks[i].divided:
             at, product = self._divided(at, i)
         else:

@@ -42,8 +42,14 @@ class Stems:
         return self.gate, self.up, self.down
 
 
+def of_experts(short: str) -> str:
+    """The name of a tensor over an FFN's neurons where these are divided into experts, from its usual name."""
+    stem, dot, part = short.partition(".")
+    return f"{stem}_exps{dot}{part}"
+
+
 _WHOLE = Stems()
-_EXPERTS = Stems(**{f: f"{stem}_exps" for f, stem in vars(_WHOLE).items()})
+_EXPERTS = Stems(**{f: of_experts(stem) for f, stem in vars(_WHOLE).items()})
 
 
 def stems(ffn: FfnShape) -> Stems:

@@ -69,7 +69,11 @@ class ExpertsFfn(NeuronFfn):
         ctx, shape, stems = self.b.ctx, self.shape, self.stems
         x = ggml.ggml_reshape_3d(ctx, x, shape.n_embd, 1, x.ne[1])
         up = self._times(stems.up, x, chosen)
-        h = self.strengths(self._times(stems.gate, x, chosen) if shape.gated else None, up)
+        gate = self._times(stems.gate, x, chosen) if shape.gated else None
+        if self.b.spec.tapped:
+            self._tap("up", up)
+            self._tap("gate", gate)
+        h = self.strengths(gate, up)
         y = self._times(stems.down, h, chosen)
         k, n_tokens = self.experts.used, x.ne[2]
         y = ggml.ggml_mul(ctx, y, ggml.ggml_reshape_3d(ctx, chosen.weights, 1, k, n_tokens))
@@ -89,6 +93,12 @@ class ExpertsFfn(NeuronFfn):
         across, down = (end - first, ne[1]) if columns else (ne[0], end - first)
         at = ggml.ggml_row_size(matrix.type, first) if columns else first * nb[1]
         return ggml.ggml_view_3d(self.b.ctx, matrix, across, down, ne[2], nb[1], nb[2], at)
+
+    def _tap(self, role: str, made: ggml.TensorP | None) -> None:
+        """Keep what the chosen experts' rows say, [expert_length, used, n], as a matrix."""
+        if made:
+            n_rows = made.ne[1] * made.ne[2]
+            self.b.taps[role] = ggml.ggml_reshape_2d(self.b.ctx, made, made.ne[0], n_rows)
 
     def _description(self) -> sparse_ffn.Ffn:
         ffn = super()._description()
