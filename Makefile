@@ -72,11 +72,12 @@ SANITIZERS  = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -prin
 
 $(SANITIZED): $(VENV)/.test $(NATIVE)
 	cmake -S runtime/native -B build/sanitize -DLZN_SANITIZE=ON -DLZN_EMULATE_AVXVNNI=ON -DCMAKE_CXX_COMPILER=$(CXX) -DPython_EXECUTABLE=$(CURDIR)/$(PY) >&2
-	cmake --build build/sanitize --parallel 2 --target lazyneuron row_kernels_test >&2
+	cmake --build build/sanitize --parallel 2 --target lazyneuron row_kernels_test tiles_test >&2
 	@touch $@
 
 sanitize: $(SANITIZED)
 	build/sanitize/row_kernels_test
+	build/sanitize/tiles_test
 	$(SANITIZERS) $(PY) -m pytest --capture=sys -m native tests/test_kernels.py tests/test_kernel_order.py tests/test_kernel_ranges.py tests/test_product.py tests/test_tiles.py tests/test_counting.py tests/test_predictors_kinds.py tests/test_grammar.py
 
 # Damaged input for every reader, for FUZZ_S seconds; FUZZ_SEED chooses which, FUZZ_TARGETS whose (docs/fuzzing.md). What fails is put into tests/fuzz/corpus.

@@ -38,7 +38,7 @@ TOLERANCE = 1e-5  # relative error of y; sums in float32 over a few hundred term
 # These accumulations round each coefficient to bfloat16, by at most 2**-8 of itself.
 IN_BFLOAT16 = {("avx512", type_name): 2**-8 for type_name in ("q4_0", "q4_K", "q5_K", "q6_K")}
 # ggml multiplies q4_1 and q5_1 rows with activations (q8_1) that carry their own sum in half precision.
-SUM_IN_F16 = {(variant, type_name): 2e-3 for variant in ("portable", "neon") for type_name in ("q4_1", "q5_1")}
+SUM_IN_F16 = {(variant, type_name): 2e-3 for variant in ("portable", "neon", "i8mm") for type_name in ("q4_1", "q5_1")}
 ROUNDED = {"f32": 1e-5, "f16": 1e-3, "bf16": 4e-3}  # with the activations' rounding; 1e-2 for quantised types
 
 

@@ -17,6 +17,7 @@ from runtime.bindings import sparse_ffn
 ROOT = Path(__file__).parent.parent
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 X86_FORMATS = "f32 f16 bf16 q8_0 q4_0 q4_1 q5_0 q5_1 iq4_nl q4_K q5_K q6_K iq4_xs"
+NEON_FORMATS = "f32 f16 bf16 q8_0 q4_0 q4_K q6_K signs"
 ARM64 = (
     "-DCMAKE_SYSTEM_NAME=Linux",
     "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
@@ -30,8 +31,11 @@ def needs(*programs: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
-def build(folder: str, *options: str, targets: tuple[str, ...] = ("row_kernels_test",)) -> Path:
-    """The test program, in build/<folder>: only what changed is compiled again."""
+PROGRAMS = ("row_kernels_test", "tiles_test")
+
+
+def build(folder: str, *options: str, targets: tuple[str, ...] = PROGRAMS) -> Path:
+    """The row kernels' program, in build/<folder>, the tiles' beside it: only what changed is compiled again."""
     out = ROOT / "build" / folder
     configure = ["cmake", "-S", ROOT / "runtime/native", "-B", out, f"-DPython_EXECUTABLE={sys.executable}", *options]
     for command in (configure, ["cmake", "--build", out, "--parallel", "2", "--target", *targets]):
@@ -50,10 +54,14 @@ def run(*command: str | Path) -> str:
 @pytest.mark.skipif(sys.platform == "win32", reason="the program wants mmap")
 def test_row_kernels_of_this_machine() -> None:
     variants = sparse_ffn.variants()[1:]
-    tested = run(build("row-kernels"), *variants)
+    program = build("row-kernels")
+    tested = run(program, *variants)
     assert [line.split(":")[0] for line in tested.splitlines()[:-1]] == variants
     if platform.machine() in ("x86_64", "AMD64"):
         assert {line.split(": ")[1] for line in tested.splitlines()[:-1]} <= {f"{X86_FORMATS} signs"}
+    tiles = {"avx2": "q4_0", "avxvnni": "q4_0"}
+    lines = run(program.parent / "tiles_test", *variants).splitlines()[:-1]
+    assert lines == [f"{variant}: {tiles.get(variant, 'q4_0 q8_0')}" for variant in variants]
 
 
 @needs("cmake", "c++")
@@ -61,19 +69,23 @@ def test_row_kernels_of_this_machine() -> None:
 @pytest.mark.skipif("avx2" not in sparse_ffn.variants(), reason="AVX-VNNI stands on AVX2")
 def test_row_kernels_for_avx_vnni_with_its_instructions_emulated() -> None:
     """On CPUs that lack them; and the emulation against the instructions, where this CPU has them in any encoding."""
-    targets = ("row_kernels_test", "avxvnni_emulated_test")
+    targets = (*PROGRAMS, "avxvnni_emulated_test")
     program = build("row-kernels-avxvnni", "-DLZN_EMULATE_AVXVNNI=ON", targets=targets)
     assert f"avxvnni: {X86_FORMATS} signs\n" in run(program, "avxvnni")
+    assert "avxvnni: q4_0\n" in run(program.parent / "tiles_test", "avxvnni")
     assert run(program.parent / "avxvnni_emulated_test").endswith(" compared, 0 wrong\n")
 
 
 @needs("cmake", CROSS_COMPILER, EMULATOR)
 @pytest.mark.skipif(platform.machine() == "aarch64", reason="aarch64 itself runs the test above")
 def test_row_kernels_of_aarch64() -> None:
-    """Under an emulator, of a CPU with the dot product instructions and of one without; the library as a whole is compiled."""
-    program = build("row-kernels-aarch64", *ARM64, targets=("row_kernels_test", "lazyneuron"))
-    assert run(EMULATOR, program, "neon").startswith("neon: f32 f16 bf16 q8_0 q4_0 q4_K q6_K signs\n")
-    assert run(EMULATOR, "-cpu", "cortex-a53", program) == "0 checks, 0 failed\n"
+    """Under an emulator: of a CPU with i8mm, of one with dotprod alone, of one with neither. The library is compiled too."""
+    program = build("row-kernels-aarch64", *ARM64, targets=(*PROGRAMS, "lazyneuron"))
+    for tested, of in ((program, NEON_FORMATS), (program.parent / "tiles_test", "q4_0 q8_0")):
+        found = run(EMULATOR, "-cpu", "max", tested, "neon", "i8mm")
+        assert found.startswith(f"neon: {of}\ni8mm: {of}\n")
+        assert run(EMULATOR, "-cpu", "neoverse-n1", tested, "neon").splitlines()[:-1] == [f"neon: {of}"]
+        assert run(EMULATOR, "-cpu", "cortex-a53", tested) == "0 checks, 0 failed\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="reads /proc/cpuinfo of x86-64")

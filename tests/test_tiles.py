@@ -14,7 +14,9 @@ from runtime.compute.operators import add_tiled, add_tiled_product
 pytestmark = [pytest.mark.native, pytest.mark.usefixtures("variant")]
 
 TYPES = ("q4_0", "q8_0")
-THERE = {("avx2", "q4_0"), ("avxvnni", "q4_0"), ("avx512", "q4_0"), ("avx512", "q8_0")}  # what there are tiles for
+# What there are tiles for.
+THERE = {("avx2", "q4_0"), ("avxvnni", "q4_0"), ("avx512", "q4_0"), ("avx512", "q8_0")}
+THERE |= {(variant, type_name) for variant in ("neon", "i8mm") for type_name in TYPES}
 
 
 def there(type_name: str) -> bool:

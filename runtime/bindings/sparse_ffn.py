@@ -23,7 +23,7 @@ from runtime.errors import UserError
 MAX_RANGES = 64  # that one token scans: LZN_MAX_RANGES
 FEW_TOKENS = 16  # for which `gate` and `down` are, and each token has the same bits as alone: LZN_FEW_TOKENS
 _FILE = {"win32": "lazyneuron.dll", "darwin": "liblazyneuron.dylib"}.get(sys.platform, "liblazyneuron.so")
-VARIANTS = ("portable", "avx2", "avxvnni", "avx512", "neon")
+VARIANTS = ("portable", "avx2", "avxvnni", "avx512", "neon", "i8mm")
 OPERATORS = ("predict", "predict_sign", "choose", "quantize", "gate", "down", "tokens", "reduce")
 PRODUCTS = ("multiply", "tiles_arrange", "tiles_multiply", "attend")
 

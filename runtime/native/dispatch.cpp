@@ -10,9 +10,22 @@
 #elif defined(LZN_ARM64) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#elif defined(LZN_ARM64) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace {
+
+#if defined(LZN_HAS_I8MM) && defined(__linux__)
+// HWCAP2_I8MM, which headers of old systems lack.
+bool has_i8mm() { return getauxval(AT_HWCAP2) >> 13 & 1; }
+#elif defined(LZN_HAS_I8MM) && defined(__APPLE__)
+bool has_i8mm() {
+    int32_t found = 0;
+    size_t size = sizeof(found);
+    return sysctlbyname("hw.optional.arm.FEAT_I8MM", &found, &size, nullptr, 0) == 0 && found;
+}
+#endif
 
 bool found_variant(int32_t variant) {
     switch (variant) {
@@ -28,6 +41,9 @@ bool found_variant(int32_t variant) {
 #elif defined(LZN_ARM64) && defined(__linux__)
         case LZN_NEON: return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
 #endif
+#if defined(LZN_HAS_I8MM) && (defined(__linux__) || defined(__APPLE__))
+        case LZN_I8MM: return found_variant(LZN_NEON) && has_i8mm();
+#endif
         default: return false;
     }
 }
@@ -35,7 +51,7 @@ bool found_variant(int32_t variant) {
 // As bits. The CPU is asked once: under a hypervisor an answer takes 20 microseconds or more, and a graph asks often.
 uint32_t all_variants() {
     uint32_t found = 0;
-    for (int32_t variant = LZN_PORTABLE; variant <= LZN_NEON; variant++) {
+    for (int32_t variant = LZN_PORTABLE; variant <= LZN_I8MM; variant++) {
         found |= static_cast<uint32_t>(found_variant(variant)) << variant;
     }
     return found;
@@ -45,12 +61,12 @@ uint32_t all_variants() {
 
 bool lzn_has_variant(int32_t variant) {
     static const uint32_t all = all_variants();
-    return LZN_PORTABLE <= variant && variant <= LZN_NEON && (all >> variant & 1);
+    return LZN_PORTABLE <= variant && variant <= LZN_I8MM && (all >> variant & 1);
 }
 
 int32_t lzn_best_variant(void) {
     int32_t best = LZN_PORTABLE;
-    for (int32_t variant = LZN_PORTABLE; variant <= LZN_NEON; variant++) {
+    for (int32_t variant = LZN_PORTABLE; variant <= LZN_I8MM; variant++) {
         best = lzn_has_variant(variant) ? variant : best;
     }
     return best;
@@ -87,6 +103,9 @@ const void * lzn_kernels(int32_t type, int32_t variant) {
         case LZN_AVX512: return x86_tables{{lzn::kernels_avx512, lzn::k_kernels_avx512, lzn::blocks_kernels_avx512}, lzn::signs_avx512}.of(type);
 #elif defined(LZN_ARM64)
         case LZN_NEON: return lzn::kernels_neon(type);
+#if defined(LZN_HAS_I8MM)
+        case LZN_I8MM: return lzn::kernels_i8mm(type);
+#endif
 #endif
         default: return nullptr;
     }
@@ -101,6 +120,11 @@ const void * lzn_tile_kernels(int32_t type, int32_t variant) {
         case LZN_AVXVNNI: return lzn::tiles_avxvnni(type);
 #endif
         case LZN_AVX512: return lzn::tiles_avx512(type);
+#elif defined(LZN_ARM64)
+        case LZN_NEON: return lzn::tiles_neon(type);
+#if defined(LZN_HAS_I8MM)
+        case LZN_I8MM: return lzn::tiles_i8mm(type);
+#endif
 #endif
         default: return nullptr;
     }

@@ -40,6 +40,7 @@ const row_kernels * blocks_kernels_avx2(int type);
 const row_kernels * blocks_kernels_avxvnni(int type);
 const row_kernels * blocks_kernels_avx512(int type);
 const row_kernels * kernels_neon(int type);
+const row_kernels * kernels_i8mm(int type);
 
 // Rows of sign bits, ggml type I8: n of them, eight to a byte, against n sign bits; dots gives -(how many differ), and
 // there are no axpys.

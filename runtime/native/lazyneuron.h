@@ -45,7 +45,7 @@ struct lzn_rows {
 };
 
 // Variants of the kernels; PORTABLE stands for ggml's functions and plain C++.
-enum lzn_variant { LZN_PORTABLE = 0, LZN_AVX2 = 1, LZN_AVXVNNI = 2, LZN_AVX512 = 3, LZN_NEON = 4 };
+enum lzn_variant { LZN_PORTABLE = 0, LZN_AVX2 = 1, LZN_AVXVNNI = 2, LZN_AVX512 = 3, LZN_NEON = 4, LZN_I8MM = 5 };
 
 enum lzn_activation { LZN_RELU = 0, LZN_RELU2 = 1, LZN_FATRELU = 2, LZN_DRELU = 3 };
 

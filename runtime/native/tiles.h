@@ -36,5 +36,7 @@ struct tile_kernels {
 const tile_kernels * tiles_avx2(int type);
 const tile_kernels * tiles_avxvnni(int type);
 const tile_kernels * tiles_avx512(int type);
+const tile_kernels * tiles_neon(int type);
+const tile_kernels * tiles_i8mm(int type);
 
 }  // namespace lzn

@@ -2,100 +2,14 @@
 //
 // Stands alone: blocks are made and read (row_formats.h) by code that shares nothing with the kernels. So it runs where there is no Python and no ggml, under an emulator for instance.
 // Every row and every x ends where memory ends, so that a kernel that reads past one stops the program.
-#include <signal.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
-#include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <string>
-#include <vector>
 
+#include "harness.h"
 #include "kernels.h"
-#include "lazyneuron.h"
-#include "row_formats.h"
 
 namespace {
 
 using lzn::row_kernels;
-
-// `size` bytes, the last of them before a page that nobody may touch.
-class guarded {
-  public:
-    explicit guarded(size_t size) {
-        const size_t page = sysconf(_SC_PAGESIZE), used = (size + page - 1) / page * page;
-        length_ = used + page;
-        pages_ = static_cast<uint8_t *>(mmap(nullptr, length_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0));
-        if (pages_ == MAP_FAILED || mprotect(pages_ + used, page, PROT_NONE)) {
-            std::perror("mmap");
-            std::exit(1);
-        }
-        data_ = pages_ + used - size;
-    }
-    guarded(guarded && other) : pages_(other.pages_), data_(other.data_), length_(other.length_) { other.length_ = 0; }
-    ~guarded() {
-        if (length_) {
-            munmap(pages_, length_);
-        }
-    }
-
-    uint8_t * data() const { return data_; }
-
-  private:
-    uint8_t *pages_, *data_;
-    size_t length_;
-};
-
-struct row {
-    guarded memory;
-    std::vector<double> numbers;
-
-    const char * data() const { return reinterpret_cast<const char *>(memory.data()); }
-};
-
-row random_row(const format & f, int64_t n) {
-    const int64_t blocks = n / f.elements;
-    row made{guarded(blocks * f.bytes), std::vector<double>(n)};
-    for (int64_t i = 0; i < blocks; i++) {
-        f.make(made.memory.data() + i * f.bytes);
-        f.read(made.memory.data() + i * f.bytes, made.numbers.data() + i * f.elements);
-    }
-    return made;
-}
-
-struct freed {
-    void operator()(void * p) const { std::free(p); }
-};
-using aligned_memory = std::unique_ptr<char, freed>;
-
-aligned_memory cache_lines(size_t size) {
-    void * p = nullptr;
-    return aligned_memory(posix_memalign(&p, 64, size) ? nullptr : static_cast<char *>(p));
-}
-
-// --- the tests ---
-
-int failures = 0, checks = 0;
-char at_work[64];  // the kernel being tested
-
-void name_the_culprit(int) {
-    const char before[] = "FAILED, read or wrote past the end: ";
-    const bool told = write(STDOUT_FILENO, before, sizeof(before) - 1) + write(STDOUT_FILENO, at_work, std::strlen(at_work)) > 0;
-    _exit(told ? 1 : 2);
-}
-
-void check(bool right, const std::string & what, double found, double bound) {
-    checks++;
-    if (!right && failures++ < 20) {
-        std::printf("FAILED %s: %g, expected at most %g\n", what.c_str(), found, bound);
-    }
-}
-
-const char * const VARIANTS[] = {"portable", "avx2", "avxvnni", "avx512", "neon"};
 
 // Bounds of the error in units of the sum of the terms' sizes. Some accumulations round each coefficient to bfloat16, by at most 1/256 of itself.
 constexpr double FLOAT = 1e-6;
@@ -270,6 +184,33 @@ void test_format(const row_kernels & kernels, const format & f, const std::strin
     }
 }
 
+// Four rows with four tokens, which i8mm multiplies by instructions of its own: the bits of dotprod.
+void test_same(const row_kernels & one, const row_kernels & other, const format & f) {
+    std::snprintf(at_work, sizeof(at_work), "%s of two variants\n", f.name);
+    for (const int64_t n : {256, 1024, 4096}) {
+        const rows_of w(f, n, lzn::DOT_ROWS);
+        std::vector<row> x;
+        float found[2][lzn::DOT_ROWS * lzn::DOT_TOKENS];
+        for (int t = 0; t < lzn::DOT_TOKENS; t++) {
+            x.push_back(random_row(*f.x, n));
+        }
+        for (const row_kernels * kernels : {&one, &other}) {
+            const void * given[lzn::DOT_TOKENS];
+            std::vector<aligned_memory> arranged;
+            for (int t = 0; t < lzn::DOT_TOKENS; t++) {
+                given[t] = x[t].data();
+                if (kernels->arrange) {
+                    arranged.push_back(cache_lines(kernels->arranged_size(n)));
+                    kernels->arrange(n, x[t].data(), arranged.back().get());
+                    given[t] = arranged.back().get();
+                }
+            }
+            kernels->dots_tokens(n, lzn::DOT_ROWS, w.pointers.data(), nullptr, lzn::DOT_TOKENS, given, found[kernels == &other]);
+        }
+        check(std::memcmp(found[0], found[1], sizeof(found[0])) == 0, std::string(f.name) + " of two variants", 1, 0);
+    }
+}
+
 void test_signs(const row_kernels & kernels, const std::string & variant) {
     std::snprintf(at_work, sizeof(at_work), "%s signs\n", variant.c_str());
     for (const int n : {8, 24, 128, 256, 264, 512, 600, 1024, 4096, 5000}) {
@@ -298,16 +239,10 @@ void test_signs(const row_kernels & kernels, const std::string & variant) {
 
 // Prints the variants that were tested, one line each; exits with 1 where a kernel is wrong, or where a variant named as an argument cannot run.
 int main(int argc, char ** argv) {
-    std::setvbuf(stdout, nullptr, _IOLBF, 0);
-    signal(SIGSEGV, name_the_culprit);
-    signal(SIGBUS, name_the_culprit);
-    for (int32_t variant = LZN_PORTABLE + 1; variant <= LZN_NEON; variant++) {
+    begin();
+    for (int32_t variant = LZN_PORTABLE + 1; variant <= LZN_I8MM; variant++) {
         const std::string name = VARIANTS[variant];
-        if (!lzn_has_variant(variant)) {
-            if (std::find(argv + 1, argv + argc, name) != argv + argc) {
-                std::printf("FAILED %s cannot run here\n", name.c_str());
-                failures++;
-            }
+        if (!runs_here(variant, argc, argv)) {
             continue;
         }
         std::string tested;
@@ -322,6 +257,11 @@ int main(int argc, char ** argv) {
             tested += " signs";
         }
         std::printf("%s:%s\n", name.c_str(), tested.c_str());
+    }
+    for (const format * f : FORMATS) {
+        if (lzn_has_variant(LZN_I8MM) && lzn_kernels(f->ggml_type, LZN_I8MM)) {
+            test_same(*static_cast<const row_kernels *>(lzn_kernels(f->ggml_type, LZN_NEON)), *static_cast<const row_kernels *>(lzn_kernels(f->ggml_type, LZN_I8MM)), *f);
+        }
     }
     std::printf("%d checks, %d failed\n", checks, failures);
     return failures != 0;
