@@ -66,7 +66,9 @@ def test_good_files_pass(type_name: str, bundled: Path, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"x.gguf", "checkpoint"}
 
 
-@pytest.mark.parametrize("name", ["bamboo", "minicpm", "llama-fatrelu", "bitnet", "qwen2-drelu"])
+@pytest.mark.parametrize(
+    "name", ["bamboo", "minicpm", "llama-fatrelu", "bitnet", "qwen2-drelu", "mixtral-drelu", "smallthinker-21b"]
+)
 def test_what_transformers_does_not_compute_is_compared_with_numpy(
     name: str, checkpoint: Folder, tmp_path: Path
 ) -> None:
@@ -173,6 +175,25 @@ def test_the_numpy_oracle_catches_them_too(
     with pytest.raises(UserError, match=CAUGHT):
         convert(bundled, tmp_path / "x.gguf", type="q8_0", verify=True)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"router.tap": "ffn_norm"},
+        {"expert_gating_func": "softmax"},
+        {"expert_weights_norm": False},
+        {"expert_used_count": 5},
+    ],
+    ids=str,
+)
+def test_a_router_misread_is_caught(
+    changes: dict[str, Any], checkpoint: Folder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wrong_metadata(changes)(monkeypatch)
+    with pytest.raises(UserError, match=CAUGHT):
+        convert(checkpoint("smallthinker-21b"), tmp_path / "x.gguf", type="f32", verify=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_silu_taken_for_relu_is_caught(bundled: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
