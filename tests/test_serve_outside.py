@@ -97,6 +97,20 @@ def test_the_chunk_of_the_usage_tells_times_too(server: Running, path: str) -> N
     assert usage["timings"]["predicted_n"] == usage["usage"]["completion_tokens"]
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/completion"])
+def test_no_schema_is_left_out_since_it_is_empty(server: Running, path: str) -> None:
+    """Fields that are false, 0 or empty were taken for absent, and the answer was any text."""
+    body = {"prompt": "The", "max_tokens": 40, "seed": 1}
+    for schema in (False, 0, [], ""):
+        reply = server.post(path, {**body, "json_schema": schema})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "json_schema"), schema
+    free, bound = (server.post(path, {**body, "temperature": 0, **more}).json() for more in ({}, {"json_schema": {}}))
+    text = [str(one.get("content") or one["choices"][0]["text"]).strip() for one in (free, bound)]
+    assert text[0][:1].isalpha()
+    assert text[1][:1] in '{["-0123456789tfn'
+    assert server.post(path, {**body, "json_schema": None, "grammar": ""}).status_code == 200
+
+
 def test_an_item_without_anything_is_none(server: Running) -> None:
     """It was left out without a word."""
     reply = server.post("/v1/responses", {"input": [{"role": "user", "content": "Hi"}, {}], "max_output_tokens": 1})

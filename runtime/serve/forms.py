@@ -16,7 +16,12 @@ def grammar_of(given: Fields) -> Grammar | None:
     """The grammar that a request asks for; None where it asks for none. Raises ApiError for what is wrong or cannot be
     promised: an answer is never less bound than it was asked to be.
     """
-    found = [(field, value) for field in ("grammar", "json_schema", "response_format") if (value := given.get(field))]
+    # An empty schema asks for JSON of any kind; an empty grammar or format asks for nothing, as in llama.cpp's server.
+    found = [
+        (field, given[field])
+        for field in ("grammar", "json_schema", "response_format")
+        if given.get(field) or (field == "json_schema" and field in given)
+    ]
     if "response_format" in given and given["response_format"].get("type") == "text":
         found = [(field, value) for field, value in found if field != "response_format"]
     if not found:
