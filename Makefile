@@ -11,7 +11,7 @@ NATIVE := $(wildcard runtime/native/*)
 # As in pyproject.toml. Installed before the package, so that its wheel (about 6 minutes on two cores) is built once and then comes from pip's cache.
 LLAMA_CPP := $(shell sed -n 's/^requires = .*"\(llama-cpp-python==[0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: chat serve setup test test-kernels test-kill test-vulkan sanitize fuzz fuzz-sanitized soak outside check check-ports docs bench bench-avx2 clean
+.PHONY: chat serve setup test test-kernels test-kill test-vulkan sanitize fuzz fuzz-sanitized soak outside check check-ports docs bench bench-avx2 bench-serve clean
 
 chat: $(MODEL)
 	@$(PY) -m runtime chat $(MODEL)
@@ -130,6 +130,11 @@ bench: $(MODEL)
 # The same as a CPU runs it that has AVX2 and nothing newer. The first call compiles llama.cpp for it: some 10 minutes.
 bench-avx2: $(MODEL)
 	@PYTHON="$(PY)" LLAMA_CPP="$(LLAMA_CPP)" bench/avx2.sh bench.decode $(BENCH)
+
+# Many clients at once, beside llama.cpp's server. The first call compiles that one: some 10 minutes. BENCH_SERVE: another shape, and options.
+BENCH_SERVE ?= --shape mistral-7b --layers 8 --clients 1,8 --tokens 96
+bench-serve: $(VENV)/.server
+	$(PY) -m bench.serve $(BENCH_SERVE)
 
 clean:
 	rm -rf $(VENV) build

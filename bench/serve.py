@@ -1,12 +1,12 @@
 """Serving many clients at once: our server in its modes beside llama.cpp's, on the same weights, one after the other.
 
     python -m bench.serve --shape mistral-7b --layers 8 [--clients 1,2,4,8] [--ffn exact,predicted] [--seconds 15]
-    python -m bench.serve MODEL.gguf [--llama-server PATH]
+    python -m bench.serve MODEL.gguf [--twin TWIN.gguf]
 
 A closed loop: each client asks again as soon as its answer is there, with prompts of 16 to 128 tokens in turn and
 answers of `--tokens`. Prints tokens per second of all clients together and of one, the time to the first token and
-between tokens (median and 95th percentile). llama-server is left out where no `--llama-server` says where it is
-(docs/commands/bench.md). The last line is one JSON object.
+between tokens (median and 95th percentile). llama-server of the pinned release is compiled where it is not there yet,
+and left out where it has no file that it can read. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.llama_server import llama_server
 from bench.machine import describe
 from bench.make_model import add_recipe, cached, random_ids, recipe_of
 from bench.tables import console, table
@@ -225,11 +226,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32, help="of an answer")
     parser.add_argument("--seconds", type=float, default=15.0, help="for each number of clients")
     parser.add_argument("--minutes", type=float, default=10.0, help="for all of it")
-    parser.add_argument("--llama-server", type=Path, help="the program to race with")
+    parser.add_argument("--llama-server", type=Path, metavar="PATH", help="another one than the pinned release's")
+    parser.add_argument("--no-llama-server", action="store_true", help="our server alone")
     parser.add_argument("--twin", type=Path, help="the same weights for llama.cpp (of a --shape: made)")
     args = parser.parse_args()
     if (args.model is None) == (args.shape is None):
         raise UserError("expected either a model file or --shape")
+    if args.llama_server and args.no_llama_server:
+        raise UserError("expected either --llama-server or --no-llama-server")
     if args.llama_server and not os.access(args.llama_server, os.X_OK):
         raise UserError(f"`{args.llama_server}`: no program")
     if args.model and args.llama_server and not args.twin:
@@ -237,9 +241,17 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
+def _opponent(args: argparse.Namespace) -> Path | None:
+    """llama.cpp's server, where it is to race and has a file to read."""
+    if args.no_llama_server or (args.model and not args.twin):
+        return None
+    return args.llama_server or llama_server()
+
+
 def main() -> None:
     """Run it."""
     args, results = _arguments(), list[dict[str, Any]]()
+    args.llama_server = _opponent(args)
     model, twin = (args.model, args.twin) if args.model else cached(recipe_of(args))
     try:
         _race(args, model, twin, results)

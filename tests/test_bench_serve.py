@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from serving import running
 
+from bench.llama_server import kept, llama_server
 from bench.serve import Load, measure, served
 from runtime.errors import UserError
 from runtime.model import open_model
@@ -39,3 +41,31 @@ def test_options_that_do_not_fit_are_refused(tiny_gguf: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: --llama-server needs --twin")
+
+
+def test_the_kept_program_is_the_one_that_races(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is of the pinned release, and compiled where it is missing only."""
+    monkeypatch.setenv("LAZYNEURON_CACHE", str(tmp_path))
+    assert f"-{metadata.version('llama-cpp-python')}-" in kept().name
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="cmake is missing"):
+        llama_server()
+    kept().touch()
+    assert llama_server() == kept()
+
+
+def test_a_build_that_fails_is_one_line_and_leaves_nothing_but_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAZYNEURON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    cmake = tmp_path / "bin/cmake"
+    cmake.parent.mkdir()
+    cmake.write_text("#!/bin/sh\n")
+    cmake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(cmake.parent))
+    with pytest.raises(UserError, match=r"pip .* failed: ERROR: No matching distribution") as failed:
+        llama_server()
+    log = kept().with_name(f"{kept().name}.log")
+    assert failed.value.hint == f"see {log}"
+    assert list(log.parent.iterdir()) == [log]
