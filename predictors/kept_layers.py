@@ -57,13 +57,24 @@ class KeptLayers:
     def keep(self, i: int, done: list[int], layer: Any, hidden: Floats) -> None:
         """Keep block `i`, and the hidden states after it, float32. done: all blocks that are kept, `i` among them."""
         self.folder.mkdir(exist_ok=True)
-        with naming(self.folder):
-            self._write(f"layer-{i}", layer)
-            self._write(
-                _HIDDEN,
-                {"layers": done, "next": i + 1, "shape": hidden.shape},
-                np.ascontiguousarray(hidden).reshape(-1).view(np.uint8).data,
-            )
+        try:
+            with naming(self.folder):
+                self._write(f"layer-{i}", layer)
+                self._write(
+                    _HIDDEN,
+                    {"layers": done, "next": i + 1, "shape": hidden.shape},
+                    np.ascontiguousarray(hidden).reshape(-1).view(np.uint8).data,
+                )
+        except BaseException:  # a full disk, an interrupt
+            self._forget_halves()
+            raise
+
+    def _forget_halves(self) -> None:
+        """Remove what is of no use to another run: files that are not whole, and layers without hidden states."""
+        if not (self.folder / _HIDDEN).exists():
+            self.forget()
+        for path in self.folder.glob("*.new"):
+            path.unlink(missing_ok=True)
 
     def forget(self) -> None:
         """Remove all of them."""

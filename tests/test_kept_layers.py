@@ -142,3 +142,28 @@ def test_layers_of_another_fit_are_not_used(four: Path, tmp_path: Path) -> None:
     assert again.stdout.splitlines()[0] == "[0, 1, 2, 3]", again.stderr
     assert again.stdout.count("were not used: they are of another model, text, or other options") == 1
     assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("earlier", [0, 1])
+@pytest.mark.parametrize("at", ["layer", "hidden"])
+def test_halves_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: int, at: str) -> None:
+    """An interrupt while a layer is kept leaves the earlier ones, or nothing."""
+    (model := tmp_path / "m").write_bytes(b"model")
+    layers, hidden = KeptLayers(tmp_path / "kept"), np.zeros((2, 3), np.float32)
+    layers.load(model, {})
+    for i in range(earlier):
+        layers.keep(i, list(range(i + 1)), "layer", hidden)
+    replace = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if target.name.startswith(at):
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        layers.keep(earlier, list(range(earlier + 1)), "layer", hidden)
+    monkeypatch.undo()
+    assert not list(tmp_path.glob("kept/*.new"))
+    assert layers.folder.exists() == bool(earlier)
+    assert KeptLayers(layers.folder).load(model, {})[:2] == (["layer"] * earlier, earlier)
