@@ -12,7 +12,6 @@ and without; what lies between is the calibration's, by layer. Then what each pa
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -156,8 +155,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="number of blocks (default: 4)")
     parser.add_argument("--type", dest="type_name", default="q4_0", help="format of the matrices (default: q4_0)")
     parser.add_argument("--tokens", type=int, help="of calibration (default: as `python -m convert`)")
-    parser.add_argument("--width", type=int, default=4096, help=argparse.SUPPRESS)
-    parser.add_argument("--neurons", type=int, default=14336, help=argparse.SUPPRESS)
+    parser.add_argument("--width", type=int, default=4096, help="elements of a hidden state (default: 4096)")
+    parser.add_argument("--neurons", type=int, default=14336, help="of an FFN, or of an expert (default: 14336)")
     parser.add_argument("--experts", type=int, default=0, help="experts of a mixture (default: 0, no mixture)")
     parser.add_argument("--used", type=int, default=4, help="how many of them a token uses (default: 4)")
     result = measure(**vars(parser.parse_args()))
