@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime.compute.traffic import Activity, Traffic, bytes_per_token
-from runtime.model_file.frequencies import fired_share
+from runtime.model_file.frequencies import are_stored, fired_share
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import ARCHITECTURE
 
@@ -26,7 +26,7 @@ class Sparsity:
 
 def sparsity_of(file: GgufFile) -> Sparsity:
     """What an open file says of how many neurons fire."""
-    if file.structure.neuron_order != "hot":
+    if not are_stored(file):
         return Sparsity(False, None, None)
     fired = {i: fired_share(file, i) for i in file.structure.ffns}
     shares = [fired.get(i, 0.0) for i in range(file.structure.block_count)]

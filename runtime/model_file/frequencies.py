@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from runtime.bindings.ffn_shape import FfnShape
 from runtime.model_file import tensor_names as n
 from runtime.model_file.reader import GgufFile
 
@@ -20,11 +21,22 @@ def frequencies(file: GgufFile, i: int) -> Doubles:
     ffn = file.structure.blocks[i].ffn
     if ffn is None or file.structure.neuron_order != "hot":
         return np.ones(ffn.n_ff if ffn else 0)
+    return _stored(file, i, ffn)
+
+
+def _stored(file: GgufFile, i: int, ffn: FfnShape) -> Doubles:
     fired = _floats(file, n.in_block(i, n.stems(ffn).freq))
     if not ffn.experts:
         return fired
     chosen = _floats(file, n.in_block(i, n.EXPERT_FREQ))
     return (fired.reshape(ffn.experts.count, -1) * chosen[:, None]).reshape(-1)
+
+
+def are_stored(file: GgufFile) -> bool:
+    """Whether a file says how often the neurons of each block fire, whatever their order."""
+    wanted = [n.in_block(i, n.stems(ffn).freq) for i, ffn in file.structure.ffns.items()]
+    wanted += [n.in_block(i, n.EXPERT_FREQ) for i, ffn in file.structure.ffns.items() if ffn.experts]
+    return all(name in file.tensors and file.tensors[name].type == "f32" for name in wanted)
 
 
 def by_rank(file: GgufFile, i: int) -> Doubles:
@@ -41,9 +53,11 @@ def by_rank(file: GgufFile, i: int) -> Doubles:
 
 
 def fired_share(file: GgufFile, i: int) -> float:
-    """Of the neurons that a token may use in block `i`, which has an FFN, the share that fires, on average."""
+    """Of the neurons that a token may use in block `i`, which has an FFN, the share that fires, on average; of a file
+    whose frequencies `are_stored`.
+    """
     ffn = file.structure.ffns[i]
-    return min(1.0, float(frequencies(file, i).sum()) / ffn.n_reached)
+    return float(np.clip(_stored(file, i, ffn).sum() / ffn.n_reached, 0, 1))
 
 
 def _floats(file: GgufFile, name: str) -> Doubles:
