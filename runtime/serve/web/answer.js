@@ -18,7 +18,7 @@ export async function answer(messages, props, signal, told) {
     const choice = event.choices?.[0];
     const piece = choice?.delta?.content ?? choice?.text ?? "";
     reason = choice?.finish_reason ?? reason;
-    if (event.timings) exact = final(event);
+    if (event.timings && event.lazyneuron) exact = final(event); // the chunk with the usage has times alone
     else if (choice && event.lazyneuron) {
       first ||= performance.now();
       add(sums, event.lazyneuron);
