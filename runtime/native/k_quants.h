@@ -1,5 +1,4 @@
-// What the kernels for q4_K, q5_K and q6_K share: blocks of 256 weights as ggml lays them out, and activations as the
-// products want them.
+// What the kernels for q4_K, q5_K and q6_K share: activations of blocks of 256 weights as the products want them.
 //
 // Weights stay unsigned bytes in every product, 0 to 15, 31 or 63; what is to be taken off is the same for a whole run
 // of 32 or 16 weights and enters once for all of them.
@@ -10,30 +9,6 @@
 namespace {
 
 constexpr int64_t K_COLUMNS = 256;
-
-struct block_q4_K {
-    uint16_t d, dmin;
-    uint8_t scales[12];  // eight scales and eight minima of 6 bits
-    uint8_t qs[128];     // of 64 columns the first 32 in the low nibbles, the others in the high ones
-};
-struct block_q5_K {
-    uint16_t d, dmin;
-    uint8_t scales[12];  // as in q4_K
-    uint8_t qh[32];      // bit j: of 32 columns, eighth j of the block
-    uint8_t qs[128];     // the low nibbles as in q4_K
-};
-struct block_q6_K {
-    uint8_t ql[128];     // of 128 columns the first 64 in the low nibbles, the others in the high ones
-    uint8_t qh[64];      // of 128 columns four times 32, two bits each
-    int8_t scales[16];
-    uint16_t d;
-};
-struct block_q8_K {
-    float d;
-    int8_t qs[256];
-    int16_t bsums[16];   // of 16 values each
-};
-static_assert(sizeof(block_q4_K) == 144 && sizeof(block_q5_K) == 176 && sizeof(block_q6_K) == 210 && sizeof(block_q8_K) == 292, "as in ggml");
 
 // x of one block: values in the order in which Rows::bytes gives the weights, and their sums by scale.
 struct alignas(64) k_x {

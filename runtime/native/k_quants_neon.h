@@ -5,24 +5,6 @@
 
 namespace {
 
-struct block_q4_K {
-    uint16_t d, dmin;
-    uint8_t scales[12];  // eight scales and eight minima of 6 bits
-    uint8_t qs[128];     // of 64 columns the first 32 in the low nibbles, the others in the high ones
-};
-struct block_q6_K {
-    uint8_t ql[128];     // of 128 columns the first 64 in the low nibbles, the others in the high ones
-    uint8_t qh[64];      // of 128 columns four times 32, two bits each
-    int8_t scales[16];
-    uint16_t d;
-};
-struct block_q8_K {
-    float d;
-    int8_t qs[256];
-    int16_t bsums[16];   // of 16 values each
-};
-static_assert(sizeof(block_q4_K) == 144 && sizeof(block_q6_K) == 210 && sizeof(block_q8_K) == 292, "as in ggml");
-
 constexpr int K_COLUMNS = 256;
 
 // Each of the two says, of run r of 16 weights: their values, w = scale[r] * value - minus[r], in units of d.

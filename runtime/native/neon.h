@@ -1,4 +1,4 @@
-// What all kernels for aarch64 share: blocks as ggml lays them out, prefetching, and the two forms of products.
+// What all kernels for aarch64 share: prefetching, and the two forms of products.
 #pragma once
 
 #include <arm_neon.h>
@@ -7,22 +7,14 @@
 #include <cstring>
 
 #include "ggml.h"
+#include "ggml_blocks.h"
 #include "kernels.h"
 
 namespace {
 
 using lzn::row_kernels;
 
-struct block_q4_0 {
-    uint16_t d;
-    uint8_t qs[16];
-};
-struct block_q8_0 {
-    uint16_t d;
-    int8_t qs[32];
-};
 static_assert(lzn::DOT_ROWS == 4 && lzn::DOT_TOKENS == 4, "as `dots` and `dots_tokens` have cases");
-static_assert(sizeof(block_q4_0) == 18 && sizeof(block_q8_0) == 34, "as in ggml");
 
 constexpr int BLOCK = 32;
 constexpr int WIDTH = 4;

@@ -1,4 +1,4 @@
-// What all x86-64 kernels share: vectors as wide as the variant has them, blocks as ggml lays them out, prefetching.
+// What all x86-64 kernels share: vectors as wide as the variant has them, prefetching.
 #pragma once
 
 #include <immintrin.h>
@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "ggml.h"
+#include "ggml_blocks.h"
 #include "kernels.h"
 
 namespace {
@@ -14,36 +15,7 @@ namespace {
 using lzn::AXPY_ROWS;
 using lzn::row_kernels;
 
-struct block_q4_0 {
-    uint16_t d;
-    uint8_t qs[16];
-};
-struct block_q8_0 {
-    uint16_t d;
-    int8_t qs[32];
-};
-struct block_q8_1 {
-    uint16_t d, s;  // s: what ggml uses for its own products
-    int8_t qs[32];
-};
-struct block_q4_1 {
-    uint16_t d, m;
-    uint8_t qs[16];
-};
-struct block_q5_0 {
-    uint16_t d;
-    uint8_t qh[4];  // bit i: the fifth of weight i
-    uint8_t qs[16];
-};
-struct block_q5_1 {
-    uint16_t d, m;
-    uint8_t qh[4];
-    uint8_t qs[16];
-};
-using block_iq4_nl = block_q4_0;
 static_assert(lzn::DOT_ROWS == 4 && lzn::DOT_TOKENS == 4, "as `dots` and `dots_tokens` have cases");
-static_assert(sizeof(block_q4_0) == 18 && sizeof(block_q8_0) == 34 && sizeof(block_q8_1) == 36, "as in ggml");
-static_assert(sizeof(block_q4_1) == 20 && sizeof(block_q5_0) == 22 && sizeof(block_q5_1) == 24, "as in ggml");
 
 constexpr int BLOCK = 32;
 
