@@ -35,13 +35,7 @@ async def completions(front: Front, request: Request) -> Response | ASGIApp:
     name = request.scope["state"]["id"]
     prompts, jobs = await front.prepare(lambda: _jobs(front, given, name))
     n = given.get("n", 1)
-    tickets: list[Ticket] = []
-    try:
-        for job in jobs:
-            tickets += front.submit(job, n)
-    except BaseException:
-        cancel(tickets)
-        raise
+    tickets = front.submit_all(jobs, n)
     form = TextForm(front, given, [prompt for prompt in prompts for _ in range(n)], request.scope["state"]["log"])
     if given.get("stream"):
         return EventStream(_events(form, tickets), front.settings.ping)

@@ -110,6 +110,17 @@ class Front:
         seeds = [(seed + i) % 0xFFFFFFFF for i in range(n)]
         return self.service.submit(*(replace(job, sampling=replace(job.sampling, seed=s)) for s in seeds))
 
+    def submit_all(self, jobs: Sequence[Job], n: int = 1) -> list[Ticket]:
+        """`n` answers to each of several prompts, in order; where one cannot wait, none does."""
+        tickets: list[Ticket] = []
+        try:
+            for job in jobs:
+                tickets += self.submit(job, n)
+        except BaseException:
+            cancel(tickets)
+            raise
+        return tickets
+
     async def collect(self, tickets: Sequence[Ticket], receive: Receive) -> list[Collected]:
         """The answers when all have ended. Raises UserError where one fails, ClientGoneError where the client leaves:
         none is computed any further then.

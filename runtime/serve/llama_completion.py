@@ -33,13 +33,7 @@ async def completion(front: Front, request: Request) -> Response | ASGIApp:
     front.check_model(given.get("model"))
     state, n = request.scope["state"], given.get("n", 1)
     jobs = await front.prepare(lambda: _jobs(front, given, state["id"]))
-    tickets: list[Ticket] = []
-    try:
-        for job in jobs:
-            tickets += front.submit(job, n)
-    except BaseException:
-        cancel(tickets)
-        raise
+    tickets = front.submit_all(jobs, n)
     form = _Form(front, given, [job for job in jobs for _ in range(n)], state["log"])
     if given.get("stream"):
         return EventStream(_events(form, tickets), front.settings.ping)
