@@ -138,8 +138,8 @@ def scratch_of(s: Structure, options: PlanOptions) -> int:
 
 
 def _widest(s: Structure) -> tuple[int, int]:
-    """The most neurons of a block, and the longest queries of one."""
-    return max(ffn.expert_length for ffn in s.ffns.values()), max(a.query_length for a in s.attentions.values())
+    """The most neurons that a token may use in a block, and the longest queries of one."""
+    return max(ffn.n_reached for ffn in s.ffns.values()), max(a.query_length for a in s.attentions.values())
 
 
 def model_costs(file: GgufFile, options: PlanOptions) -> tuple[list[BlockCosts], int]:
