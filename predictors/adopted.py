@@ -13,14 +13,7 @@ import numpy as np
 from predictors import calibration_text
 from predictors.calibrate import LayerSamples, all_test, calibrate
 from predictors.evaluate import layer_figures
-from predictors.fit import (
-    BlockFit,
-    ModelFit,
-    calibration_windows,
-    fit_metadata,
-    frequency,
-    of_blocks,
-)
+from predictors.fit import BlockFit, ModelFit, calibration_windows, fit_metadata, frequency, of_blocks
 from predictors.hot_order import as_it_is, hottest_first
 from predictors.margins import scale_of
 from predictors.matrices import Floats

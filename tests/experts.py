@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from checkpoints import STD, TOKENIZER, VOCAB_SIZE
-from unequal import Doubles
+from unequal import HEAD, WIDTH, Doubles, attended
 
-WIDTH, HEAD, HEADS, HEADS_KV, FF = 96, 16, 6, 2, 64
+HEADS, HEADS_KV, FF = 6, 2, 64
 EPSILON, BASE = 1e-6, 10000.0
 STRETCHED: dict[str, Any] = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -174,14 +174,7 @@ class _Reference:
         q, k, v = ((x @ self.weights[f"{at}self_attn.{part}_proj.weight"].T).reshape(n, -1, HEAD) for part in "qkv")
         if self.model.rotates[i]:
             q, k = self.rotated(q), self.rotated(k)
-        mixed = np.empty_like(q)
-        for head in range(HEADS):
-            shared = head // (HEADS // HEADS_KV)
-            for t in range(n):
-                first = max(0, t + 1 - self.model.window) if self.model.windowed[i] else 0
-                scores = k[first : t + 1, shared] @ q[t, head] / np.sqrt(HEAD)
-                weights = np.exp(scores - scores.max())
-                mixed[t, head] = weights / weights.sum() @ v[first : t + 1, shared]
+        mixed = attended(q, k, v, self.model.window if self.model.windowed[i] else 0)
         return mixed.reshape(n, -1) @ self.weights[f"{at}self_attn.o_proj.weight"].T
 
 

@@ -22,6 +22,31 @@ def transformers_logits(checkpoint: Path, ids: list[int], **config: Any) -> Logi
     return logits
 
 
+def llama_logits(path: Path, ids: list[int]) -> Logits:
+    """float32 [len(ids), n_vocab], keys and values in F32."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(
+        str(path), n_ctx=len(ids), n_batch=512, logits_all=True, type_k=0, type_v=0, n_threads=2, verbose=True
+    )
+    try:
+        model.eval(ids)
+        return np.array(model.scores[: len(ids)])
+    finally:
+        model.close()
+
+
+def mode_errors(path: Path, ids: list[int]) -> tuple[float, float]:
+    """How far `exact` is from `dense`, and `predicted` from `exact`, relative."""
+    import runtime
+
+    logits = {}
+    for ffn in ("dense", "exact", "predicted"):
+        with runtime.load(path, ffn=ffn, threads=2, n_ctx=64) as model:
+            logits[ffn] = model.logits(ids)
+    return relative(logits["dense"], logits["exact"]), relative(logits["exact"], logits["predicted"])
+
+
 def random_ids(n: int, n_vocab: int, seed: int = 0) -> list[int]:
     return [1, *np.random.default_rng(seed).integers(3, n_vocab, n - 1).tolist()]
 

@@ -67,6 +67,7 @@ class Terminal:
         self._stream = pyte.ByteStream(self.screen)
         self.raw = b""
         self._seen = self._raw_seen = 0  # how much of either was expected already
+        self._last = ("", 0)  # what was expected last, and where it began
         program, *arguments = map(str, command)
         unset = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES")
         values = {name: value for name, value in os.environ.items() if name not in unset}
@@ -83,6 +84,7 @@ class Terminal:
         until = time.monotonic() + seconds
         while not (found := re.search(pattern, self.screen.text()[self._seen :])):
             assert self._read(until), f"no {pattern!r} in\n{self.screen.text()}"
+        self._last = (pattern, self._seen + found.start())
         # What is below the line that is typed may go away again.
         self._seen = min(self._seen + found.end(), self.screen.start_of_line())
         return found.string[: found.end()]
@@ -99,6 +101,8 @@ class Terminal:
         until = time.monotonic() + seconds
         while text in self.screen.text():
             assert self._read(until), f"still {text!r} in\n{self.screen.text()}"
+        if self._last[0] == text:  # what comes in its place begins where it stood
+            self._seen = min(self._seen, self._last[1])
 
     def expect_cursor(self, column: int, seconds: float = 200) -> None:
         """Wait until the cursor stands in a column, counted from 0: it wanders while a line is drawn."""

@@ -158,15 +158,19 @@ class _Reference:
         q, k, v = (self.linear(x, f"{at}self_attn.{part}_proj").reshape(n, -1, HEAD) for part in "qkv")
         if block.rope:
             q, k = rotated(q), rotated(k)
-        mixed = np.empty_like(q)
-        for head in range(block.heads):
-            shared = head // (block.heads // block.heads_kv)
-            for t in range(n):
-                seen = slice(max(0, t + 1 - WINDOW) if block.window else 0, t + 1)
-                scores = k[seen, shared] @ q[t, head] / np.sqrt(HEAD)
-                weights = np.exp(scores - scores.max())
-                mixed[t, head] = weights / weights.sum() @ v[seen, shared]
+        mixed = attended(q, k, v, WINDOW if block.window else 0)
         return self.linear(mixed.reshape(n, -1), f"{at}self_attn.o_proj")
+
+
+def attended(q: Doubles, k: Doubles, v: Doubles, window: int) -> Doubles:
+    """Causal attention of q [n_tokens, n_heads, HEAD] over as many k and v, of fewer heads; window: 0 for none."""
+    mixed, group = np.empty_like(q), q.shape[1] // k.shape[1]
+    for t, head in np.ndindex(q.shape[:2]):
+        seen = slice(max(0, t + 1 - window) if window else 0, t + 1)
+        scores = k[seen, head // group] @ q[t, head] / np.sqrt(HEAD)
+        weights = np.exp(scores - scores.max())
+        mixed[t, head] = weights / weights.sum() @ v[seen, head // group]
+    return mixed
 
 
 def rotated(x: Doubles) -> Doubles:
