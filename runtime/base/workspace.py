@@ -10,10 +10,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 import stat
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,20 +106,18 @@ def workspace(target: Path, name: Path) -> Iterator[Workspace]:
     thread) writes to the same target, and OSError where the folder cannot be written.
     """
     absolute = Path(os.path.abspath(target))  # noqa: PTH100 - resolve() would follow links
-    folder, lock = _folder_of(absolute), _NONE
+    hold = _Hold(absolute)
     try:
-        with _placing(absolute, name, folder):
-            folder, lock = _hold(folder, name)
-        with _placing(absolute, name, folder):
-            _empty(folder, absolute)
-            yield Workspace(folder, absolute)
+        try:
+            with _placing(absolute, name, hold.folder):
+                hold.take(name)
+            with _placing(absolute, name, hold.folder):
+                _empty(hold.folder, absolute)
+                yield Workspace(hold.folder, absolute)
+        finally:
+            hold.release()
     finally:
-        if lock == _NONE:  # refused, or interrupted on the way
-            _discard(folder, absolute)
-        else:
-            if folder != _folder_of(absolute):  # where no other run will look
-                shutil.rmtree(folder / _KEPT, ignore_errors=True)
-            _remove(folder, absolute, lock)
+        hold.release()  # an interrupt may have come on the way into the first, or within it
 
 
 def kept_for(target: Path) -> Path:
@@ -132,48 +130,89 @@ def _folder_of(target: Path) -> Path:
     return target.with_name(f".lazyneuron-{digest}")
 
 
-def _hold(folder: Path, name: Path) -> tuple[Path, int]:
-    """Make the folder and lock it; returns its path and the lock's descriptor.
+class _Hold:
+    """A target's folder, held by the lock in it.
 
-    One with a name of its own, which nobody else will ever remove, where the folder is another user's or the file
-    system has no locks.
+    The lock's descriptor is stored before it is locked, and `release` may be called again, so that an interrupt at any
+    moment leaves nothing behind.
     """
-    while True:
-        try:
-            with suppress(FileExistsError):
-                folder.mkdir(0o700)
-            if not _is_own(folder):
-                return _make_another(folder)
-            lock = _open_lock(folder)
-        except FileNotFoundError:
-            if not folder.parent.is_dir():
-                raise
-            continue  # whoever held the folder has just removed it
-        try:
-            held = _try_lock(lock)
-            if held and _is_still(lock, folder / _LOCK):
-                return folder, lock
-        except BaseException:
+
+    def __init__(self, target: Path) -> None:
+        self.folder = _folder_of(target)
+        self._target = target
+        self._lock = _NONE
+        self._released = False
+
+    def take(self, name: Path) -> None:
+        """Make the folder and lock it.
+
+        It becomes one with a name of its own, which nobody else will ever remove, where the folder is another user's or
+        the file system has no locks.
+        """
+        while True:
+            try:
+                with suppress(FileExistsError):
+                    self.folder.mkdir(0o700)
+                if not _is_own(self.folder):
+                    return self._make_another()
+                self._lock = _open_lock(self.folder)
+            except FileNotFoundError:
+                if not self.folder.parent.is_dir():
+                    raise
+                continue  # whoever held the folder has just removed it
+            held = _try_lock(self._lock)
+            if held and _is_still(self._lock, self.folder / _LOCK):
+                return None
+            self._close()
+            if held is None:
+                (self.folder / _LOCK).unlink(missing_ok=True)
+                _rmdir(self.folder)
+                return self._make_another()
+            if not held:
+                raise UserError(
+                    f"`{name}`: another process is writing it", "wait until it is done, or choose another name"
+                )
+
+    def release(self) -> None:
+        """Remove the folder where it is ours, or nobody's."""
+        if self._released:
+            return
+        if self._lock == _NONE:  # refused, or interrupted on the way
+            with suppress(OSError):
+                if _is_own(self.folder):
+                    self._lock = os.open(self.folder / _LOCK, os.O_RDWR)
+        # The one who held it may have gone since, and the folder be another run's, with a lock file of its own.
+        if self._lock != _NONE and _try_lock(self._lock) is not False and _is_still(self._lock, self.folder / _LOCK):
+            self._clear()
+        self._close()
+        _rmdir(self.folder)
+        self._released = True
+
+    def _make_another(self) -> None:
+        self.folder = self.folder.with_name(f"{self.folder.name}-{secrets.token_hex(8)}")
+        self.folder.mkdir(0o700)
+        self._lock = _open_lock(self.folder)
+
+    def _clear(self) -> None:
+        """Remove all that the lock protects, then its file; the folder goes last, as NFS keeps a file until it is
+        closed.
+        """
+        if self.folder != _folder_of(self._target):  # where no other run will look
+            shutil.rmtree(self.folder / _KEPT, ignore_errors=True)
+        with suppress(OSError):  # what cannot be removed now, the next run removes
+            _empty(self.folder, self._target)
+            (self.folder / _LOCK).unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        lock, self._lock = self._lock, _NONE
+        if lock != _NONE:
             os.close(lock)
-            raise
-        os.close(lock)
-        if held is None:
-            (folder / _LOCK).unlink(missing_ok=True)
-            _rmdir(folder)
-            return _make_another(folder)
-        if not held:
-            raise UserError(f"`{name}`: another process is writing it", "wait until it is done, or choose another name")
 
 
 def _is_own(folder: Path) -> bool:
     """Whether it is a folder of this user, and not a link that somebody has put there."""
     found = folder.lstat()
     return stat.S_ISDIR(found.st_mode) and (os.name == "nt" or found.st_uid == os.geteuid())
-
-
-def _make_another(folder: Path) -> tuple[Path, int]:
-    made = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
-    return made, _open_lock(made)
 
 
 def _open_lock(folder: Path) -> int:
@@ -195,44 +234,6 @@ def _is_still(descriptor: int, path: Path) -> bool:
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), path.stat())
     return False
-
-
-def _discard(folder: Path, target: Path) -> None:
-    """Remove a folder of ours that nobody writes to."""
-    with suppress(OSError):
-        if _is_own(folder):
-            lock = os.open(folder / _LOCK, os.O_RDWR)
-            # The one who held it may have gone since, and the folder be another run's, with a lock file of its own.
-            if _try_lock(lock) and _is_still(lock, folder / _LOCK):
-                _remove(folder, target, lock)
-            else:
-                os.close(lock)
-    _rmdir(folder)
-
-
-def _remove(folder: Path, target: Path, lock: int) -> None:
-    """The lock goes after all that it protects, and the folder last: NFS keeps a file until it is closed."""
-    try:
-        _surely(lambda: _clear(folder, target))
-    finally:
-        try:
-            os.close(lock)
-        finally:
-            _surely(lambda: _rmdir(folder))
-
-
-def _surely(action: Callable[[], None]) -> None:
-    try:
-        action()
-    except BaseException:  # an interrupt
-        action()
-        raise
-
-
-def _clear(folder: Path, target: Path) -> None:
-    with suppress(OSError):  # what cannot be removed now, the next run removes
-        _empty(folder, target)
-        (folder / _LOCK).unlink(missing_ok=True)
 
 
 def _rmdir(folder: Path) -> None:
