@@ -75,6 +75,12 @@ PRE_TOKENIZER_JSON = {
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     ),
+    "dbrx": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
     "qwen2": pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(QWEN2), "isolated"),

@@ -43,7 +43,9 @@ _BYTES_ONLY = ("ByteLevel",)
 
 PRE_TOKENIZERS = (
     PreTokenizer("gpt-2", (_BYTE_LEVEL,)),
+    # libllama has it under several names, such as `pixtral` for Nemotron-H and Nemotron 3: they are one.
     PreTokenizer("llama-bpe", (("Split", _LLAMA3), _BYTES_ONLY), ignore_merges=True),
+    PreTokenizer("dbrx", (("Split", _LLAMA3), _BYTES_ONLY)),
     # libllama composes nothing: the runtime does, where the file says so.
     PreTokenizer("qwen2", (("Split", _QWEN2), _BYTES_ONLY), normalizers=(None, "NFC")),
     PreTokenizer("jais-2", (("Split", _JAIS2), _BYTES_ONLY)),
