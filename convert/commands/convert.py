@@ -10,6 +10,7 @@ from typing import Any
 
 from convert.arch import Generated
 from convert.catalogue import catalogue
+from convert.commands.measure import print_measured
 from convert.formats import TYPES
 from convert.job import Report, convert
 from convert.plan import MadeTensor, Origin
@@ -21,6 +22,7 @@ from runtime.base.atomic import place_of
 from runtime.base.figures import share
 from runtime.base.workspace import kept_for
 from runtime.cli.completion import chosen_from, completed
+from runtime.cli.firing import add_plot
 from runtime.cli.options import add_json, count
 from runtime.cli.output import console, new_table, note, print_json
 from runtime.cli.parser import Parser
@@ -37,7 +39,10 @@ def configure_parser(parser: Parser) -> None:
     source = "a folder with a checkpoint, a Hub id, a name that --list shows, or a *.powerinfer.gguf file"
     completed(parser.add_argument("source", metavar="SOURCE", nargs="?", help=source), ".powerinfer.gguf", _sources)
     out = parser.add_argument(
-        "out", metavar="OUT.gguf", nargs="?", help="the file to write (not needed with --dry-run)"
+        "out",
+        metavar="OUT.gguf",
+        nargs="?",
+        help="the file to write (not needed with --dry-run and --measure-sparsity)",
     )
     completed(out, ".gguf")
     matrices = parser.add_argument("--type", help=f"format of the matrices: {', '.join(TYPES)} (default f16)")
@@ -65,6 +70,13 @@ def configure_parser(parser: Parser) -> None:
         action="store_true",
         help="compare logits with transformers or the checkpoint itself; a wrong file is not kept",
     )
+    parser.add_argument(
+        "--measure-sparsity",
+        action="store_true",
+        help="write no model: run the checkpoint on the calibration text, layer by layer, and print how many neurons "
+        "fire",
+    )
+    add_plot(parser, "with --measure-sparsity: ")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--force", action="store_true", help="replace OUT.gguf if it exists")
     add_json(parser)
@@ -98,12 +110,21 @@ def convert_source(
     out: str | None,
     as_json: bool = False,
     known: bool = False,
+    measure_sparsity: bool = False,
+    plot: Path | None = None,
     **options: Any,
 ) -> None:
     """Convert a Hugging Face ReLU checkpoint or a PowerInfer file to one GGUF file for lazyneuron."""
     if known:
         _print_catalogue(as_json)
         return
+    if measure_sparsity:
+        print_measured(source, out, plot, as_json, options)
+        return
+    if plot is not None:
+        raise UserError(
+            "--plot: expected --measure-sparsity with it", "of a converted file: python -m runtime sparsity"
+        )
     if source is None or (out is None and not options["dry_run"]):
         raise UserError(
             f"{'SOURCE' if source is None else 'OUT.gguf'} is missing", "python -m convert --help lists the options"

@@ -33,7 +33,7 @@ class NumpyModel:
     def logits(self, ids: Sequence[int]) -> Floats:
         """Logits at every position, float32 [len(ids), n_vocab]."""
         s = self.s
-        x = self._embeddings(ids)
+        x = self.embeddings(ids)
         for i in range(s.block_count):
             x = self._block(x, i)
         if s.output_norm:
@@ -54,6 +54,15 @@ class NumpyModel:
         assert isinstance(tensor.source, Source)
         with read(self._checkpoint, tensor.source) as stored:
             return np.asarray(tensor.rewrite.rows(stored, start, stop), np.float32)
+
+    def _picked(self, name: str, ids: Sequence[int] | npt.NDArray[np.int32]) -> Floats:
+        """The rows `ids` of a tensor of the checkpoint: [len(ids), n_in]."""
+        tensor = self._tensors[name]
+        assert isinstance(tensor.source, Source)
+        distinct, places = np.unique(np.asarray(ids), return_inverse=True)
+        with read(self._checkpoint, tensor.source) as stored:
+            rows = [np.asarray(tensor.rewrite.rows(stored, i, i + 1), np.float32) for i in distinct.tolist()]
+        return np.concatenate(rows)[places]
 
     def _tensor(self, name: str) -> Floats:
         return self._rows(name, 0, self._tensors[name].rows)
@@ -76,9 +85,10 @@ class NumpyModel:
 
     # --- a model, from its two ends to the middle --------------------------------------------------------------------
 
-    def _embeddings(self, ids: Sequence[int]) -> Floats:
+    def embeddings(self, ids: Sequence[int] | npt.NDArray[np.int32]) -> Floats:
+        """Hidden states before the first block, float32 [len(ids), n_embd]."""
         s = self.s
-        x = np.concatenate([self._rows("token_embd.weight", i, i + 1) for i in ids]) * np.float32(s.embedding_scale)
+        x = self._picked("token_embd.weight", ids) * np.float32(s.embedding_scale)
         if s.projected:
             x = self._linear(x, "token_embd_proj")
         if s.position == "learned":

@@ -92,7 +92,12 @@ def expert_use(file: GgufFile, i: int) -> ExpertUse | None:
     ffn = file.structure.blocks[i].ffn
     if ffn is None or not ffn.experts or file.structure.neuron_order != "hot":
         return None
-    chosen = np.sort(file.read(in_block(i, EXPERT_FREQ)).view(np.float32))[::-1]
+    return use_of(file.read(in_block(i, EXPERT_FREQ)).view(np.float32))
+
+
+def use_of(frequency: Frequencies) -> ExpertUse:
+    """How unevenly experts are chosen. frequency: of each, the share of the tokens that choose it, in any order."""
+    chosen = np.sort(frequency)[::-1]
     return ExpertUse(float(chosen[0]), float(chosen[-1]), _hot_share(chosen))
 
 

@@ -6,6 +6,7 @@ The layout of the file is the `gguf` package's work.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -47,6 +48,19 @@ class NewTensor:
         written = sum(file.write(piece.data) for piece in self.pieces)
         if written != self.nbytes:
             raise AssertionError(f"{self.name}: {written} bytes written, {self.nbytes} announced")
+
+
+@dataclass(frozen=True)
+class Hole(NewTensor):
+    """A tensor whose bytes are not written: its place is skipped, and takes no room on file systems that know holes.
+    It reads as zeros.
+    """
+
+    def tofile(self, file: IO[bytes]) -> None:
+        """Go to the tensor's end, and be there: the file may end with it."""
+        if self.nbytes:
+            file.seek(self.nbytes - 1, os.SEEK_CUR)
+            file.write(b"\0")
 
 
 @dataclass(frozen=True)
