@@ -94,12 +94,19 @@ class Rows:
         return self.vectors.get(name.split(".", 2)[2])
 
 
-def made_up_layer(gate: Array, gate_bias: Array, n_tokens: int, rng: np.random.Generator) -> LayerSamples:
-    """A gated layer on Gaussian inputs, `n_tokens` to fit on and as many to validate and to test. gate: [n_ff, n_embd]."""
+def made_up_layer(
+    gate: Array, gate_bias: Array, n_tokens: int, rng: np.random.Generator, ungated: str = ""
+) -> LayerSamples:
+    """A layer on Gaussian inputs, `n_tokens` to fit on and as many to validate and to test. gate: [n_ff, n_embd].
+
+    Gated, with a ReLU; or, `ungated` with this activation, with the rows `gate` as those that decide and are activated.
+    """
     n_ff, n_embd = gate.shape
-    s = structure(n_embd, n_ff, True, "relu", bias=True)
+    s = structure(n_embd, n_ff, not ungated, ungated or "relu", bias=True)
     matrices = {"ffn_gate": gate, "ffn_up": rng.normal(size=gate.shape), "ffn_down_t": rng.normal(size=gate.shape)}
     biases = {"ffn_gate.bias": gate_bias.astype(np.float32), "ffn_up.bias": np.zeros(n_ff, np.float32)}
+    if ungated:
+        matrices["ffn_up"], biases["ffn_up.bias"] = matrices.pop("ffn_gate"), biases.pop("ffn_gate.bias")
     runner: Any = Rows(s, matrices, biases)
 
     def part() -> TokenSamples:

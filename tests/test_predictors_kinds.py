@@ -41,10 +41,10 @@ def chosen(layer: LayerSamples, cost: Cost, energy: float) -> tuple[Judged, int]
     return choose(layer, measured(layer, "lowrank"), cost, energy)
 
 
-def planted(rank: int, quantile: float, rng: np.random.Generator) -> LayerSamples:
+def planted(rank: int, quantile: float, rng: np.random.Generator, ungated: str = "") -> LayerSamples:
     """A gate of rank `rank` with a bias, so that neurons fire where a Gaussian exceeds `quantile`."""
     gate = rng.normal(size=(1024, rank)) @ rng.normal(size=(rank, 256)) / np.sqrt(rank)
-    return made_up_layer(gate, -quantile * np.linalg.norm(gate, axis=1), 3000, rng)
+    return made_up_layer(gate, -quantile * np.linalg.norm(gate, axis=1), 3000, rng, ungated)
 
 
 @pytest.mark.parametrize(("rank", "at_most"), [(20, 32), (32, 32), (40, 64)])
@@ -95,6 +95,30 @@ def test_less_energy_reads_less() -> None:
         assert judged.test.energy[price] / judged.test.total == pytest.approx(energy, abs=0.3 * (1 - energy) + 1e-3)
         read.append(judged.time[price])
     assert read == sorted(read)
+
+
+def test_the_energy_of_an_ungated_squared_relu_counts_squares() -> None:
+    """What a neuron adds is the square of what its row says: a score that is twice as high is worth 16 times as much."""
+    layer = planted(40, 1.28, np.random.default_rng(1), "relu2")
+    gate, down = (np.float64(layer._rows(stem, 0, 1024)) for stem in ("ffn_up", "ffn_down_t"))
+    part = layer.test
+    said = np.float64(part.x) @ gate.T + np.float64(layer.gate_bias)
+    expected = np.maximum(said, 0) ** 4 * (down**2).sum(1) * part.weight[:, None]
+    found = layer.responses(part, 0, 1024)
+    assert (found.fired != (said > 0)).mean() < 1e-5
+    np.testing.assert_allclose(found.energy, expected, rtol=1e-3, atol=1e-5 * expected.max())
+
+
+def test_squares_need_fewer_candidates_for_as_much_energy() -> None:
+    """The same rows on the same inputs: with squares more of the energy is in what lies far above 0."""
+    predicted = []
+    for activation in ("relu", "relu2"):
+        choice = chosen(planted(40, 0.5, np.random.default_rng(1), activation), F16, 0.99)
+        assert choice is not None
+        judged, price = choice
+        assert judged.test.energy[price] / judged.test.total == pytest.approx(0.99, abs=5e-3)
+        predicted.append(float(judged.test.predicted[price]))
+    assert predicted[1] < 0.9 * predicted[0]
 
 
 def only(proposals: Iterator[Proposal]) -> Candidate:
