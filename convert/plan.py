@@ -31,7 +31,7 @@ from runtime.model_file.structure import Attention, Structure
 from runtime.model_file.tensor_shapes import required_tensors
 
 # Besides everything with one dimension: norms, biases, frequencies.
-_ALWAYS_F32 = (names.weight(names.POSITION_EMBD), *names.ROUTERS)
+_ALWAYS_F32 = (names.weight(names.POSITION_EMBD), *names.ROUTERS, *names.MAMBA_NUMBERS)
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _planned(name: str, shape: Shape, source: Source | Generated, structure: Str
 def attention_of(structure: Structure, name: str) -> Attention | None:
     """The attention of the block that a tensor belongs to."""
     at = names.parsed(name)
-    return structure.blocks[at[0]].mixer if at else None
+    return structure.attentions.get(at[0]) if at else None
 
 
 def _sources(arch: Arch, structure: Structure, checkpoint: Checkpoint) -> dict[str, Source | Generated]:

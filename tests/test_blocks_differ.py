@@ -112,7 +112,7 @@ def test_keys_of_blocks_that_differ_are_not_in_other_files() -> None:
         ({"feed_forward_length": [True] * 4}, "expected int, or one int per block"),
         ({"feed_forward_length": "64"}, "is '64', expected int, or one int per block"),
         ({"embedding_length": [32] * 4}, "`lazyneuron.embedding_length` is [32, 32, 32, 32], expected int"),
-        ({"feed_forward_length": [64, 0, 0, 64]}, "block 2: neither attention nor FFN, expected at least one"),
+        ({"feed_forward_length": [64, 0, 0, 64]}, "block 2: neither attention nor Mamba nor FFN, expected at least one"),
         ({"feed_forward_length": [0] * 4, "attention__head_count_kv": 2, "attention__head_count": 4}, "is 0, expected 1 to"),
         ({"attention__head_count_kv": [2, 4, 0, 3]}, "block 3: 2 heads, expected a multiple of the 3 key-value heads"),
         ({"attention__head_count": [4, 4, 0, 0]}, "block 3: 0 heads, expected a multiple of the 1 key-value heads"),

@@ -206,7 +206,8 @@ def cold_bytes(
 
 
 def _block(file: GgufFile, i: int, options: PlanOptions, freq: Floats, share: float) -> BlockCosts:
-    attention, ffn, tensors = file.structure.blocks[i].mixer, file.structure.blocks[i].ffn, _tensors(file, i)
+    s, tensors = file.structure, _tensors(file, i)
+    attention, ffn = s.attentions.get(i), s.blocks[i].ffn
     always = [t for name, t in tensors.items() if name.startswith(_ALWAYS_READ)]
     kv = 2 * attention.kv_length * options.kv_size if attention else 0
     positions = options.n_ctx / 2 if options.n_positions is None else options.n_positions
@@ -218,7 +219,7 @@ def _block(file: GgufFile, i: int, options: PlanOptions, freq: Floats, share: fl
     return _with_neurons(block, ffn, file, i, options, freq, share) if ffn else block
 
 
-_ALWAYS_READ = ("attn_", names.FFN_NORM, names.bias(names.FFN_DOWN), *names.ROUTERS)
+_ALWAYS_READ = ("attn_", "ssm_", names.FFN_NORM, names.bias(names.FFN_DOWN), *names.ROUTERS)
 
 
 def _with_neurons(

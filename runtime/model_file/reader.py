@@ -26,7 +26,7 @@ __all__ = ["MAGIC", "GgufFile", "TensorInfo"]
 
 # Of what has more dimensions than one and is no matrix, or none that may be quantised.
 _SPECIAL = {
-    **dict.fromkeys((*names.NEURON_NOTES, *names.ROUTERS, *names.PREDICTOR_BIASES), ggml.F32),
+    **dict.fromkeys((*names.NEURON_NOTES, *names.ROUTERS, *names.PREDICTOR_BIASES, *names.MAMBA_NUMBERS), ggml.F32),
     **dict.fromkeys(names.INDICES, ggml.I32),
     **dict.fromkeys(names.SIGNS, ggml.I8),
 }
@@ -108,7 +108,7 @@ class GgufFile(Closing):
                 "the file is incomplete: convert the checkpoint again",
             )
         for name, ne in required.items():
-            if self.tensors[name].ne != ne:
+            if self.tensors[name].ne != _without_ones(ne):
                 raise UserError(
                     f"`{self.path}`: tensor `{name}` has shape {list(self.tensors[name].ne)}, "
                     f"expected {list(ne)} from the file's own description"
@@ -146,6 +146,13 @@ class GgufFile(Closing):
             freq = self.read(names.in_block(i, names.EXPERT_FREQ)).view(np.float32)
             if not np.all((freq >= 0) & (freq <= 1)):
                 raise UserError(f"`{self.path}`: `{names.in_block(i, names.EXPERT_FREQ)}` is not within 0 to 1", _AGAIN)
+
+
+def _without_ones(ne: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape as `TensorInfo` has it: its last dimensions are not 1."""
+    while len(ne) > 1 and ne[-1] == 1:
+        ne = ne[:-1]
+    return ne
 
 
 def _wanted_type(info: TensorInfo) -> str:

@@ -36,6 +36,7 @@ PER_BLOCK = (
     "rope_dimension_count",
     "expert_count",
     "expert_used_count",
+    "ssm_time_step_rank",
 )
 MIXED = 3  # the first schema version whose readers know lists of such values
 
@@ -78,10 +79,46 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Mamba2:
+    """A Mamba-2 mixer of one block. Lengths are in elements.
+
+    state_length: of the memory that each element of a head has, and of a group's B and C. group_count: the heads of a
+    group share one B and one C. conv_length: the tokens that a channel of the convolution sees, the present one
+    included.
+    """
+
+    head_count: int
+    head_length: int
+    state_length: int
+    group_count: int
+    conv_length: int
+
+    @property
+    def inner_length(self) -> int:
+        """Elements of all heads."""
+        return self.head_count * self.head_length
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of the convolution: of x, B and C."""
+        return self.inner_length + 2 * self.group_count * self.state_length
+
+    @property
+    def conv_state(self) -> int:
+        """Numbers that a sequence keeps of the convolution: what came before the next token."""
+        return (self.conv_length - 1) * self.conv_channels
+
+    @property
+    def scan_state(self) -> int:
+        """Numbers that a sequence keeps of the scan: the memory of all heads."""
+        return self.state_length * self.inner_length
+
+
+@dataclass(frozen=True)
 class Block:
     """One block: what mixes tokens, and what is computed of each token by itself. None where it has no such half."""
 
-    mixer: Attention | None
+    mixer: Attention | Mamba2 | None
     ffn: FfnShape | None
 
 
@@ -137,6 +174,13 @@ class Structure:
     expert_weights_norm: bool = _key("expert_weights_norm", since=3, default=False)
     expert_weights_scale: float = _key("expert_weights_scale", since=3, default=1.0)
     router_tap: str = _key("router.tap", ROUTER_TAPS, since=3, default="ffn_norm")
+    ssm_conv_kernel: int = _key("ssm.conv_kernel", since=3, default=0)
+    ssm_state_size: int = _key("ssm.state_size", since=3, default=0)
+    ssm_group_count: int = _key("ssm.group_count", since=3, default=0)
+    ssm_inner_size: int = _key("ssm.inner_size", since=3, default=0)
+    ssm_time_step_rank: int | tuple[int, ...] = _key(
+        "ssm.time_step_rank", since=3, default=0
+    )  # heads; 0: the block has no Mamba
     rope_dimension_count: int | tuple[int, ...] = _key(
         "rope.dimension_count", default=0
     )  # 0: the block does not rotate
@@ -171,7 +215,7 @@ class Structure:
         return tuple(self._block(*values) for values in zip(*columns, windows, strict=True))
 
     def _block(
-        self, n_ff: int, heads: int, heads_kv: int, rotated: int, experts: int, used: int, windowed: bool
+        self, n_ff: int, heads: int, heads_kv: int, rotated: int, experts: int, used: int, ssm: int, windowed: bool
     ) -> Block:
         rope, window = rotated if self.position.startswith("rope") else 0, self.sliding_window if windowed else 0
         ffn = FfnShape(
@@ -185,7 +229,12 @@ class Structure:
             self._experts(experts, used) if experts else None,
         )
         attention = Attention(heads, heads_kv, self.head_length, rope, window)
-        return Block(attention if heads_kv else None, ffn if n_ff else None)
+        mixer = attention if heads_kv else self._mamba2(ssm) if ssm > 0 else None
+        return Block(mixer, ffn if n_ff else None)
+
+    def _mamba2(self, heads: int) -> Mamba2:
+        length = self.ssm_inner_size // heads
+        return Mamba2(heads, length, self.ssm_state_size, self.ssm_group_count, self.ssm_conv_kernel)
 
     def _experts(self, count: int, used: int) -> Experts:
         return Experts(
@@ -211,7 +260,12 @@ class Structure:
     @cached_property
     def attentions(self) -> dict[int, Attention]:
         """The attention of each block that has one, by block."""
-        return {i: block.mixer for i, block in enumerate(self.blocks) if block.mixer}
+        return {i: block.mixer for i, block in enumerate(self.blocks) if isinstance(block.mixer, Attention)}
+
+    @cached_property
+    def mambas(self) -> dict[int, Mamba2]:
+        """The Mamba-2 mixer of each block that has one, by block."""
+        return {i: block.mixer for i, block in enumerate(self.blocks) if isinstance(block.mixer, Mamba2)}
 
     @property
     def windows(self) -> tuple[int, ...]:

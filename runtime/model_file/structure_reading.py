@@ -10,7 +10,7 @@ import numpy as np
 
 from runtime.bindings.ffn_shape import FfnShape
 from runtime.errors import UserError
-from runtime.model_file.structure import ARCHITECTURE, PER_BLOCK, SCHEMA_VERSION, Block, Structure, item_type
+from runtime.model_file.structure import ARCHITECTURE, PER_BLOCK, SCHEMA_VERSION, Block, Mamba2, Structure, item_type
 
 
 def read_structure(metadata: Mapping[str, Any], where: str) -> Structure:
@@ -79,6 +79,12 @@ _LIMITS = {
     "head_count_kv": 1 << 14,
     "head_length": 1 << 16,
 }
+_SSM_LIMITS = {  # of blocks with Mamba; the memory of a sequence follows from these
+    "ssm.conv_kernel": (2, 64),
+    "ssm.state_size": (1, 1 << 12),
+    "ssm.group_count": (1, 1 << 14),
+    "ssm.inner_size": (1, 1 << 20),
+}
 _MOST_EXPERTS = 1 << 16
 _MOST_NEURONS = (1 << 31) - 1  # of a block, all experts together: rows are counted in 32 bits
 _MOST_USED = 64  # experts of one token: as many ranges of rows as the operators take
@@ -96,6 +102,7 @@ def _check(s: Structure, where: str) -> None:
         least = 0 if isinstance(value, tuple) else 1
         if any(not least <= v <= limit for v in (value if isinstance(value, tuple) else (value,))):
             raise UserError(f"{where}: {name} is {value}, expected {least} to {limit}")
+    _check_mambas(s, where)
     for i, block in enumerate(s.blocks):
         _check_block(s, i, block, where)
     if not s.attentions or not s.ffns:
@@ -179,21 +186,43 @@ def _check_experts(s: Structure, i: int, ffn: FfnShape | None, at: str) -> None:
             raise UserError(f"{at}: `{key}` with experts, expected false")
 
 
+def _check_mambas(s: Structure, where: str) -> None:
+    """Before any block is made of the values: heads divide them."""
+    ranks = s.each("ssm_time_step_rank")
+    if any(ranks):
+        for key, (least, most) in _SSM_LIMITS.items():
+            value = getattr(s, key.replace(".", "_"))
+            if not least <= value <= most:
+                raise UserError(f"{where}: {key} is {value}, expected {least} to {most} in a model with Mamba blocks")
+    for i, (heads, attention) in enumerate(zip(ranks, s.each("head_count_kv"), strict=True)):
+        if heads and attention:
+            raise UserError(f"{where}: block {i}: attention and Mamba, expected one of them")
+        if not 0 <= heads <= _LIMITS["head_count"] or (heads and s.ssm_inner_size % heads):
+            raise UserError(
+                f"{where}: block {i}: ssm.time_step_rank is {heads}, expected 0 (no Mamba), "
+                f"or a number of heads that divides ssm.inner_size {s.ssm_inner_size}"
+            )
+        if heads and heads % s.ssm_group_count:
+            raise UserError(
+                f"{where}: block {i}: {heads} Mamba heads, expected a multiple of the {s.ssm_group_count} groups"
+            )
+
+
 def _check_block(s: Structure, i: int, block: Block, where: str) -> None:
     attention, ffn, at = block.mixer, block.ffn, f"{where}: block {i}"
     if attention is None and ffn is None:
-        raise UserError(f"{at}: neither attention nor FFN, expected at least one")
+        raise UserError(f"{at}: neither attention nor Mamba nor FFN, expected at least one")
     if ffn is None and s.rank(i):
         raise UserError(f"{at}: a predictor of rank {s.rank(i)}, expected 0 in a block without an FFN")
     _check_experts(s, i, ffn, at)
-    if attention is None:
+    if attention is None or isinstance(attention, Mamba2):
         return
     if attention.head_count < 1 or attention.head_count % attention.head_count_kv:
         raise UserError(
             f"{at}: {attention.head_count} heads, expected a multiple of the {attention.head_count_kv} key-value heads"
         )
     if s.position.startswith("rope") and not (
-        (attention.rope or isinstance(s.rope_dimension_count, tuple))
+        (attention.rope or isinstance(s.rope_dimension_count, tuple) or s.mambas)  # a state knows the order, too
         and 0 <= attention.rope <= attention.head_length
         and attention.rope % 2 == 0
     ):

@@ -17,6 +17,8 @@ OUTPUT_NORM, OUTPUT_PROJ, OUTPUT = "output_norm", "output_proj", "output"
 
 ATTN_NORM, ATTN_Q, ATTN_K, ATTN_V, ATTN_OUTPUT = "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output"
 ATTN_Q_NORM, ATTN_K_NORM, ATTN_SUB_NORM = "attn_q_norm", "attn_k_norm", "attn_sub_norm"
+SSM_IN, SSM_CONV, SSM_DT, SSM_A, SSM_D = "ssm_in", "ssm_conv1d", "ssm_dt", "ssm_a", "ssm_d"
+SSM_NORM, SSM_OUT = "ssm_norm", "ssm_out"
 FFN_NORM, FFN_GATE, FFN_UP, FFN_DOWN, FFN_DOWN_T = "ffn_norm", "ffn_gate", "ffn_up", "ffn_down", "ffn_down_t"
 NEURON_INDEX, NEURON_FREQ = "ffn_neuron_index", "ffn_neuron_freq"
 PREDICTOR_IN, PREDICTOR_OUT, PREDICTOR_SIGN = "predictor_in", "predictor_out", "predictor_sign"
@@ -100,6 +102,9 @@ def row_matrices(ffn: FfnShape) -> tuple[str, ...]:
 
 
 ATTENTION_MATRICES = (ATTN_Q, ATTN_K, ATTN_V, ATTN_OUTPUT)
+MAMBA_MATRICES = (SSM_IN, SSM_OUT)
+# Of a Mamba mixer, what is no matrix to multiply tokens with, although it has two dimensions.
+MAMBA_NUMBERS = (weight(SSM_CONV), SSM_A, SSM_D, weight(SSM_NORM))
 _BOTH = (_WHOLE, _EXPERTS)
 
 # Of an FFN, what has neurons as its rows (vectors: as its elements), in the matrices that every file has.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from runtime.bindings.ffn_shape import FfnShape
 from runtime.model_file import tensor_names as n
-from runtime.model_file.structure import Attention, Structure
+from runtime.model_file.structure import Attention, Mamba2, Structure
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -38,9 +38,31 @@ def required_tensors(s: Structure) -> Shapes:
 def block_tensors(s: Structure, i: int) -> Shapes:
     """Short name -> shape of what block `i` computes with, its predictor aside."""
     block = s.blocks[i]
-    mixer_first, mixer_rest = _attention(s, block.mixer) if block.mixer else ({}, {})
+    mixer_first, mixer_rest = _mixer(s, block.mixer)
     ffn_first, ffn_rest = _ffn(s, block.ffn) if block.ffn else ({}, {})
     return mixer_first | ffn_first | mixer_rest | ffn_rest
+
+
+def _mixer(s: Structure, mixer: Attention | Mamba2 | None) -> tuple[Shapes, Shapes]:
+    if mixer is None:
+        return {}, {}
+    return (_mamba2(s, mixer), {}) if isinstance(mixer, Mamba2) else _attention(s, mixer)
+
+
+def _mamba2(s: Structure, m: Mamba2) -> Shapes:
+    """Rows of the first matrix: z, x, B, C, and a step for each head."""
+    d, inner, channels, heads = s.embedding_length, m.inner_length, m.conv_channels, m.head_count
+    return {
+        **_norm(s, n.ATTN_NORM, d),
+        n.weight(n.SSM_IN): (d, inner + channels + heads),
+        n.weight(n.SSM_CONV): (m.conv_length, channels),
+        n.bias(n.SSM_CONV): (channels,),
+        n.bias(n.SSM_DT): (heads,),
+        n.SSM_A: (1, heads),
+        n.SSM_D: (1, heads),
+        n.weight(n.SSM_NORM): (inner // m.group_count, m.group_count),
+        n.weight(n.SSM_OUT): (inner, d),
+    }
 
 
 def _attention(s: Structure, a: Attention) -> tuple[Shapes, Shapes]:

@@ -6,7 +6,8 @@ class in a file here, and its row below.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from runtime.bindings import ggml
 from runtime.compute.builder import Builder
@@ -24,7 +25,8 @@ class Mixer(Protocol):
         ...
 
 
-KINDS = {Attention: AttentionMixer}
+_Kind = Callable[[Builder, Any, int], Mixer]
+KINDS: dict[type, _Kind] = {Attention: AttentionMixer}
 
 
 def mixer_of(b: Builder, i: int) -> Mixer | None:
