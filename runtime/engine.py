@@ -20,6 +20,7 @@ from runtime.compute.builder import GraphSpec
 from runtime.compute.counters import Counters, LayerCount
 from runtime.compute.dense_threshold import dense_from, expected
 from runtime.compute.kv_cache import CellTable, padded_cells
+from runtime.compute.paging import PagedStats, Paging
 from runtime.compute.threadpool import new_pool
 from runtime.compute.trace import Trace
 from runtime.compute.traffic import kv_bytes
@@ -74,13 +75,27 @@ class Engine(OfWorker):
         choice = choose_held(file, self.map, self.options, self.kv_held, memory_left())
         self.memory_note = choice.note
         names, threads = required_tensors(self.structure), self.options.threads
-        self.weights = handles.enter_context(Weights(file, names, choice.held, threads))
+        self._paging = None if self.options.ram_budget is None else handles.enter_context(Paging(file))
+        self.weights = handles.enter_context(Weights(file, names, choice.held, threads, self._paging))
         self._executor = Executor(self.weights, self._backend, self.options, self.arrangement, self.map, self._trace)
         handles.enter_context(self._executor)
         n = min(self.options.n_batch, self.options.n_ctx)
-        self._executor.reserve(self._spec(n, padded_cells(self.options.cells), 1, self._run))
+        largest = self._spec(n, padded_cells(self.options.cells), 1, self._run)
+        self._executor.reserve(largest)
+        if self._paging:
+            self._allow(self._paging, self._executor.needed(largest))
+            self._paging.load()
         if self._trace:
             handles.enter_context(self._trace)
+
+    def _allow(self, paging: Paging, computing: int) -> None:
+        """Leave to rows what the budget has beside all else. computing: bytes of the schedules."""
+        paging.allow((self.options.ram_budget or 0) - self.weights.held_bytes - self.kv_held - computing)
+
+    def paged(self) -> PagedStats | None:
+        """What was read from the file while computing; None without a budget of main memory."""
+        paging = self._paging
+        return self._do(paging.stats) if paging else None
 
     def _open_backend(self, handles: Handles) -> ggml.BackendP:
         o = self.options
@@ -146,7 +161,11 @@ class Engine(OfWorker):
         outputs = batch.outputs if len(batch.outputs) else np.array([len(batch) - 1], np.int32)
         schedule = self._executor.schedule(self._spec(len(batch), self.cells.n_kv, len(outputs), run))
         masks = self.cells.masks(batch, self.structure.windows)
+        if self._paging:
+            self._allow(self._paging, self._executor.main_bytes)
         logits = schedule.run(GraphInputs(batch.tokens, batch.positions, cells, outputs, masks))
+        if self._paging:
+            self._paging.check()
         return logits[: len(batch.outputs)], self._counted(schedule, batch.sequences.tolist(), batch.outputs)
 
     def _spec(self, n_tokens: int, n_kv: int, n_outputs: int, run: SettledOptions) -> GraphSpec:

@@ -21,7 +21,8 @@ from runtime.base.arguments import function, functions, limit, texts, token_ids
 from runtime.base.arguments import path as as_path
 from runtime.base.atomic import check_target
 from runtime.base.closing import Closing, Handles, closed
-from runtime.base.sizes import parse_budgets
+from runtime.base.sizes import parse_budget, parse_budgets
+from runtime.compute.paging import PagedStats
 from runtime.compute.trace import Trace
 from runtime.engine import Engine
 from runtime.errors import UserError
@@ -53,6 +54,7 @@ def load(
     device: str = AUTO,
     vram_budget: str | float | None = None,
     hot: int | Sequence[int] | None = None,
+    ram_budget: str | float | None = None,
     mmap: bool | None = None,
     trace: str | Path | None = None,
 ) -> Model:
@@ -76,13 +78,16 @@ def load(
     vram_budget: memory to use on it, all that is free if None: GiB, or text such as "6GiB", "6,4" (two devices),
     "800MiB" or "6GB" (see runtime/base/sizes.py).
     hot: neurons of every block (or of each) on the first device, instead of what the planner chooses.
+    ram_budget: main memory for the model (weights, keys and values, buffers), in the same units; neurons that do not
+    fit are read from the file when they fire (docs/disk.md). None: no limit.
     mmap: True leaves all weights in the mapped file, False reads all into memory first; default, what every token reads
     whole is read into memory (Linux), if there is enough. trace: a file for Chrome's trace viewer, written by `close`.
     Raises UserError for a file that is not ours, damaged or incomplete, for options out of range, and where memory does
     not suffice.
     """
     given = {name: value for name, value in locals().items() if name != "path"}
-    return open_model(path, RunOptions(**given | {"vram_budget": parse_budgets(vram_budget)}))
+    memory = None if ram_budget is None else parse_budget(ram_budget)
+    return open_model(path, RunOptions(**given | {"vram_budget": parse_budgets(vram_budget), "ram_budget": memory}))
 
 
 def open_model(path: str | Path, options: RunOptions) -> Model:
@@ -108,7 +113,8 @@ class ModelStats:
     """How a model runs and what it did. file_bytes: its weights; memory_bytes: those that were read into memory, the
     others are mapped; kv_bytes: keys and values of a full context; device_bytes: of all buffers on each device.
 
-    total: the figures of all generations that have ended, together; generations: their number.
+    total: the figures of all generations that have ended, together; generations: their number. paged: what was read
+    from the file while computing; None without ram_budget.
     """
 
     ffn: str
@@ -121,6 +127,7 @@ class ModelStats:
     device_bytes: tuple[int, ...]
     generations: int
     total: Stats
+    paged: PagedStats | None = None
 
 
 class Model(Closing):
@@ -259,6 +266,7 @@ class Model(Closing):
             engine.device_bytes(),
             generations,
             total,
+            engine.paged(),
         )
 
     def expert_shares(self) -> list[list[float]]:

@@ -19,6 +19,7 @@ from runtime.model_file.structure import Structure
 FFN_MODES = ("predicted", "exact", "verified", "dense")
 KV_TYPES = {"f16": ggml.F16, "f32": ggml.F32}
 AUTO = "auto"  # the first GPU, if there is one
+NO_DEVICE = "none"
 BATCH = 512  # tokens of a prompt computed at once
 MOST_TOKENS = 1 << 24  # at once
 MOST_KV = 4 << 30  # bytes of keys and values, where nobody says how many
@@ -43,6 +44,8 @@ class RunOptions:
     priority: as in runtime/base/processors.py. device: names as `python -m runtime devices` lists them, with commas.
     vram_budget: bytes on each device, () for what is free. hot: neurons of every block, or of each, on the first
     device; with it, all attention and the head are there too. trace: a file for Chrome's trace viewer.
+    ram_budget: bytes of main memory for weights, keys and values, and buffers; None for no limit. What does not fit is
+    read from the file when tokens ask for it; on the CPU alone, and in any mode but dense.
     mmap: True to read all weights from the mapped file, False to read all into memory first, None for memory where it
     is faster: what every token reads whole (Linux).
     Where the types are narrow, more is taken and turned into them: see `runtime.load`.
@@ -67,6 +70,7 @@ class RunOptions:
     device: str = AUTO
     vram_budget: tuple[int, ...] = ()
     hot: int | tuple[int, ...] | None = None
+    ram_budget: int | None = None
     mmap: bool | None = None
     trace: Path | None = None
 
@@ -92,6 +96,7 @@ class RunOptions:
             "deterministic": boolean("deterministic", self.deterministic),
             "vram_budget": _bytes(self.vram_budget),
             "hot": integers("hot", self.hot),
+            "ram_budget": None if self.ram_budget is None else whole("ram_budget", self.ram_budget, 1, 1 << 62),
             "mmap": None if self.mmap is None else boolean("mmap", self.mmap),
             "trace": as_path("trace", self.trace) if self.trace else None,
         }.items():
@@ -103,6 +108,8 @@ class RunOptions:
         ffn = self.ffn or ("predicted" if any(s.predictor_rank) else "exact")
         _check_mode(file, ffn)
         _check_drafts(ffn, self)
+        if self.ram_budget is not None:
+            _check_budget(file, ffn, self)
         n_ctx = min(limit, DEFAULT_N_CTX) if self.n_ctx is None else self.n_ctx
         if not 1 <= n_ctx <= limit:
             raise UserError(f"`{file.path}`: n_ctx {n_ctx}, expected 1 to {limit}, the model's own limit")
@@ -111,6 +118,8 @@ class RunOptions:
             raise UserError(f"n_cells {n_cells}, expected at least the context of {n_ctx}")
         threads = Threads.of(self.threads, self.cpus, self.priority).n
         given = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.ram_budget is not None:
+            given["device"] = NO_DEVICE
         return SettledOptions(**given | {"ffn": ffn, "n_ctx": n_ctx, "n_cells": n_cells, "threads": threads})
 
 
@@ -188,6 +197,24 @@ def _check_mode(file: GgufFile, ffn: str) -> None:
         raise UserError(
             f"`{file.path}`: has no predictor that pays, which `{ffn}` mode needs",
             "use --ffn exact, or fit one: python -m predictors fit MODEL.gguf OUT.gguf",
+        )
+
+
+def _check_budget(file: GgufFile, ffn: str, options: RunOptions) -> None:
+    """What a budget of main memory goes with."""
+    if not any(block.ffn for block in file.structure.blocks):
+        raise UserError(f"`{file.path}`: has no neurons to leave on the disk", "leave --ram-budget out")
+    if ffn == "dense":
+        raise UserError(
+            "a budget of main memory in `dense` mode, expected another: it reads every weight for every token",
+            "use --ffn exact, which computes the same",
+        )
+    if options.device not in (AUTO, NO_DEVICE) or options.vram_budget or options.hot is not None:
+        raise UserError("a budget of main memory with a device, expected the CPU alone", "use --device none")
+    if options.mmap is not None:
+        raise UserError(
+            f"a budget of main memory with --{'' if options.mmap else 'no-'}mmap, expected one of them",
+            "with a budget, what does not fit is read from the file, and all else is in memory",
         )
 
 

@@ -48,6 +48,14 @@ def parse_budgets(value: str | float | None) -> tuple[int, ...]:
     return tuple(_budget(part, what, expected) for part in value.split(","))
 
 
+def parse_budget(value: str | float) -> int:
+    """Bytes of one amount of memory: 6 and "6" are six GiB, "800MiB" is in MiB. Raises UserError."""
+    found = parse_budgets(value)
+    if len(found) != 1:
+        raise UserError(f"memory budget `{_shown(value)}`, expected one amount, e.g. 6, or 800MiB", _UNITS)
+    return found[0]
+
+
 def _budget(text: str, what: str, expected: str) -> int:
     number, unit = _parsed(text, expected)
     plain = text.strip()

@@ -75,6 +75,7 @@ GgufType = Annotated[int, C(ctypes.c_int, "enum gguf_type")]
 ConstFloatP = Annotated[int | None, C(ctypes.c_void_p, "const float *")]
 ConstInt64P = Annotated["ctypes._Pointer[ctypes.c_int64]", C(ctypes.POINTER(ctypes.c_int64), "const int64_t *")]
 Custom1Op = Annotated[int | None, C(ctypes.c_void_p, "ggml_custom1_op_t")]
+Custom2Op = Annotated[int | None, C(ctypes.c_void_p, "ggml_custom2_op_t")]
 CustomOp = Annotated[int | None, C(ctypes.c_void_p, "ggml_custom_op_t")]
 TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)  # ggml_to_float_t
 GET_EXTRA_BUFTS = ctypes.CFUNCTYPE(
@@ -408,6 +409,10 @@ def ggml_flash_attn_ext(
 ) -> TensorP: ...
 @stub(GGML_BASE)
 def ggml_map_custom1_inplace(ctx: ContextP, a: TensorP, fun: Custom1Op, n_tasks: Int, userdata: VoidP) -> TensorP: ...
+@stub(GGML_BASE)
+def ggml_map_custom2_inplace(
+    ctx: ContextP, a: TensorP, b: TensorP, fun: Custom2Op, n_tasks: Int, userdata: VoidP
+) -> TensorP: ...
 @stub(GGML_BASE)
 def ggml_custom_4d(
     ctx: ContextP,

@@ -25,7 +25,7 @@ FEW_TOKENS = 16  # for which `gate` and `down` are, and each token has the same 
 _FILE = {"win32": "lazyneuron.dll", "darwin": "liblazyneuron.dylib"}.get(sys.platform, "liblazyneuron.so")
 VARIANTS = ("portable", "avx2", "avxvnni", "avx512", "neon", "i8mm")
 OPERATORS = ("predict", "predict_sign", "choose", "quantize", "gate", "down", "tokens", "reduce")
-PRODUCTS = ("multiply", "tiles_arrange", "tiles_multiply", "attend")
+PRODUCTS = ("multiply", "tiles_arrange", "tiles_multiply", "attend", "fetch_rows")
 
 
 _CACHE_LINE = 64

@@ -12,6 +12,7 @@ from runtime.base.closing import Handles
 from runtime.base.cpu_quota import cpu_quota
 from runtime.base.figures import share
 from runtime.base.processors import PRIORITIES, parse_cpus
+from runtime.base.sizes import parse_budget
 from runtime.cli.options import count, writes
 from runtime.cli.output import note
 from runtime.cli.parser import Parser
@@ -24,7 +25,7 @@ from runtime.text.sampling import Sampling
 # The fields of `RunOptions` that commands offer.
 _RUN_OPTIONS = {
     *("ffn", "threads", "n_ctx", "kv_type", "predictor_bias", "draft_max", "draft_bias", "lookup"),
-    *("cpus", "priority", "device", "vram_budget", "mmap", "trace"),
+    *("cpus", "priority", "device", "vram_budget", "ram_budget", "mmap", "trace"),
 }
 
 
@@ -78,6 +79,12 @@ def add_loading(parser: Parser) -> None:
     )
     group.add_argument(
         "--vram-budget", metavar="GIB[,GIB]", help="memory to use on the device, e.g. 6 or 800MiB (what is free)"
+    )
+    group.add_argument(
+        "--ram-budget",
+        type=parse_budget,
+        metavar="GIB",
+        help="main memory for the model, e.g. 4 or 800MiB; neurons that do not fit are read when they fire (no limit)",
     )
     group.add_argument(
         "--mmap",

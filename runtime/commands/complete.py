@@ -11,7 +11,7 @@ from runtime.cli.options import add_json, add_model, add_prompt, given_prompt
 from runtime.cli.output import cleaner, print_json, stream
 from runtime.cli.parser import Parser
 from runtime.cli.running import add_loading, add_sampling, open_noted
-from runtime.commands.footer import print_footer
+from runtime.commands.footer import paged_figures, print_footer
 from runtime.errors import UserError
 from runtime.generation import Generation
 from runtime.model import Model
@@ -91,4 +91,5 @@ def _result(model: Model, generation: Generation) -> dict[str, Any]:
         "threads": model.threads,
         "n_ctx": model.n_ctx,
         "kv_type": model.kv_type,
+        "paged": paged_figures(model),
     }

@@ -6,6 +6,8 @@ rich knows what the terminal can show: colours, and other characters than ASCII.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 from rich.bar import Bar
 from rich.console import Console
@@ -13,6 +15,7 @@ from rich.table import Table
 
 from runtime.base.figures import number, share, size
 from runtime.generation import Stats
+from runtime.model import Model
 
 _REASONS = {None: "stopped", "length": "length limit reached", "context": "context full"}
 _ROWS = 12  # of the chart: the figures above it and the prompt below share a screen of 24 lines with it
@@ -36,6 +39,12 @@ def print_footer(stats: Stats, stop_reason: str | None) -> None:
     """Print the footer of a reply on stderr."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(f"[{footer(stats, stop_reason)}]", style="dim", markup=False)
+
+
+def paged_figures(model: Model) -> dict[str, Any] | None:
+    """For --json: what was read from the file while computing; None without a budget of main memory."""
+    paged = model.stats().paged
+    return asdict(paged) if paged else None
 
 
 def print_layers(title: str, shares: Sequence[float]) -> None:

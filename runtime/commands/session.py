@@ -13,13 +13,13 @@ from typing import Any
 
 from runtime.analysis.experts import busiest_share
 from runtime.base.atomic import new_path
-from runtime.base.figures import number, share, size
+from runtime.base.figures import duration, number, share, size
 from runtime.base.home import expanded
 from runtime.cli.output import note
 from runtime.cli.parser import did_you_mean
 from runtime.cli.standard_streams import StdoutError
 from runtime.commands.conversation import Conversation
-from runtime.commands.footer import print_layers
+from runtime.commands.footer import paged_figures, print_layers
 from runtime.commands.reply import Draft, Dropped, Reply, larger_context
 from runtime.errors import UserError, os_error, printable
 from runtime.generation import Stats
@@ -186,6 +186,8 @@ class Session:
             note(f"experts             the busiest quarter took {share(busiest)} of all choices")
         if total["drafted_tokens"]:
             note(f"drafts              {total['drafted_tokens']}, {total['accepted_tokens']} of them right")
+        if paged := self.model.stats().paged:
+            note(f"from the disk       {size(paged.read)} in {duration(paged.seconds)}, of {size(paged.wanted)} wanted")
         note(f"context             {last.positions} of {self.model.n_ctx} tokens after the last reply{dropped}")
         print_layers("last reply, neurons computed by layer", last.stats.layer_shares)
 
@@ -216,6 +218,7 @@ class Session:
             "threads": self.model.threads,
             "n_ctx": self.model.n_ctx,
             "kv_type": self.model.kv_type,
+            "paged": paged_figures(self.model),
         }
 
 

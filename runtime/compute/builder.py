@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from runtime.bindings import ggml, sparse_ffn
 from runtime.compute.kv_cache import KvCache
-from runtime.compute.operators import add_product, add_tiled, add_tiled_product
+from runtime.compute.operators import Asking, Userdata, add_product, add_tiled, add_tiled_product
+from runtime.compute.paging import Paging
 from runtime.compute.products import by_rows, repacked_from, tiles_of
 from runtime.compute.repack import Fill, Repacked
 from runtime.compute.weights import Tensors
@@ -67,7 +68,7 @@ class Builder:
     block are repacked for a batch. ffns, products: the userdata of our own operators; must live as long as the graph.
     placed: repacked matrices, by the tensor that they are copies of. taps: inner results, by role, where the spec asks
     for them. arranged: what matrices were multiplied with so far, as tiles want it. choices: by block, how often each
-    of its experts was chosen, to which our operators add.
+    of its experts was chosen, to which our operators add. paging: what rows must be asked of, None where all are there.
     """
 
     ctx: ggml.ContextP
@@ -80,11 +81,22 @@ class Builder:
     own: bool = False
     scratch: Repacked | None = None
     ffns: dict[int, sparse_ffn.Ffn] = field(default_factory=dict)
-    products: list[sparse_ffn.Product | sparse_ffn.Attention] = field(default_factory=list)
+    products: list[Userdata] = field(default_factory=list)
     placed: dict[str, ggml.TensorP] = field(default_factory=dict)
     taps: dict[str, ggml.TensorP] = field(default_factory=dict)
     arranged: dict[tuple[int | None, int | None], ggml.TensorP] = field(default_factory=dict)
     choices: Mapping[int, npt.NDArray[np.int64]] = field(default_factory=dict)
+    paging: Paging | None = None
+
+    @property
+    def asking(self) -> Asking | None:
+        """What asks for rows, where that has to be."""
+        return Asking(self.paging, self.products) if self.paging and self.own else None
+
+    def fetched(self, x: ggml.TensorP, names: Collection[str]) -> ggml.TensorP:
+        """Let whole matrices be in memory before x is used; returns x, to be used from here on."""
+        asking = self.asking
+        return asking.whole(self.ctx, x, [self.w[name] for name in names]) if asking else x
 
     def norm(self, x: ggml.TensorP, stem: str) -> ggml.TensorP:
         """RMS or layer norm over the first dimension, scaled (and shifted)."""

@@ -5,9 +5,14 @@ Shapes in comments are ggml's: the contiguous dimension first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runtime.bindings import ggml, sparse_ffn
+from runtime.bindings import ggml, pager, sparse_ffn
+from runtime.compute.paging import Paging
+
+# What our own operators point to.
+Userdata = sparse_ffn.Product | sparse_ffn.Attention | pager.Fetch
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,35 @@ class Chosen:
     weights: ggml.TensorP  # F32 [k, n_tokens]
 
 
+@dataclass(frozen=True)
+class Asking:
+    """Asks for rows that are read from the file. kept: what must live as long as the graph."""
+
+    paging: Paging
+    kept: list[Userdata]
+
+    def rows(
+        self,
+        ctx: ggml.ContextP,
+        a: ggml.TensorP,
+        b: ggml.TensorP,
+        what: int,
+        matrices: tuple[ggml.TensorP | None, ...],
+        ffn: sparse_ffn.Ffn,
+    ) -> ggml.TensorP:
+        """a, to be used from here on: then the rows are there. See `lzn_fetch_rows` for a and b."""
+        return self._added(ctx, a, b, self.paging.rows(what, matrices, ffn))
+
+    def whole(self, ctx: ggml.ContextP, x: ggml.TensorP, matrices: Sequence[ggml.TensorP]) -> ggml.TensorP:
+        """x, to be used from here on: then whole matrices are there."""
+        return self._added(ctx, x, x, self.paging.whole(matrices))
+
+    def _added(self, ctx: ggml.ContextP, a: ggml.TensorP, b: ggml.TensorP, fetch: pager.Fetch) -> ggml.TensorP:
+        self.kept.append(fetch)
+        operator = sparse_ffn.operator("fetch_rows")
+        return ggml.ggml_map_custom2_inplace(ctx, a, b, operator, 1, pager.address_of(fetch))
+
+
 def add_native_ffn(
     ctx: ggml.ContextP,
     x: ggml.TensorP,
@@ -46,16 +80,27 @@ def add_native_ffn(
     candidates: ggml.TensorP | None = None,
     chosen: Chosen | None = None,
     gates: ggml.TensorP | None = None,
+    asking: Asking | None = None,
 ) -> ggml.TensorP:
     """Add the operators of one sparse FFN: F32 [n_embd, n_tokens] -> its product, F32 [product_length, n_tokens].
 
     candidates: from `add_predictor`, or None for every neuron. chosen: where the FFN is divided into ranges.
-    gates: those of all neurons, without bias, F32 [n_ff, n_tokens]; for more than FEW_TOKENS tokens.
+    gates: those of all neurons, without bias, F32 [n_ff, n_tokens]; for more than FEW_TOKENS tokens. asking: where rows
+    have to be asked for.
     `ffn` must outlive the graph, and counts its tokens.
     """
     n, made = x.ne[1], ffn.n_embd + ffn.squares
     sparse_ffn.count(ffn, n)
     ffn.scored = gates is not None
+    few, quantized = n <= sparse_ffn.FEW_TOKENS, _custom(ctx, ffn, "quantize", ggml.I8, (ffn.x_stride, n), x)
+    scanned = quantized
+    if asking:
+        read = (t.gate if gates is None else None, *(() if few else (t.down, t.up)))
+        if candidates is not None:
+            candidates = asking.rows(ctx, candidates, quantized, pager.CANDIDATES, read, ffn)
+        else:
+            seen = chosen.ranges if chosen else quantized
+            scanned = asking.rows(ctx, quantized, seen, pager.ALL, read, ffn)
     first = (
         t.gate if gates is None else gates,
         t.gate_bias,
@@ -63,14 +108,15 @@ def add_native_ffn(
         *((chosen.ranges, chosen.weights) if chosen else ()),
     )
     rest = (t.down, t.up, t.up_bias)
-    quantized = _custom(ctx, ffn, "quantize", ggml.I8, (ffn.x_stride, n), x)
-    if n <= sparse_ffn.FEW_TOKENS:
+    if few:
         assert gates is None
-        gate = _custom(ctx, ffn, "gate", ggml.I8, (sparse_ffn.gate_size(ffn, n), 1), quantized, *first)
+        gate = _custom(ctx, ffn, "gate", ggml.I8, (sparse_ffn.gate_size(ffn, n), 1), scanned, *first)
+        if asking:
+            gate = asking.rows(ctx, gate, quantized, pager.FIRED, (t.down, t.up), ffn)
         sums = _custom(ctx, ffn, "down", ggml.I8, (sparse_ffn.down_size(ffn, n), 1), quantized, gate, *rest)
         return _custom(ctx, ffn, "reduce", ggml.F32, (made, n), sums)
     size = -(-sparse_ffn.down_size(ffn, n) // 4)
-    sums = _custom(ctx, ffn, "tokens", ggml.F32, (size, 1), quantized, *first, *rest)
+    sums = _custom(ctx, ffn, "tokens", ggml.F32, (size, 1), scanned, *first, *rest)
     if sparse_ffn.tokens_alone(ffn, n):
         return ggml.ggml_view_2d(ctx, sums, made, n, 4 * made, 0)
     return _custom(ctx, ffn, "reduce", ggml.F32, (made, n), sums)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from runtime.base.closing import Closing, Handles
 from runtime.base.own_memory import OwnMemory, Reading
 from runtime.bindings import ggml
+from runtime.compute.paging import Paging
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
 
@@ -59,22 +60,30 @@ class Weights(Tensors, Closing):
     """Tensors of a file: those of `held` in memory, of which only the bytes that it names may be read, the others
     mapped; `close` gives both back.
 
-    threads: to read with. Raises UserError where the system refuses the memory, or a file has become shorter.
+    threads: to read with. paging: what has some of them, which then are neither held nor mapped; it must outlive this.
+    Raises UserError where the system refuses the memory, or a file has become shorter.
     """
 
     def __init__(
-        self, file: GgufFile, names: Collection[str], held: Mapping[str, Held] | None = None, threads: int = 1
+        self,
+        file: GgufFile,
+        names: Collection[str],
+        held: Mapping[str, Held] | None = None,
+        threads: int = 1,
+        paging: Paging | None = None,
     ) -> None:
-        self._file, held = file, held or {}
+        self._file, held, self.paging = file, held or {}, paging
+        paged = paging.names if paging else frozenset()
         self.held_bytes = sum(part.length for part in held.values())
         with Handles() as handles:
             handles.callback(file.close)
             self._context = handles.add(new_context(len(names)), ggml.ggml_free)
             self._buffers = {
                 at: handles.add(ggml.ggml_backend_cpu_buffer_from_ptr(at, size), ggml.ggml_backend_buffer_free)
-                for at, size in {file.mapped(name) for name in names if name not in held}
+                for at, size in {file.mapped(name) for name in names if name not in held and name not in paged}
             }
             placed = self._hold(handles, held, threads) if held else {}
+            placed |= self._paged(handles, paging) if paging else {}
             super().__init__({name: self._tensor(name, *(placed.get(name) or self._mapped(name))) for name in names})
             self._handles = handles.pop_all()
 
@@ -98,6 +107,15 @@ class Weights(Tensors, Closing):
         pointer = ggml.ggml_backend_cpu_buffer_from_ptr(memory.address, end)
         buffer = handles.add(pointer, ggml.ggml_backend_buffer_free)
         return {name: (buffer, memory.address + start) for name, start in starts.items()}
+
+    def _paged(self, handles: Handles, paging: Paging) -> dict[str, tuple[ggml.BufferP, int]]:
+        """The buffer and the address of each tensor that is read page by page."""
+        places = {name: paging.place(name) for name in paging.names}
+        buffers = {
+            start: handles.add(ggml.ggml_backend_cpu_buffer_from_ptr(start, size), ggml.ggml_backend_buffer_free)
+            for start, size in {(start, size) for start, size, _ in places.values()}
+        }
+        return {name: (buffers[start], address) for name, (start, _, address) in places.items()}
 
     def release(self, name: str) -> None:
         """Give the memory of a tensor's mapped pages back; whoever touches them reads them from the file again."""

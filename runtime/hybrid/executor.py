@@ -82,6 +82,17 @@ class Executor(Closing):
         if self.sides.devices:
             self._new(spec, None).close()
 
+    def needed(self, spec: GraphSpec) -> int:
+        """Bytes of main memory that a schedule computes in, with what is repacked for it; on the CPU alone."""
+        scratch = self._scratch_for(spec)
+        with self._new(spec, scratch) as schedule:
+            return schedule.nbytes + (scratch.nbytes if scratch else 0)
+
+    @property
+    def main_bytes(self) -> int:
+        """Bytes of main memory that the schedules of now compute in; on the CPU alone."""
+        return self.cache.nbytes
+
     def _new(self, spec: GraphSpec, scratch: Repacked | None) -> Schedule:
         before = self.sides.growths
         with Handles() as handles:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from runtime.base.figures import memory
+from runtime.compute.paging import paged_names
 from runtime.compute.repack import gains
 from runtime.compute.weights import Held
 from runtime.errors import UserError
@@ -39,10 +40,14 @@ class Choice:
 def choose_held(file: GgufFile, tensor_map: TensorMap, run: SettledOptions, kv_bytes: int, left: float) -> Choice:
     """What `run.mmap` asks for: None: what is read whole; False: all that the CPU computes with; True: nothing.
 
+    With a budget of main memory all is held but the rows of neurons, which `Paging` has.
     kv_bytes: keys and values of a full context. left: bytes of main memory that can still be taken. Nothing is held
     where what the CPU can touch does not fit beside it: pages of a file are dropped, other memory is swapped out.
     Raises UserError where all is to be held and does not fit.
     """
+    if run.ram_budget is not None:
+        paged = frozenset(paged_names(file))
+        return Choice({name: part for name, part in _on_cpu(file, tensor_map, run).items() if name not in paged})
     if run.mmap or (run.mmap is None and not _GAINS):
         return Choice()
     touched = _on_cpu(file, tensor_map, run)

@@ -16,6 +16,7 @@ from runtime.base.closing import Closing, Handles
 from runtime.bindings import ggml, sparse_ffn
 from runtime.compute.batch import GraphInputs
 from runtime.compute.builder import GraphSpec
+from runtime.compute.operators import Userdata
 from runtime.compute.repack import Repacked
 from runtime.compute.trace import Trace
 from runtime.hybrid.queues import Mark, Queue
@@ -114,8 +115,8 @@ class Schedule(Closing):
     inputs: tensors in main memory that `run` fills, the ids or hidden states first. result: where it finds the result.
     steps: what it does in between.
     devices: queues that it lets work. ffns: what our own operators count, by block. products: what others of them read.
-    taps: inner results in main memory,
-    where the spec asks for them. scratch: see `Builder`.
+    taps: inner results in main memory, where the spec asks for them. scratch: see `Builder`. nbytes: of the memory that
+    it computes in.
     """
 
     spec: GraphSpec
@@ -124,10 +125,11 @@ class Schedule(Closing):
     steps: Sequence[Step]
     devices: Sequence[Queue]
     ffns: Mapping[int, Sequence[sparse_ffn.Ffn]]
-    products: Sequence[sparse_ffn.Product | sparse_ffn.Attention]
+    products: Sequence[Userdata]
     taps: Mapping[str, ggml.TensorP]
     scratch: Repacked | None
     trace: Trace | None
+    nbytes: int
     handles: Handles = field(repr=False)
 
     def run(self, inputs: GraphInputs) -> npt.NDArray[np.float32]:

@@ -16,7 +16,7 @@ from runtime.compute.blocks import AtFfn, Blocks
 from runtime.compute.builder import Builder, GraphSpec, Inputs
 from runtime.compute.ffns import ffn_of
 from runtime.compute.ffns.neurons import FfnInputs
-from runtime.compute.operators import Chosen
+from runtime.compute.operators import Chosen, Userdata
 from runtime.compute.repack import Repacked
 from runtime.hybrid.schedule import Compute, Download, InOneOrder, Schedule, SetMark, Step, Upload, Wait
 from runtime.hybrid.sides import Sides
@@ -54,6 +54,7 @@ def build(spec: GraphSpec, sides: Sides, scratch: Repacked | None = None) -> Sch
             building.taps,
             scratch,
             sides.cpu.queue.trace,
+            sum(there.nbytes for there in graphs),
             handles.pop_all(),
         )
 
@@ -66,12 +67,13 @@ class _Building:
     def __init__(self, spec: GraphSpec, sides: Sides, graphs: list[Subgraphs], scratch: Repacked | None) -> None:
         self._spec, self._sides, self._graphs, self._scratch = spec, sides.all, graphs, scratch
         self._map, self._s, self._choices = sides.map, sides.map.structure, sides.choices
+        self._paging = sides.weights.paging
         self._first = spec.first or 0
         self._end = self._s.block_count if spec.end is None else spec.end
         few = spec.n_tokens <= sparse_ffn.FEW_TOKENS and spec.run.by_rows
         self.steps: list[Step] = [InOneOrder(sides.cpu.queue, few or spec.run.deterministic)]
         self.ffns: dict[int, list[sparse_ffn.Ffn]] = {}
-        self.products: list[sparse_ffn.Product | sparse_ffn.Attention] = []
+        self.products: list[Userdata] = []
         self.taps: dict[str, ggml.TensorP] = {}
         self.inputs = {side: self._new_inputs(side) for side in range(len(self._sides)) if self._computes(side)}
         for side in self.inputs:
@@ -250,6 +252,7 @@ class _Building:
             ffns,
             self.products,
             choices=self._choices,
+            paging=self._paging,
         )
         ffn = ffn_of(builder, i, (piece.first, piece.end))
         if piece.side == CPU and self._scored_at_home(i):
@@ -291,7 +294,18 @@ class _Building:
         own = self._side == CPU
         scratch = self._scratch if own else None
         return Builder(
-            ctx, self._s, side.tensors, side.kv, spec, inputs, side.queue.device, own, scratch, {}, self.products
+            ctx,
+            self._s,
+            side.tensors,
+            side.kv,
+            spec,
+            inputs,
+            side.queue.device,
+            own,
+            scratch,
+            {},
+            self.products,
+            paging=self._paging,
         )
 
     def _blocks(self) -> Blocks:

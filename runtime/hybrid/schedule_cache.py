@@ -44,6 +44,11 @@ class ScheduleCache(Closing):
             self._scratch = make()
         return self._scratch
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory, where no schedules share theirs."""
+        return sum(s.nbytes for s in self._schedules.values()) + (self._scratch.nbytes if self._scratch else 0)
+
     def lost(self) -> None:
         """Free all schedules, since they have lost their memory. The scratch memory stays: the one that is being made
         may use it.

@@ -71,6 +71,11 @@ class Subgraphs(Closing):
         self._memory.place(list(self._roles.values()))
         self._memory.allocate([subgraph.graph for subgraph in self.all])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory that they lie in, which other schedules may share."""
+        return self._memory.size
+
     def close(self) -> None:
         """Free the descriptions."""
         self._handles.close()

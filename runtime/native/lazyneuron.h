@@ -120,6 +120,31 @@ struct lzn_margins {
     double * kept;        // and their energy
 };
 
+// What a pager did since its last `lzn_pager_load`, in pages: asked for, read, dropped again, and there now. reads: of
+// several pages each.
+struct lzn_pager_stats {
+    int64_t wanted;
+    int64_t read;
+    int64_t reads;
+    int64_t dropped;
+    int64_t resident;
+    int64_t nanoseconds;  // waited for
+};
+
+// Which rows `lzn_fetch` asks for: of all neurons (of the ranges that the tokens chose), of the candidates, or of those
+// that fire; or whole matrices.
+enum lzn_fetched { LZN_ALL = 0, LZN_CANDIDATES = 1, LZN_FIRED = 2, LZN_WHOLE = 3 };
+
+// What is to be there before the next operator: the userdata of `lzn_fetch`.
+struct lzn_fetch {
+    void * pager;
+    const struct lzn_ffn * ffn;  // of the rows
+    int32_t what;                // enum lzn_fetched
+    int32_t n_matrices;
+    const void * first[3];       // of each matrix, its first row
+    size_t size[3];              // bytes of a row, or of a whole matrix
+};
+
 #define LZN_MAX_RANGES 64  // that one token scans
 #define LZN_FEW_TOKENS 16  // at most, for `gate` and `down`
 
@@ -131,6 +156,8 @@ LZN_API size_t lzn_sizeof_product(void);
 LZN_API size_t lzn_sizeof_tiles(void);
 LZN_API size_t lzn_sizeof_margins(void);
 LZN_API size_t lzn_sizeof_attention(void);
+LZN_API size_t lzn_sizeof_fetch(void);
+LZN_API size_t lzn_sizeof_pager_stats(void);
 
 // The fastest variant that this CPU and this build have; whether they have `variant`; and its kernels for a ggml type.
 LZN_API int32_t lzn_best_variant(void);
@@ -183,6 +210,23 @@ LZN_API void lzn_attend(struct ggml_tensor * dst, int ith, int nth, void * userd
 // in any batch, but not those of `lzn_multiply`.
 LZN_API void lzn_tiles_arrange(struct ggml_tensor * dst, int ith, int nth, void * userdata);
 LZN_API void lzn_tiles_multiply(struct ggml_tensor * dst, int ith, int nth, void * userdata);
+
+// --- rows that are read when they are asked for (pager.cpp) -----------------------------------------------------------
+
+// A window of memory as large as some files, read by so many threads; null where the system has none. One thread may
+// use it at a time. `error`: 0, or what went wrong (an errno).
+LZN_API void * lzn_pager_new(const char * const * paths, int32_t n_files, int32_t n_readers, int32_t * error);
+LZN_API void lzn_pager_free(void * pager);
+LZN_API void * lzn_pager_address(const void * pager, int32_t file);  // of the file's first byte
+LZN_API void lzn_pager_limit(void * pager, int64_t pages);           // how many may be there
+LZN_API int32_t lzn_pager_error(void * pager);                       // see `pager::take_error`
+LZN_API void lzn_pager_stats_of(const void * pager, struct lzn_pager_stats * stats);
+// Reads bytes that lie in the window, n ranges (first, size), as hot ones.
+LZN_API void lzn_pager_load(void * pager, const int64_t * ranges, int64_t n);
+
+// ggml_custom2_op_t: hands `a` on when the rows are there. b is x as `quantize` left it, of all tokens; or the ranges that
+// the tokens chose, I32 [k, n_tokens]. a is for LZN_CANDIDATES the candidates, for LZN_FIRED the result of `gate`.
+LZN_API void lzn_fetch_rows(struct ggml_tensor * dst, const struct ggml_tensor * a, const struct ggml_tensor * b, int ith, int nth, void * userdata);
 
 // What a fit of predictors counts; no operators. `lzn_moments` gives the sums over tokens of scores, of goals, of their
 // squares and of their products: [5, n_neurons], from [n_tokens, n_neurons] each.

@@ -87,6 +87,7 @@ class NeuronFfn:
         """The product through whole matrices, every neuron: in `dense` mode ggml's own products."""
         b = self.b
         names = [name for stem in self.stems.matrices if b.w.get(name := n.weight_of(self.i, stem))]
+        x = b.fetched(x, names)
         # No other mode reads `ffn_down`: its pages are released again.
         x = b.repacked(x, names, release=[n.weight_of(self.i, n.FFN_DOWN)])
         gate, up = None, b.linear(x, self._named(n.FFN_UP))
@@ -121,14 +122,15 @@ class NeuronFfn:
     def native(self, x: ggml.TensorP, candidates: ggml.TensorP | None, chosen: Chosen | None = None) -> ggml.TensorP:
         """The product through gate rows of every neuron (or of the candidates), up and down rows of those that fire."""
         gates = None if chosen else self._gates(x, candidates)
-        return add_native_ffn(self.b.ctx, x, self._description(), self._rows(), candidates, chosen, gates)
+        asking = self.b.asking
+        return add_native_ffn(self.b.ctx, x, self._description(), self._rows(), candidates, chosen, gates, asking)
 
     def _gates(self, x: ggml.TensorP, candidates: ggml.TensorP | None) -> ggml.TensorP | None:
         """The gates of all neurons, [n_ff, n], for a batch of which tiles compute them faster than rows do."""
         name = n.weight_of(self.i, n.row_matrices(self.shape)[0])
         if candidates is not None or by_rows(x.ne[1]) or tiles_of(self.b.w[name]) is None:
             return None
-        return self.b.times(name, x)
+        return self.b.times(name, self.b.fetched(x, [name]))
 
     def _rows(self) -> NativeTensors:
         w, first = self.b.w, n.row_matrices(self.shape)[0]
