@@ -130,8 +130,9 @@ PLAIN_ROUTING = {
 
 
 def experts(at: str, gate: str, up: str, down: str, router: str) -> Table:
-    """Gated experts and their router. at: what the names of one expert's matrices begin with, `{e}` being its number;
-    gate, up, down: their own names; router: the whole name of the router's matrix, without `.weight`.
+    """Experts and their router. at: what the names of one expert's matrices begin with, `{e}` being its number;
+    gate, up, down: their own names (gate: any, where experts have none); router: the whole name of the router's matrix,
+    without `.weight`.
     """
     return {
         **pair("blk.{i}.ffn_gate_inp", router, bias=False),
@@ -140,6 +141,25 @@ def experts(at: str, gate: str, up: str, down: str, router: str) -> Table:
         "blk.{i}.ffn_down_exps.weight": Source(f"{at}.{down}.weight"),
         "blk.{i}.ffn_down_t_exps.weight": Source(f"{at}.{down}.weight", "transpose"),
     }
+
+
+def shared_expert(at: str, gate: str, up: str, down: str) -> Table:
+    """The expert that every token uses, where `expert_shared_feed_forward_length` says that there is one. at: what the
+    names of its matrices begin with; gate, up, down: as in `experts`.
+    """
+    return {
+        "blk.{i}.ffn_gate_shexp.weight": Source(f"{at}.{gate}.weight"),
+        "blk.{i}.ffn_up_shexp.weight": Source(f"{at}.{up}.weight"),
+        "blk.{i}.ffn_down_shexp.weight": Source(f"{at}.{down}.weight"),
+        "blk.{i}.ffn_down_t_shexp.weight": Source(f"{at}.{down}.weight", "transpose"),
+    }
+
+
+def latent_experts(down: str, up: str) -> Table:
+    """What makes the experts' input of the FFN's, and the reverse, where `expert_latent_length` says that there is
+    something: whole names, without `.weight`.
+    """
+    return pair("blk.{i}.ffn_latent_down", down, bias=False) | pair("blk.{i}.ffn_latent_up", up, bias=False)
 
 
 def gated_ffn(bias: bool = True) -> Table:

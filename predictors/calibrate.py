@@ -296,13 +296,13 @@ def calibrate(
 
 
 class _Seen:
-    """What calibration keeps of one block, in memory that serves the next one too.
+    """What calibration keeps of one block, in memory that serves the next one too, where that is as wide.
 
     shape: n_windows, length, n_embd. judged: the windows of which the neurons' pre-activations are kept, None for none.
     """
 
     def __init__(self, shape: tuple[int, ...], residual: bool, judged: slice | None) -> None:
-        self._inputs = np.empty(shape, np.float32)
+        self._inputs = np.empty(shape, np.float32)  # latent experts see another width
         self._residuals = np.empty(shape, np.float32) if residual else None
         self._weight = np.empty(shape[:2], np.float32)
         self._judged = judged
@@ -315,6 +315,8 @@ class _Seen:
         """Begin with another block."""
         self._ffn, self._routed, self._known = ffn, [], set()
         self.fired = np.zeros(ffn.n_ff, np.int64)
+        if self._inputs.shape[-1] != ffn.n_embd:
+            self._inputs = np.empty((*self._inputs.shape[:2], ffn.n_embd), np.float32)
 
     def add(self, k: int, result: BlockResult) -> None:
         """Keep window `k`."""

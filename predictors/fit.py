@@ -269,7 +269,7 @@ def calibration_windows(
 
 def _types(predictor_type: str, s: Structure) -> tuple[str, ...]:
     wanted = ("q4_0", "q8_0") if predictor_type == "auto" else (predictor_type,)
-    return tuple(t for t in wanted if s.embedding_length % block_size(t) == 0) or ("f16",)
+    return tuple(t for t in wanted if all(f.n_embd % block_size(t) == 0 for f in s.ffns.values())) or ("f16",)
 
 
 def _fit_layer(

@@ -206,10 +206,10 @@ class Engine(OfWorker):
     def _counted(self, schedule: Schedule, sequences: list[int], outputs: Ints) -> dict[int, dict[int, LayerCount]]:
         """What each FFN did in the schedule's last run, for the tokens of each sequence. sequences: of each token."""
         counted: dict[int, dict[int, LayerCount]] = {sequence: {} for sequence in sequences}
-        for i, shape in self.structure.ffns.items():
+        for i in self.structure.ffns:
             # A device computes every neuron that it has.
             hot, cold = self.map.on_devices[i], schedule.ffns.get(i, ())
-            if not cold and hot < shape.n_reached:
+            if not cold and hot < self.structure.blocks[i].n_reached:
                 continue  # all neurons, as whole matrices
             seen = sequences
             if cold and len(cold[0].fired) < len(sequences):  # the last block: tokens whose logits are wanted

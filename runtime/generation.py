@@ -320,7 +320,7 @@ class Generation(Closing):
         if self._speculation:
             self._speculation.did.add_to(self._counters)
         stats.layer_shares, stats.gate_shares = self._counters.layer_shares(), self._counters.gate_shares()
-        stats.layer_neurons = [block.ffn.n_reached if block.ffn else 0 for block in engine.structure.blocks]
+        stats.layer_neurons = [block.n_reached for block in engine.structure.blocks]
         kv = engine.kv_bytes(stats.prompt_tokens + (stats.tokens + 1) / 2)
         if self._speculation:
             did = self._speculation.did

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,23 @@ class Model:
     tied: bool = False
     stretched: bool = False  # the rotation's long waves are slower, as in Llama 3.1
 
+    # Of the family in tests/archs/sharing.py, whose names are Mixtral's beside: neurons that every token uses; the width
+    # that experts see, 0 for the model's; whether neurons have gates; whether a bias helps to choose; what weights are
+    # multiplied with.
+    sharing: bool = False
+    shared: int = 0
+    latent: int = 0
+    gated: bool = True
+    biased: bool = False
+    scale: float = 1.0
+
     ffn_type: str | None = None
 
     @property
     def family(self) -> str:
         """As in `convert.archs`."""
+        if self.sharing:
+            return "sharing"
         return "smallthinker" if self.smallthinker else "mixtral"
 
     def make(self, folder: Path, spoil: Callable[[dict[str, npt.NDArray[Any]]], object] = lambda _: None) -> None:
@@ -76,6 +88,13 @@ class Model:
             "rms_norm_eps": EPSILON, "tie_word_embeddings": self.tied,
             "rope_parameters": {"rope_theta": BASE, "rope_type": "default"} | (STRETCHED if self.stretched else {}),
         }  # fmt: skip
+        if self.sharing:
+            return common | {
+                "architectures": ["SharingForCausalLM"], "model_type": "sharing", "intermediate_size": FF,
+                "num_local_experts": self.experts, "num_experts_per_tok": self.used, "shared": self.shared,
+                "latent": self.latent, "gated": self.gated, "biased": self.biased, "scale": self.scale,
+                "sigmoid": self.sigmoid, "hidden_act": "relu" if self.gated else "relu2",
+            }  # fmt: skip
         if not self.smallthinker:
             return common | {
                 "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "intermediate_size": FF,
@@ -111,10 +130,20 @@ class Model:
             shapes[f"{at}self_attn.q_proj.weight"] = (HEADS * HEAD, WIDTH)
             shapes[f"{at}self_attn.o_proj.weight"] = (WIDTH, HEADS * HEAD)
             shapes[f"{at}block_sparse_moe.{router}.weight"] = (self.experts, WIDTH)
+            parts = (gate, up) if self.gated else (up,)
             for e in range(self.experts):
-                expert = f"{at}block_sparse_moe.experts.{e}."
-                shapes |= {f"{expert}{part}.weight": (FF, WIDTH) for part in (gate, up)}
-                shapes[f"{expert}{down}.weight"] = (WIDTH, FF)
+                expert, width = f"{at}block_sparse_moe.experts.{e}.", self.latent or WIDTH
+                shapes |= {f"{expert}{part}.weight": (FF, width) for part in parts}
+                shapes[f"{expert}{down}.weight"] = (width, FF)
+            if self.shared:
+                expert = f"{at}block_sparse_moe.shared."
+                shapes |= {f"{expert}{part}.weight": (self.shared, WIDTH) for part in parts}
+                shapes[f"{expert}{down}.weight"] = (WIDTH, self.shared)
+            if self.latent:
+                shapes[f"{at}block_sparse_moe.latent_down.weight"] = (self.latent, WIDTH)
+                shapes[f"{at}block_sparse_moe.latent_up.weight"] = (WIDTH, self.latent)
+            if self.biased:
+                shapes[f"{at}block_sparse_moe.gate.e_score_correction_bias"] = (self.experts,)
         return shapes
 
     def logits(self, folder: Path, ids: list[int]) -> Doubles:
@@ -143,20 +172,34 @@ class _Reference:
 
     def experts(self, x: Doubles, routed_by: Doubles, at: str) -> Doubles:
         """Each token's experts, one by one."""
-        router, gate, up, down = self.model.names
+        model, moe = self.model, f"{at}block_sparse_moe."
         out = np.zeros_like(x)
         for t, (token, seen) in enumerate(zip(x, routed_by, strict=True)):
-            logits = self.weights[f"{at}block_sparse_moe.{router}.weight"] @ seen
-            chosen = np.argsort(-logits)[: self.model.used]
-            scores = 1 / (1 + np.exp(-logits[chosen])) if self.model.sigmoid else np.exp(logits[chosen] - logits.max())
-            for e, share in zip(chosen, scores / scores.sum(), strict=True):
-                matrices = (
-                    self.weights[f"{at}block_sparse_moe.experts.{e}.{part}.weight"] for part in (gate, up, down)
-                )
-                g, u, d = matrices
-                lifted = np.maximum(u @ token, 0) if self.model.drelu else u @ token
-                out[t] += share * (d @ (np.maximum(g @ token, 0) * lifted))
+            given = self.weights[f"{moe}latent_down.weight"] @ token if model.latent else token
+            made = sum(share * self.expert(given, f"{moe}experts.{e}.") for e, share in self.choice(seen, moe))
+            out[t] = self.weights[f"{moe}latent_up.weight"] @ made if model.latent else made
+            if model.shared:
+                out[t] += self.expert(token, f"{moe}shared.")
         return out
+
+    def choice(self, seen: Doubles, moe: str) -> Iterator[tuple[int, float]]:
+        """A token's experts, and what they give is multiplied with."""
+        logits = self.weights[f"{moe}{self.model.names[0]}.weight"] @ seen
+        judged = logits
+        if self.model.biased:
+            judged = 1 / (1 + np.exp(-logits)) + self.weights[f"{moe}gate.e_score_correction_bias"]
+        chosen = np.argsort(-judged)[: self.model.used]
+        scores = 1 / (1 + np.exp(-logits[chosen])) if self.model.sigmoid else np.exp(logits[chosen] - logits.max())
+        return zip(chosen.tolist(), self.model.scale * scores / scores.sum(), strict=True)
+
+    def expert(self, x: Doubles, at: str) -> Doubles:
+        """What one expert makes of a token."""
+        _, gate, up, down = (self.weights.get(f"{at}{part}.weight") for part in self.model.names)
+        assert up is not None and down is not None
+        if gate is None:
+            return down @ np.maximum(up @ x, 0) ** 2
+        lifted = np.maximum(up @ x, 0) if self.model.drelu else up @ x
+        return down @ (np.maximum(gate @ x, 0) * lifted)
 
     def rotated(self, x: Doubles) -> Doubles:
         """x [n_tokens, n_heads, HEAD]: element j and element j + HEAD / 2 are one complex number, turned by its position."""
@@ -183,4 +226,13 @@ MODELS = {
     "smallthinker-4b": Model(True, sigmoid=True, tied=True),
     "smallthinker-21b": Model(True, sigmoid=True, rotates=(0, 1, 1), windowed=(0, 1, 1), experts=16, used=6),
     "smallthinker-softmax": Model(True, rotates=(1, 0, 1), windowed=(1, 0, 0), used=1, stretched=True),
+}
+
+# With tests/archs/sharing.py in the converter's list of families.
+SHARING = {
+    "shared": Model(False, sharing=True, shared=96, used=2, experts=4),
+    "latent": Model(
+        False, sharing=True, shared=160, latent=32, gated=False, sigmoid=True, biased=True, scale=2.5, used=4
+    ),
+    "latent-alone": Model(False, sharing=True, latent=64, tied=True),
 }

@@ -16,7 +16,7 @@ from convert.arch import Generated, Source
 from convert.checkpoint import Checkpoint
 from convert.encode import read
 from convert.plan import Plan, PlannedTensor
-from runtime.bindings.ffn_shape import Experts
+from runtime.bindings.ffn_shape import Experts, FfnShape
 from runtime.model_file import tensor_names as names
 
 Floats = npt.NDArray[np.float32]
@@ -108,15 +108,16 @@ class NumpyModel:
         norms = f"blk.{i}.attn_norm", f"blk.{i}.ffn_norm"
         if s.norm_placement == "post":
             h = self._norm(x + scale * self._attention(x, i), norms[0]) if block.mixer else x
-            return self._norm(h + scale * self._ffn(h, i), norms[1]) if block.ffn else h
+            return self._norm(h + scale * self._ffn(h, i, block.ffn), norms[1]) if block.ffn else h
         mixed = self._attention(self._norm(x, norms[0]), i) if block.mixer else np.float32(0)
         h = x + scale * mixed
         if not block.ffn:
             return h
         seen = self._norm(x if s.residual == "parallel" else h, norms[1])
         if experts := block.ffn.experts:
-            return h + scale * self._experts(seen, x if experts.tap == "block" else seen, i, experts)
-        return h + scale * self._ffn(seen, i)
+            made = self._experts(seen, x if experts.tap == "block" else seen, i, experts)
+            return h + scale * (made + self._ffn(seen, i, block.shared) if block.shared else made)
+        return h + scale * self._ffn(seen, i, block.ffn)
 
     def _attention(self, x: Floats, i: int) -> Floats:
         s, a, n = self.s, self.s.attentions[i], len(x)
@@ -161,13 +162,15 @@ class NumpyModel:
     def _experts(self, x: Floats, routed_by: Floats, i: int, e: Experts) -> Floats:
         """Expert by expert, for the tokens that chose it."""
         chosen, weights = self._routed(self._linear(routed_by, f"blk.{i}.{names.ROUTER}"), i, e)
+        if self.s.expert_latent_length:
+            x = self._linear(x, f"blk.{i}.{names.LATENT_DOWN}")
         out = np.zeros_like(x)
         for expert in range(e.count):
             tokens, places = np.nonzero(chosen == expert)
             if len(tokens):
-                made = self._neurons(x[tokens], i, expert) @ self._down(i, expert).T
+                made = self._neurons(x[tokens], i, self.s.ffns[i], expert) @ self._down(i, self.s.ffns[i], expert).T
                 out[tokens] += weights[tokens, places, None] * made
-        return out
+        return self._linear(out, f"blk.{i}.{names.LATENT_UP}") if self.s.expert_latent_length else out
 
     def _routed(self, logits: Floats, i: int, e: Experts) -> tuple[npt.NDArray[np.int64], Floats]:
         """The experts of each token and the weights of what they give, both [n_tokens, used]."""
@@ -182,9 +185,8 @@ class NumpyModel:
             weights = weights / weights.sum(-1, keepdims=True)
         return chosen, np.float32(e.scale) * weights
 
-    def _neurons(self, x: Floats, i: int, e: int | None = None) -> Floats:
+    def _neurons(self, x: Floats, i: int, ffn: FfnShape, e: int | None = None) -> Floats:
         """What each neuron of an FFN, or of its expert `e`, is multiplied with its down row by: [n_tokens, n]."""
-        ffn = self.s.ffns[i]
         stems, activate = names.stems(ffn), _activation(ffn.activation, ffn.threshold)
         h = self._linear(x, names.in_block(i, stems.up), e)
         if not ffn.gated:
@@ -192,18 +194,18 @@ class NumpyModel:
         up = np.maximum(h, 0) if ffn.activation == "drelu" else h
         return np.asarray(activate(self._linear(x, names.in_block(i, stems.gate), e)) * up)
 
-    def _ffn(self, x: Floats, i: int) -> Floats:
-        s, ffn = self.s, self.s.ffns[i]
-        h = self._neurons(x, i)
+    def _ffn(self, x: Floats, i: int, ffn: FfnShape) -> Floats:
+        s = self.s
+        h = self._neurons(x, i, ffn)
         if ffn.sub_norm:
             h = h / np.sqrt((h**2).mean(-1, keepdims=True) + np.float32(s.norm_epsilon))
-        return self._biased(h @ self._down(i).T, f"blk.{i}.ffn_down")
+        return self._biased(h @ self._down(i, ffn).T, f"blk.{i}.ffn_down")
 
-    def _down(self, i: int, e: int = 0) -> Floats:
+    def _down(self, i: int, ffn: FfnShape, e: int = 0) -> Floats:
         """Block `i`'s down projection, or its expert's, as the checkpoint has it, [n_embd, n_ff], whatever layouts the
         file stores.
         """
-        source = self._tensors[names.weight_of(i, names.stems(self.s.ffns[i]).down_t)].parts[e].source
+        source = self._tensors[names.weight_of(i, names.stems(ffn).down_t)].parts[e].source
         assert isinstance(source, Source)
         with read(self._checkpoint, source) as stored:
             return np.asarray(stored[:], np.float32)

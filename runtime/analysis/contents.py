@@ -107,7 +107,7 @@ def contents_of(file: GgufFile) -> Contents:
 
 def kind_of(name: str) -> str:
     """The group a tensor belongs to, by its name: one of embeddings, attention, ffn_*, output, norms, other."""
-    stem = name.split(".")[2 if name.startswith("blk.") else 0].removesuffix("_exps")
+    stem = name.split(".")[2 if name.startswith("blk.") else 0].removesuffix("_exps").removesuffix("_shexp")
     if stem.endswith("_norm"):
         return "norms"
     if stem.startswith("attn_"):

@@ -35,7 +35,8 @@ class FfnShape:
 
     gated: a neuron has a gate row beside its up row. threshold: of `fatrelu`. bias: gate, up and down rows have biases.
     sub_norm: neurons are divided by their root mean square before they are projected. experts: None where every token
-    uses all neurons; else `n_ff` counts those of all experts, expert by expert.
+    uses all neurons; else `n_ff` counts those of all experts, expert by expert. shared: these are every token's, beside
+    those of its experts.
     """
 
     n_embd: int
@@ -46,6 +47,7 @@ class FfnShape:
     bias: bool = False
     sub_norm: bool = False
     experts: Experts | None = None
+    shared: bool = False
 
     @property
     def expert_length(self) -> int:

@@ -181,7 +181,7 @@ def where(arrangement: Arrangement) -> str:
         why = "the budget is too small, or the device would not be faster"
         return f"on {names}: nothing, the CPU computes all of it ({why})"
     tensor_map, s = arrangement.tensor_map, arrangement.tensor_map.structure
-    hot = sum(tensor_map.on_devices) / sum(ffn.n_reached for ffn in s.ffns.values())
+    hot = sum(tensor_map.on_devices) / sum(block.n_reached for block in s.blocks)
     head = ", the output head" if tensor_map.head != CPU else ""
     layers = f"{s.block_count - len(tensor_map.homes(CPU))} of {s.block_count} layers"
     return f"on {names}: attention of {layers}, {share(hot)} of the neurons{head}; the rest on the CPU"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from runtime.bindings import ggml
 from runtime.compute.builder import Builder
-from runtime.compute.ffns import ffn_of
+from runtime.compute.ffns import ffn_of, shared_of
 from runtime.compute.ffns.neurons import FfnInputs, NeuronFfn
 from runtime.compute.mixers import mixer_of
 from runtime.model_file import tensor_names as n
@@ -18,7 +18,9 @@ from runtime.model_file import tensor_names as n
 
 @dataclass(frozen=True)
 class AtFfn:
-    """Where a block's FFN begins. residual: what its result is added to, F32 [n_embd, n]."""
+    """Where a block's FFN begins. residual: what its result is added to, F32 [n_embd, n]; what a shared expert gives is
+    in it.
+    """
 
     inputs: FfnInputs
     residual: ggml.TensorP
@@ -61,7 +63,15 @@ class Blocks:
             return AtFfn(FfnInputs(h, residual, ffn.routed(h, entry)), residual)
         stream = entry if self.s.residual == "parallel" else h
         given = self.b.norm(stream, ffn.norm)
-        return AtFfn(FfnInputs(given, stream, ffn.routed(given, entry)), residual)
+        inputs = FfnInputs(ffn.entered(given), stream, ffn.routed(given, entry))
+        return AtFfn(inputs, self._with_shared(residual, given, i))
+
+    def _with_shared(self, residual: ggml.TensorP, given: ggml.TensorP, i: int) -> ggml.TensorP:
+        """The residual stream and what block `i`'s shared expert adds to it, from the FFN's input."""
+        shared = shared_of(self.b, i)
+        if not shared:
+            return residual
+        return ggml.ggml_add(self.b.ctx, residual, shared.finished(shared.product(FfnInputs(given, given))))
 
     def _mixed(self, x: ggml.TensorP, i: int) -> tuple[ggml.TensorP, ggml.TensorP]:
         """Block `i`'s hidden states after its mixer, and these with the norm behind it, where norms stand there."""

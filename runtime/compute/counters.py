@@ -21,7 +21,7 @@ class Counters:
     """FFN activity of a model's layers since it was made or reset."""
 
     def __init__(self, structure: Structure, ffn: str) -> None:
-        self._neurons = [block.ffn.n_reached if block.ffn else 0 for block in structure.blocks]
+        self._neurons = [block.n_reached for block in structure.blocks]
         self._dense = ffn == "dense"
         self.reset()
 

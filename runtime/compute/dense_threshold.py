@@ -81,7 +81,7 @@ def _dense_from(ffn: FfnShape, tensors: Mapping[str, TensorInfo], activity: Acti
 
 def expected(file: GgufFile, ffn: str, predictor_bias: float) -> Activity:
     """The activity that the file's calibration lets expect; without calibration, that of a model whose neurons all
-    fire.
+    fire. Neurons of a shared expert fire as often as those of the chosen ones, and are all candidates.
     """
     s = file.structure
     if s.neuron_order != "hot":
@@ -89,8 +89,18 @@ def expected(file: GgufFile, ffn: str, predictor_bias: float) -> Activity:
     fired = [0.0] * s.block_count
     for i in s.ffns:
         fired[i] = fired_share(file, i)
-    if ffn != "predicted" or predictor_bias > 0:
-        return Activity(ffn, fired, [1.0] * s.block_count)
+    gates = candidate_shares(file, ffn, predictor_bias, fired)
+    reached = [(block.ffn.n_reached if block.ffn else 0, block.n_reached or 1) for block in s.blocks]
+    return Activity(ffn, fired, [1 - (1 - g) * own / n for g, (own, n) in zip(gates, reached, strict=True)])
+
+
+def candidate_shares(file: GgufFile, ffn: str, predictor_bias: float, fired: Sequence[float]) -> list[float]:
+    """By block, the share of the neurons that a token may use, a shared expert's aside, whose first rows it reads.
+    fired: the share that fires.
+    """
+    s = file.structure
+    if ffn != "predicted" or predictor_bias > 0 or s.neuron_order != "hot":
+        return [1.0] * s.block_count
     stored = file.metadata.get("lazyneuron.predictor.predicted_share", ())
     shares: Sequence[float] = stored if len(stored) else [min(1.0, _OVERSHOOT * f) for f in fired]
-    return Activity(ffn, fired, [float(share) if s.rank(i) else 1.0 for i, share in enumerate(shares)])
+    return [float(share) if s.rank(i) else 1.0 for i, share in enumerate(shares)]

@@ -36,8 +36,9 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Activity:
-    """Which share of each block's neurons is read, where there are experts of those that are chosen; of blocks without
-    an FFN it says nothing. fired: up and down rows (ungated: down rows); gates: gate (up) rows.
+    """Which share of each block's neurons is read, where there are experts of those that are chosen, a shared one
+    included; of blocks without an FFN it says nothing. fired: up and down rows (ungated: down rows); gates: gate (up)
+    rows.
     """
 
     ffn: str  # the mode
@@ -54,13 +55,13 @@ def bytes_per_token(
     s: Structure, tensors: Mapping[str, TensorInfo], activity: Activity, kv_bytes: float = 0.0
 ) -> Traffic:
     """Bytes that one token reads. kv_bytes: those of keys and values, see `kv_bytes`."""
-    ffn = sum(ffn_bytes(shape, tensors, activity, i) for i, shape in s.ffns.items())
+    ffn = sum(_block_bytes(s, tensors, activity, i) for i in range(s.block_count))
     head = tensors[names.weight(names.TOKEN_EMBD if s.tied_output else names.OUTPUT)].nbytes
     attention = sum(t.nbytes for name, t in tensors.items() if ".attn_" in name)
     by_row = (names.weight(stem) for stem in (names.TOKEN_EMBD, names.POSITION_EMBD))
     other = sum(tensors[name].nbytes / tensors[name].ne[1] for name in by_row if name in tensors)
     always = (names.OUTPUT_NORM, names.OUTPUT_PROJ, names.TOKEN_EMBD_PROJ, names.ROPE_FREQS)
-    in_blocks = tuple(f".{short}" for short in (names.FFN_NORM, *names.ROUTERS))
+    in_blocks = tuple(f".{short}" for short in (names.FFN_NORM, *names.ROUTERS, *names.LATENTS))
     other += sum(
         t.nbytes for name, t in tensors.items() if name.startswith(always) or any(short in name for short in in_blocks)
     )
@@ -95,10 +96,16 @@ def ffn_bytes(ffn: FfnShape, tensors: Mapping[str, TensorInfo], activity: Activi
     always: float = size(*(names.bias(stem) for stem in stems.matrices))
     if activity.ffn == "dense":
         return reached * size(*(names.weight(stem) for stem in stems.matrices)) + always
-    if activity.ffn == "predicted":
+    if activity.ffn == "predicted" and not ffn.shared:
         always += size(names.weight(names.PREDICTOR_IN)) + reached * size(*names.PREDICTOR_ROWS)
     first, *rest = (names.weight(stem) for stem in names.row_matrices(ffn))
     return always + reached * (activity.gates[i] * size(first) + activity.fired[i] * size(*rest))
+
+
+def _block_bytes(s: Structure, tensors: Mapping[str, TensorInfo], activity: Activity, i: int) -> float:
+    """Bytes of block `i`'s FFN and shared expert that one token reads: of both the same share."""
+    parts = (s.blocks[i].ffn, s.blocks[i].shared)
+    return sum(ffn_bytes(part, tensors, activity, i) for part in parts if part)
 
 
 class BytesRead:
@@ -111,11 +118,11 @@ class BytesRead:
     ) -> None:
         self._usual, n = usual, len(s.blocks)
         # Several tokens reach more neurons than one.
-        self._most = np.array([b.ffn.n_ff / b.ffn.n_reached if b.ffn else 1.0 for b in s.blocks])
+        self._most = np.array([b.n_neurons / b.n_reached if b.ffn else 1.0 for b in s.blocks])
 
         def read(fired: float, gates: float) -> npt.NDArray[np.float64]:
             activity = Activity.uniform(ffn, n, fired, gates)
-            return np.array([ffn_bytes(s.ffns[i], tensors, activity, i) if i in s.ffns else 0.0 for i in range(n)])
+            return np.array([_block_bytes(s, tensors, activity, i) for i in range(n)])
 
         nothing = read(0, 0)
         self._fired, self._gates = read(1, 0) - nothing, read(0, 1) - nothing

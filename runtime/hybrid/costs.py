@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from runtime.bindings import ggml
 from runtime.bindings.ffn_shape import FfnShape
-from runtime.compute.dense_threshold import expected
+from runtime.compute.dense_threshold import candidate_shares, expected
 from runtime.compute.kv_cache import padded_cells
 from runtime.errors import UserError
 from runtime.hybrid.planner import BlockCosts, Device, Machine, Placement, place
@@ -139,14 +139,22 @@ def scratch_of(s: Structure, options: PlanOptions) -> int:
 
 def _widest(s: Structure) -> tuple[int, int]:
     """The most neurons that a token may use in a block, and the longest queries of one."""
-    return max(ffn.n_reached for ffn in s.ffns.values()), max(a.query_length for a in s.attentions.values())
+    return max(block.n_reached for block in s.blocks), max(a.query_length for a in s.attentions.values())
 
 
 def model_costs(file: GgufFile, options: PlanOptions) -> tuple[list[BlockCosts], int]:
     """The planner's blocks, and the bytes of the output head (its norm and projection included)."""
     s = file.structure
-    gates = expected(file, options.ffn, options.run.predictor_bias).gates
-    blocks = [_block(file, i, options, by_rank(file, i), float(gates[i])) for i in range(s.block_count)]
+    bias = options.run.predictor_bias
+    fired = expected(file, options.ffn, bias).fired
+    gates = candidate_shares(file, options.ffn, bias, fired)
+    blocks = [
+        replace(
+            _block(file, i, options, by_rank(file, i), gates[i]),
+            spared=_spared(file, i, options, fired[i]) if i in s.shared else 0.0,
+        )
+        for i in range(s.block_count)
+    ]
     output = names.weight(names.TOKEN_EMBD if s.tied_output else names.OUTPUT)
     ends = (names.OUTPUT_NORM, names.OUTPUT_PROJ)
     head = (output, *(name for name in file.tensors if name.startswith(ends)))
@@ -219,7 +227,24 @@ def _block(file: GgufFile, i: int, options: PlanOptions, freq: Floats, share: fl
     return _with_neurons(block, ffn, file, i, options, freq, share) if ffn else block
 
 
-_ALWAYS_READ = ("attn_", "ssm_", names.FFN_NORM, names.bias(names.FFN_DOWN), *names.ROUTERS)
+def _spared(file: GgufFile, i: int, options: PlanOptions, fired: float) -> float:
+    """Bytes of a shared expert that the CPU does not read and a device does, which computes all of it."""
+    tensors, shared = _tensors(file, i), file.structure.shared[i]
+    if options.ffn == "dense":
+        return 0.0
+    _, *rest = (tensors[names.weight(stem)].nbytes for stem in names.row_matrices(shared))
+    return (1 - min(1.0, options.scattered * fired)) * sum(rest)
+
+
+_ALWAYS_READ = (
+    "attn_",
+    "ssm_",
+    names.FFN_NORM,
+    names.bias(names.FFN_DOWN),
+    *names.ROUTERS,
+    *names.LATENTS,
+    *names.SHARED_MATRICES,
+)
 
 
 def _with_neurons(

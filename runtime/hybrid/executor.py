@@ -30,7 +30,8 @@ from runtime.model_file import tensor_names as n
 from runtime.options import SettledOptions
 
 # Matrices of a block that every token is multiplied with as a whole.
-_MULTIPLIED = re.compile(r"(attn_(q|k|v|output)|ffn_(gate|up|down))\.weight")
+_MULTIPLIED = re.compile(r"(attn_(q|k|v|output)|ffn_(gate|up|down)(_shexp)?|ffn_latent_(down|up))\.weight")
+_AT_HOME = (*n.SHARED_MATRICES, *n.LATENTS)  # of an FFN, what is computed where the block is at home
 
 
 class Executor(Closing):
@@ -153,6 +154,7 @@ def multiplies(tensor_map: TensorMap, name: str) -> bool:
             return True
         return tensor_map.head == CPU and name in (n.weight(tensor_map.head_stem), n.weight(n.OUTPUT_PROJ))
     i, short = block
-    if tensor_map.blocks[i].home != CPU or (short.startswith("ffn") and i not in tensor_map.whole_on_cpu):
+    divided = short.startswith("ffn") and short not in _AT_HOME and i not in tensor_map.whole_on_cpu
+    if tensor_map.blocks[i].home != CPU or divided:
         return False
     return _MULTIPLIED.fullmatch(short) is not None

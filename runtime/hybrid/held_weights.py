@@ -104,9 +104,13 @@ def _read_whole(tensor_map: TensorMap, run: SettledOptions, touched: Mapping[str
     for i in range(s.block_count):
         names |= {n.weight_of(i, stem) for stem in n.ATTENTION_MATRICES}
     for i, ffn in s.ffns.items():
+        names |= {n.in_block(i, short) for short in n.LATENTS}
         if run.ffn == "dense":
             names |= {n.weight_of(i, stem) for stem in n.Stems().matrices}
+            names |= {n.in_block(i, short) for short in n.SHARED_MATRICES}
             continue
+        if i in s.shared:
+            names.add(n.weight_of(i, n.row_matrices(s.shared[i])[0]))
         predicted = s.rank(i) > 0 and (run.chooses or run.ffn == "verified")
         if predicted and not tensor_map.scored_at_home(i):
             names |= {n.in_block(i, short) for short in _OF_PREDICTORS}

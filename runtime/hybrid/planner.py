@@ -41,6 +41,8 @@ class BlockCosts:
     hot: for each cut, the bytes of its neurons on a device, which stores them all and reads the share `hot_read`: with
     experts, those of the chosen ones.
     cold: for each cut, the bytes that the CPU reads of the others for one token.
+    spared: how much less than `read` the CPU reads where the block is at home there: of a shared expert, rows of
+    neurons that do not fire.
     """
 
     stored: int
@@ -51,6 +53,7 @@ class BlockCosts:
     hot: tuple[int, ...]
     cold: tuple[float, ...]
     hot_read: float = 1.0
+    spared: float = 0.0
 
     def __post_init__(self) -> None:
         if not len(self.cuts) == len(self.hot) == len(self.cold) or self.cuts[:1] != (0,) or self.hot[0] != 0:
@@ -174,7 +177,10 @@ def _block_cost(
     k = int(ends[-1])
     cold = b.cold[b.cuts.index(k)] / machine.cpu_bandwidth
     if not resident:
-        return {"attention (CPU)": (b.read + b.predictor) / machine.cpu_bandwidth, "cold neurons": cold}, "CPU"
+        return {
+            "attention (CPU)": (b.read - b.spared + b.predictor) / machine.cpu_bandwidth,
+            "cold neurons": cold,
+        }, "CPU"
     predictor = b.predictor if k < b.neurons else 0
     used[0] += b.stored + predictor
     sizes = np.diff([b.hot[b.cuts.index(end)] for end in (0, *ends.tolist())])
@@ -296,7 +302,7 @@ class _Search:
         return known
 
     def _cpu_seconds(self, b: BlockCosts) -> float:
-        return (b.read + b.predictor + b.cold[0]) / self.machine.cpu_bandwidth
+        return (b.read - b.spared + b.predictor + b.cold[0]) / self.machine.cpu_bandwidth
 
     def _table(self, b: BlockCosts, shares: list[float]) -> tuple[Sizes, Seconds]:
         """For each cut of a resident block: bytes beside those that every resident block needs, and seconds."""

@@ -144,6 +144,8 @@ class _Building:
         if self._s.blocks[i].ffn is None:
             return blocks.block(x, i)
         at = blocks.until_ffn(x, i)
+        if blocks.b.ffns:  # a shared expert's
+            self.ffns.setdefault(i, []).extend(blocks.b.ffns.values())
         if self._spec.tapped:
             roles = {"ffn_input": at.inputs.x, "residual": at.inputs.stream}
             if chosen := at.inputs.chosen:
@@ -162,6 +164,7 @@ class _Building:
         FFN's product.
         """
         home, there, d = self._side, self._graphs[self._side], self._s.embedding_length
+        width = self._s.ffns[i].n_embd  # of latent experts another one
         given = at.inputs
         n = given.x.ne[1]
         sides = self._map.blocks[i].sides
@@ -172,7 +175,7 @@ class _Building:
         self._leave_scores(given, i)
         arrived = self._ended()
         if home != CPU and home in sides:  # which goes on while the CPU waits
-            at_home = there.at("x", d, n)
+            at_home = there.at("x", width, n)
             self._compute_share(home, FfnInputs(at_home, at_home, self._choice_on(home, chosen)), i)
         self.steps += arrived
         waits: list[Step] = []
@@ -193,7 +196,7 @@ class _Building:
         products = [self._sum(others)] if others else []
         if home in sides:
             products.insert(0, there.at(_product_of(home), length, n))
-        residual, x = there.at("kept residual", d, n), there.at("x", d, n)
+        residual, x = there.at("kept residual", d, n), there.at("x", width, n)
         return AtFfn(FfnInputs(x, residual), residual), self._sum(products)
 
     def _sees_stream(self, i: int) -> bool:

@@ -108,10 +108,15 @@ class TensorMap:
 
     @cached_property
     def on_devices(self) -> tuple[int, ...]:
-        """By block, the neurons on all devices together; with experts, of those that one token uses."""
+        """By block, the neurons on all devices together; with experts, of those that one token uses. A shared expert's
+        are where the block is at home.
+        """
         used = (b.ffn.experts.used if b.ffn and b.ffn.experts else 1 for b in self.structure.blocks)
+        shared = self.structure.shared
+        beside = (shared[i].n_ff if i in shared and b.home != CPU else 0 for i, b in enumerate(self.blocks))
         return tuple(
-            n * sum(p.length for p in block.pieces if p.side != CPU) for n, block in zip(used, self.blocks, strict=True)
+            n * sum(p.length for p in block.pieces if p.side != CPU) + m
+            for n, m, block in zip(used, beside, self.blocks, strict=True)
         )
 
     def scored_at_home(self, i: int) -> bool:
@@ -146,7 +151,7 @@ class TensorMap:
         if block is None:
             return bool(homes) if name == n.weight(n.ROPE_FREQS) else self.head == side and self._of_head(name)
         i, short = block
-        if i not in homes or short in _OF_NEURONS:
+        if i not in homes or short in _OF_NEURONS or short in n.TRANSPOSED:
             return False
         return short != n.weight(n.PREDICTOR_IN) or self.scored_at_home(i)
 

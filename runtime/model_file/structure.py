@@ -6,7 +6,8 @@ those of docs/format.md; the tensors that follow from them are in tensor_shapes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -37,6 +38,7 @@ PER_BLOCK = (
     "expert_count",
     "expert_used_count",
     "ssm_time_step_rank",
+    "expert_shared_feed_forward_length",
 )
 MIXED = 3  # the first schema version whose readers know lists of such values
 
@@ -116,10 +118,24 @@ class Mamba2:
 
 @dataclass(frozen=True)
 class Block:
-    """One block: what mixes tokens, and what is computed of each token by itself. None where it has no such half."""
+    """One block: what mixes tokens, and what is computed of each token by itself. None where it has no such half.
+
+    shared: the expert that every token uses beside those that `ffn` chooses.
+    """
 
     mixer: Attention | Mamba2 | None
     ffn: FfnShape | None
+    shared: FfnShape | None = None
+
+    @property
+    def n_reached(self) -> int:
+        """Neurons that one token may use, those of the shared expert included."""
+        return sum(ffn.n_reached for ffn in (self.ffn, self.shared) if ffn)
+
+    @property
+    def n_neurons(self) -> int:
+        """All neurons."""
+        return sum(ffn.n_ff for ffn in (self.ffn, self.shared) if ffn)
 
 
 @dataclass(frozen=True)
@@ -169,6 +185,10 @@ class Structure:
     sliding_window_pattern: tuple[bool, ...] = _key("attention.sliding_window_pattern", since=3, default=())
     expert_count: int | tuple[int, ...] = _key("expert_count", since=3, default=0)  # 0: an FFN without experts
     expert_used_count: int | tuple[int, ...] = _key("expert_used_count", since=3, default=0)
+    expert_shared_feed_forward_length: int | tuple[int, ...] = _key(
+        "expert_shared_feed_forward_length", since=3, default=0
+    )  # neurons that every token uses beside those of its experts
+    expert_latent_length: int = _key("expert_latent_length", since=3, default=0)  # 0: experts see the FFN's own input
     expert_gating: str = _key("expert_gating_func", GATINGS, since=3, default="softmax")
     expert_bias: bool = _key("expert_bias", since=3, default=False)
     expert_weights_norm: bool = _key("expert_weights_norm", since=3, default=False)
@@ -212,12 +232,23 @@ class Structure:
         """The blocks, each with sizes of its own."""
         windows = self.sliding_window_pattern or (True,) * self.block_count
         columns = (self.each(name) for name in PER_BLOCK)
-        return tuple(self._block(*values) for values in zip(*columns, windows, strict=True))
+        sizes = (dict(zip(PER_BLOCK, values, strict=True)) for values in zip(*columns, strict=True))
+        return tuple(self._block(size, windowed) for size, windowed in zip(sizes, windows, strict=True))
 
-    def _block(
-        self, n_ff: int, heads: int, heads_kv: int, rotated: int, experts: int, used: int, ssm: int, windowed: bool
-    ) -> Block:
-        rope, window = rotated if self.position.startswith("rope") else 0, self.sliding_window if windowed else 0
+    def _block(self, size: Mapping[str, int], windowed: bool) -> Block:
+        """size: by name, those of PER_BLOCK."""
+        rope = size["rope_dimension_count"] if self.position.startswith("rope") else 0
+        window = self.sliding_window if windowed else 0
+        heads_kv, mamba = size["head_count_kv"], size["ssm_time_step_rank"]
+        attention = Attention(size["head_count"], heads_kv, self.head_length, rope, window)
+        mixer = attention if heads_kv else self._mamba2(mamba) if mamba > 0 else None
+        return Block(mixer, *self._ffns(size))
+
+    def _ffns(self, size: Mapping[str, int]) -> tuple[FfnShape | None, FfnShape | None]:
+        """The FFN of a block of these sizes, and its shared expert."""
+        n_ff, experts, shared = (
+            size[name] for name in ("feed_forward_length", "expert_count", "expert_shared_feed_forward_length")
+        )
         ffn = FfnShape(
             self.embedding_length,
             n_ff * (experts or 1),
@@ -226,11 +257,12 @@ class Structure:
             self.activation_threshold,
             self.ffn_bias,
             self.ffn_sub_norm,
-            self._experts(experts, used) if experts else None,
+            self._experts(experts, size["expert_used_count"]) if experts else None,
         )
-        attention = Attention(heads, heads_kv, self.head_length, rope, window)
-        mixer = attention if heads_kv else self._mamba2(ssm) if ssm > 0 else None
-        return Block(mixer, ffn if n_ff else None)
+        beside = replace(ffn, n_ff=shared, experts=None, shared=True) if shared else None
+        if experts and self.expert_latent_length:
+            ffn = replace(ffn, n_embd=self.expert_latent_length)
+        return ffn if n_ff else None, beside
 
     def _mamba2(self, heads: int) -> Mamba2:
         length = self.ssm_inner_size // heads
@@ -256,6 +288,11 @@ class Structure:
     def ffns(self) -> dict[int, FfnShape]:
         """The FFN of each block that has one, by block."""
         return {i: block.ffn for i, block in enumerate(self.blocks) if block.ffn}
+
+    @cached_property
+    def shared(self) -> dict[int, FfnShape]:
+        """The shared expert of each block that has one, by block."""
+        return {i: block.shared for i, block in enumerate(self.blocks) if block.shared}
 
     @cached_property
     def attentions(self) -> dict[int, Attention]:

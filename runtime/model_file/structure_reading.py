@@ -103,6 +103,7 @@ def _check(s: Structure, where: str) -> None:
         if any(not least <= v <= limit for v in (value if isinstance(value, tuple) else (value,))):
             raise UserError(f"{where}: {name} is {value}, expected {least} to {limit}")
     _check_mambas(s, where)
+    _check_latent(s, where)
     for i, block in enumerate(s.blocks):
         _check_block(s, i, block, where)
     if not s.attentions or not s.ffns:
@@ -208,6 +209,28 @@ def _check_mambas(s: Structure, where: str) -> None:
             )
 
 
+def _check_shared(s: Structure, i: int, at: str) -> None:
+    """Of what stands around a block's experts: the shared expert, and their own input."""
+    shared, experts, most = s.each("expert_shared_feed_forward_length")[i], s.each("expert_count")[i], 1 << 24
+    if not 0 <= shared <= most:
+        raise UserError(f"{at}: expert_shared_feed_forward_length is {shared}, expected 0 to {most}")
+    if shared and not experts:
+        raise UserError(f"{at}: a shared expert of {shared} neurons without experts, expected expert_count with it")
+    if (shared or (experts and s.expert_latent_length)) and s.norm_placement != "pre":
+        what = "a shared expert" if shared else "latent experts"
+        raise UserError(f"{at}: {what} with norm_placement `{s.norm_placement}`, expected `pre`")
+
+
+def _check_latent(s: Structure, where: str) -> None:
+    latent = s.expert_latent_length
+    if not 0 <= latent <= _LIMITS["embedding_length"]:
+        raise UserError(f"{where}: expert_latent_length is {latent}, expected 0 to {_LIMITS['embedding_length']}")
+    if latent and not any(s.each("expert_count")):
+        raise UserError(f"{where}: expert_latent_length is {latent} without experts, expected 0")
+    if latent and s.predictor != "none" and s.predictor_tap != "ffn_norm":
+        raise UserError(f"{where}: predictor.tap is `{s.predictor_tap}` with latent experts, expected `ffn_norm`")
+
+
 def _check_block(s: Structure, i: int, block: Block, where: str) -> None:
     attention, ffn, at = block.mixer, block.ffn, f"{where}: block {i}"
     if attention is None and ffn is None:
@@ -215,6 +238,7 @@ def _check_block(s: Structure, i: int, block: Block, where: str) -> None:
     if ffn is None and s.rank(i):
         raise UserError(f"{at}: a predictor of rank {s.rank(i)}, expected 0 in a block without an FFN")
     _check_experts(s, i, ffn, at)
+    _check_shared(s, i, at)
     if attention is None or isinstance(attention, Mamba2):
         return
     if attention.head_count < 1 or attention.head_count % attention.head_count_kv:

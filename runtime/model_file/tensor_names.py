@@ -22,6 +22,7 @@ SSM_NORM, SSM_OUT = "ssm_norm", "ssm_out"
 FFN_NORM, FFN_GATE, FFN_UP, FFN_DOWN, FFN_DOWN_T = "ffn_norm", "ffn_gate", "ffn_up", "ffn_down", "ffn_down_t"
 NEURON_INDEX, NEURON_FREQ = "ffn_neuron_index", "ffn_neuron_freq"
 PREDICTOR_IN, PREDICTOR_OUT, PREDICTOR_SIGN = "predictor_in", "predictor_out", "predictor_sign"
+LATENT_DOWN, LATENT_UP = "ffn_latent_down", "ffn_latent_up"
 ROUTER, ROUTER_BIAS, EXPERT_FREQ = "ffn_gate_inp", "exp_probs_b", "expert_freq"
 
 
@@ -52,10 +53,13 @@ def of_experts(short: str) -> str:
 
 _WHOLE = Stems()
 _EXPERTS = Stems(**{f: of_experts(stem) for f, stem in vars(_WHOLE).items()})
+_SHARED = Stems(**{f: f"{stem}_shexp" for f, stem in vars(_WHOLE).items()})
 
 
 def stems(ffn: FfnShape) -> Stems:
     """The stems of an FFN's tensors."""
+    if ffn.shared:
+        return _SHARED
     return _EXPERTS if ffn.experts else _WHOLE
 
 
@@ -121,5 +125,7 @@ MULTIPLIED = tuple(f"{stem}." for s in _BOTH for stem in s.matrices)  # beginnin
 # What says how often neurons fire, and what they were.
 INDICES = tuple(s.index for s in _BOTH)
 NEURON_NOTES = (*(name for s in _BOTH for name in (s.index, s.freq)), EXPERT_FREQ)
-TRANSPOSED = tuple(weight(s.down_t) for s in _BOTH)  # down projections with a row for each neuron
+TRANSPOSED = tuple(weight(s.down_t) for s in (*_BOTH, _SHARED))  # down projections with a row for each neuron
+SHARED_MATRICES = tuple(weight(stem) for stem in _SHARED.matrices)  # of a shared expert, what ggml multiplies with
+LATENTS = (weight(LATENT_DOWN), weight(LATENT_UP))  # what makes experts' input of the FFN's, and the reverse
 ROUTERS = (weight(ROUTER), bias(ROUTER_BIAS))  # what chooses experts

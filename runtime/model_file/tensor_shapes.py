@@ -40,7 +40,7 @@ def block_tensors(s: Structure, i: int) -> Shapes:
     block = s.blocks[i]
     mixer_first, mixer_rest = _mixer(s, block.mixer)
     ffn_first, ffn_rest = _ffn(s, block.ffn) if block.ffn else ({}, {})
-    return mixer_first | ffn_first | mixer_rest | ffn_rest
+    return mixer_first | ffn_first | mixer_rest | ffn_rest | (_shared(block.shared) if block.shared else {})
 
 
 def _mixer(s: Structure, mixer: Attention | Mamba2 | None) -> tuple[Shapes, Shapes]:
@@ -98,14 +98,22 @@ def _ffn(s: Structure, ffn: FfnShape) -> tuple[Shapes, Shapes]:
         rest |= {n.bias(n.FFN_UP): (ff,), n.bias(n.FFN_DOWN): (d,)}
         rest |= {n.bias(n.FFN_GATE): (ff,)} if ffn.gated else {}
     first = {n.weight(stems.up): (d, ff, *each), n.weight(stems.down_t): (d, ff, *each)}
-    return {**_norm(s, n.FFN_NORM, d), **_router(ffn), **first}, rest
+    return {**_norm(s, n.FFN_NORM, s.embedding_length), **_router(s, ffn), **first}, rest
 
 
-def _router(ffn: FfnShape) -> Shapes:
+def _router(s: Structure, ffn: FfnShape) -> Shapes:
     if not ffn.experts:
         return {}
-    count = ffn.experts.count
-    return {n.weight(n.ROUTER): (ffn.n_embd, count)} | ({n.bias(n.ROUTER_BIAS): (count,)} if ffn.experts.bias else {})
+    count, d, latent = ffn.experts.count, s.embedding_length, s.expert_latent_length
+    found: Shapes = {n.weight(n.ROUTER): (d, count)} | ({n.bias(n.ROUTER_BIAS): (count,)} if ffn.experts.bias else {})
+    return found | ({n.weight(n.LATENT_DOWN): (d, latent), n.weight(n.LATENT_UP): (latent, d)} if latent else {})
+
+
+def _shared(ffn: FfnShape) -> Shapes:
+    """Of the shared expert, in both layouts: a block's home may be a device, which wants whole matrices."""
+    stems, rows, columns = n.stems(ffn), (ffn.n_embd, ffn.n_ff), (ffn.n_ff, ffn.n_embd)
+    first: Shapes = {n.weight(stems.gate): rows} if ffn.gated else {}
+    return first | {n.weight(stems.up): rows, n.weight(stems.down_t): rows, n.weight(stems.down): columns}
 
 
 def neuron_tensors(s: Structure, i: int) -> Shapes:

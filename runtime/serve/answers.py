@@ -79,7 +79,7 @@ class Answer:
         self._stats = Stats(prompt_tokens=n)
         self._prompt_tokens: list[TokenInfo] = []
         self._bytes = 0.0
-        self._layer_neurons = [block.ffn.n_reached if block.ffn else 0 for block in served.engine.structure.blocks]
+        self._layer_neurons = [block.n_reached for block in served.engine.structure.blocks]
         self.asked = time.perf_counter()
         self.begun = self.first = self.latest = math.nan  # when its prompt, its first and its last token came
 

@@ -208,4 +208,4 @@ def _calls(form: Form, i: int, calls: Sequence[Call], first: int) -> list[bytes]
 
 def neurons(front: Front) -> list[int]:
     """Of each layer."""
-    return [block.ffn.n_reached if block.ffn else 0 for block in front.model.structure.blocks]
+    return [block.n_reached for block in front.model.structure.blocks]

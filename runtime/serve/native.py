@@ -43,7 +43,7 @@ async def props(front: Front, _: Request) -> Response:
             "cells": model.engine.cells.n_cells,
             "ffn": model.ffn,
             "n_layers": model.structure.block_count,
-            "neurons": [block.ffn.n_ff if block.ffn else 0 for block in model.structure.blocks],
+            "neurons": [block.n_neurons for block in model.structure.blocks],
             "calibrated_shares": front.calibrated_shares,
             "dense_bytes_per_token": front.dense_bytes,
             "chat_template": front.chat_template or "",

@@ -217,7 +217,7 @@ class Service:
         """How it is doing, as of now."""
         engine, scheduler = self.model.engine, self._engine_loop.scheduler
         shares = engine.counters.layer_shares()
-        neurons = [block.ffn.n_reached if block.ffn else 0 for block in self.model.structure.blocks]
+        neurons = [block.n_reached for block in self.model.structure.blocks]
         share = sum(s * n for s, n in zip(shares, neurons, strict=True)) / max(1, sum(neurons))
         counts = self._engine_loop.counts  # which the other thread goes on changing
         return Figures(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from runtime.compute.builder import Builder
 from runtime.compute.ffns.experts import ExpertsFfn
 from runtime.compute.ffns.neurons import NeuronFfn
+from runtime.compute.ffns.shared import SharedFfn
 
 KINDS = {False: NeuronFfn, True: ExpertsFfn}  # by whether there are experts
 
@@ -20,3 +21,9 @@ def ffn_of(b: Builder, i: int, piece: tuple[int, int] | None = None) -> NeuronFf
     shape = b.s.blocks[i].ffn
     assert shape, f"block {i} has no FFN"
     return KINDS[shape.experts is not None](b, shape, i, piece)
+
+
+def shared_of(b: Builder, i: int) -> SharedFfn | None:
+    """The expert of block `i` that every token uses; None where it has none."""
+    shape = b.s.blocks[i].shared
+    return SharedFfn(b, shape, i) if shape else None

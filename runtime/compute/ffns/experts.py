@@ -61,6 +61,17 @@ class ExpertsFfn(NeuronFfn):
             scores = ggml.ggml_div(ctx, scores, least)
         return self.b.scaled(scores, e.scale)
 
+    # --- between the model's width and that of latent experts ---------------------------------------------------------
+
+    def entered(self, x: ggml.TensorP) -> ggml.TensorP:
+        """What experts see, from the FFN's input: [n_embd of the shape, n]."""
+        return self.b.times(n.weight_of(self.i, n.LATENT_DOWN), x) if self.b.s.expert_latent_length else x
+
+    def finished(self, y: ggml.TensorP) -> ggml.TensorP:
+        """What is added to the residual stream, from the sum of the experts' products: [n_embd of the model, n]."""
+        wide = self.b.times(n.weight_of(self.i, n.LATENT_UP), y) if self.b.s.expert_latent_length else y
+        return super().finished(wide)
+
     # --- the experts -------------------------------------------------------------------------------------------------
 
     def dense(self, x: ggml.TensorP, chosen: Chosen | None = None) -> ggml.TensorP:

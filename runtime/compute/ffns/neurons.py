@@ -65,6 +65,10 @@ class NeuronFfn:
         """
         return None
 
+    def entered(self, x: ggml.TensorP) -> ggml.TensorP:
+        """What the neurons see, from the FFN's input: [n_embd, n]."""
+        return x
+
     def finished(self, y: ggml.TensorP) -> ggml.TensorP:
         """What is added to the residual stream, from the product of all neurons: [n_embd, n]."""
         y = self._normalised(y) if self.shape.sub_norm else y
@@ -89,13 +93,13 @@ class NeuronFfn:
         names = [name for stem in self.stems.matrices if b.w.get(name := n.weight_of(self.i, stem))]
         x = b.fetched(x, names)
         # No other mode reads `ffn_down`: its pages are released again.
-        x = b.repacked(x, names, release=[n.weight_of(self.i, n.FFN_DOWN)])
-        gate, up = None, b.linear(x, self._named(n.FFN_UP))
+        x = b.repacked(x, names, release=[n.weight_of(self.i, self.stems.down)])
+        gate, up = None, b.linear(x, self._named(self.stems.up))
         b.taps["up"] = up
         if self.shape.gated:
-            gate = b.taps["gate"] = b.linear(x, self._named(n.FFN_GATE))
+            gate = b.taps["gate"] = b.linear(x, self._named(self.stems.gate))
         h = self.strengths(gate, up)
-        y = b.times(n.weight_of(self.i, n.FFN_DOWN), h)
+        y = b.times(n.weight_of(self.i, self.stems.down), h)
         if self.shape.sub_norm:
             y = ggml.ggml_concat(b.ctx, y, ggml.ggml_sum_rows(b.ctx, ggml.ggml_sqr(b.ctx, h)), 0)
         return y
