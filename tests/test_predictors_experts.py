@@ -249,7 +249,7 @@ def test_refitting_keeps_everything_else(fitted: Path, tmp_path: Path, capfd: py
         assert after.structure.predictor == "signbit" and any(after.structure.predictor_rank)
 
 
-def test_commands_show_experts(fitted: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_commands_show_experts(fitted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """How unevenly they are chosen, and how many neurons fire of those that a token may use."""
     assert runtime_main(["sparsity", str(fitted), "--json"]) == 0
     layers = json.loads(capfd.readouterr().out.splitlines()[-1])["layers"]
@@ -268,6 +268,14 @@ def test_commands_show_experts(fitted: Path, capfd: pytest.CaptureFixture[str]) 
     assert "ffn_gate" in {group["kind"] for group in shown["groups"]}
     assert runtime_main(["sparsity", str(fitted)]) == 0
     assert "most chosen" in capfd.readouterr().out
+    out = tmp_path / "report.html"
+    machine = ["--device-bandwidth", "200", "--cpu-bandwidth", "50"]
+    assert runtime_main(["report", str(fitted), str(out), "--json", *machine]) == 0
+    reported = json.loads(capfd.readouterr().out.splitlines()[-1])["layers"]
+    assert [layer["experts"]["most"] for layer in reported] == pytest.approx([ly["experts"]["most"] for ly in layers])
+    page = out.read_text(encoding="utf-8")
+    table = page[page.index("Table: experts by layer") :].split("</table>")[0]
+    assert all(f"<td>{100 * layer['experts']['most']:.1f}%</td>" in table for layer in layers), table
 
 
 def test_what_is_not_there_for_experts(folder: Path, plain: Path, tmp_path: Path) -> None:

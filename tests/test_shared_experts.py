@@ -13,9 +13,11 @@ import numpy.typing as npt
 import pytest
 from experts import FF, SHARING
 from oracle import Logits, random_ids, relative
+from safetensors.numpy import load_file
 from test_experts import floats, load, rewritten
 
 from convert import archs, convert
+from runtime.analysis.page_facts import facts_of
 from runtime.bindings.sparse_ffn import FEW_TOKENS
 from runtime.compute.batch import Batch
 from runtime.compute.kv_cache import padded_cells
@@ -199,6 +201,14 @@ def test_bytes_of_a_token(file: Made) -> None:
         assert half.ffn == 3 * 4 * 1.5 * (used * FF * latent + shared * d)
         routers = 3 * 4 * (d * 6 + 6)
         assert half.other == 3 * 4 * 2 * d * latent + routers + 3 * 4 * d + 4 * d + 4 * d  # norms, one embedding
+
+
+@pytest.mark.parametrize("layout", ["both", "sparse"])
+def test_parameters(layout: str, file: Made, checkpoint: Made) -> None:
+    """As many as the checkpoint has: a down projection that is stored in two layouts counts once."""
+    weights = load_file(checkpoint("latent") / "model.safetensors")
+    with GgufFile(file("latent", layout=layout)) as f:
+        assert facts_of(f)["parameters"] == sum(value.size for value in weights.values())
 
 
 # --- predictors ------------------------------------------------------------------------------------------------------

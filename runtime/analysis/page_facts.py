@@ -10,8 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from runtime.analysis.contents import Contents, Group, contents_of, kind_of
-from runtime.analysis.firing import Frequencies, carried_shares, layer_firing, predictor_figures, read_frequencies
+from runtime.analysis.contents import Contents, contents_of, kind_of
+from runtime.analysis.firing import (
+    Frequencies,
+    carried_shares,
+    expert_use,
+    layer_firing,
+    predictor_figures,
+    read_frequencies,
+)
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import ARCHITECTURE
 
@@ -22,7 +29,7 @@ _LISTED = 100  # of a list of such texts
 _CALIBRATION = ("corpus", "sha256", "tokens", "method", "seed", "counts")
 _PREDICTOR = ("energy", "source", "threshold")
 _EXACT = 1 << 53  # whole numbers up to here are the same as floats
-_COPIES = ("ffn_down_t", "neurons", "predictor")  # no parameters of the model
+_NO_PARAMETERS = ("neurons", "predictor")
 
 
 def facts_of(file: GgufFile) -> dict[str, Any]:
@@ -33,7 +40,7 @@ def facts_of(file: GgufFile) -> dict[str, Any]:
     return {
         "version": _version(),
         "model": file.path.name,
-        "parameters": _parameters(file, found.groups),
+        "parameters": _parameters(file),
         **{key: described[key] for key in ("bytes", "structure", "groups", "tokenizer", "sparsity")},
         "general": {key: value[:_LISTED] if isinstance(value, list) else value for key, value in found.general.items()},
         "calibration": _texts(file, "calibration", _CALIBRATION),
@@ -89,11 +96,11 @@ def _version() -> str:
         return "unknown"
 
 
-def _parameters(file: GgufFile, groups: Sequence[Group]) -> int:
+def _parameters(file: GgufFile) -> int:
     """Elements of the model's own tensors: the down projection is counted once."""
-    kinds = {group.kind for group in groups}
-    copies = _COPIES if "ffn_down" in kinds else _COPIES[1:]
-    return sum(math.prod(t.ne) for name, t in file.tensors.items() if kind_of(name) not in copies)
+    down = {name.replace("ffn_down", "ffn_down_t") for name in file.tensors if "ffn_down_t" not in name}
+    own = (t for name, t in file.tensors.items() if kind_of(name) not in _NO_PARAMETERS)
+    return sum(math.prod(t.ne) for t in own if "ffn_down_t" not in t.name or t.name not in down)
 
 
 def _texts(file: GgufFile, group: str, names: Sequence[str]) -> dict[str, Any]:
@@ -102,14 +109,15 @@ def _texts(file: GgufFile, group: str, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _layers(file: GgufFile, frequencies: Sequence[Frequencies]) -> list[dict[str, Any]]:
-    """Per layer: what fires (without calibration nothing), and the predictor (rank 0: none) with what was measured of
-    it.
+    """Per layer: what fires (without calibration nothing), how its experts are chosen, if there are any, and the
+    predictor (rank 0: none) with what was measured of it.
     """
     s, n = file.structure, file.structure.block_count
     ffns = [block.ffn for block in s.blocks]
     firing = [asdict(layer_firing(*both)) for both in zip(frequencies, ffns, strict=False)] or [{} for _ in range(n)]
     measured = [found.as_json() for found in predictor_figures(file.metadata, n) or ()] or [{} for _ in range(n)]
-    return [{**firing[i], **(measured[i] if s.rank(i) else {}), "rank": s.rank(i)} for i in range(n)]
+    uses = [{"experts": asdict(use)} if (use := expert_use(file, i)) else {} for i in range(n)]
+    return [{**firing[i], **uses[i], **(measured[i] if s.rank(i) else {}), "rank": s.rank(i)} for i in range(n)]
 
 
 def _modes(found: Contents) -> list[dict[str, Any]]:

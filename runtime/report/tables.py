@@ -32,7 +32,7 @@ class Table:
 
 
 def tables(facts: Facts) -> dict[str, Table]:
-    """The tables by name; `neurons` and `predictors` are missing where the file says nothing of them."""
+    """The tables by name; `neurons`, `experts` and `predictors` are missing where the file says nothing of them."""
     made = {
         "structure": Table(("key", "value"), tuple(_structure(facts))),
         "parts": Table(("part", "tensors", "types", "size", "of the file"), tuple(_parts(facts))),
@@ -52,6 +52,8 @@ def tables(facts: Facts) -> dict[str, Table]:
     if facts["curves"]:
         columns = ("layer", "fire", "carry 80 %", "fire < 1 %", *(f"hottest {n} %" for n in _CARRY))
         made["neurons"] = Table(columns, tuple(_neurons(facts)))
+    if any("experts" in layer for layer in facts["layers"]):
+        made["experts"] = Table(("layer", "most chosen", "least chosen", "carry 80 %"), tuple(_experts(facts)))
     if any(layer["rank"] for layer in facts["layers"]):
         columns = ("layer", "predictor", "recall", "precision", "predicted", "fire", "energy kept")
         made["predictors"] = Table(columns, tuple(_predictors(facts)))
@@ -85,6 +87,12 @@ def _neurons(facts: Facts) -> Iterator[tuple[str, ...]]:
     for i, (layer, curve) in enumerate(zip(facts["layers"], facts["curves"], strict=True)):
         shares = [layer["active"], layer["hot"], layer["rare"], *(curve[n * POINTS // 100] for n in _CARRY)]
         yield str(i), *map(share, shares)
+
+
+def _experts(facts: Facts) -> Iterator[tuple[str, ...]]:
+    for i, layer in enumerate(facts["layers"]):
+        if use := layer.get("experts"):
+            yield str(i), *(share(use[name]) for name in ("most", "least", "hot"))
 
 
 def _predictors(facts: Facts) -> Iterator[tuple[str, ...]]:
