@@ -22,6 +22,7 @@ from runtime.compute.builder import GraphSpec
 from runtime.compute.kv_cache import CellTable, padded_cells
 from runtime.compute.products import tiles_of
 from runtime.compute.repack import Repacked, repack
+from runtime.compute.states import Move
 from runtime.compute.weights import Weights
 from runtime.errors import UserError
 from runtime.hybrid.executor import multiplies
@@ -113,6 +114,7 @@ class BlockRunner(OfWorker):
     def _computed(self, i: int, hidden: Floats) -> tuple[Floats, Schedule]:
         with phase("blocks"):
             schedule = self._part(len(hidden), i, i + 1)
+            self._sides.move_states([Move("begin", 0)])
             return schedule.run(self._inputs(np.ascontiguousarray(hidden, np.float32))), schedule
 
     def _inputs(self, data: npt.NDArray[np.int32] | Floats) -> GraphInputs:
@@ -121,12 +123,14 @@ class BlockRunner(OfWorker):
         batch = Batch.of([0] * n, outputs=range(n))
         cells = table.take(batch)
         masks = table.masks(batch, self.structure.windows)
-        return GraphInputs(data, batch.positions, cells, batch.outputs, masks)
+        numbers = batch.runs()[1] if self.structure.mambas else None
+        return GraphInputs(data, batch.positions, cells, batch.outputs, masks, numbers)
 
     def _part(self, n_tokens: int, first: int | None, end: int) -> Schedule:
         """The schedule of blocks `first` .. end - 1, or of the embeddings."""
         shape = (n_tokens, padded_cells(n_tokens), n_tokens)
-        spec = GraphSpec(*shape, self._run, first=first, end=end, tapped=True, tiled=True)
+        runs = (n_tokens,) if self.structure.mambas else ()
+        spec = GraphSpec(*shape, self._run, first=first, end=end, tapped=True, tiled=True, runs=runs)
         if self._schedule is None or self._schedule.spec != spec:
             self._close_schedule()
             whole, cpu = cpu_alone(self.structure, False), CpuQueue(self._backend, None)
@@ -136,7 +140,7 @@ class BlockRunner(OfWorker):
                 sides = Sides(
                     self._weights, whole, cpu, [], self._n_cells, self._run.kv_type_id, range(first or 0, end)
                 )
-                handles.enter_context(sides)
+                self._sides = handles.enter_context(sides)
                 self._schedule = handles.enter_context(build(spec, sides))
                 self._schedule_handles = handles.pop_all()
         return self._schedule

@@ -21,6 +21,8 @@ from runtime.compute.counters import Counters, LayerCount
 from runtime.compute.dense_threshold import dense_from, expected
 from runtime.compute.kv_cache import CellTable, padded_cells
 from runtime.compute.paging import PagedStats, Paging
+from runtime.compute.recurrent_cells import RecurrentCells
+from runtime.compute.states import state_bytes
 from runtime.compute.threadpool import new_pool
 from runtime.compute.trace import Trace
 from runtime.compute.traffic import kv_bytes
@@ -61,7 +63,8 @@ class Engine(OfWorker):
         self._run = options.deciding
         self.asked, self.arrangement = arrangement, arrangement if arrangement and arrangement.used else None
         self.map = self.arrangement.tensor_map if self.arrangement else cpu_alone(self.structure, options.predicts)
-        self.cells = CellTable(options.cells)
+        n_cells, recurrent = options.cells, bool(self.structure.mambas)
+        self.cells = RecurrentCells(n_cells, options.kept_sequences) if recurrent else CellTable(n_cells)
         self.counters = Counters(self.structure, options.ffn)  # of all that is computed
         activity = expected(file, self._run.ffn, options.predictor_bias)
         self._dense_from = dense_from(self.structure, file.tensors, activity)
@@ -80,7 +83,8 @@ class Engine(OfWorker):
         self._executor = Executor(self.weights, self._backend, self.options, self.arrangement, self.map, self._trace)
         handles.enter_context(self._executor)
         n = min(self.options.n_batch, self.options.n_ctx)
-        largest = self._spec(n, padded_cells(self.options.cells), 1, self._run)
+        runs = (n,) if self.structure.mambas else ()
+        largest = self._spec(n, padded_cells(self.options.cells), 1, self._run, runs)
         self._executor.reserve(largest)
         if self._paging:
             self._allow(self._paging, self._executor.needed(largest))
@@ -120,7 +124,8 @@ class Engine(OfWorker):
 
         A batch of more than n_batch tokens is computed in pieces. counters: of sequences, by their numbers; what the
         FFNs did for a sequence's tokens is added to its own. run: for drafts, which are computed in another way; the
-        engine's own counters leave them out. After an error cache and counters are as before.
+        engine's own counters leave them out. After an error cache and counters are as before; in a model with Mamba
+        blocks, sequences of the batch may be shorter than before.
         Raises UserError where the cache is full, and ValueError for tokens that do not continue their sequences or are
         not in the vocabulary.
         """
@@ -156,19 +161,28 @@ class Engine(OfWorker):
     def _piece(
         self, batch: Batch, run: SettledOptions
     ) -> tuple[npt.NDArray[np.float32], dict[int, dict[int, LayerCount]]]:
+        runs, numbers = batch.runs() if self.structure.mambas else ((), None)
         cells = self.cells.take(batch)
+        self._move_states()
         # A schedule has a result: where none is wanted, the last token's is not looked at.
         outputs = batch.outputs if len(batch.outputs) else np.array([len(batch) - 1], np.int32)
-        schedule = self._executor.schedule(self._spec(len(batch), self.cells.n_kv, len(outputs), run))
+        schedule = self._executor.schedule(self._spec(len(batch), self.cells.n_kv, len(outputs), run, runs))
         masks = self.cells.masks(batch, self.structure.windows)
         if self._paging:
             self._allow(self._paging, self._executor.main_bytes)
-        logits = schedule.run(GraphInputs(batch.tokens, batch.positions, cells, outputs, masks))
+        logits = schedule.run(GraphInputs(batch.tokens, batch.positions, cells, outputs, masks, numbers))
         if self._paging:
             self._paging.check()
         return logits[: len(batch.outputs)], self._counted(schedule, batch.sequences.tolist(), batch.outputs)
 
-    def _spec(self, n_tokens: int, n_kv: int, n_outputs: int, run: SettledOptions) -> GraphSpec:
+    def _move_states(self) -> None:
+        if isinstance(self.cells, RecurrentCells):
+            while self.cells.moves:
+                self._executor.sides.move_states([self.cells.moves.popleft()])
+
+    def _spec(
+        self, n_tokens: int, n_kv: int, n_outputs: int, run: SettledOptions, runs: tuple[int, ...] = ()
+    ) -> GraphSpec:
         return GraphSpec(
             n_tokens,
             n_kv,
@@ -176,6 +190,7 @@ class Engine(OfWorker):
             run,
             # Whoever wants every position's logits wants to know what this mode computes.
             self._dense_from if n_outputs < n_tokens else (),
+            runs=runs,
         )
 
     def expert_shares(self) -> list[list[float]]:
@@ -195,9 +210,10 @@ class Engine(OfWorker):
 
     @property
     def kv_held(self) -> int:
-        """Bytes of all keys and values that there is room for, all layers."""
+        """Bytes of all keys and values, and of states, that there is room for, all layers."""
         size = ggml.ggml_row_size(self.options.kv_type_id, 1)
-        return 2 * size * self.options.cells * sum(a.kv_length for a in self.structure.attentions.values())
+        kv = 2 * size * self.options.cells * sum(a.kv_length for a in self.structure.attentions.values())
+        return kv + state_bytes(self.structure) * (self.options.kept_sequences + 1)  # one is copied
 
     def kv_bytes(self, n_positions: float) -> float:
         """Bytes of keys and values that one token reads at so many positions, all layers."""

@@ -22,6 +22,7 @@ AUTO = "auto"  # the first GPU, if there is one
 NO_DEVICE = "none"
 BATCH = 512  # tokens of a prompt computed at once
 MOST_TOKENS = 1 << 24  # at once
+MOST_SEQUENCES = 64  # that a cache tells apart
 MOST_KV = 4 << 30  # bytes of keys and values, where nobody says how many
 DRAFT_MAX = 15  # tokens drafted at once: with the one before them, as many as have the same bits in any batch
 DEFAULT_N_CTX = 8192  # at most, where nobody names one: keys and values are allocated when the model is loaded
@@ -110,6 +111,7 @@ class RunOptions:
         _check_drafts(ffn, self)
         if self.ram_budget is not None:
             _check_budget(file, ffn, self)
+        _check_states(file, ffn, self)
         n_ctx = min(limit, DEFAULT_N_CTX) if self.n_ctx is None else self.n_ctx
         if not 1 <= n_ctx <= limit:
             raise UserError(f"`{file.path}`: n_ctx {n_ctx}, expected 1 to {limit}, the model's own limit")
@@ -135,6 +137,13 @@ class SettledOptions(RunOptions):
     def cells(self) -> int:
         """Cells of keys and values, which all sequences share."""
         return self.n_cells or self.n_ctx
+
+    @property
+    def kept_sequences(self) -> int:
+        """Sequences whose states are kept in a model with Mamba blocks: those that run at once, as many whose
+        beginnings are kept for others, and the one of whoever asks the model directly.
+        """
+        return min(MOST_SEQUENCES, 2 * self.sequences + 1)
 
     @property
     def by_rows(self) -> bool:
@@ -215,6 +224,15 @@ def _check_budget(file: GgufFile, ffn: str, options: RunOptions) -> None:
         raise UserError(
             f"a budget of main memory with --{'' if options.mmap else 'no-'}mmap, expected one of them",
             "with a budget, what does not fit is read from the file, and all else is in memory",
+        )
+
+
+def _check_states(file: GgufFile, ffn: str, options: RunOptions) -> None:
+    if file.structure.mambas and (options.lookup or ffn == "verified"):
+        raise UserError(
+            f"`{file.path}`: {'lookup' if options.lookup else '`verified` mode'} in a model with Mamba blocks, "
+            "expected no drafts: what such blocks remember of a draft that is wrong cannot be taken back",
+            "use --ffn exact or predicted, without --lookup",
         )
 
 

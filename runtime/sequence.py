@@ -46,11 +46,22 @@ class CachedSequence:
     def _logits(self, ids: Sequence[int], last: int, counters: Counters | None) -> npt.NDArray[np.float32]:
         start = self._reusable(ids, last)
         self._keep(start)
+        if last == 1 and len(ids) - start > 1 and not self.engine.cells.can_trim:
+            start = self._boundary(ids, start, counters)
         new = ids[start:]
         batch = Batch.of(new, start, self.number, range(len(new) - last, len(new)))
         logits = self.engine.compute(batch, {self.number: counters} if counters else None)
         self._ids += new
         return logits
+
+    def _boundary(self, ids: Sequence[int], start: int, counters: Counters | None) -> int:
+        """Compute all but the last of `ids`, and make this a length that the sequence can be taken back to."""
+        end = len(ids) - 1
+        batch = Batch.of(ids[start:end], start, self.number, ())
+        self.engine.compute(batch, {self.number: counters} if counters else None)
+        self._ids += ids[start:end]
+        self.engine.cells.save(self.number)
+        return end
 
     def drafts(
         self,
@@ -87,11 +98,13 @@ class CachedSequence:
         return ids[end:]
 
     def _keep(self, length: int) -> None:
-        del self._ids[length:]
-        self.engine.cells.trim(self.number, length)
+        cells = self.engine.cells
+        cells.trim(self.number, length)
+        del self._ids[cells.length(self.number) :]
 
     def _reusable(self, ids: Sequence[int], last: int = 1) -> int:
         known = list(ids[: min(len(self._ids), len(ids) - last)])
-        if self._ids[: len(known)] == known:
-            return len(known)
-        return next(n for n, (a, b) in enumerate(zip(self._ids, known, strict=False)) if a != b)
+        alike = len(known)
+        if self._ids[:alike] != known:
+            alike = next(n for n, (a, b) in enumerate(zip(self._ids, known, strict=False)) if a != b)
+        return self.engine.cells.reachable(self.number, alike)

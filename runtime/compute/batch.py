@@ -53,6 +53,17 @@ class Batch:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def runs(self) -> tuple[tuple[int, ...], Ints]:
+        """How many tokens of each sequence stand one behind the other, and the numbers of these sequences.
+
+        Raises ValueError where those of one do not stand together.
+        """
+        starts = np.flatnonzero(np.diff(self.sequences, prepend=-1))
+        numbers = self.sequences[starts]
+        if len(set(numbers.tolist())) < len(numbers):
+            raise ValueError("tokens of a sequence among those of others, expected them one behind the other")
+        return tuple(np.diff(starts, append=len(self)).tolist()), numbers
+
     def part(self, first: int, end: int) -> Batch:
         """The tokens from `first` to `end` - 1; the batch itself where that is all."""
         if first == 0 and end >= len(self):
@@ -73,6 +84,7 @@ class GraphInputs:
     data: ids, int32 [n_tokens]; or hidden states, float32 [n_tokens, n_embd], where the graph starts from them.
     positions: int32 [n_tokens]. cells: of the KV cache, int64 [n_tokens]. outputs: int32 [n_outputs].
     masks: of each distinct window, rising: float16 [n_tokens, n_kv], 0 where a token sees a cell, else minus infinity.
+    numbers: of the sequences, int32 [n_sequences], where there are Mamba blocks; else None.
     """
 
     data: npt.NDArray[np.int32] | npt.NDArray[np.float32]
@@ -80,8 +92,10 @@ class GraphInputs:
     cells: npt.NDArray[np.int64]
     outputs: Ints
     masks: tuple[npt.NDArray[np.float16], ...]
+    numbers: Ints | None = None
 
     @property
     def arrays(self) -> tuple[npt.NDArray[np.generic], ...]:
         """All but `data`, in the order of `Inputs.tensors`."""
-        return self.positions, self.cells, self.outputs, *self.masks
+        numbers = () if self.numbers is None else (self.numbers,)
+        return self.positions, self.cells, self.outputs, *numbers, *self.masks

@@ -6,7 +6,8 @@ Shapes in comments are ggml's: the contiguous dimension first.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +19,7 @@ from runtime.compute.operators import Asking, Userdata, add_product, add_tiled, 
 from runtime.compute.paging import Paging
 from runtime.compute.products import by_rows, repacked_from, tiles_of
 from runtime.compute.repack import Fill, Repacked
+from runtime.compute.states import StateCache
 from runtime.compute.weights import Tensors
 from runtime.model_file import tensor_names as n
 from runtime.model_file.structure import Structure
@@ -38,6 +40,7 @@ class GraphSpec:
     first: int | None = None
     end: int | None = None
     tapped: bool = False  # keep inner results
+    runs: tuple[int, ...] = ()  # with Mamba blocks: how many tokens of each sequence stand one behind the other
     tiled: bool = False  # matrices are multiplied as they are stored, tile by tile, where there are kernels for it
 
 
@@ -47,17 +50,20 @@ class Inputs:
 
     positions: I32 [n_tokens]. cells: rows of the KV cache, I64 [n_tokens]. outputs: I32 [n_outputs].
     masks: of each distinct window of the model's attentions (0: none), F16 [n_kv, n_tokens].
+    sequences: their numbers, I32 [n_sequences]; None where no block is a Mamba block.
     """
 
     positions: ggml.TensorP
     cells: ggml.TensorP
     outputs: ggml.TensorP
     masks: dict[int, ggml.TensorP]
+    sequences: ggml.TensorP | None = None
 
     @property
     def tensors(self) -> tuple[ggml.TensorP, ...]:
         """All of them, masks by rising window: in the order of `GraphInputs.arrays`."""
-        return self.positions, self.cells, self.outputs, *(self.masks[window] for window in sorted(self.masks))
+        masks = (self.masks[window] for window in sorted(self.masks))
+        return self.positions, self.cells, self.outputs, *((self.sequences,) if self.sequences else ()), *masks
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ class Builder:
     placed: repacked matrices, by the tensor that they are copies of. taps: inner results, by role, where the spec asks
     for them. arranged: what matrices were multiplied with so far, as tiles want it. choices: by block, how often each
     of its experts was chosen, to which our operators add. paging: what rows must be asked of, None where all are there.
+    states: of Mamba blocks. graph: what is built.
     """
 
     ctx: ggml.ContextP
@@ -87,6 +94,8 @@ class Builder:
     arranged: dict[tuple[int | None, int | None], ggml.TensorP] = field(default_factory=dict)
     choices: Mapping[int, npt.NDArray[np.int64]] = field(default_factory=dict)
     paging: Paging | None = None
+    states: StateCache | None = None
+    graph: ggml.GraphP | None = None
 
     @property
     def asking(self) -> Asking | None:
@@ -97,6 +106,11 @@ class Builder:
         """Let whole matrices be in memory before x is used; returns x, to be used from here on."""
         asking = self.asking
         return asking.whole(self.ctx, x, [self.w[name] for name in names]) if asking else x
+
+    def also(self, x: ggml.TensorP) -> None:
+        """Let the graph compute something that its result does not depend on."""
+        assert self.graph
+        ggml.ggml_build_forward_expand(self.graph, x)
 
     def norm(self, x: ggml.TensorP, stem: str) -> ggml.TensorP:
         """RMS or layer norm over the first dimension, scaled (and shifted)."""
@@ -153,6 +167,11 @@ class Builder:
     def scaled(self, x: ggml.TensorP, factor: float) -> ggml.TensorP:
         """x times a factor; x itself where that is 1."""
         return x if factor == 1 else ggml.ggml_scale_bias(self.ctx, x, factor, 0.0)
+
+
+def equal_runs(runs: Sequence[int]) -> list[tuple[int, int]]:
+    """Runs of tokens, those beside each other that are equally long put together: (length, how many)."""
+    return [(length, len(list(group))) for length, group in itertools.groupby(runs)]
 
 
 def place_of(name: str, tensor: ggml.TensorP) -> str:

@@ -13,9 +13,10 @@ from runtime.bindings import ggml
 from runtime.compute.batch import Batch
 from runtime.compute.weights import new_context
 from runtime.errors import UserError
+from runtime.options import MOST_SEQUENCES
 
 CELL_STEP = 256  # graphs are built for multiples of this many cells
-MAX_SEQUENCES = 64
+MAX_SEQUENCES = MOST_SEQUENCES
 _BITS = np.uint64(1) << np.arange(MAX_SEQUENCES, dtype=np.uint64)
 _NOWHERE = np.iinfo(np.int32).min  # a position minus this is 2^31 or more, as an unsigned number of 32 bits
 _MINUS_INFINITY = np.uint16(0xFC00)  # as a float16
@@ -74,7 +75,7 @@ class CellTable:
     can_trim = True  # keys and values stand alone: the end of a sequence can be taken back
 
     def __init__(self, n_cells: int) -> None:
-        self.n_cells = n_cells
+        self.n_cells, self.n_sequences = n_cells, MAX_SEQUENCES
         self.positions = np.zeros(padded_cells(n_cells), np.int32)
         self.members = np.zeros(padded_cells(n_cells), np.uint64)
         self._lengths = [0] * MAX_SEQUENCES
@@ -168,6 +169,13 @@ class CellTable:
                 raise ValueError(f"position {position} of sequence {sequence}, expected {lengths[sequence]}")
             lengths[sequence] += 1
         return lengths
+
+    def reachable(self, sequence: int, length: int) -> int:
+        """To which length, at most `length`, a sequence can be taken back."""
+        return min(length, self._lengths[sequence])
+
+    def save(self, sequence: int) -> None:
+        """Make the present length of a sequence one that it can be taken back to: here each is."""
 
     def trim(self, sequence: int, length: int = 0) -> None:
         """Forget a sequence from position `length` on. Cells that no other sequence holds are free then."""

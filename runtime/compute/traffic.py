@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.bindings.ffn_shape import FfnShape
+from runtime.compute.states import state_bytes
 from runtime.model_file import tensor_names as names
 from runtime.model_file.reader import TensorInfo
 from runtime.model_file.structure import Structure
@@ -57,7 +58,7 @@ def bytes_per_token(
     """Bytes that one token reads. kv_bytes: those of keys and values, see `kv_bytes`."""
     ffn = sum(_block_bytes(s, tensors, activity, i) for i in range(s.block_count))
     head = tensors[names.weight(names.TOKEN_EMBD if s.tied_output else names.OUTPUT)].nbytes
-    attention = sum(t.nbytes for name, t in tensors.items() if ".attn_" in name)
+    attention = sum(t.nbytes for name, t in tensors.items() if ".attn_" in name or ".ssm_" in name)
     by_row = (names.weight(stem) for stem in (names.TOKEN_EMBD, names.POSITION_EMBD))
     other = sum(tensors[name].nbytes / tensors[name].ne[1] for name in by_row if name in tensors)
     always = (names.OUTPUT_NORM, names.OUTPUT_PROJ, names.TOKEN_EMBD_PROJ, names.ROPE_FREQS)
@@ -80,9 +81,11 @@ def union(frequencies: npt.NDArray[np.float64], share: float, n: int) -> float:
 
 
 def kv_bytes(s: Structure, n_positions: float, element_size: int) -> float:
-    """Bytes of keys and values that attention reads at `n_positions` positions, all layers; within their windows."""
+    """Bytes of keys and values that attention reads at `n_positions` positions, all layers, within their windows; and
+    of the states that Mamba blocks read and write.
+    """
     seen = ((a.kv_length, min(n_positions, a.window or n_positions)) for a in s.attentions.values())
-    return 2 * element_size * sum(length * n for length, n in seen)
+    return 2 * element_size * sum(length * n for length, n in seen) + 2 * state_bytes(s)
 
 
 def ffn_bytes(ffn: FfnShape, tensors: Mapping[str, TensorInfo], activity: Activity, i: int) -> float:

@@ -221,8 +221,11 @@ def _block(file: GgufFile, i: int, options: PlanOptions, freq: Floats, share: fl
     positions = options.n_ctx / 2 if options.n_positions is None else options.n_positions
     if attention and attention.window:
         positions = min(positions, attention.window)
+    mamba = s.mambas.get(i)
+    state = 4 * (mamba.conv_state + mamba.scan_state) if mamba else 0
     stored = sum(map(_stored, always)) + _slack(tensors) + kv * padded_cells(options.run.cells)
-    read = sum(t.nbytes for t in always) + kv * positions
+    stored += state * options.run.kept_sequences
+    read = sum(t.nbytes for t in always) + kv * positions + 2 * state  # which is written, too
     block = BlockCosts(stored=stored, read=read, predictor=0, neurons=0, cuts=(0,), hot=(0,), cold=(0.0,))
     return _with_neurons(block, ffn, file, i, options, freq, share) if ffn else block
 

@@ -30,7 +30,7 @@ from runtime.model_file import tensor_names as n
 from runtime.options import SettledOptions
 
 # Matrices of a block that every token is multiplied with as a whole.
-_MULTIPLIED = re.compile(r"(attn_(q|k|v|output)|ffn_(gate|up|down)(_shexp)?|ffn_latent_(down|up))\.weight")
+_MULTIPLIED = re.compile(r"(attn_(q|k|v|output)|ssm_(in|out)|ffn_(gate|up|down)(_shexp)?|ffn_latent_(down|up))\.weight")
 _AT_HOME = (*n.SHARED_MATRICES, *n.LATENTS)  # of an FFN, what is computed where the block is at home
 
 
@@ -61,7 +61,8 @@ class Executor(Closing):
                 handles.enter_context(repack(weights, backend, multiplied))
             worker.stop_if_unwanted()
             cells, kv_type = padded_cells(options.cells), options.kv_type_id
-            self.sides = Sides(weights, tensor_map, CpuQueue(backend, trace), devices, cells, kv_type)
+            cpu, kept = CpuQueue(backend, trace), options.kept_sequences
+            self.sides = Sides(weights, tensor_map, cpu, devices, cells, kv_type, n_sequences=kept)
             handles.enter_context(self.sides)
             worker.stop_if_unwanted()
             handles.enter_context(self.cache)
@@ -138,7 +139,9 @@ class Executor(Closing):
 
     def _attention_limits(self) -> dict[str, float]:
         """From how many tokens at once on each of the attention's matrices on the CPU is repacked for a batch."""
-        names = (n.weight_of(i, stem) for i in self.map.homes(CPU) for stem in n.ATTENTION_MATRICES)
+        names = (
+            n.weight_of(i, stem) for i in self.map.homes(CPU) for stem in (*n.ATTENTION_MATRICES, *n.MAMBA_MATRICES)
+        )
         return {name: repacked_from(tensor) for name in names if (tensor := self._weights.get(name))}
 
     def close(self) -> None:

@@ -102,7 +102,7 @@ def _read_whole(tensor_map: TensorMap, run: SettledOptions, touched: Mapping[str
     if tensor_map.head == CPU:
         names.add(n.weight(tensor_map.head_stem))
     for i in range(s.block_count):
-        names |= {n.weight_of(i, stem) for stem in n.ATTENTION_MATRICES}
+        names |= {n.weight_of(i, stem) for stem in (*n.ATTENTION_MATRICES, *n.MAMBA_MATRICES)}
     for i, ffn in s.ffns.items():
         names |= {n.in_block(i, short) for short in n.LATENTS}
         if run.ffn == "dense":

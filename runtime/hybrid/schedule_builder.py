@@ -13,7 +13,7 @@ from functools import reduce
 from runtime.base.closing import Handles
 from runtime.bindings import ggml, sparse_ffn
 from runtime.compute.blocks import AtFfn, Blocks
-from runtime.compute.builder import Builder, GraphSpec, Inputs
+from runtime.compute.builder import Builder, GraphSpec, Inputs, equal_runs
 from runtime.compute.ffns import ffn_of
 from runtime.compute.ffns.neurons import FfnInputs
 from runtime.compute.operators import Chosen, Userdata
@@ -101,12 +101,14 @@ class _Building:
             cells=there.at("cells", n, 1, ggml.I64),
             outputs=there.at("outputs", spec.n_outputs, 1, ggml.I32),
             masks={w: there.at(f"mask {w}", spec.n_kv, n, ggml.F16) for w in windows},
+            sequences=there.at("sequences", len(spec.runs), 1, ggml.I32) if spec.runs else None,
         )
 
     def _sources(self, side: int) -> list[ggml.TensorP]:
         """What a device's inputs are copied from, in the order of `Inputs.tensors`."""
         host, masks = self.inputs[CPU], sorted(self.inputs[side].masks)
-        return [host.positions, host.cells, host.outputs, *(host.masks[w] for w in masks)]
+        numbers = [host.sequences] if host.sequences else []
+        return [host.positions, host.cells, host.outputs, *numbers, *(host.masks[w] for w in masks)]
 
     # --- the whole ---------------------------------------------------------------------------------------------------
 
@@ -284,7 +286,8 @@ class _Building:
         """How many blocks a subgraph that is opened now may hold; both ends, and each piece, count as one."""
         blocks = self._map.blocks[self._at : self._end]
         cut = next((k for k, b in enumerate(blocks) if b.divided or b.home != blocks[0].home), len(blocks))
-        return 2 + sum(max(1, len(b.pieces)) for b in blocks[: cut + 1])
+        groups = len(equal_runs(self._spec.runs))  # which a Mamba block computes one after the other
+        return 2 + sum(max(1, len(b.pieces)) + groups for b in blocks[: cut + 1])
 
     def _spec_on(self, side: int) -> GraphSpec:
         return (
@@ -293,23 +296,13 @@ class _Building:
 
     def _builder(self) -> Builder:
         side, inputs = self._sides[self._side], self.inputs.get(self._side, self.inputs[CPU])
-        ctx, spec = self._subgraph().ctx, self._spec_on(self._side)
+        there, spec = self._subgraph(), self._spec_on(self._side)
         own = self._side == CPU
         scratch = self._scratch if own else None
         return Builder(
-            ctx,
-            self._s,
-            side.tensors,
-            side.kv,
-            spec,
-            inputs,
-            side.queue.device,
-            own,
-            scratch,
-            {},
-            self.products,
-            paging=self._paging,
-        )
+            there.ctx, self._s, side.tensors, side.kv, spec, inputs, side.queue.device, own, scratch, {},
+            self.products, paging=self._paging, states=side.states, graph=there.graph,
+        )  # fmt: skip
 
     def _blocks(self) -> Blocks:
         return Blocks(self._builder())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from runtime.base.closing import Closing, Handles
 from runtime.bindings import ggml
 from runtime.compute.kv_cache import KvCache
+from runtime.compute.states import Move, StateCache
 from runtime.compute.weights import Tensors, Weights, new_context
 from runtime.hybrid.device_memory import copied, viewed
 from runtime.hybrid.memory import SHORTER, SMALLER, Memory, device_kinds, host_kinds, plain_kinds
@@ -25,7 +26,7 @@ class Side:
     """One side. tensors: the blocks at home there, the CPU's being the whole file. kv: their keys and values.
 
     neurons: the rows and columns of a piece. scorers: what scores of a piece on the CPU are computed with, at its
-    block's home.
+    block's home. states: of the Mamba blocks at home there.
     nbytes: of the tensors that were copied to a device.
     """
 
@@ -34,6 +35,7 @@ class Side:
     neurons: dict[At, Tensors]
     scorers: dict[At, Tensors]
     kv: KvCache
+    states: StateCache
     nbytes: int = 0
 
 
@@ -41,7 +43,7 @@ class Sides(Closing):
     """What lies on all sides, the CPU first; `close` frees it, when the queues have ended what they do.
 
     devices: their queues, in the order of the map's sides. n_cells: positions of the caches. blocks: those that have
-    caches, None for all.
+    caches, None for all. n_sequences: that have states in Mamba blocks.
     Raises UserError where a side's memory does not suffice.
     """
 
@@ -54,10 +56,11 @@ class Sides(Closing):
         n_cells: int,
         kv_type: int,
         blocks: range | None = None,
+        n_sequences: int = 1,
     ) -> None:
         self.weights, self.map = weights, tensor_map
         self._blocks = range(tensor_map.structure.block_count) if blocks is None else blocks
-        self._n_cells, self._kv_type = n_cells, kv_type
+        self._n_cells, self._kv_type, self._n_sequences = n_cells, kv_type, n_sequences
         # By block, how many tokens chose each of its experts, of what our operators computed.
         experts = {i: ffn.experts for i, ffn in tensor_map.structure.ffns.items() if ffn.experts}
         self.choices = {i: np.zeros(e.count, np.int64) for i, e in experts.items()}
@@ -91,13 +94,13 @@ class Sides(Closing):
             (i, piece.first): Tensors({**own.tensors, **t.tensors})
             for (i, piece), t in zip(scored, rest[len(pieces) :], strict=True)
         }
-        return Side(queue, own, neurons, scorers, self._kv(handles, side, queue), nbytes)
+        return Side(queue, own, neurons, scorers, *self._caches(handles, side, queue), nbytes)
 
     def _on_cpu(self, handles: Handles, queue: Queue) -> Side:
         pieces = self._pieces(CPU)
         views = handles.add(new_context(16 * len(pieces)), ggml.ggml_free)
         neurons = {(i, piece.first): self._cold(views, i, piece) for i, piece in pieces}
-        return Side(queue, self.weights, neurons, {}, self._kv(handles, CPU, queue))
+        return Side(queue, self.weights, neurons, {}, *self._caches(handles, CPU, queue))
 
     def _cold(self, views: ggml.ContextP, i: int, piece: Piece) -> Tensors:
         if len(self.map.blocks[i].pieces) == 1 or self.map.structure.ffns[i].experts:
@@ -112,9 +115,17 @@ class Sides(Closing):
     def _scored(self, side: int) -> list[tuple[int, Piece]]:
         return [(i, p) for i in self.map.homes(side) if self.map.scored_at_home(i) for p in self.map.blocks[i].on(CPU)]
 
-    def _kv(self, handles: Handles, side: int, queue: Queue) -> KvCache:
+    def _caches(self, handles: Handles, side: int, queue: Queue) -> tuple[KvCache, StateCache]:
         lengths = {i: length for i, length in self.map.kv_lengths(side).items() if i in self._blocks}
-        return handles.enter_context(KvCache(queue.backend, self._kv_type, lengths, self._n_cells))
+        mambas = {i: m for i, m in self.map.mambas(side).items() if i in self._blocks}
+        kv = handles.enter_context(KvCache(queue.backend, self._kv_type, lengths, self._n_cells))
+        return kv, handles.enter_context(StateCache(queue.backend, mambas, self._n_sequences))
+
+    def move_states(self, moves: Iterable[Move]) -> None:
+        """Do to the states of Mamba blocks what was asked for, on all sides."""
+        for move in moves:
+            for side in self.all:
+                side.states.apply(move)
 
     def memories(self, handles: Handles) -> list[Memory]:
         """Each side's memory for subgraphs. Where there are devices all schedules share it; on the CPU alone it goes
@@ -131,7 +142,7 @@ class Sides(Closing):
     def device_bytes(self) -> tuple[int, ...]:
         """Bytes on each device: weights, keys and values, crossing tensors, compute buffers."""
         pairs = zip(self.devices, self._memories, strict=True)
-        return tuple(side.nbytes + side.kv.nbytes + memory.size for side, memory in pairs)
+        return tuple(side.nbytes + side.kv.nbytes + side.states.nbytes + memory.size for side, memory in pairs)
 
     @property
     def growths(self) -> int:

@@ -13,7 +13,7 @@ from functools import cached_property
 from runtime.bindings.ffn_shape import FfnShape
 from runtime.hybrid.planner import Placement
 from runtime.model_file import tensor_names as n
-from runtime.model_file.structure import Structure
+from runtime.model_file.structure import Mamba2, Structure
 from runtime.model_file.tensor_shapes import required_tensors
 
 CPU = 0
@@ -105,6 +105,10 @@ class TensorMap:
     def kv_lengths(self, side: int) -> dict[int, int]:
         """By block, the elements of one token's keys (and of its values) that lie on a side."""
         return {i: a.kv_length for i, a in self.structure.attentions.items() if self.blocks[i].home == side}
+
+    def mambas(self, side: int) -> dict[int, Mamba2]:
+        """The Mamba-2 mixers whose states lie on a side, by block."""
+        return {i: m for i, m in self.structure.mambas.items() if self.blocks[i].home == side}
 
     @cached_property
     def on_devices(self) -> tuple[int, ...]:

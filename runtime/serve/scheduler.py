@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from runtime.compute.kv_cache import MAX_SEQUENCES, CellTable
+from runtime.compute.kv_cache import CellTable
 
 FEW = 16  # tokens that are decoded at once: in such batches a token's logits have the same bits as alone
 # Larger batches are computed in other ways, by their size (docs/serve.md): where nothing may depend on company, prompts
@@ -130,7 +130,7 @@ class Scheduler:
     admitted: deque[Task] = field(default_factory=deque)  # since someone last looked
 
     def __post_init__(self) -> None:
-        self._free = list(range(MAX_SEQUENCES - 1, 0, -1))
+        self._free = list(range(self.cells.n_sequences - 1, 0, -1))
         self._kept: deque[_Kept] = deque()  # the one that was not used for longest first
         self._decoded_last = self._oldest_last = False
         self._turn = 0
@@ -147,10 +147,12 @@ class Scheduler:
             return
         self.running.remove(task)
         # Logits of all positions are computed in another way than those of a text that goes on.
-        kept = _Kept(task.number, task.ids[: task.known], 0 if task.all_logits else task.n_prompt)
+        known = min(task.known, self.cells.length(task.number))  # less after an error, with Mamba blocks
+        kept = _Kept(task.number, task.ids[:known], 0 if task.all_logits else task.n_prompt)
         task.number = None
-        for other in [k for k in self._kept if k.ids == kept.ids[: len(k.ids)]]:  # the new one has all of it
-            self._forget(other)
+        if self.cells.can_trim:
+            for other in [k for k in self._kept if k.ids == kept.ids[: len(k.ids)]]:  # the new one has all of it
+                self._forget(other)
         self._kept.append(kept)
         if not kept.ids:
             self._forget(kept)
@@ -276,6 +278,7 @@ class Scheduler:
             n = min(common(ids, task.ids), task.n_prompt - 1)
             if self.deterministic:
                 n = min(n // GRID * GRID, _pieces(n_prompt), _pieces(task.n_prompt))
+            n = self.cells.reachable(number, n)
             if n > best:
                 best, source = n, number
         for kept in [k for k in self._kept if k.number == source]:

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 from runtime.bindings import ggml
 from runtime.compute.builder import Builder
 from runtime.compute.mixers.attention import AttentionMixer
-from runtime.model_file.structure import Attention
+from runtime.compute.mixers.mamba2 import Mamba2Mixer
+from runtime.model_file.structure import Attention, Mamba2
 
 
 class Mixer(Protocol):
@@ -26,7 +27,7 @@ class Mixer(Protocol):
 
 
 _Kind = Callable[[Builder, Any, int], Mixer]
-KINDS: dict[type, _Kind] = {Attention: AttentionMixer}
+KINDS: dict[type, _Kind] = {Attention: AttentionMixer, Mamba2: Mamba2Mixer}
 
 
 def mixer_of(b: Builder, i: int) -> Mixer | None:

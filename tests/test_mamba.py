@@ -1,0 +1,191 @@
+"""Mamba-2 blocks: logits against a reference in float64 and llama.cpp's own graph, in whatever pieces and company."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mamba
+import numpy as np
+import pytest
+from oracle import llama_logits, max_difference, random_ids, same_argmax
+from test_sequences import whole
+
+import runtime
+from runtime.compute.batch import Batch
+from runtime.engine import Engine
+from runtime.errors import UserError
+from runtime.model import open_model
+from runtime.options import RunOptions
+from runtime.sequence import CachedSequence
+
+pytestmark = pytest.mark.numeric
+
+MakeOnce = Callable[[str, Callable[[Path], object]], Path]
+PATTERN = "M-M*-M"
+IDS = random_ids(70, mamba.VOCAB)
+SHAPES = {
+    "three groups": mamba.structure(PATTERN, groups=3),
+    "one group": mamba.structure("M*-M", groups=1, heads=2, length=64),
+    "attention first": mamba.structure("*-MM", groups=2, heads=4, length=64),
+    "FFN first": mamba.structure("-M*", groups=2, heads=4),
+    "any sizes": mamba.structure("M-*", groups=3, heads=3, length=5, state=24),
+}
+
+
+@contextmanager
+def engine_of(path: Path, **options: Any) -> Iterator[Engine]:
+    given = {"kv_type": "f32", "device": "none", "threads": 2, "n_ctx": 512} | options
+    with open_model(path, RunOptions(**given)) as model:
+        yield model._engine
+
+
+@pytest.fixture
+def path(make_once: MakeOnce) -> Path:
+    s = SHAPES["three groups"]
+    return make_once("mamba.gguf", lambda path: mamba.write(path, s, mamba.weights(s)))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_are_the_references(name: str, tmp_path: Path) -> None:
+    s = SHAPES[name]
+    weights = mamba.weights(s)
+    expected = mamba.logits(s, weights, IDS)
+    mamba.write(tmp_path / "m.gguf", s, weights)
+    for ffn in ("dense", "exact"):
+        with runtime.load(tmp_path / "m.gguf", ffn=ffn, kv_type="f32", threads=2, device="none") as model:
+            found = model.logits(IDS)
+        assert max_difference(expected, found) <= 2e-3
+        assert same_argmax(expected, found) >= 0.995
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "any sizes"])
+def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
+    s = SHAPES[name]
+    weights = mamba.weights(s)
+    mamba.write(tmp_path / "m.gguf", s, weights)
+    mamba.write_stock(tmp_path / "stock.gguf", s, weights)
+    expected = llama_logits(tmp_path / "stock.gguf", IDS)
+    with runtime.load(tmp_path / "m.gguf", ffn="exact", kv_type="f32", threads=2, device="none") as model:
+        found = model.logits(IDS)
+    assert max_difference(expected, found) <= 2e-3
+    assert same_argmax(expected, found) >= 0.995
+
+
+@pytest.mark.parametrize("mistake", mamba.MISTAKES)
+def test_a_mistake_would_be_found(mistake: str, path: Path) -> None:
+    s = SHAPES["three groups"]
+    wrong = mamba.logits(s, mamba.weights(s), IDS, mistake)
+    with runtime.load(path, ffn="exact", kv_type="f32", threads=2, device="none") as model:
+        assert max_difference(wrong, model.logits(IDS)) > 0.1
+
+
+@pytest.mark.parametrize("ffn", ["dense", "exact"])
+def test_pieces_of_a_prompt_are_the_tokens_one_by_one(ffn: str, path: Path) -> None:
+    with engine_of(path, ffn=ffn) as engine:
+        single = np.concatenate([engine.compute(whole([token], at, 1)) for at, token in enumerate(IDS)])
+        at = 0
+        for n in (1, 2, 3, 17, 40, 7):
+            found = engine.compute(whole(IDS[at : at + n], at, 2))
+            assert max_difference(single[at : at + n], found) <= 1e-4
+            at += n
+        assert at == len(IDS)
+
+
+def test_eight_sequences_at_once_are_each_as_alone(path: Path) -> None:
+    texts = [random_ids(20 + k, mamba.VOCAB, seed=k) for k in range(8)]
+    with engine_of(path, ffn="exact", sequences=8) as engine:
+        alone = []
+        for ids in texts:
+            engine.cells.clear()
+            first = engine.compute(whole(ids[:7]))
+            alone.append(np.concatenate([first, *(engine.compute(whole([i], 7 + k)) for k, i in enumerate(ids[7:]))]))
+        engine.cells.clear()
+        # Prompts of two lengths, then a token of each, of those that are not at their end.
+        engine.compute(Batch.together([whole(ids[: 7 - k // 4], 0, 2 * k) for k, ids in enumerate(texts)]))
+        at = [7 - k // 4 for k in range(8)]
+        while running := [k for k in range(8) if at[k] < len(texts[k])]:
+            together = Batch.together([whole(texts[k][at[k] : at[k] + 1], at[k], 2 * k) for k in running])
+            for k, found in zip(running, engine.compute(together), strict=True):
+                assert max_difference(alone[k][at[k]], found) <= 1e-4
+                at[k] += 1
+
+
+def test_tokens_of_a_sequence_stand_together(path: Path) -> None:
+    with engine_of(path) as engine:
+        batch = Batch.together([whole([5], 0, 0), whole([6], 0, 1), whole([7], 1, 0)])
+        with pytest.raises(ValueError, match="one behind the other"):
+            engine.compute(batch)
+        assert engine.cells.lengths[:2] == [0, 0]
+
+
+def test_a_copied_sequence_goes_on_as_its_source(path: Path) -> None:
+    with engine_of(path) as engine:
+        engine.compute(whole(IDS[:30], 0, 1))
+        engine.cells.copy(1, 2)
+        found = [engine.compute(whole(IDS[30:40], 30, number)) for number in (1, 2)]
+        assert max_difference(*found) == 0
+        with pytest.raises(ValueError, match="expected a length that it can be taken back to"):
+            engine.cells.copy(1, 0, 20)
+
+
+def test_a_sequence_goes_back_to_where_it_was_saved_or_to_its_beginning(path: Path) -> None:
+    with engine_of(path) as engine:
+        engine.compute(whole(IDS[:20]))
+        engine.cells.save(0)
+        first = engine.compute(whole(IDS[20:40], 20))
+        engine.cells.trim(0, 30)
+        assert engine.cells.length(0) == 20
+        assert max_difference(first, engine.compute(whole(IDS[20:40], 20))) == 0
+        engine.cells.copy(0, 1, 20)
+        assert max_difference(first, engine.compute(whole(IDS[20:40], 20, 1))) == 0
+        engine.cells.trim(0, 10)
+        assert engine.cells.length(0) == 0
+        again = np.concatenate([engine.compute(whole(IDS[:20])), engine.compute(whole(IDS[20:40], 20))])
+        assert max_difference(first, again[20:]) == 0
+
+
+def test_a_text_that_is_asked_again_or_changed_is_computed_right(path: Path) -> None:
+    with engine_of(path, ffn="exact") as engine:
+        sequence, fresh = CachedSequence(engine), CachedSequence(engine, 1)
+
+        def of(ids: list[int]) -> None:
+            fresh.clear()
+            assert max_difference(fresh.logits(ids), sequence.logits(ids)) <= 1e-4
+
+        of(IDS[:30])
+        for n in range(31, 36):  # a reply
+            of(IDS[:n])
+        assert sequence.reusable(IDS[:36]) == 35
+        assert sequence.reusable(IDS[:30]) == 29  # /retry: where its prompt ended
+        of(IDS[:30])
+        of([*IDS[:32], *IDS[40:50]])  # an edit behind the end of the prompt
+        of([*IDS[:10], *IDS[40:50]])  # and before
+        assert sequence.logits(IDS[:50], last=9).shape == (9, mamba.VOCAB)
+
+
+def test_after_an_error_the_text_is_computed_again(path: Path) -> None:
+    with engine_of(path, ffn="exact", n_ctx=40, n_batch=16) as engine:
+        sequence = CachedSequence(engine)
+        expected = sequence.logits(IDS[:30])
+        with pytest.raises(UserError, match="expected at most"):
+            sequence.logits(IDS)
+        assert max_difference(expected, sequence.logits(IDS[:30])) <= 1e-4
+
+
+def test_drafts_are_refused(path: Path) -> None:
+    with pytest.raises(UserError, match="lookup in a model with Mamba blocks, expected no drafts"):
+        runtime.load(path, lookup=True, device="none")
+
+
+def test_states_are_counted_before_they_are_asked_for(path: Path) -> None:
+    mambas = SHAPES["three groups"].mambas.values()
+    size = 4 * sum(m.conv_state + m.scan_state for m in mambas)
+    with engine_of(path) as one, engine_of(path, sequences=4, n_cells=512) as four:
+        assert four.kv_held - one.kv_held == 6 * size
+        assert four.kv_bytes(10) - one.kv_bytes(10) == 0
+        assert four.kv_bytes(0) == 2 * size
+        with pytest.raises(ValueError, match="sequence 3, expected 0 to 2"):
+            one.compute(whole([5], 0, 3))
