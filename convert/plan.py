@@ -21,13 +21,13 @@ from convert.checkpoint import FLOATS, Checkpoint
 from convert.config import Config
 from convert.file_tensors import KeptRows, Readable
 from convert.formats import fitting, output_type, row_bytes
-from convert.rewrites import IDENTITY, Rewrite, Shape, named
+from convert.rewrites import IDENTITY, Mixer, Rewrite, Shape, named
 from convert.tied_head import settle_head
 from convert.unmapped import common_prefix, disagreement, explanation, is_buffer, listed, without_head
 from predictors.matrices import Tensor
 from runtime.errors import UserError
 from runtime.model_file import tensor_names as names
-from runtime.model_file.structure import Attention, Structure
+from runtime.model_file.structure import Structure
 from runtime.model_file.tensor_shapes import required_tensors
 
 # Besides everything with one dimension: norms, biases, frequencies.
@@ -211,14 +211,14 @@ def _planned(name: str, shape: Shape, source: Source | Generated, structure: Str
     wanted = (types.output or output_type(types.main)) if name == head else types.main
     if len(shape) == 1 or name.endswith(_ALWAYS_F32):
         wanted = "f32"
-    rewrite = named(source.rewrite, attention_of(structure, name)) if isinstance(source, Source) else IDENTITY
+    rewrite = named(source.rewrite, mixer_of(structure, name)) if isinstance(source, Source) else IDENTITY
     return PlannedTensor(name, source, shape, fitting(wanted, shape[0]), wanted, rewrite=rewrite)
 
 
-def attention_of(structure: Structure, name: str) -> Attention | None:
-    """The attention of the block that a tensor belongs to."""
+def mixer_of(structure: Structure, name: str) -> Mixer | None:
+    """What mixes tokens in the block that a tensor belongs to."""
     at = names.parsed(name)
-    return structure.attentions.get(at[0]) if at else None
+    return structure.blocks[at[0]].mixer if at else None
 
 
 def _sources(arch: Arch, structure: Structure, checkpoint: Checkpoint) -> dict[str, Source | Generated]:
@@ -230,9 +230,9 @@ def _sources(arch: Arch, structure: Structure, checkpoint: Checkpoint) -> dict[s
     for template, i, found in _templates(arch, config, structure.block_count):
         name = template.format(i=i)
         choices = [_numbered(source, i, prefix) for source in (found if isinstance(found, tuple) else (found,))]
-        attention, shape = attention_of(structure, name), required.get(name)
-        fitting_ones = (source for source in choices if _fits(source, shape, attention, checkpoint))
-        table[name] = next(fitting_ones, choices[0])
+        mixer, shape = mixer_of(structure, name), required.get(name)
+        fitting_ones = (source for source in choices if _fits(source, shape, mixer, checkpoint))
+        table[name] = next(fitting_ones, next((one for one in choices if _is_there(one, checkpoint)), choices[0]))
     return table
 
 
@@ -247,13 +247,18 @@ def _templates(arch: Arch, config: Config, block_count: int) -> Iterator[tuple[s
                 yield template, i, given(config) if callable(given) else given
 
 
-def _fits(source: Source | Generated, shape: Shape | None, attention: Attention | None, checkpoint: Checkpoint) -> bool:
+def _fits(source: Source | Generated, shape: Shape | None, mixer: Mixer | None, checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint has a source in the shape that a tensor of `shape` (in ggml's order) is made from."""
     if isinstance(source, Generated) or shape is None:
         return False
     first = source.numbered(e=0)
-    expected = named(source.rewrite, attention).source_shape(shape[:2][::-1])
+    expected = named(source.rewrite, mixer).source_shape(shape[:2][::-1])
     return first.name in checkpoint.tensors and checkpoint.tensors[first.name].shape == expected
+
+
+def _is_there(source: Source | Generated, checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint has a source, in whatever shape."""
+    return isinstance(source, Source) and source.numbered(e=0).name in checkpoint.tensors
 
 
 def _absent_prefix(arch: Arch, checkpoint: Checkpoint) -> str:

@@ -5,6 +5,7 @@ Each one works on anything that is sliced like an array, so that a large tensor 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,10 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from runtime.model_file.structure import Attention
+from runtime.model_file.structure import Attention, Mamba2
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
+Mixer = Attention | Mamba2
 
 
 class Sliceable(Protocol):
@@ -43,11 +45,11 @@ def _skip_rows(count: int) -> Rewrite:
     )
 
 
-def _fused(part: str, attention: Attention | None) -> Rewrite:
+def _fused(part: str, attention: Mixer | None) -> Rewrite:
     """The rows of queries, keys or values in a matrix that holds all three: by key-value head, its queries first, then
     its key and its value.
     """
-    assert attention, "queries, keys and values are those of a block with attention"
+    assert isinstance(attention, Attention), "queries, keys and values are those of a block with attention"
     group = attention.head_count // attention.head_count_kv
     own, before = {"q": (group, 0), "k": (1, group), "v": (1, group + 1)}[part]
     block, stride, offset = (n * attention.head_length for n in (own, group + 2, before))
@@ -64,23 +66,42 @@ def _fused(part: str, attention: Attention | None) -> Rewrite:
     return Rewrite(f"fused_{part}", source_shape=lambda shape: (total, *shape[1:]), rows=rows)
 
 
+def _groups(mixer: Mixer | None) -> Rewrite:
+    """A vector over all heads of a Mamba-2 mixer, with a row for each of its groups."""
+    assert isinstance(mixer, Mamba2), "groups are those of a block with Mamba-2"
+    length = mixer.inner_length // mixer.group_count
+    return Rewrite(
+        "groups",
+        source_shape=lambda shape: (math.prod(shape),),
+        rows=lambda source, start, stop: np.asarray(source[start * length : stop * length]).reshape(-1, length),
+    )
+
+
 _FIXED = (
     Rewrite("identity", lambda shape: shape, lambda source, start, stop: np.asarray(source[start:stop])),
     Rewrite("transpose", lambda shape: shape[::-1], lambda source, start, stop: np.asarray(source[:, start:stop]).T),
+    Rewrite("squeeze", lambda shape: (shape[0], 1, *shape[1:]), lambda source, a, b: np.asarray(source[a:b])[:, 0]),
+    Rewrite("column", lambda shape: shape[:1], lambda source, start, stop: np.asarray(source[start:stop])[:, None]),
+    Rewrite(
+        "minus_exp",  # of a vector, as a column
+        lambda shape: shape[:1],
+        lambda source, start, stop: -np.exp(np.asarray(source[start:stop], np.float32))[:, None],
+    ),
     Rewrite("add_one", lambda shape: shape, lambda source, start, stop: np.float32(1) + source[start:stop]),
     _skip_rows(2),
 )
 IDENTITY = _FIXED[0]
-_MADE: dict[str, Callable[[Attention | None], Rewrite]] = {
-    **{fixed.name: lambda _attention, fixed=fixed: fixed for fixed in _FIXED},  # type: ignore[misc]
+_MADE: dict[str, Callable[[Mixer | None], Rewrite]] = {
+    "groups": _groups,
+    **{fixed.name: lambda _mixer, fixed=fixed: fixed for fixed in _FIXED},  # type: ignore[misc]
     **{f"fused_{part}": lambda attention, part=part: _fused(part, attention) for part in "qkv"},  # type: ignore[misc]
 }
 NAMES = frozenset(_MADE)
 
 
-def named(name: str, attention: Attention | None = None) -> Rewrite:
-    """The rewrite called `name`, one of NAMES, of a tensor in a block with this attention."""
-    return _MADE[name](attention)
+def named(name: str, mixer: Mixer | None = None) -> Rewrite:
+    """The rewrite called `name`, one of NAMES, of a tensor in a block with this mixer."""
+    return _MADE[name](mixer)
 
 
 def ternary(source: Sliceable) -> Array:

@@ -31,6 +31,7 @@ class Case:
     """A checkpoint. body: name of transformers' classes, before `Config` and `ForCausalLM`. config: of that body.
 
     written: what config.json says instead, None for keys it lacks. change: what the model does otherwise than the body's class.
+    buffers: changes what is no parameter, before the model is saved.
     """
 
     family: str
@@ -39,6 +40,7 @@ class Case:
     written: dict[str, Any] = field(default_factory=dict)
     change: Change | None = None
     ffn_type: str | None = None
+    buffers: Change | None = None
 
     @property
     def tied(self) -> bool:
@@ -57,7 +59,10 @@ class Case:
 
     def make(self, folder: Path) -> None:
         """Save the checkpoint to `folder`."""
-        save(getattr(transformers, f"{self.body}ForCausalLM")(self._config()), folder)
+        model = getattr(transformers, f"{self.body}ForCausalLM")(self._config())
+        if self.buffers:
+            self.buffers(model)
+        save(model, folder)
         values = json.loads((folder / "config.json").read_text()) | self.written
         kept = {key: value for key, value in values.items() if value is not None}
         (folder / "config.json").write_text(json.dumps(kept))
@@ -139,6 +144,21 @@ def minicpm(scale_emb: float, scale_depth: float, dim_model_base: int, threshold
     return change
 
 
+def unclamped(model: Any) -> None:
+    """transformers keeps the steps of Mamba-2 above `time_step_min` in prompts, and not where it has one token."""
+    for layer in model.model.layers:
+        layer.mixer.time_step_limit = (0.0, math.inf)
+
+
+def biased_routers(model: Any) -> None:
+    """Corrections that decide which experts are chosen, and do not weigh them."""
+    generator = torch.Generator().manual_seed(18)
+    for layer in model.model.layers:
+        if hasattr(layer.mixer, "gate"):
+            bias = layer.mixer.gate.e_score_correction_bias
+            bias.copy_(0.3 * torch.randn(bias.shape, generator=generator))
+
+
 def ternary(model: Any) -> None:
     """Every matrix but the head rounded to three values (BitNet b1.58, arXiv:2402.17764)."""
     for name, module in model.model.named_modules():
@@ -179,6 +199,16 @@ _MINICPM = {"architectures": ["MiniCPMForCausalLM"], "hidden_act": "fatrelu", "h
 _OLD_FALCON = {"architectures": ["RWForCausalLM"], "n_layer": 2, "n_head": 6, "num_hidden_layers": None, "num_attention_heads": None,
                "num_kv_heads": None, "new_decoder_architecture": None, "rope_parameters": None, "ffn_hidden_size": None,
                "num_ln_in_parallel_attn": None}  # fmt: skip
+_HYBRID = {
+    "hidden_size": 96, "intermediate_size": 224, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 24,
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"], "n_groups": 2, "mamba_num_heads": 6,
+    "mamba_head_dim": 16, "ssm_state_size": 32, "chunk_size": 32, "mlp_hidden_act": "relu2",
+}  # fmt: skip
+_HYBRID_EXPERTS = _HYBRID | {
+    "layers_block_type": ["moe", "linear_attention", "moe", "full_attention", "mlp"], "n_routed_experts": 8,
+    "num_experts_per_tok": 3, "moe_intermediate_size": 96, "moe_shared_expert_intermediate_size": 160,
+    "routed_scaling_factor": 2.5,
+}  # fmt: skip
 
 CASES: dict[str, Case | experts.Model] = {
     "llama-fatrelu": Case(
@@ -233,6 +263,31 @@ CASES: dict[str, Case | experts.Model] = {
     "falcon-7b": Case("falcon", "Falcon", {**_FALCON, **_YARN, "bias": True}),
     "falcon-7b-old": Case("falcon", "Falcon", _FALCON | _TIED, {**_OLD_FALCON, "model_type": "RefinedWebModel"}),
     "falcon-sequential": Case("falcon", "Falcon", {**_FALCON, "parallel_attn": False, "multi_query": False} | _TIED),
+    "nemotron_h": Case("nemotron_h", "NemotronH", _HYBRID, change=unclamped),
+    "nemotron_h-tied": Case(
+        "nemotron_h",
+        "NemotronH",
+        _HYBRID
+        | {"layers_block_type": ["mlp", "full_attention", *["linear_attention"] * 2, "mlp"], "n_groups": 1}
+        | {"mamba_head_dim": 32, "conv_kernel": 3}
+        | _TIED,
+        change=unclamped,
+    ),
+    "nemotron_h-experts": Case("nemotron_h", "NemotronH", _HYBRID_EXPERTS, change=unclamped, buffers=biased_routers),
+    "nemotron_h-latent": Case(
+        "nemotron_h",
+        "NemotronH",
+        _HYBRID_EXPERTS | {"moe_latent_size": 64, "norm_topk_prob": False, "n_routed_experts": 16, "n_groups": 3},
+        change=unclamped,
+        buffers=biased_routers,
+    ),
+    "nemotron_h-letters": Case(
+        "nemotron_h",
+        "NemotronH",
+        _HYBRID | {"layers_block_type": ["full_attention", "linear_attention", "mlp"], "n_groups": 3},
+        written={"layers_block_type": None, "hybrid_override_pattern": "*M-", "num_hidden_layers": 3},
+        change=unclamped,
+    ),
     "nemotron": Case("nemotron", "Nemotron", {**_UNGATED, **_YARN, "num_key_value_heads": 2, "hidden_act": "relu2"}),
     "nemotron-biases-tied": Case(
         "nemotron",

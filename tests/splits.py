@@ -15,7 +15,7 @@ SPLITS = ("none", "one block", "half", "all but one", "all")
 def hot(path: Path, split: str) -> int:
     """How many neurons of a file's blocks, or of each of their experts, are on the device."""
     with GgufFile(path) as file:
-        ffn = file.structure.ffns[0]
-        block = ggml.ggml_blck_size(file.tensors[weight_of(0, stems(ffn).down)].type_id)
+        i, ffn = next(iter(file.structure.ffns.items()))
+        block = ggml.ggml_blck_size(file.tensors[weight_of(i, stems(ffn).down)].type_id)
         at = cuts_of(ffn.expert_length, block)
     return {"none": 0, "one block": at[1], "half": at[len(at) // 2], "all but one": at[-2], "all": at[-1]}[split]

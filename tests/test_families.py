@@ -17,7 +17,7 @@ import runtime
 from convert import archs, convert, job
 from convert.arch import families
 from predictors.calibrate import calibrate
-from predictors.fit import BlockFit, ModelFit
+from predictors.fit import BlockFit, ModelFit, of_blocks
 from predictors.matrices import Tensor
 from runtime.bindings.ffn_shape import FfnShape
 from runtime.block_runner import BlockRunner
@@ -52,7 +52,7 @@ def made_up_fit(path: Path, **_options: Any) -> ModelFit:
         index = np.stack([rng.permutation(ff).astype(np.int32) for _ in range(ffn.n_ff // ff)])
         freq = -np.sort(-rng.random(index.shape, np.float32))
         shapes = {
-            "predictor_in.weight": (s.embedding_length, RANK),
+            "predictor_in.weight": (ffn.n_embd, RANK),
             f"{stems.predictor_out}.weight": (RANK, ff, *each),
             f"{stems.predictor_out}.bias": (ff, *each),
         }
@@ -66,7 +66,7 @@ def made_up_fit(path: Path, **_options: Any) -> ModelFit:
         order = (index + ff * np.arange(len(index), dtype=np.int32)[:, None]).reshape(-1)
         return BlockFit(order, freq.reshape(-1), RANK, "f32", 1.0, tuple(tensors), None)  # type: ignore[arg-type]
 
-    return ModelFit("lowrank", "hot", tuple(block(ffn) for ffn in s.ffns.values()), {})
+    return ModelFit("lowrank", "hot", of_blocks(s, map(block, s.ffns.values())), {})
 
 
 def random_bytes(rng: np.random.Generator, shape: tuple[int, ...]) -> Any:

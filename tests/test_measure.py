@@ -68,6 +68,14 @@ def test_blocks_without_an_ffn_are_run_and_not_listed(
     assert 0 < len(listed) < len(blocks)
 
 
+def test_blocks_of_all_kinds_beside_each_other(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Mamba-2, attention, an FFN, and experts; of these, as many neurons count as a token may use."""
+    found = measured_and_stored(checkpoint("nemotron_h-experts"), tmp_path)
+    assert found.ffn_blocks == (0, 2, 4)
+    shares, neurons = [found.layers[i].active for i in found.ffn_blocks], [3 * 96, 3 * 96, 224]
+    assert found.active == pytest.approx(np.average(shares, weights=neurons))
+
+
 def test_one_block_at_a_time_lies_in_a_temporary_file(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,14 +9,21 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from convert.rewrites import NAMES, ScaledColumns, named, ternary
-from runtime.model_file.structure import Attention
+from convert.rewrites import NAMES, Rewrite, ScaledColumns, named, ternary
+from runtime.model_file.structure import Attention, Mamba2
 
 MATRIX = np.arange(16 * 5, dtype=np.float32).reshape(16, 5)
 HEADS = Attention(
     head_count=4, head_count_kv=2, head_length=2
 )  # in rows: queries 0-3, key 4-5, value 6-7, then the same of the other key-value head
+GROUPS = Mamba2(head_count=4, head_length=4, state_length=2, group_count=4, conv_length=3)
+VECTOR = np.linspace(-1, 1, 16, dtype=np.float32)
+SOURCES = {"squeeze": MATRIX[:, None], "column": VECTOR, "minus_exp": VECTOR, "groups": VECTOR}  # else MATRIX
 EXPECTED = {
+    "squeeze": MATRIX,
+    "column": VECTOR[:, None],
+    "minus_exp": -np.exp(VECTOR)[:, None],
+    "groups": VECTOR.reshape(4, 4),
     "identity": MATRIX,
     "transpose": MATRIX.T,
     "skip_rows_2": MATRIX[2:],
@@ -28,22 +35,30 @@ EXPECTED = {
 INVERSES = {"identity": "identity", "transpose": "transpose"}  # rows that were left out do not come back
 
 
+def rewrite(name: str) -> Rewrite:
+    return named(name, GROUPS if name == "groups" else HEADS)
+
+
+def source(name: str) -> np.ndarray:
+    return SOURCES.get(name, MATRIX)
+
+
 def test_every_rewrite_is_tested() -> None:
     assert set(EXPECTED) == NAMES
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_equals_numpy_in_any_slices(name: str) -> None:
-    rows = named(name, HEADS).rows
+    rows = rewrite(name).rows
     expected = EXPECTED[name]
     for step in (1, 2, len(expected)):
-        parts = [rows(MATRIX, at, min(at + step, len(expected))) for at in range(0, len(expected), step)]
+        parts = [rows(source(name), at, min(at + step, len(expected))) for at in range(0, len(expected), step)]
         assert np.array_equal(np.concatenate(parts), expected)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_source_shape(name: str) -> None:
-    assert named(name, HEADS).source_shape(EXPECTED[name].shape) == MATRIX.shape
+    assert rewrite(name).source_shape(EXPECTED[name].shape) == source(name).shape
 
 
 @pytest.mark.parametrize(("name", "inverse"), INVERSES.items())
@@ -54,9 +69,9 @@ def test_inverse(name: str, inverse: str) -> None:
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_on_a_tensor_in_a_file(name: str, tmp_path: Path) -> None:
-    save_file({"x": MATRIX}, tmp_path / "x.safetensors")
+    save_file({"x": source(name)}, tmp_path / "x.safetensors")
     with safe_open(tmp_path / "x.safetensors", framework="np") as file:
-        found = named(name, HEADS).rows(file.get_slice("x"), 1, 4)
+        found = rewrite(name).rows(file.get_slice("x"), 1, 4)
     assert np.array_equal(found, EXPECTED[name][1:4])
 
 

@@ -20,9 +20,9 @@ from convert.arch import Arch, Source, describe
 from convert.config import Config
 from convert.file_tensors import DecodedMatrix, KeptRows, Readable
 from convert.formats import fitting
-from convert.plan import MadeTensor, Plan, PlannedTensor, Types, attention_of
+from convert.plan import MadeTensor, Plan, PlannedTensor, Types, mixer_of
 from convert.powerinfer.bodies import ACTIVATION, BODIES, INSTEAD, TIED, TOKENIZERS
-from convert.rewrites import Shape, named
+from convert.rewrites import Mixer, Shape, named
 from convert.tokenizer import spm
 from convert.tokenizer.self_check import opened
 from convert.tokenizer.vocabulary import filler
@@ -156,8 +156,8 @@ def _planned(file: PowerInferFile, name: str, shape: Shape, source: Source | Non
     if source is None:
         return PlannedTensor(name, threshold_bias(file.threshold, *shape), shape, "f32", "f32")
     info = file.tensors[source.name]
-    attention = attention_of(s, name)
-    first, expected = _rows(source.rewrite, shape, attention)
+    mixer = mixer_of(s, name)
+    first, expected = _rows(source.rewrite, shape, mixer)
     if info.ne != expected:
         raise UserError(
             f"`{file.path}`: tensor `{info.name}` has shape {list(info.ne)}, expected {list(expected)} from the "
@@ -173,7 +173,7 @@ def _planned(file: PowerInferFile, name: str, shape: Shape, source: Source | Non
         return PlannedTensor(name, KeptRows(file.path, info, first), shape, kind, kind)
     made: Readable = DecodedMatrix(file.path, info, source.rewrite)
     wanted = DOWN_TYPE if source.rewrite == "transpose" else "f32"
-    rewrite = named(source.rewrite, attention)
+    rewrite = named(source.rewrite, mixer)
     return PlannedTensor(name, made, shape, fitting(wanted, shape[0]), wanted, rewrite=rewrite)
 
 
@@ -182,9 +182,9 @@ def _multiplies(info: TensorInfo) -> bool:
     return info.type in ggml.TYPES and bool(ggml.ggml_get_type_traits_cpu(info.type_id).contents.vec_dot)
 
 
-def _rows(rewrite: str, shape: Shape, attention: Attention | None) -> tuple[int | None, Shape]:
+def _rows(rewrite: str, shape: Shape, mixer: Mixer | None) -> tuple[int | None, Shape]:
     """From which row on a tensor is kept (None: it is decoded), and the shape of the one that it is taken from."""
-    q, kv = (attention.query_length, attention.kv_length) if attention else (0, 0)
+    q, kv = (mixer.query_length, mixer.kv_length) if isinstance(mixer, Attention) else (0, 0)
     parts = {"identity": 0, "query_rows": 0, "key_rows": q, "value_rows": q + kv}
     if rewrite == "identity":
         return 0, shape

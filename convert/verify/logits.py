@@ -26,6 +26,7 @@ from convert.verify.reference import NumpyModel
 from runtime.analysis.likelihood import divergence as summed_divergence
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
+from runtime.model_file.structure import Mamba2
 
 TEXT = (
     "The harbour was quiet when the last boat came in. Two men tied it to the old stone wall, counted 14 crates "
@@ -106,13 +107,15 @@ def _oracle(checkpoint: Checkpoint, plan: Plan) -> tuple[str, Callable[[list[int
 def _fits_transformers(checkpoint: Checkpoint, plan: Plan) -> bool:
     """Whether transformers computes what the plan does.
 
-    Its classes take their activation from config.json, and round ternary weights' inputs too.
+    Its classes take their activation from config.json, round ternary weights' inputs too, and bound the steps of
+    Mamba-2 from below in prompts alone.
     """
     assert plan.arch
     config = adapted(plan.arch, checkpoint.config)
     told = config_activation(plan.arch, config) == plan.structure.ffn_activation
     rounded = any(isinstance(tensor.source, Source) and tensor.source.ternary for tensor in plan.tensors)
-    if not told or rounded or not _memory_for(plan) or not _installed("transformers", "torch"):
+    mamba = any(isinstance(block.mixer, Mamba2) for block in plan.structure.blocks)
+    if not told or rounded or mamba or not _memory_for(plan) or not _installed("transformers", "torch"):
         return False
     model = getattr(importlib.import_module("transformers"), plan.structure.source_architecture, None)
     activations = importlib.import_module("transformers.activations").ACT2FN

@@ -16,8 +16,10 @@ from convert.arch import Generated, Source
 from convert.checkpoint import Checkpoint
 from convert.encode import read
 from convert.plan import Plan, PlannedTensor
+from convert.verify.mamba2 import Mamba2Weights, mix
 from runtime.bindings.ffn_shape import Experts, FfnShape
 from runtime.model_file import tensor_names as names
+from runtime.model_file.structure import Mamba2
 
 Floats = npt.NDArray[np.float32]
 _ROWS = 4096  # of the output head that are held at once
@@ -67,6 +69,15 @@ class NumpyModel:
     def _tensor(self, name: str) -> Floats:
         return self._rows(name, 0, self._tensors[name].rows)
 
+    def _stored(self, name: str) -> Floats:
+        """A tensor as the checkpoint has it, whatever the file stores of it."""
+        return self._source_of(self._tensors[name])
+
+    def _source_of(self, tensor: PlannedTensor) -> Floats:
+        assert isinstance(tensor.source, Source)
+        with read(self._checkpoint, tensor.source) as stored:
+            return np.asarray(stored[:], np.float32)
+
     def _linear(self, x: Floats, name: str, e: int | None = None) -> Floats:
         """x times a matrix, or that of expert `e`."""
         if e is not None:
@@ -107,9 +118,9 @@ class NumpyModel:
         s, block, scale = self.s, self.s.blocks[i], np.float32(self.s.residual_scale)
         norms = f"blk.{i}.attn_norm", f"blk.{i}.ffn_norm"
         if s.norm_placement == "post":
-            h = self._norm(x + scale * self._attention(x, i), norms[0]) if block.mixer else x
+            h = self._norm(x + scale * self._mixed(x, i), norms[0]) if block.mixer else x
             return self._norm(h + scale * self._ffn(h, i, block.ffn), norms[1]) if block.ffn else h
-        mixed = self._attention(self._norm(x, norms[0]), i) if block.mixer else np.float32(0)
+        mixed = self._mixed(self._norm(x, norms[0]), i) if block.mixer else np.float32(0)
         h = x + scale * mixed
         if not block.ffn:
             return h
@@ -118,6 +129,19 @@ class NumpyModel:
             made = self._experts(seen, x if experts.tap == "block" else seen, i, experts)
             return h + scale * (made + self._ffn(seen, i, block.shared) if block.shared else made)
         return h + scale * self._ffn(seen, i, block.ffn)
+
+    def _mixed(self, x: Floats, i: int) -> Floats:
+        mixer = self.s.blocks[i].mixer
+        return self._mamba2(x, i, mixer) if isinstance(mixer, Mamba2) else self._attention(x, i)
+
+    def _mamba2(self, x: Floats, i: int, m: Mamba2) -> Floats:
+        conv, *vectors = (
+            self._stored(f"blk.{i}.ssm_{name}")
+            for name in ("conv1d.weight", "conv1d.bias", "dt.bias", "a", "d", "norm.weight")
+        )
+        weights = Mamba2Weights(conv[:, 0], *vectors)
+        mixed = mix(self._linear(x, f"blk.{i}.ssm_in"), weights, m.group_count, m.state_length, self.s.norm_epsilon)
+        return self._linear(mixed, f"blk.{i}.ssm_out")
 
     def _attention(self, x: Floats, i: int) -> Floats:
         s, a, n = self.s, self.s.attentions[i], len(x)
@@ -205,10 +229,7 @@ class NumpyModel:
         """Block `i`'s down projection, or its expert's, as the checkpoint has it, [n_embd, n_ff], whatever layouts the
         file stores.
         """
-        source = self._tensors[names.weight_of(i, names.stems(ffn).down_t)].parts[e].source
-        assert isinstance(source, Source)
-        with read(self._checkpoint, source) as stored:
-            return np.asarray(stored[:], np.float32)
+        return self._source_of(self._tensors[names.weight_of(i, names.stems(ffn).down_t)].parts[e])
 
 
 def _activation(name: str, threshold: float) -> Callable[[Floats], Floats]:
