@@ -1,15 +1,15 @@
 """Decoding speed, side by side: llama.cpp's own runtime and ours in all its modes, taking turns in one run.
 
     python -m bench.decode --shape mistral-7b --active 0.10 --type q4_0 q4_k --threads 1,2 [--rounds N] [--tokens N]
-        [--ffn exact,predicted] [--prompt] [--busy N] [--minutes M]
+        [--ffn exact,predicted] [--prompt] [--busy N] [--minutes M] [--alone]
     python -m bench.decode MODEL.gguf
 
 Prints medians with their spread, ratios to llama.cpp, bytes read per token (with the activity measured in the run) and
 the speed that these bytes allow at the memory bandwidth that ggml's dense product reaches in the same run; with
 `--prompt` also prompt processing, load time and resident memory; with `--busy N` also the speed beside N processes that
-compute all the time. A table for each file, with a part for each number of threads. The speeds of a round are printed
-as it ends; where the time is over, and after Ctrl-C, the rounds that have ended are shown. The last line is one JSON
-object.
+compute all the time; with `--alone` one model at a time is in memory. A table for each file, with a part for each
+number of threads. The speeds of a round are printed as it ends; where the time is over, and after Ctrl-C, the rounds
+that have ended are shown. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _files(args: argparse.Namespace) -> Iterator[tuple[Path, Path | None]]:
 
 def _race_all(args: argparse.Namespace, races: list[dict[str, Any]]) -> bool:
     """Race on every file, show each one's tables and add the results to `races`; returns whether it was interrupted."""
-    plan = RacePlan(args.tokens, args.rounds, args.prompt, args.busy, args.ffn)
+    plan = RacePlan(args.tokens, args.rounds, args.prompt, args.busy, args.ffn, args.alone)
     machine, files = describe(), _files(args)
     while True:
         ends, found = time.monotonic() + 60 * args.minutes, len(races)
@@ -117,6 +117,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="turns that count")
     parser.add_argument("--prompt", action="store_true", help="also prompts, load time and memory")
     parser.add_argument("--busy", type=int, default=0, help="also decode beside so many processes that compute")
+    parser.add_argument(
+        "--alone", action="store_true",
+        help="one model at a time in memory, loaded anew for each turn: where all of them would not fit",
+    )  # fmt: skip
     parser.add_argument(
         "--minutes", type=float, default=MINUTES,
         help="for each file, making it included: then the rounds that have ended are shown (default: 10)",

@@ -39,6 +39,8 @@ def _decoding(races: Sequence[Result]) -> Table:
         f"{first['cpu']} ({' '.join(first['instruction_sets'])})\n"
         f"kernels: {first['kernels']}, ggml: {' '.join(first['ggml'])}"
     )
+    if first["alone"]:
+        title += "\none model at a time in memory, loaded anew for each turn"
     programs = first["busy_programs"]
     beside = (f"beside {programs} busy", "of idle") if programs else ()
     columns = ("", "tokens/s", "min - max", "x llama.cpp", "active", "MB/token", "bound", "of bound", *beside)

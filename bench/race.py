@@ -22,7 +22,8 @@ from bench.contender_process import BANDWIDTH, ContenderProcess
 from bench.contenders import LLAMA_CPP, Spec, in_order
 from bench.machine import busy
 from bench.make_model import ACTIVE_KEY, random_ids
-from bench.resident_memory import read_through
+from bench.resident_memory import drop_cached, read_through
+from runtime.base.memory_left import memory_left
 from runtime.compute.traffic import Activity, bytes_per_token, kv_bytes
 from runtime.errors import UserError
 from runtime.model_file import tensor_names as names
@@ -57,7 +58,8 @@ class RacePlan:
     """How a race is run. tokens: decoded in a turn, fewer where a turn takes too long. rounds: that count.
 
     prompts: whether prompts are timed, too. programs: that compute all the time, beside which every contender decodes a
-    second time in each round, if any. modes: ours that take part, () for all that the file allows.
+    second time in each round, if any. modes: ours that take part, () for all that the file allows. alone: one model at
+    a time is in memory, for those that do not fit beside each other.
     Raises UserError for values out of range.
     """
 
@@ -66,6 +68,7 @@ class RacePlan:
     prompts: bool = False
     programs: int = 0
     modes: tuple[str, ...] = ()
+    alone: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.rounds < 1:
@@ -122,13 +125,6 @@ class RaceEntry:
     activity: dict[str, Any] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
 
-    def turn(self) -> ContenderProcess:
-        """The worker, with its file in the page cache: some systems drop what lay idle while the others had their
-        turns.
-        """
-        read_through(self.path)
-        return self.worker
-
 
 @contextmanager
 def set_up(path: Path, twin: Path | None, threads: int, tokens: int, warm_up: int = 0) -> Iterator[RaceSetup]:
@@ -168,6 +164,12 @@ def load_average(say: Callable[[str], object]) -> float:
     return others
 
 
+def warn_if_crowded(setup: RaceSetup, say: Callable[[str], object]) -> None:
+    """Say so where both files and llama.cpp's repacked copy of its own do not fit into memory."""
+    if setup.path.stat().st_size + 2 * setup.twin.stat().st_size > memory_left():
+        say("warning: these models may not fit into memory together: then rows are read from the disk; try --alone")
+
+
 def race(setup: RaceSetup, plan: RacePlan, say: Callable[[str], object], ends: float = math.inf) -> dict[str, Any]:
     """Let the contenders take turns, the first round to warm up; returns the figures that are printed as JSON.
 
@@ -176,6 +178,8 @@ def race(setup: RaceSetup, plan: RacePlan, say: Callable[[str], object], ends: f
     An interrupt ends it, too; raises KeyboardInterrupt where no round had ended.
     """
     others = load_average(say)
+    if not plan.alone:
+        warn_if_crowded(setup, say)
     with ExitStack() as stack:
         runners = _Race(setup, plan, say, stack)
         cut = None
@@ -189,9 +193,9 @@ def race(setup: RaceSetup, plan: RacePlan, say: Callable[[str], object], ends: f
     return {**runners.figures(), "cut_short": cut, "load_average_before": others}
 
 
-def _rounds(n: int, ends: float) -> Iterator[int]:
-    """0, to warm up, and 1 to n; fewer where another one like the last would not end in time."""
-    for i in range(n + 1):
+def _rounds(n: int, ends: float, first: int = 0) -> Iterator[int]:
+    """0, to warm up, and 1 to n; fewer where another one like the last would not end in time. first: of them."""
+    for i in range(first, n + 1):
         begin = time.monotonic()
         yield i
         if i and time.monotonic() + (time.monotonic() - begin) > ends:
@@ -220,15 +224,17 @@ class _Race:
     def run(self, ends: float) -> str | None:
         """Run all rounds, or as many as there is time for; returns why it was cut short, if it was."""
         plan, say, cut = self.plan, self.say, None
-        say("loading")
-        self._load(plan.rounds if plan.prompts else 1)
+        first = int(plan.alone)  # then each turn warms up by itself
+        if not plan.alone:
+            say("loading")
+            self._load(plan.rounds if plan.prompts else 1)
         half = (time.monotonic() + ends) / 2 if plan.prompts else ends
-        for i in _rounds(plan.rounds, half):
+        for i in _rounds(plan.rounds, half, first):
             say(f"round {i} of {plan.rounds}" if i else "warming up")
             self._round(counts=i > 0)
         if len(self.bandwidths) < plan.rounds:
             cut = OUT_OF_TIME
-        for i in _rounds(plan.rounds, ends) if plan.prompts else ():
+        for i in _rounds(plan.rounds, ends, first) if plan.prompts else ():
             say(f"prompts, round {i} of {plan.rounds}" if i else "prompts, warming up")
             self._prompt_round(counts=i > 0)
         if plan.prompts:
@@ -241,21 +247,44 @@ class _Race:
     def _load(self, times: int) -> None:
         for _ in range(times):
             for entry in self.entries.values():
-                entry.loads.append(entry.turn().open(self.setup.ids[:PROMPT]))
+                with self._turn(entry) as worker:
+                    entry.loads.append(worker.open(self.setup.ids[:PROMPT]))
+
+    @contextmanager
+    def _turn(self, entry: RaceEntry) -> Iterator[ContenderProcess]:
+        """The worker, with its file in the page cache: some systems drop what lay idle while the others had their
+        turns.
+
+        Where one model at a time is in memory, it is loaded here, and computes its tokens once, as it would have in the
+        round before: so the pages that they want are mapped. The other file leaves the page cache before.
+        """
+        alone = self.plan.alone
+        for path in {other.path for other in self.entries.values()} - {entry.path} if alone else ():
+            drop_cached(path)
+        read_through(entry.path)
+        if alone:
+            entry.loads.append(entry.worker.open(self.setup.ids[:PROMPT]))
+            self._decode(entry.worker, TURN_S)
+        yield entry.worker
+        if alone:
+            entry.worker.ask("close")
+
+    def _decode(self, worker: ContenderProcess, limit_s: float) -> Any:
+        return worker.ask("decode", prompt=self.setup.ids[:PROMPT], ids=self._ids, limit_s=limit_s)
 
     def _round(self, counts: bool) -> None:
         """Every contender once, then the yardstick, then every contender beside busy programs."""
-        ids, idle, beside, memory = self._ids, {}, {}, {}
+        idle, beside, memory = {}, {}, {}
         for kind, entry in self.entries.items():
-            limit = TURN_S if counts else 1.0
-            idle[kind] = entry.turn().ask("decode", prompt=self.setup.ids[:PROMPT], ids=ids, limit_s=limit)
+            with self._turn(entry) as worker:
+                idle[kind] = self._decode(worker, TURN_S if counts else 1.0)
+                memory[kind] = worker.ask("memory")
         bandwidth = self.yardstick.ask("measure")
         if not counts:
             return
         for kind, entry in self.entries.items():
             if self.plan.programs:
                 beside[kind] = self._beside(entry)
-            memory[kind] = entry.worker.ask("memory")
         self.bandwidths.append(bandwidth)
         for kind, entry in self.entries.items():
             reply = idle[kind]
@@ -270,11 +299,10 @@ class _Race:
 
     def _beside(self, entry: RaceEntry) -> float:
         """Tokens per second beside the busy programs, decoding again and again until the time is over."""
-        worker, computed, seconds = entry.turn(), 0, 0.0
-        with busy(self.plan.programs):
+        computed, seconds = 0, 0.0
+        with self._turn(entry) as worker, busy(self.plan.programs):
             while seconds < BUSY_S:
-                limit = BUSY_S - seconds
-                reply = worker.ask("decode", prompt=self.setup.ids[:PROMPT], ids=self._ids, limit_s=limit)
+                reply = self._decode(worker, BUSY_S - seconds)
                 computed, seconds = computed + reply["tokens"], seconds + reply["seconds"]
         return computed / seconds
 
@@ -286,12 +314,11 @@ class _Race:
         return f"  tokens/s{beside}: {', '.join(parts)}"
 
     def _prompt_round(self, counts: bool) -> None:
-        found = {
-            (kind, length): length / entry.turn().ask("prompt", ids=self.setup.ids[:length])
-            for length in PROMPTS
-            for kind, entry in self.entries.items()
-            if length <= self.setup.n_ctx
-        }
+        found, lengths = {}, [length for length in PROMPTS if length <= self.setup.n_ctx]
+        for kind, entry in self.entries.items():
+            with self._turn(entry) as worker:
+                for length in lengths * (2 if self.plan.alone else 1):  # the last time counts
+                    found[kind, length] = length / worker.ask("prompt", ids=self.setup.ids[:length])
         for (kind, length), speed in found.items() if counts else ():
             self.entries[kind].prompts.setdefault(length, []).append(speed)
 
@@ -305,6 +332,7 @@ class _Race:
             "tokens": self.plan.tokens,
             "rounds": len(self.bandwidths),
             "busy_programs": self.plan.programs,
+            "alone": self.plan.alone,
             "bandwidth_bytes_per_s": bandwidth,
             "bandwidth_min": min(self.bandwidths),
             "bandwidth_max": max(self.bandwidths),

@@ -23,12 +23,15 @@ from oracle import mode_errors
 
 import runtime
 from bench import batches, converting, kernels, machine, predictors, stock
+from bench import race as race_module
 from bench.case import Case
+from bench.contender_process import ContenderProcess
 from bench.contenders import LLAMA_CPP, LlamaCpp, Ours, Spec, Writing, in_order, make, timed_decode
 from bench.firing_rates import plan_firing
 from bench.make_model import Recipe, measure, random_ids, write_model
 from bench.pool import GROUP, ColumnPool, RowPool, choose_groups, decode, row_ids
 from bench.race import OUT_OF_TIME, RacePlan, set_up
+from bench.resident_memory import drop_cached
 from bench.shapes import shape
 from runtime.base.worker import on_worker
 from runtime.bindings import waiting
@@ -179,6 +182,49 @@ def test_a_race_ends_in_time_with_what_it_has(tiny_gguf: Path, tmp_path: Path) -
     options = ("--rounds", "1000", "--tokens", "2", "--ffn", "exact", "--minutes", "0.0001")
     (result,) = last_line("decode", str(tiny_gguf), *options, cache=tmp_path)["races"]
     assert (result["rounds"], result["cut_short"]) == (1, OUT_OF_TIME)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and asks the page cache")
+def test_one_model_at_a_time_is_in_memory(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pids: dict[str, int] = {}
+    asked: list[tuple[tuple[str, str], list[str]]] = []  # requests, and who has a model mapped after each
+    dropped: list[str] = []
+    init, ask = ContenderProcess.__init__, ContenderProcess.ask
+
+    def ask_and_look(worker: ContenderProcess, do: str, **arguments: Any) -> Any:
+        reply = ask(worker, do, **arguments)
+        mapped = [kind for kind, pid in pids.items() if ".gguf" in Path(f"/proc/{pid}/maps").read_text()]
+        asked.append(((worker.kind, do), mapped))
+        return reply
+
+    def made(worker: ContenderProcess, spec: Spec) -> None:
+        init(worker, spec)
+        pids[worker.kind] = worker._process.pid
+
+    monkeypatch.setattr(ContenderProcess, "__init__", made)
+    monkeypatch.setattr(ContenderProcess, "ask", ask_and_look)
+    monkeypatch.setattr(race_module, "drop_cached", lambda path: dropped.append(path.name) or drop_cached(path))
+    plan = RacePlan(tokens=2, rounds=2, modes=("exact", "dense"), alone=True)
+    with set_up(tiny_gguf, None, 1, plan.tokens) as setup:
+        result = race_module.race(setup, plan, lambda _: None)
+    turn = ("open", "decode", "decode", "memory", "close")
+    turns = [(kind, do) for kind in (LLAMA_CPP, "dense", "exact") for do in turn]
+    assert [request for request, _ in asked] == [*turns, ("bandwidth", "measure")] * 2
+    for (kind, do), mapped in asked:
+        assert mapped == ([] if do in ("close", "measure") else [kind])
+    assert dropped == [tiny_gguf.name, "stock.gguf", "stock.gguf"] * 2
+    assert (result["alone"], result["rounds"], result["cut_short"]) == (True, 2, None)
+    assert set(result["ratios"]) == {"dense", "exact"}
+
+
+def test_a_race_warns_of_models_that_do_not_fit_together(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    with set_up(tiny_gguf, tiny_gguf, 1, 1) as setup:
+        for left in (3 * tiny_gguf.stat().st_size, 3 * tiny_gguf.stat().st_size - 1):
+            assert not said
+            monkeypatch.setattr(race_module, "memory_left", lambda left=left: left)
+            race_module.warn_if_crowded(setup, said.append)
+    assert "--alone" in said[0]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends an interrupt to one process")
