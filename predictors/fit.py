@@ -42,7 +42,7 @@ from runtime.text.tokenizer import Tokenizer
 
 DEFAULT_ENERGY = 0.997  # 0.995 costs the bundled model 0.6 % of perplexity: see docs/predictors.md
 TYPES = ("auto", *MATRIX_TYPES)
-_BATCH_BYTES = 1 << 28  # of margins that are held at once
+_BATCH_BYTES = 1 << 27  # of margins that are held at once
 _LISTED = 8  # layers in a note
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from runtime.bindings import sparse_ffn
+from runtime.bindings.sparse_ffn import VARIANTS
 
 ROOT = Path(__file__).parent.parent
+X86 = platform.machine() in ("x86_64", "AMD64")
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 X86_FORMATS = "f32 f16 bf16 q8_0 q4_0 q4_1 q5_0 q5_1 iq4_nl q4_K q5_K q6_K iq4_xs"
 NEON_FORMATS = "f32 f16 bf16 q8_0 q4_0 q4_K q6_K signs"
@@ -50,30 +52,34 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
+def of_this_machine() -> list[str]:
+    """Which builds test the variants of this machine. The one with AVX-VNNI emulated has all the others as they are, so
+    a CPU without these instructions needs no other.
+    """
+    emulated = ["emulated"] if X86 and "avx2" in sparse_ffn.variants() else []
+    return [*emulated, "as it is"] if not emulated or "avxvnni" in sparse_ffn.variants() else emulated
+
+
 @needs("cmake", "c++")
 @pytest.mark.skipif(sys.platform == "win32", reason="the program wants mmap")
-def test_row_kernels_of_this_machine() -> None:
-    variants = sparse_ffn.variants()[1:]
-    program = build("row-kernels")
-    tested = run(program, *variants)
-    assert [line.split(":")[0] for line in tested.splitlines()[:-1]] == variants
-    if platform.machine() in ("x86_64", "AMD64"):
-        assert {line.split(": ")[1] for line in tested.splitlines()[:-1]} <= {f"{X86_FORMATS} signs"}
+@pytest.mark.parametrize("avx_vnni", of_this_machine())
+def test_row_kernels_of_this_machine(avx_vnni: str) -> None:
+    """Emulated: also the emulation against the instructions, where this CPU has them in any encoding."""
+    variants, folder, options, targets = sparse_ffn.variants()[1:], "row-kernels", list[str](), PROGRAMS
+    if avx_vnni == "emulated":
+        variants = [name for name in VARIANTS if name in {*variants, "avxvnni"}]
+        folder, options = f"{folder}-avxvnni", ["-DLZN_EMULATE_AVXVNNI=ON"]
+        targets = (*targets, "avxvnni_emulated_test")
+    program = build(folder, *options, targets=targets)
+    tested = run(program, *variants).splitlines()[:-1]
+    assert [line.split(":")[0] for line in tested] == variants
+    if X86:
+        assert {line.split(": ")[1] for line in tested} <= {f"{X86_FORMATS} signs"}
     tiles = {"avx2": "q4_0", "avxvnni": "q4_0"}
     lines = run(program.parent / "tiles_test", *variants).splitlines()[:-1]
     assert lines == [f"{variant}: {tiles.get(variant, 'q4_0 q8_0')}" for variant in variants]
-
-
-@needs("cmake", "c++")
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64") or sys.platform == "win32", reason="of x86-64")
-@pytest.mark.skipif("avx2" not in sparse_ffn.variants(), reason="AVX-VNNI stands on AVX2")
-def test_row_kernels_for_avx_vnni_with_its_instructions_emulated() -> None:
-    """On CPUs that lack them; and the emulation against the instructions, where this CPU has them in any encoding."""
-    targets = (*PROGRAMS, "avxvnni_emulated_test")
-    program = build("row-kernels-avxvnni", "-DLZN_EMULATE_AVXVNNI=ON", targets=targets)
-    assert f"avxvnni: {X86_FORMATS} signs\n" in run(program, "avxvnni")
-    assert "avxvnni: q4_0\n" in run(program.parent / "tiles_test", "avxvnni")
-    assert run(program.parent / "avxvnni_emulated_test").endswith(" compared, 0 wrong\n")
+    if avx_vnni == "emulated":
+        assert run(program.parent / "avxvnni_emulated_test").endswith(" compared, 0 wrong\n")
 
 
 @needs("cmake", CROSS_COMPILER, EMULATOR)
