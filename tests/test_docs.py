@@ -135,6 +135,7 @@ FOREIGN = {  # options of other programs that the documents name
     "hf": {"--include", "--local-dir"},
     "mypy": {"--strict"},
     "llama.cpp": {"--n-cpu-ffn", "--n-gpu-layers"},
+    "tests/serve_soak.py": {"--seconds", "--clients", "--growth", "--health"},
 }
 
 
