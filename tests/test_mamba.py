@@ -14,10 +14,13 @@ from oracle import llama_logits, max_difference, random_ids, same_argmax
 from test_sequences import whole
 
 import runtime
+from runtime.bindings import ggml
 from runtime.compute.batch import Batch
 from runtime.engine import Engine
 from runtime.errors import UserError
+from runtime.hybrid import choose
 from runtime.model import open_model
+from runtime.model_file.reader import GgufFile
 from runtime.options import RunOptions
 from runtime.sequence import CachedSequence
 
@@ -173,6 +176,39 @@ def test_after_an_error_the_text_is_computed_again(path: Path) -> None:
         with pytest.raises(UserError, match="expected at most"):
             sequence.logits(IDS)
         assert max_difference(expected, sequence.logits(IDS[:30])) <= 1e-4
+
+
+@pytest.mark.parametrize("ffn", ["dense", "exact"])
+def test_blocks_at_home_on_a_device_compute_the_same(ffn: str, path: Path) -> None:
+    with engine_of(path, ffn=ffn, device="CPU", hot=32) as engine:
+        assert list(engine.map.mambas(1)) == [0, 2, 5]
+        assert engine.device_bytes()[0] > 3 * engine.kv_bytes(0) / 2  # states of three sequences lie there
+        sequence, fresh = CachedSequence(engine), CachedSequence(engine, 1)
+        expected = mamba.logits(SHAPES["three groups"], mamba.weights(SHAPES["three groups"]), IDS)
+        for n in (40, 41, 42, 40, 60):
+            assert max_difference(expected[n - 1], sequence.logits(IDS[:n])) <= 2e-3
+        assert max_difference(expected[59], fresh.logits(IDS[:60])) <= 2e-3
+
+
+def test_what_a_device_cannot_compute_stays_on_the_cpu(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    supports = ggml.ggml_backend_dev_supports_op
+
+    def no_scan(device: ggml.DeviceP, op: ggml.ConstTensorP) -> bool:
+        return ggml.ggml_op_name(ggml.TensorP(op.value).struct.op) != b"SSM_SCAN" and bool(supports(device, op))
+
+    with engine_of(path, ffn="exact") as engine:
+        expected = engine.compute(whole(IDS))
+    with GgufFile(path) as file:
+        options = RunOptions(ffn="exact", kv_type="f32", device="CPU", hot=32, threads=2).for_file(file)
+        with monkeypatch.context() as patched:
+            patched.setattr("runtime.hybrid.mamba_support.ggml.ggml_backend_dev_supports_op", no_scan)
+            arrangement = choose.arrange(file, options)
+    assert arrangement
+    assert arrangement.note == "device CPU cannot compute 3 Mamba blocks: they stay on the CPU"
+    assert arrangement.tensor_map.mambas(1) == {}
+    assert [i for i, b in enumerate(arrangement.tensor_map.blocks) if b.home == 1] == [1, 3, 4]
+    with Engine(GgufFile(path), options, arrangement) as divided:
+        assert max_difference(expected, divided.compute(whole(IDS))) <= 2e-3
 
 
 def test_drafts_are_refused(path: Path) -> None:

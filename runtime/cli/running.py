@@ -168,6 +168,8 @@ def open_noted(path: Path, options: RunOptions) -> Model:
         model = handles.enter_context(open_model(path, options))
         if model.arrangement:
             note(where(model.arrangement))
+            if model.arrangement.note:
+                note(f"note: {model.arrangement.note}")
         if model.memory_note:
             note(f"note: {model.memory_note}")
         handles.pop_all()

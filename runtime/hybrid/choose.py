@@ -13,6 +13,7 @@ from runtime.errors import UserError
 from runtime.hybrid.bandwidth import cpu, speed_of
 from runtime.hybrid.costs import MARGIN, PlanOptions, machine_of, model_costs, scratch_of
 from runtime.hybrid.devices import DeviceInfo, find, parse_names
+from runtime.hybrid.mamba_support import refused as refused_mambas
 from runtime.hybrid.planner import BlockCosts, Placement, evaluate, place
 from runtime.hybrid.tensor_map import TensorMap, of_placement
 from runtime.model_file.reader import GgufFile
@@ -26,7 +27,7 @@ class Arrangement:
     """Devices, the bytes that may be used on each, and what is to be there.
 
     placement: what the planner chose, and what it expects of it. scratch: bytes of the budget that are left to a
-    device's backend itself.
+    device's backend itself. note: what a device cannot compute; "" for nothing.
     """
 
     devices: tuple[DeviceInfo, ...]
@@ -34,6 +35,7 @@ class Arrangement:
     placement: Placement
     tensor_map: TensorMap
     scratch: int = 0
+    note: str = ""
 
     @property
     def used(self) -> bool:
@@ -68,8 +70,12 @@ def arrange(file: GgufFile, run: SettledOptions) -> Arrangement | None:
             )
             raise UserError(f"{k} hot neurons, expected {'one of ' if others else ''}{first}{more}")
         placement = evaluate(blocks, head, machine, 0, True, hot)
-    tensor_map = of_placement(file.structure, placement, run.predicts)
-    return Arrangement(devices, options.budgets, placement, tensor_map, scratch_of(file.structure, options))
+    s = file.structure
+    wanted = frozenset(range(placement.resident_from, s.block_count))
+    refused = wanted & refused_mambas(devices[0].handle, s)
+    tensor_map = of_placement(s, placement, run.predicts, refused)
+    note = f"device {devices[0].name} cannot compute {len(refused)} Mamba blocks: they stay on the CPU"
+    return Arrangement(devices, options.budgets, placement, tensor_map, scratch_of(s, options), note if refused else "")
 
 
 def machine_options(devices: Sequence[DeviceInfo], budgets: tuple[int, ...], run: SettledOptions) -> PlanOptions:

@@ -188,11 +188,13 @@ def cpu_alone(s: Structure, predicted: bool) -> TensorMap:
     return TensorMap(s, tuple(BlockSides(CPU, _cut(block.ffn, ())) for block in s.blocks), CPU, predicted)
 
 
-def of_placement(s: Structure, placement: Placement, predicted: bool) -> TensorMap:
+def of_placement(
+    s: Structure, placement: Placement, predicted: bool, refused: frozenset[int] = frozenset()
+) -> TensorMap:
     """What the planner chose: the last blocks at home on the first device, a prefix of neurons on the devices, the
-    others on the CPU.
+    others on the CPU. refused: blocks whose mixer the device cannot compute, which stay at home on the CPU.
     """
-    homes = (CPU if i < placement.resident_from else 1 for i in range(s.block_count))
+    homes = (CPU if i < placement.resident_from or i in refused else 1 for i in range(s.block_count))
     sides = (
         BlockSides(home, _cut(block.ffn, hot)) for home, block, hot in zip(homes, s.blocks, placement.hot, strict=True)
     )
