@@ -120,7 +120,8 @@ class Ours:
         if self._model.arrangement:
             placement, s = self._model.arrangement.placement, self._model.structure
             found["blocks"] = s.block_count - placement.resident_from
-            found["hot_share"] = sum(map(sum, placement.hot)) / sum(ffn.n_ff for ffn in s.ffns.values())
+            there = self._model.arrangement.tensor_map.on_devices
+            found["hot_share"] = sum(there) / sum(ffn.n_reached for ffn in s.ffns.values())
             found["head"] = placement.head
         return found
 

@@ -1,10 +1,11 @@
-"""Three ways to use a device's memory for the experts of a mixture, compared by simulation.
+"""Ways to use a device's memory for the experts of a mixture, compared by simulation.
 
     python -m bench.expert_placement [--shape smallthinker-21b] [--again 0.45] [--skew 0.5] [--pcie 25]
 
-`experts`: the most wanted experts are on the device, whole. `neurons`: the hottest neurons of every expert are, which
-is what the runtime does. `cache`: whole experts that were used last are; one that is missed is computed by the CPU and
-copied meanwhile. `slow cache`: the same, but of those that are missed only one in twenty is copied.
+`planned`: what the runtime's planner chooses: the hottest neurons of every expert, and more of some, where that pays.
+`experts`: the most wanted experts are on the device, whole. `neurons`: equally many of the hottest neurons of every
+expert. `cache`: whole experts that were used last are; one that is missed is computed by the CPU and copied meanwhile.
+`slow cache`: the same, but of those that are missed only one in twenty is copied.
 
 Measures nothing: bytes over bandwidths, the experts' part of a token alone, `exact` on the CPU. What is assumed, and
 what came out, is in docs/experts.md. The last line is one JSON object.
@@ -28,7 +29,11 @@ from bench.tables import console, table
 from runtime.cli.help import HelpParser
 from runtime.cli.program import run_command
 from runtime.errors import UserError
+from runtime.hybrid.costs import LONGER, cuts_of
+from runtime.hybrid.lengths import colder, longer_cuts
+from runtime.hybrid.planner import BlockCosts, Device, Machine, place
 
+_DOWN_BLOCK = 32  # elements of a block of Q4_0
 TOKENS = 4000  # of one layer that are simulated
 SHARES = (0.125, 0.25, 0.5, 0.75)  # of all experts' bytes that the device has room for
 HOT = 0.3  # share of an expert's neurons that carry 80 % of its activations: between the published 0.26 and 0.43
@@ -91,15 +96,18 @@ def routed(m: Mixture, again: float, skew: float, n: int = TOKENS, seed: int = 0
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes of one layer and token: read on the device, read by the CPU, and copied to the device."""
+    """Bytes of one layer and token: read on the device, read by the CPU, and copied to the device. extra: seconds of
+    the device."""
 
     device: float
     cpu: float
     copied: float = 0.0
+    extra: float = 0.0
 
     def seconds(self, speeds: Speeds) -> float:
         """Both sides at once; what is copied is read from main memory as well."""
-        return max(self.device / speeds.device, (self.cpu + self.copied) / speeds.cpu, self.copied / speeds.link)
+        device, cpu = self.device / speeds.device + self.extra, (self.cpu + self.copied) / speeds.cpu
+        return max(device, cpu, self.copied / speeds.link)
 
 
 Policy = Callable[[Mixture, Choices, float, Doubles], Iterator[Cost]]
@@ -140,6 +148,26 @@ def by_cache(m: Mixture, chosen: Choices, share: float, fired: Doubles, admitted
         yield Cost(hits * _whole(m), len(missed) * _on_cpu(m, fired, 0), copied * _whole(m))
 
 
+def by_plan(m: Mixture, chosen: Choices, share: float, fired: Doubles, speeds: Speeds) -> Iterator[Cost]:
+    """What the planner makes of one layer, with no other cost than its experts' and that of a second length."""
+    wanted = np.bincount(chosen.ravel(), minlength=m.count) / len(chosen)
+    read = wanted[:, None] * m.row * (1 + (m.rows - 1) * fired)
+    cold, cuts, neuron = colder(read), cuts_of(m.n_ff, _DOWN_BLOCK), m.rows * m.row
+    hot, longer = tuple(round(neuron * m.count * k) for k in cuts), longer_cuts(read, wanted, cuts, m.used, neuron)
+    cold_bytes = tuple(cold[:, list(cuts)].sum(0).tolist())
+    block = BlockCosts(0, 0.0, 0, m.n_ff, cuts, hot, cold_bytes, m.used / m.count, longer=longer)
+    device = Device(int(share * m.count * _whole(m)), speeds.device)
+    found = place([block], 0, Machine((device,), speeds.cpu, 0.0, LONGER))
+    first, more = found.hot[0][0], found.longer[0] if found.longer else None
+    lengths, there = np.full(m.count, first), m.used * first
+    if more:
+        lengths[list(more.experts)] = more.end
+        there += min(m.used, len(more.experts)) * (more.end - first)
+    each = np.array([_on_cpu(m, fired, k) for k in range(m.n_ff + 1)])[lengths]
+    for token in chosen:
+        yield Cost(there * neuron, float(each[token].sum()), extra=LONGER if more else 0.0)
+
+
 POLICIES: dict[str, Policy] = {
     "experts": by_experts,
     "neurons": by_neurons,
@@ -161,12 +189,13 @@ def _on_cpu(m: Mixture, fired: Doubles, k: int) -> float:
 def simulate(m: Mixture, speeds: Speeds, again: float, skew: float) -> dict[str, list[float]]:
     """Milliseconds of all layers' experts for one token, by policy, for each of SHARES."""
     chosen, fired = routed(m, again, skew), frequencies(m.n_ff, m.active, HOT)
+    policies: dict[str, Policy] = {"planned": partial(by_plan, speeds=speeds), **POLICIES}
     return {
         name: [
             1e3 * m.layers * float(np.mean([cost.seconds(speeds) for cost in policy(m, chosen, share, fired)]))
             for share in SHARES
         ]
-        for name, policy in POLICIES.items()
+        for name, policy in policies.items()
     }
 
 

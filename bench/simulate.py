@@ -24,7 +24,8 @@ from bench.tables import console, table
 from runtime.cli.help import HelpParser
 from runtime.cli.program import run_command
 from runtime.errors import UserError
-from runtime.hybrid.costs import Floats, NeuronBytes, candidates, cold_bytes, cuts_of
+from runtime.hybrid.costs import Floats, NeuronBytes, candidates, cuts_of, read_bytes
+from runtime.hybrid.lengths import colder
 from runtime.hybrid.planner import BlockCosts, Device, Machine, place
 
 GIB = 1 << 30
@@ -161,7 +162,7 @@ def blocks_of(shape: Shape, bits: float, ffn: str, per_active: float) -> tuple[l
         neurons=shape.n_ff,
         cuts=cuts,
         hot=tuple(int(neuron.device * k) for k in cuts),
-        cold=cold_bytes(ffn, neuron, freq, chosen, cuts, scattered=1.0),
+        cold=tuple(colder(read_bytes(ffn, neuron, freq, chosen, scattered=1.0)[None])[0, list(cuts)].tolist()),
     )
     return [block] * shape.layers, int(shape.vocab * row)
 

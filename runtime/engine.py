@@ -232,16 +232,24 @@ class Engine(OfWorker):
                 seen = [sequences[k] for k in outputs.tolist()]
             if len(seen) == 1 and len(cold) == 1:  # a token that is decoded: the same as below, in less time
                 (ffn,), (one,) = cold, seen
-                counted[one][i] = LayerCount(ffn.fired.item(0) + hot, ffn.gates.item(0) + hot, 1)
+                n = self._on_devices(i, schedule, 1, ffn.gates.item(0))
+                counted[one][i] = LayerCount(ffn.fired.item(0) + n, ffn.gates.item(0) + n, 1)
                 continue
             # Lists: for the few numbers of a token, numpy's sum takes longer.
             fired, gates = ([ffn.fired.tolist() for ffn in cold], [ffn.gates.tolist() for ffn in cold])
             for sequence, layers in counted.items():
                 rows = range(len(seen)) if len(counted) == 1 else [k for k, s in enumerate(seen) if s == sequence]
-                n = hot * len(rows)
-                layers[i] = LayerCount(
-                    sum(one[k] for one in fired for k in rows) + n,
-                    sum(one[k] for one in gates for k in rows) + n,
-                    len(rows),
-                )
+                scanned = sum(one[k] for one in gates for k in rows)
+                n = self._on_devices(i, schedule, len(rows), scanned)
+                layers[i] = LayerCount(sum(one[k] for one in fired for k in rows) + n, scanned + n, len(rows))
         return counted
+
+    def _on_devices(self, i: int, schedule: Schedule, n_tokens: int, scanned: int) -> int:
+        """Neurons of layer `i` that devices computed for so many tokens. scanned: gate rows that the CPU read."""
+        hot = self.map.on_devices[i] * n_tokens
+        if not self.map.blocks[i].of_some_experts:
+            return hot
+        # More for one token than for another: all that the CPU has not read, and where a predictor chose, at most so
+        # many as there are on average.
+        rest = self.structure.blocks[i].n_reached * n_tokens - scanned
+        return min(hot, rest) if schedule.spec.run.chooses and self.structure.rank(i) else rest

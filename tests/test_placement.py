@@ -5,18 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import combinations, pairwise, product
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from runtime.hybrid.planner import MAX_UNITS, BlockCosts, Device, Machine, Placement, Planner, evaluate, place
+from runtime.hybrid.knapsack import MAX_UNITS
+from runtime.hybrid.lengths import Longer, LongerCut
+from runtime.hybrid.planner import (
+    BlockCosts,
+    Device,
+    Machine,
+    Placement,
+    Planner,
+    evaluate,
+    place,
+)
 
 HUGE = 1 << 50
 
 
-def random_block(rng: np.random.Generator, max_cuts: int) -> BlockCosts:
+def random_block(rng: np.random.Generator, max_cuts: int, with_experts: bool = False) -> BlockCosts:
     """A short last piece, unequal bytes, frequencies that fall; some cannot be wholly on a device."""
     size, n = int(rng.integers(2, 9)), int(rng.integers(0, max_cuts))
     cuts = [size * i for i in range(n + 1)]
@@ -26,6 +37,9 @@ def random_block(rng: np.random.Generator, max_cuts: int) -> BlockCosts:
     per_neuron = int(rng.integers(1, 7))
     freq = np.sort(rng.random(neurons) ** rng.integers(1, 5))[::-1]
     cold = per_neuron * np.array([rng.random() / 4 * (neurons - k) + freq[k:].sum() for k in cuts])
+    cold = np.minimum.accumulate(cold)
+    hot_read = float(rng.choice([1.0, 0.25]))
+    longer = random_longer(rng, cuts[:8], cold, per_neuron, hot_read) if with_experts else ()
     return BlockCosts(
         stored=int(rng.integers(0, 60)),
         read=float(rng.integers(0, 60)),
@@ -33,21 +47,54 @@ def random_block(rng: np.random.Generator, max_cuts: int) -> BlockCosts:
         neurons=neurons,
         cuts=tuple(cuts),
         hot=tuple(per_neuron * k for k in cuts),
-        cold=tuple(np.minimum.accumulate(cold).tolist()),
+        cold=tuple(cold.tolist()),
+        hot_read=hot_read,
+        longer=longer,
     )
 
 
+def random_longer(
+    rng: np.random.Generator, cuts: list[int], cold: npt.NDArray[np.float64], per_neuron: int, hot_read: float
+) -> tuple[LongerCut, ...]:
+    """Longer prefixes of some of four experts: of any two cuts, and between them in bytes."""
+    found = []
+    for a, b in combinations(range(len(cuts)), 2):
+        n = int(rng.integers(1, 4))
+        experts = tuple(sorted(rng.choice(4, n, replace=False).tolist()))
+        more = per_neuron * (cuts[b] - cuts[a])
+        found.append(
+            LongerCut(
+                first=cuts[a],
+                longer=Longer(cuts[b], experts, n / 4),
+                hot=per_neuron * cuts[a] + more * n // 4,
+                read=hot_read * per_neuron * cuts[a] + hot_read * more * rng.uniform(n / 4, 1),
+                cold=float(cold[a] + (cold[b] - cold[a]) * rng.uniform(n / 4, 1)),
+                spread=float(rng.choice([0, rng.uniform(0, 5)])),
+            )
+        )
+    return tuple(found)
+
+
 def random_case(
-    rng: np.random.Generator, n_devices: int = 1, max_blocks: int = 8, max_cuts: int = 32
+    rng: np.random.Generator, n_devices: int = 1, max_blocks: int = 8, max_cuts: int = 32, with_experts: bool = False
 ) -> tuple[list[BlockCosts], int, Machine]:
-    blocks = [random_block(rng, max_cuts) for _ in range(rng.integers(1, max_blocks + 1))]
+    blocks = [random_block(rng, max_cuts, with_experts) for _ in range(rng.integers(1, max_blocks + 1))]
     head = int(rng.integers(0, 80))
     total = head + sum(b.stored + b.predictor + b.hot[-1] for b in blocks)
     devices = tuple(
         Device(int(rng.integers(0, 1.2 * total / n_devices + 20)), float(rng.uniform(1, 20)), int(rng.integers(0, 20)))
         for _ in range(n_devices)
     )
-    return blocks, head, Machine(devices, cpu_bandwidth=1.0, sync=float(rng.uniform(0.1, 60)))
+    return blocks, head, Machine(devices, cpu_bandwidth=1.0, sync=float(rng.uniform(0.1, 60)), longer=0.3)
+
+
+def mean_of_max(fixed: float, mean: float, spread: float) -> float:
+    """The integral of the larger of two numbers over the second one's normal distribution, by the middles of slices."""
+    if not spread:
+        return max(fixed, mean)
+    z = np.linspace(-9, 9, 20_001)
+    weights = np.exp(-(z**2) / 2)
+    return float((np.maximum(fixed, mean + spread * z) * weights).sum() / weights.sum())
 
 
 def optimum(blocks: Sequence[BlockCosts], head: int, machine: Machine) -> float:
@@ -61,9 +108,15 @@ def optimum(blocks: Sequence[BlockCosts], head: int, machine: Machine) -> float:
         choice.append((i, False))
         for k, hot, cold in zip(b.cuts, b.hot, b.cold, strict=True):
             predictor = b.predictor if k < b.neurons else 0
-            both = max(hot / device.bandwidth, cold / cpu) + (sync if k < b.neurons else 0)
+            both = max(b.hot_read * hot / device.bandwidth, cold / cpu) + (sync if k < b.neurons else 0)
             cost.append((b.read + predictor) / device.bandwidth + both)
             size.append(b.stored + predictor + hot)
+            choice.append((i, True))
+        for more in b.longer:
+            there = more.read / device.bandwidth + machine.longer
+            both = mean_of_max(there, more.cold / cpu, more.spread / cpu) + sync
+            cost.append((b.read + b.predictor) / device.bandwidth + both)
+            size.append(b.stored + b.predictor + more.hot)
             choice.append((i, True))
     n = len(cost)
     cost += [head / device.bandwidth - head / cpu, sync]
@@ -99,6 +152,12 @@ def check(placement: Placement, blocks: Sequence[BlockCosts], machine: Machine, 
     for i, (b, pieces) in enumerate(zip(blocks, placement.hot, strict=True)):
         assert i >= placement.resident_from or not sum(pieces)
         assert sum(pieces) in b.cuts
+        longer = placement.longer[i] if placement.longer else None
+        if longer:
+            (more,) = (c.hot for c in b.longer if (c.first, c.longer) == (pieces[0], longer))
+            assert not any(pieces[1:])
+            used[0] += b.stored + b.predictor + more
+            continue
         at = 0
         for d, n in enumerate(pieces):
             used[d] += b.hot[b.cuts.index(at + n)] - b.hot[b.cuts.index(at)]
@@ -122,6 +181,50 @@ def test_it_equals_the_optimum_of_a_solver(seed: int) -> None:
     check(found, blocks, machine, head)
     assert found.slack == 0
     assert found.seconds == pytest.approx(optimum(blocks, head, machine), rel=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_with_longer_prefixes_of_some_experts_too(seed: int) -> None:
+    blocks, head, machine = random_case(np.random.default_rng(seed), with_experts=True)
+    found = place(blocks, head, machine)
+    check(found, blocks, machine, head)
+    assert found.slack == 0
+    assert found.seconds == pytest.approx(optimum(blocks, head, machine), rel=1e-7)
+
+
+def test_longer_prefixes_are_chosen_where_they_are_faster() -> None:
+    """In some instances, and then no placement with equal prefixes is as fast."""
+    n_longer = 0
+    for seed in range(100):
+        blocks, head, machine = random_case(np.random.default_rng(seed), with_experts=True)
+        found = place(blocks, head, machine)
+        equal = place([replace(b, longer=()) for b in blocks], head, machine)
+        assert found.seconds < equal.seconds if any(found.longer) else found.seconds == pytest.approx(equal.seconds)
+        n_longer += any(found.longer)
+    assert n_longer > 15
+
+
+def test_several_devices_share_equal_prefixes() -> None:
+    for seed in range(50):
+        blocks, head, machine = random_case(np.random.default_rng(seed), 2, max_cuts=8, with_experts=True)
+        found = place(blocks, head, machine)
+        check(found, blocks, machine, head)
+        if any(pieces[1] for pieces in found.hot):
+            assert not found.longer
+
+
+def test_what_a_device_cannot_hold_is_no_placement() -> None:
+    block = BlockCosts(
+        0, 1.0, 0, 2, (0, 1, 2), (0, 4, 8), (2.0, 1.0, 0.0), longer=(LongerCut(0, Longer(2, (1,)), 2, 1, 1.0),)
+    )
+    machine = Machine((Device(99, 1.0), Device(99, 1.0)), cpu_bandwidth=1.0, sync=0.1)
+    longer = block.longer[0].longer
+    assert evaluate([block], 0, machine, 0, False, [(0, 0)], longer=[longer]).longer == (longer,)
+    for first, hot, wrong in (
+        (0, (1, 0), longer), (0, (0, 1), longer), (1, (0, 0), longer), (0, (0, 0), replace(longer, experts=(0,))),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="a device can hold"):
+            evaluate([block], 0, machine, first, False, [hot], longer=[wrong])
 
 
 def test_the_instances_are_worth_solving() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from oracle import Logits, kl, random_ids, relative, same_argmax
 from splits import SPLITS, hot
 
 import runtime
+from runtime.hybrid import choose
+from runtime.hybrid.lengths import Longer
 
 Converted = Callable[..., Path]
 
@@ -127,6 +130,31 @@ def test_experts_are_chosen_by_one_router(
     found = logits(path, n, device=device, ffn=ffn, hot=hot(path, split))
     assert relative(expected, found) <= (1e-2 if half_precision else 1e-3)
     assert same_argmax(expected, found) >= 0.99
+
+
+@pytest.mark.parametrize("first", [0, 32])
+@pytest.mark.parametrize("ffn", ["exact", "dense"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_more_neurons_of_some_experts(
+    device: str,
+    half_precision: bool,
+    model_file: Callable[[str, str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    ffn: str,
+    first: int,
+) -> None:
+    """The device finds out itself which experts of each token it has more of. With as many tokens as it takes at once
+    without this driver's fault (see above).
+    """
+    planned, longer = choose.place, Longer(64, (0, 2, 3, 5))
+    there: dict[str, Any] = {"resident_from": 0, "head": True, "hot": ((first,),) * 3, "longer": (longer,) * 3}
+    path = model_file(name, "f32")
+    expected = logits(path, 8, device="none", ffn=ffn)
+    monkeypatch.setattr(choose, "place", lambda *a: replace(planned(*a), **there))
+    found = logits(path, 8, device=device, ffn=ffn)
+    assert relative(expected, found) <= (1e-2 if half_precision else 1e-5)
+    assert same_argmax(expected, found) == 1
 
 
 @pytest.mark.parametrize("split", ["half", "all"])

@@ -13,7 +13,7 @@ from typing import Any
 from runtime.analysis.placement import PlacedModel, placed_model
 from runtime.hybrid.costs import PlanOptions, machine_of, model_costs
 from runtime.hybrid.planner import BlockCosts, Device, Machine, Placement, Planner
-from runtime.model_file.frequencies import by_rank
+from runtime.model_file.frequencies import by_expert
 from runtime.model_file.reader import GgufFile
 
 BUDGETS = 65
@@ -61,7 +61,7 @@ def placements(file: GgufFile, options: PlanOptions, wanted: int | None, free: i
 
     begin = (span.most // 2 + span.least // 2) // span.unit * span.unit if wanted is None else min(wanted, span.most)
     budgets = choose(span, [begin, min(span.most, _rounded_up(whole.most))], speed)
-    freq = [by_rank(file, i) for i in range(len(blocks))]
+    freq = [by_expert(file, i) for i in range(len(blocks))]
     rows = [_row(placed_model(known[n], _with(machine, n), freq)) for n in budgets]
     return {
         "everything": whole.most,
@@ -69,7 +69,7 @@ def placements(file: GgufFile, options: PlanOptions, wanted: int | None, free: i
         "reserve": whole.least,
         "cpu_only_seconds": known[0].seconds,
         "begin": budgets.index(begin),
-        "neurons": [len(f) for f in freq],
+        "neurons": [f.shape[1] for f in freq],
         "budgets": rows,
     }
 
@@ -123,7 +123,7 @@ def _row(found: PlacedModel) -> dict[str, Any]:
         "slack_bytes": found.slack_bytes,
         "parts": found.parts,
         "resident_from": sum(not layer.attention_on_device for layer in layers),
-        "hot": [sum(layer.hot) for layer in layers],
+        "hot": [round(layer.held * layer.neurons) for layer in layers],  # of experts, the mean
         "activations": [round(layer.activations, 3) for layer in layers],
         "us": [float(f"{layer.seconds * 1e6:.4g}") for layer in layers],
         "waits": "".join(layer.limit[0].lower() for layer in layers),

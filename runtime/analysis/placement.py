@@ -6,15 +6,17 @@ A machine that is described by numbers need not be there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from runtime.errors import UserError
 from runtime.hybrid.choose import machine_options, usable
 from runtime.hybrid.costs import Floats, PlanOptions, machine_of, model_costs
 from runtime.hybrid.devices import find, parse_names
 from runtime.hybrid.planner import Device, Machine, Placement, place
-from runtime.model_file.frequencies import by_rank
+from runtime.model_file.frequencies import by_expert
 from runtime.model_file.reader import GgufFile
 from runtime.options import SettledOptions
 
@@ -30,10 +32,11 @@ class DeviceUse:
 
 @dataclass(frozen=True)
 class PlacedLayer:
-    """Where one layer is. hot: neurons on each device, of `neurons`; activations: the share of what fires that they
-    are.
+    """Where one layer is. hot: neurons on each device, of `neurons`, which are those of each expert if there are any;
+    activations: the share of what fires that they are.
 
-    seconds: for one token; limit: the side that is waited for.
+    seconds: for one token; limit: the side that is waited for. held: the share of the layer's neurons that are on
+    devices. longer: neurons that the first device has of `longer_experts`, where it has more of these.
     """
 
     attention_on_device: bool
@@ -42,6 +45,9 @@ class PlacedLayer:
     activations: float
     seconds: float
     limit: str
+    held: float
+    longer: int = 0
+    longer_experts: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ def plan_report(
     blocks, head = model_costs(file, options)
     nothing = tuple(Device(0, d.bandwidth) for d in machine.devices)
     cpu_only = place(blocks, head, Machine(nothing, machine.cpu_bandwidth, machine.sync))
-    freq = [by_rank(file, i) for i in range(len(blocks))]
+    freq = [by_expert(file, i) for i in range(len(blocks))]
     return PlanReport(
         model=str(file.path),
         kv_type=run.kv_type,
@@ -150,7 +156,9 @@ def _check_described(budgets: tuple[int, ...], figures: MachineFigures) -> None:
 
 
 def placed_model(placement: Placement, machine: Machine, frequencies: Sequence[Floats]) -> PlacedModel:
-    """The planner's choice in plain values. frequencies: how often each neuron fires, per layer."""
+    """The planner's choice in plain values. frequencies: how often each neuron fires, per layer, float64 [experts,
+    neurons of one].
+    """
     return PlacedModel(
         seconds=placement.seconds,
         tokens_per_s=1 / placement.seconds,
@@ -167,12 +175,19 @@ def placed_model(placement: Placement, machine: Machine, frequencies: Sequence[F
 
 
 def _layer(freq: Floats, placement: Placement, i: int) -> PlacedLayer:
-    hot = placement.hot[i]
+    hot, longer = placement.hot[i], placement.longer[i] if placement.longer else None
+    there = np.zeros(freq.shape, np.bool_)
+    there[:, : sum(hot)] = True
+    if longer:
+        there[list(longer.experts), : longer.end] = True
     return PlacedLayer(
         attention_on_device=i >= placement.resident_from,
         hot=list(hot),
-        neurons=len(freq),
-        activations=float(freq[: sum(hot)].sum() / (freq.sum() or 1.0)),
+        neurons=freq.shape[1],
+        activations=float(freq[there].sum() / (freq.sum() or 1.0)),
         seconds=placement.block_seconds[i],
         limit=placement.block_limits[i],
+        held=float(there.mean()) if there.size else 0.0,
+        longer=longer.end if longer else 0,
+        longer_experts=list(longer.experts) if longer else [],
     )

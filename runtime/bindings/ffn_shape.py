@@ -30,6 +30,15 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Neurons first .. end - 1 of an FFN, or of each of its experts; or of some of these, by rising number."""
+
+    first: int
+    end: int
+    experts: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
 class FfnShape:
     """One FFN, or a part of its neurons. Lengths are in elements.
 

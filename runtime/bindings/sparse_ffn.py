@@ -252,12 +252,12 @@ def count(ffn: Ffn, n_tokens: int) -> None:
 def divide(ffn: Ffn, ranges: npt.ArrayLike, choices: npt.NDArray[np.int64] | None = None) -> None:
     """Let each token scan some ranges of the rows only.
 
-    ranges: int [n, 2], the first row of each and the one behind its last. choices: int64 [n], to which every run adds
-    how many tokens chose each.
-    Raises ValueError for a range without rows, or with rows that the FFN does not have.
+    ranges: int [n, 2], the first row of each and the one behind its last; two equal ones are a range without rows.
+    choices: int64 [n], to which every run adds how many tokens chose each.
+    Raises ValueError for a range that ends before it begins, or has rows that the FFN does not have.
     """
     table = np.array(ranges, np.int32).reshape(-1, 2)
-    if not len(table) or (table[:, 0] < 0).any() or (table[:, 0] >= table[:, 1]).any() or table.max() > ffn.n_ff:
+    if not len(table) or (table[:, 0] < 0).any() or (table[:, 0] > table[:, 1]).any() or table.max() > ffn.n_ff:
         raise ValueError(f"ranges of {ffn.n_ff} rows: {table.tolist()}")
     ffn.table = table
     ffn.n_ranges, ffn.ranges = len(table), table.ctypes.data

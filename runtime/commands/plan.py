@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from runtime.analysis.placement import PlacedLayer, PlanReport, plan_report
-from runtime.base.figures import duration, memory, number, part, share
+from runtime.base.figures import duration, memory, number, share
 from runtime.cli.machine import MachineOptions, add_machine
 from runtime.cli.options import add_json, add_model
 from runtime.cli.output import console, new_table, print_json
@@ -52,13 +52,19 @@ def _table(found: PlanReport) -> Table:
         table.add_row(
             str(first) if first == last else f"{first}-{last}",
             "device" if layer.attention_on_device else "CPU",
-            " + ".join(map(str, layer.hot)),
-            share(part(sum(layer.hot), layer.neurons)),
+            _hot(layer),
+            share(layer.held),
             share(layer.activations),
             duration(layer.seconds),
             layer.limit,
         )
     return table
+
+
+def _hot(layer: PlacedLayer) -> str:
+    """The neurons on each device; of experts, those of each."""
+    longer = f"; of {len(layer.longer_experts)} experts {layer.longer}" if layer.longer else ""
+    return " + ".join(map(str, layer.hot)) + longer
 
 
 def _alike(layers: Sequence[PlacedLayer]) -> Iterator[tuple[int, int, PlacedLayer]]:

@@ -18,9 +18,10 @@ from runtime.bindings.ffn_shape import FfnShape
 from runtime.compute.dense_threshold import candidate_shares, expected
 from runtime.compute.kv_cache import padded_cells
 from runtime.errors import UserError
+from runtime.hybrid.lengths import colder, longer_cuts
 from runtime.hybrid.planner import BlockCosts, Device, Machine, Placement, place
 from runtime.model_file import tensor_names as names
-from runtime.model_file.frequencies import by_rank
+from runtime.model_file.frequencies import by_expert, of_experts
 from runtime.model_file.reader import GgufFile, TensorInfo
 from runtime.model_file.structure import Structure
 from runtime.options import SettledOptions
@@ -37,6 +38,9 @@ _FINE, _COARSE, _MANY = (
     256,
     4096,
 )  # neurons: a device's products like multiples of 256, where that leaves enough choice
+# Seconds that a device needs to find out which experts of a token it holds more of: six small operations and three
+# products. Assumed, not measured.
+LONGER = 20e-6
 _FEWEST_BATCH = 32  # tokens from which on a device may turn a quantised matrix into F16 first
 
 Floats = npt.NDArray[np.float64]
@@ -112,7 +116,7 @@ def machine_of(s: Structure, options: PlanOptions) -> Machine:
         raise UserError("budgets and sync cost must not be negative, bandwidths must be positive")
     reserve = reserve_of(s, options) if options.reserve is None else options.reserve
     devices = zip(options.budgets, options.device_bandwidths, strict=True)
-    return Machine(tuple(Device(b, w, reserve) for b, w in devices), options.cpu_bandwidth, options.sync)
+    return Machine(tuple(Device(b, w, reserve) for b, w in devices), options.cpu_bandwidth, options.sync, LONGER)
 
 
 def reserve_of(s: Structure, options: PlanOptions) -> int:
@@ -150,7 +154,7 @@ def model_costs(file: GgufFile, options: PlanOptions) -> tuple[list[BlockCosts],
     gates = candidate_shares(file, options.ffn, bias, fired)
     blocks = [
         replace(
-            _block(file, i, options, by_rank(file, i), gates[i]),
+            _block(file, i, options, gates[i]),
             spared=_spared(file, i, options, fired[i]) if i in s.shared else 0.0,
         )
         for i in range(s.block_count)
@@ -189,31 +193,25 @@ def cuts_of(n_ff: int, block_size: int) -> tuple[int, ...]:
     return (*range(0, n_ff, step), n_ff)
 
 
-def cold_bytes(
-    ffn: str,
-    neuron: NeuronBytes,
-    freq: Floats,
-    candidate: Floats,
-    cuts: tuple[int, ...],
-    scattered: float,
-    used: int = 1,
-) -> tuple[float, ...]:
-    """Bytes that the CPU reads for one token, for each prefix on the device: as if rows that are picked were
-    `scattered` times as long.
+def read_bytes(
+    ffn: str, neuron: NeuronBytes, freq: Floats, candidate: Floats, scattered: float, shares: Floats | float = 1.0
+) -> Floats:
+    """Bytes that the CPU reads of each neuron for one token, on average, if the CPU has it: as if rows that are picked
+    were `scattered` times as long.
 
-    freq, candidate: how often each neuron fires, and has its first row read, [n_ff]; where a token uses several
-    experts, `used`, of the neurons of each rank how many.
+    freq, candidate: how often each neuron fires, and has its first row read. shares: how often its expert is used; all
+    of one shape.
     """
+    always = np.broadcast_to(np.asarray(shares, np.float64), freq.shape)
     if ffn == "dense":
-        return tuple(neuron.device * used * (len(freq) - k) for k in cuts)
+        return neuron.device * always
     # Where most neurons are read, rows follow each other.
-    picked, fired = np.minimum(used, scattered * candidate), np.minimum(used, scattered * freq)
-    read = neuron.first * (picked if ffn == "predicted" else float(used)) + neuron.rest * fired
-    colder = np.append(np.cumsum(read[::-1])[::-1], 0.0)
-    return tuple(float(colder[k]) for k in cuts)
+    picked, fired = np.minimum(always, scattered * candidate), np.minimum(always, scattered * freq)
+    read: Floats = neuron.first * (picked if ffn == "predicted" else always) + neuron.rest * fired
+    return read
 
 
-def _block(file: GgufFile, i: int, options: PlanOptions, freq: Floats, share: float) -> BlockCosts:
+def _block(file: GgufFile, i: int, options: PlanOptions, share: float) -> BlockCosts:
     s, tensors = file.structure, _tensors(file, i)
     attention, ffn = s.attentions.get(i), s.blocks[i].ffn
     always = [t for name, t in tensors.items() if name.startswith(_ALWAYS_READ)]
@@ -227,7 +225,7 @@ def _block(file: GgufFile, i: int, options: PlanOptions, freq: Floats, share: fl
     stored += state * options.run.kept_sequences
     read = sum(t.nbytes for t in always) + kv * positions + 2 * state  # which is written, too
     block = BlockCosts(stored=stored, read=read, predictor=0, neurons=0, cuts=(0,), hot=(0,), cold=(0.0,))
-    return _with_neurons(block, ffn, file, i, options, freq, share) if ffn else block
+    return _with_neurons(block, ffn, file, i, options, share) if ffn else block
 
 
 def _spared(file: GgufFile, i: int, options: PlanOptions, fired: float) -> float:
@@ -251,29 +249,35 @@ _ALWAYS_READ = (
 
 
 def _with_neurons(
-    block: BlockCosts, ffn: FfnShape, file: GgufFile, i: int, options: PlanOptions, freq: Floats, share: float
+    block: BlockCosts, ffn: FfnShape, file: GgufFile, i: int, options: PlanOptions, share: float
 ) -> BlockCosts:
     tensors, n, stems, experts = _tensors(file, i), ffn.expert_length, names.stems(ffn), ffn.experts
     count, used = (experts.count, experts.used) if experts else (1, 1)
     predicted = options.ffn == "predicted" and file.structure.rank(i) > 0
     # What the CPU reads of a predictor for each of its neurons, where no device computes the scores.
     own = (stems.predictor_sign, names.weight(stems.predictor_out)) if experts else (stems.predictor_sign,)
-    scored = used * sum(tensors[name].nbytes for name in own if predicted and name in tensors) / ffn.n_ff
+    scored = sum(tensors[name].nbytes for name in own if predicted and name in tensors) / ffn.n_ff
     inner = tensors[names.weight(names.PREDICTOR_IN)].nbytes if predicted and experts else 0
     down = tensors.get(names.weight(stems.down)) if file.structure.layout == "both" else None
     cuts = cuts_of(n, _block_size(down)) if down else (0,)
-    neuron = _neuron(ffn, tensors)
-    candidate = used * candidates(freq / used, share) if predicted else np.full(n, float(used))
+    neuron, freq, shares = _neuron(ffn, tensors), by_expert(file, i), of_experts(file, i)
+    always = np.broadcast_to(shares[:, None], freq.shape)
+    candidate = always * candidates(freq.sum(0) / used, share) if predicted else always
     mode = "predicted" if predicted else _exact(options.ffn)
-    cold = cold_bytes(mode, neuron, freq, candidate, cuts, options.scattered, used)
+    read = read_bytes(mode, neuron, freq, candidate, options.scattered, always) + scored * always
+    cold = colder(read).sum(0)
+    longer = longer_cuts(read, shares, cuts, used, neuron.device, inner) if experts else ()
     return replace(
         block,
+        # The pieces of a second length, and what finds their experts.
+        stored=block.stored + (_slack(tensors) + 4 * count**2 + _ALIGNMENT if longer else 0),
         predictor=_predictor(tensors) if predicted and not scored else 0,
         neurons=n,
         cuts=cuts,
         hot=tuple(round(neuron.device * k * count) for k in cuts),
-        cold=tuple(bytes_ + scored * (n - k) + inner * (k < n) for bytes_, k in zip(cold, cuts, strict=True)),
+        cold=tuple(float(cold[k]) + inner * (k < n) for k in cuts),
         hot_read=used / count,
+        longer=longer,
     )
 
 

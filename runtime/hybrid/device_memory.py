@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from runtime.base import worker
 from runtime.base.closing import Handles
@@ -21,10 +23,19 @@ from runtime.hybrid.queues import Queue
 from runtime.hybrid.tensor_map import Slice
 
 
+@dataclass(frozen=True)
+class Made:
+    """A small matrix that is in no file. values: F32, in numpy's order of dimensions."""
+
+    name: str
+    values: npt.NDArray[np.float32]
+
+
 def copied(
-    handles: Handles, weights: Weights, queue: Queue, groups: Sequence[Sequence[Slice]]
+    handles: Handles, weights: Weights, queue: Queue, groups: Sequence[Sequence[Slice | Made]]
 ) -> tuple[list[Tensors], int]:
-    """Copies of groups of slices on a device, one `Tensors` for each group, and their bytes; freed with `handles`.
+    """Copies of groups of slices and made matrices on a device, one `Tensors` for each group, and their bytes; freed
+    with `handles`.
 
     Raises UserError where memory does not suffice.
     """
@@ -34,13 +45,24 @@ def copied(
     for part, tensor in (pair for group in made for pair in group):
         worker.stop_if_unwanted()
         ggml.ggml_set_name(tensor, part.name.encode())
-        _upload(weights, part, tensor)
+        if isinstance(part, Made):
+            values = np.ascontiguousarray(part.values, np.float32)
+            ggml.ggml_backend_tensor_set(tensor, values.ctypes.data, 0, values.nbytes)
+        else:
+            _upload(weights, part, tensor)
     return [Tensors({part.name: tensor for part, tensor in group}) for group in made], size
 
 
-def _like(context: ggml.ContextP, weights: Weights, part: Slice) -> ggml.TensorP:
+def _like(context: ggml.ContextP, weights: Weights, part: Slice | Made) -> ggml.TensorP:
+    if isinstance(part, Made):
+        return ggml.ggml_new_tensor_2d(context, ggml.F32, *part.values.shape[::-1])
     source = weights[part.name]
-    return ggml.ggml_new_tensor_3d(context, source.type, *_shape(source, part), source.ne[2])
+    return ggml.ggml_new_tensor_3d(context, source.type, *_shape(source, part), len(_experts(source, part)))
+
+
+def _experts(source: ggml.TensorP, part: Slice) -> Sequence[int]:
+    """The experts of a slice; one where there are none."""
+    return range(source.ne[2]) if part.experts is None else part.experts
 
 
 def _shape(source: ggml.TensorP, part: Slice) -> tuple[int, int]:
@@ -75,17 +97,18 @@ def _bytes_of(context: ggml.ContextP) -> int:
 def _upload(weights: Weights, part: Slice, target: ggml.TensorP) -> None:
     source, size = weights[part.name], ggml.ggml_nbytes(ggml.ConstTensorP(target.value))
     data = weights.in_file(part.name)  # what is held in memory has only the CPU's part
+    experts = _experts(source, part)
     if part.axis == 0:
         row = source.nb[1]
         first, end = (ggml.ggml_row_size(source.type, n) for n in (part.first, part.end))
         mapped = np.ctypeslib.as_array((ctypes.c_uint8 * (row * source.ne[1] * source.ne[2])).from_address(data))
-        columns = np.ascontiguousarray(mapped.reshape(-1, row)[:, first:end])
+        columns = np.ascontiguousarray(mapped.reshape(source.ne[2], -1, row)[list(experts), :, first:end])
         ggml.ggml_backend_tensor_set(target, columns.ctypes.data, 0, size)
     else:
         offset = 0 if part.axis is None else part.first * (source.nb[1] if source.ne[1] > 1 else source.nb[0])
-        each = size // source.ne[2]
-        for e in range(source.ne[2]):
-            ggml.ggml_backend_tensor_set(target, data + offset + e * source.nb[2], e * each, each)
+        each = size // len(experts)
+        for at, e in enumerate(experts):
+            ggml.ggml_backend_tensor_set(target, data + offset + e * source.nb[2], at * each, each)
     # What is on the device need not stay in main memory; the CPU reads its rows again when it needs them.
     weights.release(part.name)
 

@@ -4,7 +4,7 @@ Pure arithmetic on bytes and bandwidths: knows nothing of files, of ggml or of h
 docs/hybrid.md explains the model.
 
 A device holds the last blocks (attention, keys and values, norms, predictor), of each of these the k hottest neurons of
-the FFN, and the head.
+the FFN (with experts, of each of them, and more of some), and the head.
 A block takes: its attention, then max(hot neurons on the device, cold neurons on the CPU), then `sync` if it needs both
 sides.
 The last term vanishes where a block is wholly on one side, so gains do not diminish and a greedy choice can be wrong
@@ -15,18 +15,13 @@ over the blocks and the units of the budget.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-MAX_UNITS = 65536  # all that could be on a device, in units of the dynamic programme: bounds its time and memory
-
-Seconds = npt.NDArray[np.float64]
-Sizes = npt.NDArray[np.int64]
+from runtime.hybrid.knapsack import Seconds, Sizes, Solver
+from runtime.hybrid.lengths import Longer, LongerCut, expected_max
 
 
 @dataclass(frozen=True)
@@ -43,6 +38,7 @@ class BlockCosts:
     cold: for each cut, the bytes that the CPU reads of the others for one token.
     spared: how much less than `read` the CPU reads where the block is at home there: of a shared expert, rows of
     neurons that do not fire.
+    longer: what a device can hold besides, with experts; it alone, since several devices share equal prefixes.
     """
 
     stored: int
@@ -54,6 +50,7 @@ class BlockCosts:
     cold: tuple[float, ...]
     hot_read: float = 1.0
     spared: float = 0.0
+    longer: tuple[LongerCut, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.cuts) == len(self.hot) == len(self.cold) or self.cuts[:1] != (0,) or self.hot[0] != 0:
@@ -75,7 +72,8 @@ class Device:
 
 @dataclass(frozen=True)
 class Machine:
-    """cpu_bandwidth: bytes/s of main memory. sync: seconds for going to a device or the CPU and back.
+    """cpu_bandwidth: bytes/s of main memory. sync: seconds for going to a device or the CPU and back. longer: seconds
+    that a device needs in a block of which it holds more of some experts, to find out which of these a token uses.
 
     The first device does what only one can do: attention, head, predictors. Others hold neurons.
     """
@@ -83,6 +81,7 @@ class Machine:
     devices: tuple[Device, ...]
     cpu_bandwidth: float
     sync: float
+    longer: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.devices or min(self.cpu_bandwidth, *(d.bandwidth for d in self.devices)) <= 0 or self.sync < 0:
@@ -96,7 +95,7 @@ class Placement:
     resident_from: blocks from this one on have attention, keys and values and norms on the first device; those before
     are wholly on the CPU.
     head: whether the output head is on the first device. hot: for each block, the neurons on each device: consecutive
-    pieces of its prefix.
+    pieces of its prefix. longer: for each block, of which experts the first device holds more; () for none anywhere.
     bytes: for each device, everything on it, reserve included; 0 where it is not used. parts: seconds per token of what
     the token waits for.
     slack: bytes by which rounding may have narrowed the choice: no placement within (budget - slack) is faster. 0:
@@ -111,6 +110,7 @@ class Placement:
     block_limits: tuple[str, ...]
     parts: dict[str, float]
     slack: int = 0
+    longer: tuple[Longer | None, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -134,15 +134,20 @@ def evaluate(
     head_on_device: bool,
     hot: Sequence[Sequence[int]],
     slack: int = 0,
+    longer: Sequence[Longer | None] = (),
 ) -> Placement:
     """What a given placement uses and is expected to take. head: bytes, stored and read by every token.
 
     Raises ValueError where neurons are on a device without their block's attention, or in pieces that are no cuts.
     """
+    longer = tuple(longer) if any(longer) else ()
     first = machine.devices[0]
     parts = dict.fromkeys(PARTS, 0.0)
     used = [0] * len(machine.devices)
-    costs = [_block_cost(b, machine, i >= resident_from, hot[i], used) for i, b in enumerate(blocks)]
+    costs = [
+        _block_cost(b, machine, i >= resident_from, hot[i], longer[i] if longer else None, used)
+        for i, b in enumerate(blocks)
+    ]
     for cost, _ in costs:
         for name, seconds in cost.items():
             parts[name] += seconds
@@ -164,23 +169,24 @@ def evaluate(
         block_limits=tuple(limit for _, limit in costs),
         parts=parts,
         slack=slack,
+        longer=longer,
     )
 
 
 def _block_cost(
-    b: BlockCosts, machine: Machine, resident: bool, pieces: Sequence[int], used: list[int]
+    b: BlockCosts, machine: Machine, resident: bool, pieces: Sequence[int], longer: Longer | None, used: list[int]
 ) -> tuple[dict[str, float], str]:
     """Seconds by part and which side is waited for; adds the block's bytes to `used`."""
+    if longer:
+        return _longer_cost(b, machine, resident, pieces, longer, used)
     ends = np.cumsum(pieces)
     if (not resident and ends[-1]) or not set(ends.tolist()) <= set(b.cuts):
         raise ValueError(f"{list(pieces)} neurons are no prefix that a device can hold of this block")
     k = int(ends[-1])
     cold = b.cold[b.cuts.index(k)] / machine.cpu_bandwidth
     if not resident:
-        return {
-            "attention (CPU)": (b.read - b.spared + b.predictor) / machine.cpu_bandwidth,
-            "cold neurons": cold,
-        }, "CPU"
+        read = b.read - b.spared + b.predictor
+        return {"attention (CPU)": read / machine.cpu_bandwidth, "cold neurons": cold}, "CPU"
     predictor = b.predictor if k < b.neurons else 0
     used[0] += b.stored + predictor
     sizes = np.diff([b.hot[b.cuts.index(end)] for end in (0, *ends.tolist())])
@@ -189,8 +195,37 @@ def _block_cost(
         used[d] += size
         hot = max(hot, b.hot_read * size / machine.devices[d].bandwidth)
     crossings = (k < b.neurons) + sum(n > 0 for n in pieces[1:])
+    return _both(b.read + predictor, hot, cold, crossings, machine)
+
+
+def _longer_cost(
+    b: BlockCosts, machine: Machine, resident: bool, pieces: Sequence[int], longer: Longer, used: list[int]
+) -> tuple[dict[str, float], str]:
+    """The same of a block of whose experts the first device holds unequally many neurons."""
+    found = [c for c in b.longer if (c.first, c.longer) == (pieces[0], longer)]
+    if not found or not resident or any(pieces[1:]):
+        raise ValueError(f"{list(pieces)} neurons, {longer}: nothing that a device can hold of this block")
+    cut = found[0]
+    used[0] += b.stored + b.predictor + cut.hot
+    hot, cold = cut.read / machine.devices[0].bandwidth + machine.longer, cut.cold / machine.cpu_bandwidth
+    cost, limit = _both(b.read + b.predictor, hot, cold, 1, machine)
+    waited = float(_longer_waits([cut], machine)[0])
+    return cost | {"hot neurons" if hot >= cold else "cold neurons": waited}, limit
+
+
+def _longer_waits(cuts: Sequence[LongerCut], machine: Machine) -> Seconds:
+    """Seconds until both sides have ended, of unequal experts: on average over tokens."""
+    read, cold, spread = np.array([(c.read, c.cold, c.spread) for c in cuts], np.float64).reshape(-1, 3).T
+    cpu = machine.cpu_bandwidth
+    return expected_max(read / machine.devices[0].bandwidth + machine.longer, cold / cpu, spread / cpu)
+
+
+def _both(read: float, hot: float, cold: float, crossings: int, machine: Machine) -> tuple[dict[str, float], str]:
+    """Seconds of a resident block by part, and which side is waited for. read: bytes of its attention and predictor;
+    hot, cold: seconds.
+    """
     cost = {
-        "attention (device)": (b.read + predictor) / machine.devices[0].bandwidth,
+        "attention (device)": read / machine.devices[0].bandwidth,
         "hot neurons" if hot >= cold else "cold neurons": max(hot, cold),
         "sync": machine.sync * crossings,
     }
@@ -243,7 +278,7 @@ class _Search:
         margin = max(_step(b) for b in blocks) if self.several else 0
         self.rooms = [d.budget - d.reserve - margin for d in self.devices]
         self.fixed = [b.stored + (b.predictor if self.several else 0) for b in blocks]
-        self._solvers: dict[tuple[float, ...], _Solver] = {}
+        self._solvers: dict[tuple[float, ...], Solver] = {}
 
     def within(self, budget: int) -> _Search:
         """The same with another, smaller budget of the first device, sharing what does not depend on it."""
@@ -289,23 +324,33 @@ class _Search:
         gain = self.head / self.machine.cpu_bandwidth - self.head / self.devices[0].bandwidth
         programme = solver.programme
         first, head = min(units, key=lambda o: (cpu[o[0]] + programme.seconds(o[0], units[o]) - gain * o[1], o))
-        hot = self._pieces([0] * first + programme.choices(first, units[first, head]), shares)
-        return [evaluate(self.blocks, self.head, self.machine, first, head, hot, solver.slack)]
+        chosen = [0] * first + programme.choices(first, units[first, head])
+        more = [self._longer(b, n) for b, n in zip(self.blocks, chosen, strict=True)]
+        longer = [cut.longer if cut else None for cut in more]
+        equal = [b.cuts.index(cut.first) if cut else n for b, cut, n in zip(self.blocks, more, chosen, strict=True)]
+        hot = self._pieces(equal, shares)
+        return [evaluate(self.blocks, self.head, self.machine, first, head, hot, solver.slack, longer)]
 
-    def _solver(self, shares: tuple[float, ...], room: int) -> _Solver:
+    def _longer(self, b: BlockCosts, n: int) -> LongerCut | None:
+        """What entry `n` of a block's table is, where it is none of its cuts."""
+        return b.longer[n - len(b.cuts)] if n >= len(b.cuts) else None
+
+    def _solver(self, shares: tuple[float, ...], room: int) -> Solver:
         """What solves for devices that share so, within `room` bytes and less: made once, since it is the same for
         every budget.
         """
         known = self._solvers.get(shares)
         if known is None or known.room < room:
-            known = self._solvers[shares] = _Solver([self._table(b, list(shares)) for b in self.blocks], room)
+            known = self._solvers[shares] = Solver([self._table(b, list(shares)) for b in self.blocks], room)
         return known
 
     def _cpu_seconds(self, b: BlockCosts) -> float:
         return (b.read - b.spared + b.predictor + b.cold[0]) / self.machine.cpu_bandwidth
 
     def _table(self, b: BlockCosts, shares: list[float]) -> tuple[Sizes, Seconds]:
-        """For each cut of a resident block: bytes beside those that every resident block needs, and seconds."""
+        """For each cut of a resident block, and what else a single device can hold: bytes beside those that every
+        resident block needs, and seconds.
+        """
         cuts, hot, cold = np.array(b.cuts), np.array(b.hot, np.int64), np.array(b.cold, np.float64)
         split = cuts < b.neurons
         slowest = max(share / d.bandwidth for share, d in zip(shares, self.devices, strict=True))
@@ -315,8 +360,18 @@ class _Search:
         seconds = attention + computing + self.machine.sync * crossings
         # Pieces are counted in whole blocks of neurons; a predictor that is not needed frees its bytes on a single
         # device only.
-        sizes = np.arange(len(cuts)) * _step(b) if self.several else hot + b.predictor * split
-        return sizes.astype(np.int64), seconds
+        if self.several:
+            return np.arange(len(cuts)) * _step(b), seconds
+        longer = self._longer_seconds(b)
+        sizes = np.append(hot + b.predictor * split, [b.predictor + cut.hot for cut in b.longer])
+        return sizes.astype(np.int64), np.append(seconds, longer)
+
+    def _longer_seconds(self, b: BlockCosts) -> Seconds:
+        """Of a resident block, for each of `b.longer`."""
+        computing = _longer_waits(b.longer, self.machine)
+        attention = (b.read + b.predictor) / self.devices[0].bandwidth
+        seconds: Seconds = attention + computing + self.machine.sync
+        return seconds
 
     def _pieces(self, chosen: Sequence[int], shares: list[float]) -> list[tuple[int, ...]]:
         """Each block's prefix cut into pieces, so that no device gets a block of neurons more than its share of all.
@@ -339,102 +394,6 @@ class _Search:
         return pieces
 
 
-class _Solver:
-    """The dynamic programme over the blocks' tables of bytes and seconds. room: the most bytes that it can be asked
-    for.
-    """
-
-    def __init__(self, tables: Sequence[tuple[Sizes, Seconds]], room: int) -> None:
-        self.room = room
-        self._floors = [int(sizes.min()) for sizes, _ in tables]
-        above = [sizes - floor for (sizes, _), floor in zip(tables, self._floors, strict=True)]
-        self._unit = _unit(above)
-        self.slack = sum(int((-sizes % self._unit).max()) for sizes in above)
-        counted = [(-(-sizes // self._unit), seconds) for sizes, (_, seconds) in zip(above, tables, strict=True)]
-        self.programme = _Programme(counted, max(0, room // self._unit))
-
-    def units(self, first: int, room: int) -> int:
-        """Units that `room` bytes leave to choose about, with blocks `first`.. resident; negative where they do not
-        fit.
-        """
-        return (room - sum(self._floors[first:])) // self._unit
-
-
 def _step(b: BlockCosts) -> int:
     """Bytes of the largest block of neurons."""
     return int(np.diff(b.hot).max(initial=0))
-
-
-def _unit(sizes: Sequence[Sizes]) -> int:
-    """Bytes of a unit: the same for every budget, so that more budget never means a worse choice.
-
-    The greatest common divisor if that makes at most MAX_UNITS of everything, else a divisor of most blocks of neurons
-    if one is small enough, else as small as possible.
-    """
-    least = max(1, -(-sum(int(s.max()) for s in sizes) // MAX_UNITS))
-    divisor = math.gcd(*(int(size) for s in sizes for size in s)) or 1
-    steps = math.gcd(*(int(abs(s[1] - s[0])) for s in sizes if len(s) > 1))
-    if divisor >= least:
-        return divisor
-    fitting = (steps // n for n in range(steps // least, 0, -1) if steps % n == 0)
-    unit = next(fitting, least)
-    return unit if unit < 2 * least else least
-
-
-class _Programme:
-    """Dynamic programme over blocks, last first: least seconds of blocks i.. with at most u units of neurons, for every
-    i and u.
-    """
-
-    def __init__(self, tables: Sequence[tuple[Any, Seconds]], n_units: int) -> None:
-        self._tables = [_undominated(sizes, seconds) for sizes, seconds in tables]
-        n_units = min(n_units, sum(int(max(size for size, _, _ in table)) for table in self._tables))
-        best = np.zeros(n_units + 1)
-        self._best, self._chosen = [best], []
-        for table in reversed(self._tables):
-            best, chosen = _extended(best, table)
-            self._best.append(best)
-            self._chosen.append(chosen)
-        self._best.reverse()
-        self._chosen.reverse()
-
-    def seconds(self, first: int, room: int) -> float:
-        """Of blocks `first`.. within `room` units."""
-        best = self._best[first]
-        return float(best[min(room, len(best) - 1)])
-
-    def choices(self, first: int, room: int) -> list[int]:
-        """Index of the chosen cut of each block from `first` on."""
-        left = min(room, len(self._best[0]) - 1)
-        found = []
-        for table, chosen in zip(self._tables[first:], self._chosen[first:], strict=True):
-            size, _, index = table[chosen[left]]
-            found.append(index)
-            left -= size
-        return found
-
-
-_Table = list[tuple[int, float, int]]
-
-
-def _undominated(sizes: Sizes, seconds: Seconds) -> _Table:
-    """(units, seconds, index of the cut), by size, without cuts that are neither smaller nor faster than another."""
-    kept: _Table = []
-    for i in np.lexsort((seconds, sizes)).tolist():
-        if not kept or seconds[i] < kept[-1][1]:
-            kept.append((int(sizes[i]), float(seconds[i]), i))
-    return kept
-
-
-def _extended(best: Seconds, table: _Table) -> tuple[Seconds, npt.NDArray[np.int32]]:
-    """`best` with one more block, and the entry of its table that each number of units chooses."""
-    extended = np.full(len(best), np.inf)
-    chosen = np.zeros(len(best), np.int32)
-    for entry, (size, seconds, _) in enumerate(table):
-        if size >= len(best):
-            break
-        candidate = best[: len(best) - size] + seconds
-        better = candidate < extended[size:]
-        np.copyto(extended[size:], candidate, where=better)
-        np.copyto(chosen[size:], entry, where=better)
-    return extended, chosen

@@ -7,6 +7,7 @@ are added at home. Whatever stays on one side is one subgraph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
 
@@ -234,11 +235,15 @@ class _Building:
     def _share(self, subgraph: Subgraph, side: int, given: FfnInputs, i: int) -> ggml.TensorP:
         """The product of block `i`'s neurons on a side, from what the FFN reads there."""
         pieces = self._map.blocks[i].on(side)
-        products = [self._piece(subgraph, piece, given, i, k) for k, piece in enumerate(pieces)]
+        # Our own operators take each expert's neurons from where they begin: one call does them all.
+        at_once = side == CPU and self._map.blocks[i].of_some_experts
+        groups = [pieces] if at_once else [(piece,) for piece in pieces]
+        products = [self._piece(subgraph, group, given, i, k) for k, group in enumerate(groups)]
         return reduce(lambda a, b: ggml.ggml_add(subgraph.ctx, a, b), products)
 
-    def _piece(self, subgraph: Subgraph, piece: Piece, given: FfnInputs, i: int, k: int) -> ggml.TensorP:
-        """The product of block `i`'s piece number `k` on a side."""
+    def _piece(self, subgraph: Subgraph, group: Sequence[Piece], given: FfnInputs, i: int, k: int) -> ggml.TensorP:
+        """The product of block `i`'s piece number `k` on a side, or of several that are computed at once."""
+        piece = group[0]
         side = self._sides[piece.side]
         whole = i in self._map.whole_on_cpu
         spec = self._spec_on(piece.side) if whole else replace(self._spec_on(piece.side), dense_from=())
@@ -259,7 +264,7 @@ class _Building:
             choices=self._choices,
             paging=self._paging,
         )
-        ffn = ffn_of(builder, i, (piece.first, piece.end))
+        ffn = ffn_of(builder, i, [p.span for p in group])
         if piece.side == CPU and self._scored_at_home(i):
             scores = self._graphs[CPU].at(f"scores {k}", piece.length, given.x.ne[1])
             product = ffn.native(given.x, ffn.chosen(scores))

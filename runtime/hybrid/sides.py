@@ -9,13 +9,14 @@ import numpy as np
 
 from runtime.base.closing import Closing, Handles
 from runtime.bindings import ggml
+from runtime.compute.ffns.experts import members, members_name
 from runtime.compute.kv_cache import KvCache
 from runtime.compute.states import Move, StateCache
 from runtime.compute.weights import Tensors, Weights, new_context
-from runtime.hybrid.device_memory import copied, viewed
+from runtime.hybrid.device_memory import Made, copied, viewed
 from runtime.hybrid.memory import SHORTER, SMALLER, Memory, device_kinds, host_kinds, plain_kinds
 from runtime.hybrid.queues import CpuQueue, Queue
-from runtime.hybrid.tensor_map import CPU, Piece, TensorMap
+from runtime.hybrid.tensor_map import CPU, Piece, Slice, TensorMap
 from runtime.model_file import tensor_names as n
 
 At = tuple[int, int]  # a piece: its block and its first neuron
@@ -82,9 +83,9 @@ class Sides(Closing):
 
     def _on_device(self, handles: Handles, side: int, queue: Queue) -> Side:
         pieces, scored = self._pieces(side), self._scored(side)
-        groups = [
+        groups: list[Sequence[Slice | Made]] = [
             self.map.own(side),
-            *(self.map.neurons(i, piece) for i, piece in pieces),
+            *(self._neurons(i, piece) for i, piece in pieces),
             *(self.map.scorer(i, piece) for i, piece in scored),
         ]
         (own, *rest), nbytes = copied(handles, self.weights, queue, groups)
@@ -100,6 +101,13 @@ class Sides(Closing):
         pieces = self._pieces(CPU)
         views = handles.add(new_context(16 * len(pieces)), ggml.ggml_free)
         neurons = {(i, piece.first): self._cold(views, i, piece) for i, piece in pieces}
+        made = [
+            [m for piece in block.on(CPU) for m in self._members(i, piece)] for i, block in enumerate(self.map.blocks)
+        ]
+        (*found,), _ = copied(handles, self.weights, queue, made)
+        for i, piece in pieces:
+            if found[i].tensors:  # one call computes all pieces
+                neurons[i, piece.first] = Tensors(self.weights.tensors | found[i].tensors)
         return Side(queue, self.weights, neurons, {}, *self._caches(handles, CPU, queue))
 
     def _cold(self, views: ggml.ContextP, i: int, piece: Piece) -> Tensors:
@@ -108,6 +116,17 @@ class Sides(Closing):
         found = viewed(views, self.weights, self.map.neurons(i, piece))
         whole = self.weights.get(n.weight_of(i, n.PREDICTOR_IN))
         return Tensors(found.tensors | ({n.weight_of(i, n.PREDICTOR_IN): whole} if whole else {}))
+
+    def _neurons(self, i: int, piece: Piece) -> list[Slice | Made]:
+        """What a device computes a piece of block `i` with."""
+        return [*self.map.neurons(i, piece), *self._members(i, piece)]
+
+    def _members(self, i: int, piece: Piece) -> list[Made]:
+        """What says which experts a piece of block `i` is of, where it is not of all."""
+        experts = self.map.structure.ffns[i].experts
+        if piece.experts is None or not experts:
+            return []
+        return [Made(members_name(i, piece.span), members(piece.span, experts.count, packed=piece.side != CPU))]
 
     def _pieces(self, side: int) -> list[tuple[int, Piece]]:
         return [(i, piece) for i, block in enumerate(self.map.blocks) for piece in block.on(side)]

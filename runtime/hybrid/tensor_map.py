@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
-from runtime.bindings.ffn_shape import FfnShape
+from runtime.bindings.ffn_shape import FfnShape, Span
+from runtime.hybrid.lengths import Longer
 from runtime.hybrid.planner import Placement
 from runtime.model_file import tensor_names as n
 from runtime.model_file.structure import Mamba2, Structure
@@ -24,16 +26,25 @@ _OF_NEURONS = NEURON_ELEMENTS | {*n.NEURON_COLUMNS, *n.NEURON_NOTES}
 
 @dataclass(frozen=True)
 class Piece:
-    """Neurons first .. end - 1 of one block's FFN, or of each of its experts, on a side."""
+    """Neurons first .. end - 1 of one block's FFN, or of each of its experts, on a side; or of some of these, by rising
+    number. share: of the experts that a token uses, how many are among these on average.
+    """
 
     side: int
     first: int
     end: int
+    experts: tuple[int, ...] | None = None
+    share: float = 1.0
 
     @property
     def length(self) -> int:
         """Number of neurons."""
         return self.end - self.first
+
+    @property
+    def span(self) -> Span:
+        """The same wherever it lies."""
+        return Span(self.first, self.end, self.experts)
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,11 @@ class BlockSides:
         """Whether some of the neurons are not where the block is at home."""
         return any(p.side != self.home for p in self.pieces)
 
+    @property
+    def of_some_experts(self) -> bool:
+        """Whether a piece is of some experts only."""
+        return any(p.experts is not None for p in self.pieces)
+
     def on(self, side: int) -> tuple[Piece, ...]:
         """The pieces on a side."""
         return tuple(p for p in self.pieces if p.side == side)
@@ -63,13 +79,14 @@ class BlockSides:
 @dataclass(frozen=True)
 class Slice:
     """A tensor, or some of its neurons: `first`..`end` along `axis` (1: rows, or elements of a vector; 0: columns), all
-    where axis is None.
+    where axis is None. experts: of these alone, None for all.
     """
 
     name: str
     axis: int | None = None
     first: int = 0
     end: int = 0
+    experts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,13 +102,8 @@ class TensorMap:
     predicted: bool
 
     def __post_init__(self) -> None:
-        shapes = [block.ffn for block in self.structure.blocks]
-        for i, (block, ffn) in enumerate(zip(self.blocks, shapes, strict=True)):
-            ends = [0, *(p.end for p in block.pieces)]
-            if [p.first for p in block.pieces] != ends[:-1] or ends[-1] != (ffn.expert_length if ffn else 0):
-                raise ValueError(f"block {i}: its pieces must hold each of its neurons once, in their order")
-            if any(p.length <= 0 for p in block.pieces):
-                raise ValueError(f"block {i}: a piece must hold a neuron")
+        for i, (block, shape) in enumerate(zip(self.blocks, self.structure.blocks, strict=True)):
+            _check(i, block, shape.ffn)
 
     @property
     def n_sides(self) -> int:
@@ -112,14 +124,14 @@ class TensorMap:
 
     @cached_property
     def on_devices(self) -> tuple[int, ...]:
-        """By block, the neurons on all devices together; with experts, of those that one token uses. A shared expert's
-        are where the block is at home.
+        """By block, the neurons on all devices together; with experts, of those that one token uses, on average. A
+        shared expert's are where the block is at home.
         """
         used = (b.ffn.experts.used if b.ffn and b.ffn.experts else 1 for b in self.structure.blocks)
         shared = self.structure.shared
         beside = (shared[i].n_ff if i in shared and b.home != CPU else 0 for i, b in enumerate(self.blocks))
         return tuple(
-            n * sum(p.length for p in block.pieces if p.side != CPU) + m
+            round(n * sum(p.share * p.length for p in block.pieces if p.side != CPU)) + m
             for n, m, block in zip(used, beside, self.blocks, strict=True)
         )
 
@@ -175,7 +187,8 @@ class TensorMap:
 
     def _there(self, i: int, groups: tuple[tuple[int, tuple[str, ...]], ...], p: Piece) -> list[Slice]:
         names = self._names
-        slices = (Slice(n.in_block(i, short), axis, p.first, p.end) for axis, group in groups for short in group)
+        wanted = ((n.in_block(i, short), axis) for axis, group in groups for short in group)
+        slices = (Slice(name, axis, p.first, p.end, p.experts) for name, axis in wanted)
         return [s for s in slices if s.name in names]
 
     @cached_property
@@ -188,6 +201,29 @@ def cpu_alone(s: Structure, predicted: bool) -> TensorMap:
     return TensorMap(s, tuple(BlockSides(CPU, _cut(block.ffn, ())) for block in s.blocks), CPU, predicted)
 
 
+def _check(i: int, block: BlockSides, ffn: FfnShape | None) -> None:
+    """Raises ValueError where the pieces of block `i` do not hold each neuron, of each expert, once and in order."""
+    n, count = (ffn.expert_length, ffn.experts.count if ffn.experts else 0) if ffn else (0, 0)
+    for p in block.pieces:
+        if p.length <= 0:
+            raise ValueError(f"block {i}: a piece must hold a neuron")
+        if p.experts is not None and (not p.experts or not set(p.experts) <= set(range(count))):
+            raise ValueError(f"block {i}: pieces of experts {p.experts}, of {count}")
+        if p.experts is not None and list(p.experts) != sorted(set(p.experts)):
+            raise ValueError(f"block {i}: the experts of a piece must rise")
+    for expert in range(max(1, count)):
+        pieces = [p for p in block.pieces if p.experts is None or expert in p.experts]
+        ends = [0, *(p.end for p in pieces)]
+        if [p.first for p in pieces] != ends[:-1] or ends[-1] != n:
+            what = "each of its neurons, of each expert," if count else "each of its neurons"
+            raise ValueError(f"block {i}: its pieces must hold {what} once, in their order")
+        own = [p for p in pieces if p.side == CPU]
+        if block.of_some_experts and any(p.end != q.first for p, q in pairwise(own)):
+            raise ValueError(f"block {i}: of some experts, with other sides' pieces between those of the CPU")
+    if len({(p.side, p.first) for p in block.pieces}) != len(block.pieces):
+        raise ValueError(f"block {i}: two pieces on a side begin with the same neuron")
+
+
 def of_placement(
     s: Structure, placement: Placement, predicted: bool, refused: frozenset[int] = frozenset()
 ) -> TensorMap:
@@ -195,15 +231,22 @@ def of_placement(
     others on the CPU. refused: blocks whose mixer the device cannot compute, which stay at home on the CPU.
     """
     homes = (CPU if i < placement.resident_from or i in refused else 1 for i in range(s.block_count))
+    longer = placement.longer or (None,) * s.block_count
     sides = (
-        BlockSides(home, _cut(block.ffn, hot)) for home, block, hot in zip(homes, s.blocks, placement.hot, strict=True)
+        BlockSides(home, _cut(block.ffn, hot, more))
+        for home, block, hot, more in zip(homes, s.blocks, placement.hot, longer, strict=True)
     )
     return TensorMap(s, tuple(sides), 1 if placement.head else CPU, predicted)
 
 
-def _cut(ffn: FfnShape | None, hot: Sequence[int]) -> tuple[Piece, ...]:
-    """Consecutive pieces of an FFN's neurons, or of each expert's: so many on each device, the others on the CPU."""
-    return tuple(_pieces(ffn.expert_length, hot)) if ffn else ()
+def _cut(ffn: FfnShape | None, hot: Sequence[int], longer: Longer | None = None) -> tuple[Piece, ...]:
+    """Consecutive pieces of an FFN's neurons, or of each expert's: so many on each device, the others on the CPU.
+
+    longer: of which experts the first device holds more.
+    """
+    if not ffn:
+        return ()
+    return tuple(_unequal(ffn, hot[0], longer) if longer else _pieces(ffn.expert_length, hot))
 
 
 def _pieces(n: int, hot: Sequence[int]) -> Iterator[Piece]:
@@ -212,3 +255,18 @@ def _pieces(n: int, hot: Sequence[int]) -> Iterator[Piece]:
         if length:
             yield Piece(side, at, at + length)
         at += length
+
+
+def _unequal(ffn: FfnShape, first: int, longer: Longer) -> Iterator[Piece]:
+    """Neurons up to `first` of every expert and up to `longer.end` of some on the first device, the others on the
+    CPU.
+    """
+    assert ffn.experts
+    others = tuple(sorted({*range(ffn.experts.count)} - {*longer.experts}))
+    if first:
+        yield Piece(1, 0, first)
+    yield Piece(1, first, longer.end, longer.experts, longer.share)
+    if others:
+        yield Piece(CPU, first, longer.end, others, 1 - longer.share)
+    if longer.end < ffn.expert_length:
+        yield Piece(CPU, longer.end, ffn.expert_length)

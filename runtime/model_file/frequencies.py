@@ -39,17 +39,31 @@ def are_stored(file: GgufFile) -> bool:
     return all(name in file.tensors and file.tensors[name].type == "f32" for name in wanted)
 
 
-def by_rank(file: GgufFile, i: int) -> Doubles:
-    """Of the neurons of one rank, one in each expert of block `i`, how many fire for a token: float64 [expert_length],
-    falling where the file was calibrated. Without experts the same as `frequencies`.
+def by_expert(file: GgufFile, i: int) -> Doubles:
+    """Share of all tokens for which each neuron of block `i` fires, float64 [experts, expert_length], falling within
+    each expert where the file was calibrated; all neurons of the chosen experts where it was not, and each expert as
+    often as the others. Without experts there is one.
     """
     ffn, found = file.structure.blocks[i].ffn, frequencies(file, i)
     if not ffn or not ffn.experts:
-        return found
-    if file.structure.neuron_order != "hot":  # all neurons of the chosen experts
-        return np.full(ffn.expert_length, float(ffn.experts.used))
-    ranked: Doubles = found.reshape(ffn.experts.count, -1).sum(0)
-    return ranked
+        return found[None]
+    count = ffn.experts.count
+    if file.structure.neuron_order != "hot":
+        return np.full((count, ffn.expert_length), ffn.experts.used / count)
+    return found.reshape(count, -1)
+
+
+def of_experts(file: GgufFile, i: int) -> Doubles:
+    """Share of all tokens that use each expert of block `i`, float64 [experts]; alike where the file was not
+    calibrated. Without experts: 1 of one.
+    """
+    ffn = file.structure.blocks[i].ffn
+    if not ffn or not ffn.experts:
+        return np.ones(1)
+    count, used = ffn.experts.count, ffn.experts.used
+    chosen = _floats(file, n.in_block(i, n.EXPERT_FREQ)) if file.structure.neuron_order == "hot" else np.ones(count)
+    total = chosen.sum()
+    return chosen * (used / total) if total else np.full(count, used / count)
 
 
 def fired_share(file: GgufFile, i: int) -> float:

@@ -6,6 +6,9 @@ a class in a file here, and its row below.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from runtime.bindings.ffn_shape import Span
 from runtime.compute.builder import Builder
 from runtime.compute.ffns.experts import ExpertsFfn
 from runtime.compute.ffns.neurons import NeuronFfn
@@ -14,13 +17,11 @@ from runtime.compute.ffns.shared import SharedFfn
 KINDS = {False: NeuronFfn, True: ExpertsFfn}  # by whether there are experts
 
 
-def ffn_of(b: Builder, i: int, piece: tuple[int, int] | None = None) -> NeuronFfn:
-    """The FFN of block `i`, which has one; or a piece of its neurons (of each of its experts'), the first and the one
-    behind the last.
-    """
+def ffn_of(b: Builder, i: int, spans: Sequence[Span] = ()) -> NeuronFfn:
+    """The FFN of block `i`, which has one; or some of its neurons: one span of them, or with experts several."""
     shape = b.s.blocks[i].ffn
     assert shape, f"block {i} has no FFN"
-    return KINDS[shape.experts is not None](b, shape, i, piece)
+    return KINDS[shape.experts is not None](b, shape, i, spans)
 
 
 def shared_of(b: Builder, i: int) -> SharedFfn | None:

@@ -7,10 +7,11 @@ Shapes in comments are ggml's: the contiguous dimension first.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runtime.bindings import ggml, sparse_ffn
-from runtime.bindings.ffn_shape import FfnShape
+from runtime.bindings.ffn_shape import FfnShape, Span
 from runtime.compute.builder import Builder
 from runtime.compute.operators import Chosen, NativeTensors, add_choice, add_native_ffn, add_predictor
 from runtime.compute.products import by_rows, tiles_of
@@ -31,17 +32,16 @@ class FfnInputs:
 
 
 class NeuronFfn:
-    """The FFN of block `i`; or a piece of its neurons, the first and the one behind the last, whose rows the builder's
-    tensors hold.
+    """The FFN of block `i`; or a span of its neurons, whose rows the builder's tensors hold.
 
     A product is [n_embd, n], without the bias of the down projection. Where neurons are normalised before they are
     projected (`sub_norm`) it is [n_embd + 1, n]: the last row holds the sum of their squares, and `finished` divides.
     So the products of two parts of the neurons add up to the product of all, element by element.
     """
 
-    def __init__(self, b: Builder, shape: FfnShape, i: int, piece: tuple[int, int] | None = None) -> None:
+    def __init__(self, b: Builder, shape: FfnShape, i: int, spans: Sequence[Span] = ()) -> None:
         self.b, self.i, self.stems = b, i, n.stems(shape)
-        self.shape = shape.part(piece[1] - piece[0]) if piece else shape
+        self.shape = shape.part(spans[0].end - spans[0].first) if spans else shape
         self.norm = n.in_block(i, n.FFN_NORM)
 
     def product(self, given: FfnInputs) -> ggml.TensorP:
