@@ -108,7 +108,9 @@ def measure_sparsity(
     with opened(job.metadata, f"`{job.checkpoint.folder}`") as tokenizer:
         windows = calibration_text.windows(corpus, tokenizer, wanted, s.context_length, seed)
     counted = [*_counted(job, job.checkpoint, windows, threads or default_threads(), progress)]
-    layers = tuple(layer_firing(freq, block.ffn) for (freq, _), block in zip(counted, s.blocks, strict=True))
+    layers = tuple(
+        layer_firing(freq, block.ffn, block.shared) for (freq, _), block in zip(counted, s.blocks, strict=True)
+    )
     return Measured(
         name=str(job.metadata["general.name"]),
         type=job.plan.types.main,
@@ -128,7 +130,7 @@ def measure_sparsity(
 
 
 def _active(s: Structure, layers: Sequence[LayerFiring]) -> float:
-    reached = {i: ffn.n_reached for i, ffn in s.ffns.items()}
+    reached = {i: s.blocks[i].n_reached for i in s.ffns}
     return sum(layers[i].active * n for i, n in reached.items()) / sum(reached.values())
 
 
@@ -165,6 +167,8 @@ def _of_block(
     freq, chosen = layer.frequency, layer.expert_frequency
     if chosen is not None:  # of all tokens, not of those that chose the expert
         freq = freq * np.repeat(chosen, layer.ffn.expert_length)
+    if layer.shared_fired is not None:
+        freq = np.concatenate([freq, layer.shared_fired / windows.size])
     return np.sort(freq)[::-1].astype(np.float32), None if chosen is None else use_of(chosen)
 
 

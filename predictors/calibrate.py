@@ -92,6 +92,7 @@ class LayerSamples:
         self.structure, self.ffn, self.i, self._runner = runner.structure, runner.structure.ffns[i], i, runner
         self.fit, self.validation, self.test = parts
         self.output: Floats | None = None  # hidden states after the block, of all windows: see `calibrate`
+        self.shared_fired: Counts | None = None  # the same of a shared expert's neurons
         self.fired: Counts | None = None  # at how many tokens each neuron fires, [n_ff], where the runner has said so
         self._stems = names.stems(self.ffn)
         self._first = names.row_matrices(self.ffn)[0]
@@ -290,7 +291,7 @@ def calibrate(
             progress(f"calibrating layer {i}", i + (k + 1) / len(windows) / 2, n)
         fit, validation, test = map(seen.part, at)
         layer = LayerSamples(runner, i, (fit, validation, test))
-        layer.output, layer.fired = hidden, seen.fired
+        layer.output, layer.fired, layer.shared_fired = hidden, seen.fired, seen.shared_fired
         yield layer
         progress(f"calibrating layer {i}", i + 1, n)
 
@@ -310,10 +311,12 @@ class _Seen:
         self._known: set[str] = set()  # the roles that this block has filled
         self._routed: list[Routed] = []  # by window
         self.fired: Counts | None = None
+        self.shared_fired: Counts | None = None
 
     def begin(self, ffn: FfnShape) -> None:
         """Begin with another block."""
         self._ffn, self._routed, self._known = ffn, [], set()
+        self.shared_fired = None
         self.fired = np.zeros(ffn.n_ff, np.int64)
         if self._inputs.shape[-1] != ffn.n_embd:
             self._inputs = np.empty((*self._inputs.shape[:2], ffn.n_embd), np.float32)
@@ -326,6 +329,9 @@ class _Seen:
             self._residuals[k] = result.residual
         if result.experts is not None and result.expert_weights is not None and self._ffn.experts:
             self._routed.append(Routed(result.experts, result.expert_weights, self._ffn.experts.count))
+        if result.shared is not None:
+            fired = (result.shared > self._ffn.threshold).sum(0, dtype=np.int64)
+            self.shared_fired = fired if self.shared_fired is None else self.shared_fired + fired
         deciding = result.gate if self._ffn.gated else result.up
         if deciding is None:  # a run that computes some neurons only
             self.fired = None

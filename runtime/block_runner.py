@@ -56,6 +56,9 @@ class BlockResult:
     # float32 [n_tokens, used].
     experts: npt.NDArray[np.int32] | None = None
     expert_weights: Floats | None = None
+    # What the rows of a shared expert say that decide whether its neurons fire, float32 [n_tokens, n]; None where there
+    # is none, or where only those that fire are computed.
+    shared: Floats | None = None
 
 
 class BlockRunner(OfWorker):
@@ -103,7 +106,8 @@ class BlockRunner(OfWorker):
             if "experts" not in taps:
                 return found
             ids, weights = read(taps["experts"]).view(np.int32), read(taps["weights of experts"])
-            return replace(found, experts=ids, expert_weights=weights)
+            shared = read(taps["shared"]) if "shared" in taps else None
+            return replace(found, experts=ids, expert_weights=weights, shared=shared)
 
         return self._do(compute)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,10 @@ from safetensors.numpy import load_file
 from test_experts import floats, load, rewritten
 
 from convert import archs, convert
+from convert.checkpoint import open_checkpoint
+from convert.measure import measure_sparsity
+from convert.plan import Types, make_plan
+from convert.verify.reference import NumpyModel
 from runtime.analysis.page_facts import facts_of
 from runtime.bindings.sparse_ffn import FEW_TOKENS
 from runtime.compute.batch import Batch
@@ -110,6 +115,20 @@ def test_eight_sequences(name: str, ffn: str, checkpoint: Made, file: Made) -> N
     assert relative(expected, found) < FLOATS
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere weights stay in the mapped file")
+def test_a_budget_of_main_memory(file: Made) -> None:
+    """The experts' neurons are read when they fire; the shared expert's are no part of what is read so."""
+    options: dict[str, Any] = {"ffn": "exact", "n_ctx": 64, "n_batch": 64}
+    with load(file("latent"), **options) as exact, load(file("latent"), ram_budget="64MiB", **options) as model:
+        assert np.array_equal(exact.logits(IDS), model.logits(IDS))
+        before = model.engine.weights.held_bytes
+        with GgufFile(file("latent")) as f:
+            small = {
+                n: t.nbytes for n, t in f.tensors.items() if not n.endswith(("_exps.weight", "ffn_down_shexp.weight"))
+            }
+        assert sum(small.values()) <= before <= sum(small.values()) + 64 * len(small)
+
+
 # --- divided between the CPU and a device ----------------------------------------------------------------------------
 
 
@@ -194,6 +213,21 @@ def test_the_shared_neurons_are_counted(file: Made, tmp_path: Path) -> None:
     assert 0.3 * 96 < fired < 0.7 * 96
 
 
+def mute(weights: dict[str, Any]) -> None:
+    weights["model.layers.0.block_sparse_moe.shared.w1.weight"][:] = 0
+
+
+def test_a_checkpoints_shared_neurons_are_measured(checkpoint: Made, tmp_path: Path) -> None:
+    """In the first block all else is the same."""
+    SHARING["shared"].make(tmp_path / "shared", mute)  # the name is the seed: the same weights otherwise
+    sources = (checkpoint("shared"), tmp_path / "shared")
+    with_all, without = (measure_sparsity(source, type="f32", tokens=512) for source in sources)
+    reached = 96 + 2 * FF
+    assert 0.3 * 96 < (with_all.layers[0].active - without.layers[0].active) * reached < 0.7 * 96
+    assert 0.3 * 2 * FF < without.layers[0].active * reached < 0.7 * 2 * FF
+    assert len(with_all.frequencies[0]) == 96 + 4 * FF
+
+
 def test_bytes_of_a_token(file: Made) -> None:
     """Of the shared expert and what stands around latent experts, by hand."""
     with GgufFile(file("latent")) as f:
@@ -254,10 +288,10 @@ def test_calibration(name: str, file: Made, checkpoint: Made, expected: Expected
     assert np.array_equal(floats(path, part), floats(file(name), part))
 
 
-def test_verification(checkpoint: Made, tmp_path: Path) -> None:
-    """The independent model of `--verify`, too."""
-    report = convert(checkpoint("latent"), tmp_path / "x.gguf", type="f16", calibration="none", verify=True)
-    assert report.verified is not None
+@pytest.mark.parametrize("name", SHARING)
+def test_the_oracle_of_verify(name: str, checkpoint: Made, expected: Expected) -> None:
+    opened = open_checkpoint(checkpoint(name))
+    assert relative(expected(name), NumpyModel(opened, make_plan(opened, Types("f32"))).logits(IDS)) < FLOATS
 
 
 # --- mistakes, and what is refused -----------------------------------------------------------------------------------

@@ -79,11 +79,13 @@ def read_frequencies(file: GgufFile) -> list[Frequencies]:
     return [np.sort(frequencies(file, i))[::-1].astype(np.float32) for i in blocks]
 
 
-def layer_firing(freq: Frequencies, ffn: FfnShape | None) -> LayerFiring:
-    """How unevenly one layer's neurons fire; all 0 where there are none. freq: hottest first."""
+def layer_firing(freq: Frequencies, ffn: FfnShape | None, beside: FfnShape | None = None) -> LayerFiring:
+    """How unevenly one layer's neurons fire; all 0 where there are none. freq: hottest first. beside: a shared expert
+    whose neurons are among them.
+    """
     if ffn is None or not len(freq):
         return LayerFiring(0.0, 0.0, 0.0)
-    active = float(freq.sum(dtype=np.float64)) / ffn.n_reached
+    active = float(freq.sum(dtype=np.float64)) / (ffn.n_reached + (beside.n_ff if beside else 0))
     return LayerFiring(active, _hot_share(freq), float((freq < RARE).mean()))
 
 

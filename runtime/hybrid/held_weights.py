@@ -25,6 +25,7 @@ from runtime.options import SettledOptions
 
 _OF_PREDICTORS = (n.weight(n.PREDICTOR_IN), *(name for name in n.PREDICTOR_ROWS if name not in n.PREDICTOR_BIASES))
 _UNUSED_DENSE = frozenset((*n.PREDICTOR_ROWS, n.weight(n.PREDICTOR_IN), *n.TRANSPOSED))
+_UNUSED_SPARSE = frozenset((n.SHARED_MATRICES[-1],))  # a device or `dense` reads it
 _USABLE = 0.9  # of the memory that is left
 _GAINS = sys.platform == "linux"  # where it was measured that memory of one's own is faster
 
@@ -66,7 +67,7 @@ def _on_cpu(file: GgufFile, tensor_map: TensorMap, run: SettledOptions) -> dict[
     found = {}
     for name in required_tensors(tensor_map.structure):
         info, block = file.tensors[name], n.parsed(name)
-        unused = block is not None and block[1] in (_UNUSED_DENSE if run.ffn == "dense" else ())
+        unused = block is not None and block[1] in (_UNUSED_DENSE if run.ffn == "dense" else _UNUSED_SPARSE)
         repacked = run.ffn == "dense" and gains(info.type_id) and multiplies(tensor_map, name)
         part = _part(info, tensor_map)
         if part.length and not unused and not repacked:

@@ -153,6 +153,8 @@ class _Building:
             roles = {"ffn_input": at.inputs.x, "residual": at.inputs.stream}
             if chosen := at.inputs.chosen:
                 roles |= {_EXPERTS: chosen.ranges, _WEIGHTS: chosen.weights}
+            if (beside := self._s.blocks[i].shared) and (made := blocks.b.taps.get("gate" if beside.gated else "up")):
+                roles["shared"] = made
             self.taps |= {role: self._left(t, role) for role, t in roles.items()}
         if self._map.blocks[i].divided:
             at, product = self._divided(at, i)
