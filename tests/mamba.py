@@ -103,7 +103,12 @@ def logits(s: Structure, tensors: Weights, ids: list[int], mistake: str = "") ->
         else:
             h = np.maximum(_norm(x) * b["ffn_norm.weight"] @ b["ffn_up.weight"].T, 0) ** 2
             x = x + h @ b["ffn_down_t.weight"]
-    return np.asarray(_norm(x) * w["output_norm.weight"] @ w["output.weight"].T)
+    return head(x, tensors)
+
+
+def head(x: Doubles, tensors: Weights) -> Doubles:
+    """Logits of hidden states."""
+    return np.asarray(_norm(x) * tensors["output_norm.weight"] @ tensors["output.weight"].T)
 
 
 def _norm(x: Doubles) -> Doubles:

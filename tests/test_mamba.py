@@ -14,7 +14,9 @@ from oracle import llama_logits, max_difference, random_ids, same_argmax
 from test_sequences import whole
 
 import runtime
+from runtime.analysis.contents import contents_of
 from runtime.bindings import ggml
+from runtime.block_runner import BlockRunner
 from runtime.compute.batch import Batch
 from runtime.engine import Engine
 from runtime.errors import UserError
@@ -209,6 +211,26 @@ def test_what_a_device_cannot_compute_stays_on_the_cpu(path: Path, monkeypatch: 
     assert [i for i, b in enumerate(arrangement.tensor_map.blocks) if b.home == 1] == [1, 3, 4]
     with Engine(GgufFile(path), options, arrangement) as divided:
         assert max_difference(expected, divided.compute(whole(IDS))) <= 2e-3
+
+
+def test_calibration_sees_each_text_from_its_beginning(path: Path) -> None:
+    s = SHAPES["three groups"]
+    weights = mamba.weights(s)
+    texts = [random_ids(40, mamba.VOCAB, seed=seed) for seed in (1, 2)]
+    with BlockRunner(GgufFile(path), 2, 64) as runner:
+        hidden = [runner.embed(np.array(ids, np.int32)) for ids in texts]
+        for i in range(s.block_count):
+            hidden = [runner.output(i, x) for x in hidden]
+    for ids, x in zip(texts, hidden, strict=True):
+        found = mamba.head(x.astype(np.float64), weights)
+        assert max_difference(mamba.logits(s, weights, ids), found) <= 1e-3
+
+
+def test_inspect_knows_the_tensors_of_mamba(path: Path) -> None:
+    with GgufFile(path) as file:
+        groups = {group.kind: group.tensors for group in contents_of(file).groups}
+    assert groups["mamba"] == 3 * 7  # with a norm each, which is among the norms
+    assert "other" not in groups
 
 
 def test_drafts_are_refused(path: Path) -> None:

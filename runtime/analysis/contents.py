@@ -21,6 +21,7 @@ LITTLE_TO_GAIN = 0.5
 _KINDS = (
     "embeddings",
     "attention",
+    "mamba",
     "ffn_gate",
     "ffn_up",
     "ffn_down",
@@ -31,6 +32,15 @@ _KINDS = (
     "norms",
     "other",
 )
+_STARTS = {
+    "attn_": "attention",
+    "ssm_": "mamba",
+    "ffn_neuron_": "neurons",
+    "predictor_": "predictor",
+    "token_embd": "embeddings",
+    "position_embd": "embeddings",
+    "output": "output",
+}
 
 
 @dataclass(frozen=True)
@@ -106,20 +116,15 @@ def contents_of(file: GgufFile) -> Contents:
 
 
 def kind_of(name: str) -> str:
-    """The group a tensor belongs to, by its name: one of embeddings, attention, ffn_*, output, norms, other."""
+    """The group a tensor belongs to, by its name: one of _KINDS."""
     stem = name.split(".")[2 if name.startswith("blk.") else 0].removesuffix("_exps").removesuffix("_shexp")
     if stem.endswith("_norm"):
         return "norms"
-    if stem.startswith("attn_"):
-        return "attention"
     if stem in _KINDS:
         return stem
-    if stem.startswith("ffn_neuron_") or stem == EXPERT_FREQ:
+    if stem == EXPERT_FREQ:
         return "neurons"
-    if stem.startswith("predictor_"):
-        return "predictor"
-    fixed = {"token_embd": "embeddings", "position_embd": "embeddings", "token_embd_proj": "embeddings"}
-    return fixed.get(stem, "output" if stem.startswith("output") else "other")
+    return next((kind for start, kind in _STARTS.items() if stem.startswith(start)), "other")
 
 
 def _groups(tensors: Mapping[str, TensorInfo]) -> Iterator[Group]:

@@ -37,7 +37,7 @@ document.documentElement.classList.add("scripted");
 
 // --- bytes -----------------------------------------------------------------------------------------------------------
 
-const PART_KINDS = { attention: "attention", embeddings: "head", output: "head", norms: "other", neurons: "other", other: "other" };
+const PART_KINDS = { attention: "attention", mamba: "attention", embeddings: "head", output: "head", norms: "other", neurons: "other", other: "other" };
 
 rowsChart("parts", {
   label: "Bytes of the file by part",

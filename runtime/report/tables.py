@@ -147,7 +147,7 @@ def subtitle(facts: Facts) -> list[str]:
     licence = general.get("license.name") or general.get("license")
     types: Counter[str] = Counter()
     for group in facts["groups"]:
-        if group["kind"].startswith(("attention", "ffn")):
+        if group["kind"].startswith(("attention", "mamba", "ffn")):
             types.update(group["types"])
     return [
         *([facts["model"]] if facts["model"] != title(facts) else []),
