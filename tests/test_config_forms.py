@@ -117,7 +117,7 @@ def test_frequencies_equal_transformers(body: str, form: str) -> None:
 @pytest.mark.parametrize("family", families())
 def test_every_family_with_a_rotation_has_a_tensor_for_its_frequencies(family: str) -> None:
     arch = families()[family]
-    assert ("rope_freqs.weight" in arch.tensors) == (arch.keys["position"] == "rope_neox")
+    assert ("rope_freqs.weight" in arch.tensors) == ("rope_dimension_count" in arch.keys)
 
 
 @pytest.mark.parametrize(
