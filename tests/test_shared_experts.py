@@ -30,6 +30,7 @@ from runtime.compute.traffic import Activity, bytes_per_token
 from runtime.errors import UserError
 from runtime.hybrid import choose
 from runtime.hybrid.costs import PlanOptions, model_costs
+from runtime.hybrid.lengths import Longer
 from runtime.hybrid.planner import Placement
 from runtime.model_file.reader import GgufFile
 from runtime.options import SettledOptions
@@ -142,7 +143,8 @@ def test_divided(
     planned = choose.place
 
     def fixed(blocks: Any, head: int, machine: Any) -> Placement:
-        return replace(planned(blocks, head, machine), resident_from=resident_from, head=False, hot=((hot,),) * 3)
+        where: dict[str, Any] = {"resident_from": resident_from, "head": False, "hot": ((hot,),) * 3, "longer": ()}
+        return replace(planned(blocks, head, machine), **where)
 
     monkeypatch.setattr(choose, "place", fixed)
     with load(file(name), device="CPU", vram_budget="1", ffn="exact") as model:
@@ -156,6 +158,20 @@ def test_divided(
                 model.layer_shares()[i] > on_device / reached
                 or on_device == reached == model.layer_shares()[i] * reached
             )
+
+
+@pytest.mark.parametrize("first", [0, 32])
+@pytest.mark.parametrize("name", ["shared", "latent"])
+def test_more_of_some_experts(
+    name: str, first: int, file: Made, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which a device holds more neurons than of the others, beside the shared expert."""
+    planned, longer = choose.place, Longer(64, (0, 2, 3), 0.5)
+    where: dict[str, Any] = {"resident_from": 0, "head": True, "hot": ((first,),) * 3, "longer": (longer,) * 3}
+    monkeypatch.setattr(choose, "place", lambda *a: replace(planned(*a), **where))
+    with load(file(name), device="CPU", vram_budget="1", ffn="exact") as model:
+        assert relative(expected(name), model.logits(IDS)) < FLOATS
+        assert model.gate_shares() == [1.0] * 3
 
 
 @pytest.mark.parametrize("layout", ["both", "sparse"])
