@@ -69,7 +69,7 @@ class Model:
         """Save a checkpoint with random weights to `folder`, whose name is the seed. spoil: changes the weights."""
         from safetensors.numpy import save_file
 
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng(zlib.crc32(folder.name.encode()))
         weights: dict[str, npt.NDArray[Any]] = {
             name: np.float32(("norm" in name) + STD * rng.normal(size=shape)) for name, shape in self._shapes().items()
