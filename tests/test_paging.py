@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere weigh
 
 MB = 1 << 20
 PROMPT, STEPS, SEQUENCES = 40, 12, 8
+HUGE = 1 << 40  # bytes
 
 
 def load(path: Path, budget: int | None = None, **options: Any) -> Model:
@@ -39,12 +41,14 @@ def load(path: Path, budget: int | None = None, **options: Any) -> Model:
 
 def least(path: Path, **options: Any) -> int:
     """The smallest budget, with room for a few pages besides."""
-    with load(path, 1 << 40, **options) as model:
+    with load(path, HUGE, **options) as model:
         paging = model.engine._paging
         assert paging
-        compute(model)  # schedules have been made
-        engine = model.engine
-        return paging.least + engine.weights.held_bytes + engine.kv_held + engine._executor.main_bytes + 16 * PAGE
+        left = [paging.limit]
+        with mock.patch.object(paging, "allow", wraps=paging.allow) as allowed:
+            compute(model)
+        left += [call.args[0] for call in allowed.call_args_list]
+        return paging.least + HUGE - min(left) + 16 * PAGE
 
 
 def compute(model: Model) -> Logits:
