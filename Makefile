@@ -78,7 +78,7 @@ $(SANITIZED): $(VENV)/.test $(NATIVE)
 sanitize: $(SANITIZED)
 	build/sanitize/row_kernels_test
 	build/sanitize/tiles_test
-	$(SANITIZERS) $(PY) -m pytest --capture=sys -m native tests/test_kernels.py tests/test_kernel_order.py tests/test_kernel_ranges.py tests/test_product.py tests/test_tiles.py tests/test_counting.py tests/test_predictors_kinds.py tests/test_grammar.py
+	$(SANITIZERS) $(PY) -m pytest --capture=sys -m native tests/test_kernels.py tests/test_kernel_order.py tests/test_kernel_ranges.py tests/test_product.py tests/test_tiles.py tests/test_counting.py tests/test_predictors_kinds.py tests/test_grammar.py tests/test_paging.py
 
 # Damaged input for every reader, for FUZZ_S seconds; FUZZ_SEED chooses which, FUZZ_TARGETS whose (docs/fuzzing.md). What fails is put into tests/fuzz/corpus.
 FUZZ_S       ?= 60

@@ -25,7 +25,10 @@ from runtime.compute.batch import Batch
 from runtime.errors import UserError
 from runtime.model import Model
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere weights stay in the mapped file")
+pytestmark = [
+    pytest.mark.native,
+    pytest.mark.skipif(sys.platform != "linux", reason="elsewhere weights stay in the mapped file"),
+]
 
 MB = 1 << 20
 PROMPT, STEPS, SEQUENCES = 40, 12, 8
