@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from company import UNLIKE, alone, together, whole_together
 from experts import FF, MODELS
 from oracle import Logits, random_ids, relative
 from safetensors.numpy import load_file
@@ -19,7 +20,6 @@ from convert import convert
 from runtime.analysis.experts import busiest_share
 from runtime.bindings import ggml
 from runtime.bindings.sparse_ffn import FEW_TOKENS
-from runtime.compute.batch import Batch
 from runtime.errors import UserError
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.writer import NewTensor, copied, copied_keys, write_gguf
@@ -127,9 +127,6 @@ def test_the_busiest_quarter() -> None:
     assert busiest_share([[4, 0, 0, 0, 0], [0, 1, 2, 1]]) == (4 + 2) / 8
 
 
-TEXTS = [random_ids(n, 4000, seed=n) for n in (1, 3, 17, 24, 2, 5, 9, 30)]
-
-
 @pytest.mark.parametrize("options", [{}, {"device": "CPU", "hot": 32}], ids=["CPU", "divided"])
 @pytest.mark.parametrize("ffn", ["dense", "exact"])
 @pytest.mark.parametrize("name", ["mixtral-drelu-tied", "smallthinker-21b"])
@@ -138,9 +135,8 @@ def test_eight_sequences_with_unlike_tokens(
 ) -> None:
     """A batch of unlike tokens, each with the experts and weights of its own."""
     with load(file(name), ffn=ffn, **options) as model:
-        whole = [Batch.of(ids, 0, sequence, range(len(ids))) for sequence, ids in enumerate(TEXTS)]
-        found = model.engine.compute(Batch.together(whole))
-    expected = np.concatenate([MODELS[name].logits(checkpoint(name), ids) for ids in TEXTS])
+        found = whole_together(model.engine, UNLIKE)
+    expected = np.concatenate([MODELS[name].logits(checkpoint(name), ids) for ids in UNLIKE])
     assert relative(expected, found) < FLOATS
 
 
@@ -148,16 +144,7 @@ def test_eight_sequences_with_unlike_tokens(
 def test_a_token_has_the_same_bits_in_any_company(name: str, file: Callable[..., Path]) -> None:
     texts = [random_ids(12, 4000, seed=seed) for seed in range(FEW_TOKENS)]
     with load(file(name, "q8_0"), ffn="exact", kv_type="f16") as model:
-        engine, alone = model.engine, []
-        for ids in texts:
-            engine.cells.clear()
-            alone.append(np.concatenate([engine.compute(Batch.of([t], k, 0)) for k, t in enumerate(ids)]))
-        engine.cells.clear()
-        steps = [
-            engine.compute(Batch.together([Batch.of(ids[k : k + 1], k, s) for s, ids in enumerate(texts)]))
-            for k in range(12)
-        ]
-    assert np.array_equal(np.stack(steps, 1), np.stack(alone))
+        assert np.array_equal(together(model.engine, texts), alone(model.engine, texts))
 
 
 # --- mistakes that would be found ------------------------------------------------------------------------------------

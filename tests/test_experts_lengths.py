@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from company import UNLIKE, whole_together
 from experts import FF, MODELS, WIDTH
 from in_process import command
 from oracle import Logits, random_ids, relative
-from test_experts import FLOATS, TEXTS, N, rewritten
+from test_experts import FLOATS, N, rewritten
 from test_sides import engine
 
 import runtime
@@ -168,9 +169,8 @@ def test_any_number_of_blocks(
 def test_eight_sequences_with_unlike_tokens(file: Made, folder: Path, placed: Callable[..., None], ffn: str) -> None:
     placed("five, whole")
     with load(file(MODEL), ffn=ffn) as model:
-        batches = [Batch.of(ids, 0, sequence, range(len(ids))) for sequence, ids in enumerate(TEXTS)]
-        found = model.engine.compute(Batch.together(batches))
-    wanted = np.concatenate([MODELS[MODEL].logits(folder / MODEL, ids) for ids in TEXTS])
+        found = whole_together(model.engine, UNLIKE)
+    wanted = np.concatenate([MODELS[MODEL].logits(folder / MODEL, ids) for ids in UNLIKE])
     assert relative(wanted, found) < FLOATS
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from company import UNLIKE, alone, together, whole_together
 from experts import FF, SHARING
 from oracle import Logits, random_ids, relative
 from safetensors.numpy import load_file
@@ -24,7 +25,6 @@ from convert.plan import Types, make_plan
 from convert.verify.reference import NumpyModel
 from runtime.analysis.page_facts import facts_of
 from runtime.bindings.sparse_ffn import FEW_TOKENS
-from runtime.compute.batch import Batch
 from runtime.compute.kv_cache import padded_cells
 from runtime.compute.traffic import Activity, bytes_per_token
 from runtime.errors import UserError
@@ -93,26 +93,15 @@ def test_a_prompt(name: str, ffn: str, file: Made, expected: Expected) -> None:
 def test_a_token_has_the_same_bits_in_any_company(file: Made) -> None:
     texts = [random_ids(10, 4000, seed=seed) for seed in range(FEW_TOKENS)]
     with load(file("latent", "q8_0"), ffn="exact", kv_type="f16") as model:
-        engine, alone = model.engine, []
-        for ids in texts:
-            engine.cells.clear()
-            alone.append(np.concatenate([engine.compute(Batch.of([t], k, 0)) for k, t in enumerate(ids)]))
-        engine.cells.clear()
-        steps = [
-            engine.compute(Batch.together([Batch.of(ids[k : k + 1], k, s) for s, ids in enumerate(texts)]))
-            for k in range(10)
-        ]
-    assert np.array_equal(np.stack(steps, 1), np.stack(alone))
+        assert np.array_equal(together(model.engine, texts), alone(model.engine, texts))
 
 
 @pytest.mark.parametrize("ffn", ["dense", "exact"])
 @pytest.mark.parametrize("name", ["shared", "latent"])
 def test_eight_sequences(name: str, ffn: str, checkpoint: Made, file: Made) -> None:
-    texts = [random_ids(n, 4000, seed=n) for n in (1, 3, 17, 24, 2, 5, 9, 30)]
     with load(file(name), ffn=ffn) as model:
-        whole = [Batch.of(ids, 0, sequence, range(len(ids))) for sequence, ids in enumerate(texts)]
-        found = model.engine.compute(Batch.together(whole))
-    expected = np.concatenate([SHARING[name].logits(checkpoint(name), ids) for ids in texts])
+        found = whole_together(model.engine, UNLIKE)
+    expected = np.concatenate([SHARING[name].logits(checkpoint(name), ids) for ids in UNLIKE])
     assert relative(expected, found) < FLOATS
 
 
