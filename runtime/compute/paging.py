@@ -6,6 +6,7 @@ computes with them is the same as without. See docs/disk.md.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ class Paging(Closing):
         size = next(p.size for p in self._file.parts if p.path == part)
         return start, size, start + self._file.tensors[name].offset
 
-    @property
+    @functools.cached_property  # asked before each batch
     def least(self) -> int:
         """Bytes that must be allowed: what one operator may want at once."""
         return max((self._together(i, ffn) for i, ffn in self._file.structure.ffns.items()), default=0)

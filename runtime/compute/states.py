@@ -15,8 +15,6 @@ from runtime.compute.weights import new_context
 from runtime.errors import UserError
 from runtime.model_file.structure import Mamba2, Structure
 
-_F32 = 4  # bytes
-
 
 @dataclass(frozen=True)
 class Move:
@@ -33,7 +31,7 @@ class Move:
 
 def state_bytes(s: Structure) -> int:
     """Bytes of one sequence's states, all blocks."""
-    return _F32 * sum(m.conv_state + m.scan_state for m in s.mambas.values())
+    return sum(m.state_bytes for m in s.mambas.values())
 
 
 class StateCache(Closing):
@@ -58,7 +56,7 @@ class StateCache(Closing):
                 self._buffer = ggml.ggml_backend_alloc_ctx_tensors(context, backend)
                 handles.add(self._buffer, ggml.ggml_backend_buffer_free)
                 if not self._buffer:
-                    size = _F32 * n_sequences * sum(m.conv_state + m.scan_state for m in mambas.values())
+                    size = n_sequences * sum(m.state_bytes for m in mambas.values())
                     raise UserError(
                         f"not enough memory for {size_text(size)} of states", "answer fewer at once, with --parallel"
                     )

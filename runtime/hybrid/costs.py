@@ -220,7 +220,7 @@ def _block(file: GgufFile, i: int, options: PlanOptions, share: float) -> BlockC
     if attention and attention.window:
         positions = min(positions, attention.window)
     mamba = s.mambas.get(i)
-    state = 4 * (mamba.conv_state + mamba.scan_state) if mamba else 0
+    state = mamba.state_bytes if mamba else 0
     stored = sum(map(_stored, always)) + _slack(tensors) + kv * padded_cells(options.run.cells)
     stored += state * options.run.kept_sequences
     read = sum(t.nbytes for t in always) + kv * positions + 2 * state  # which is written, too

@@ -115,6 +115,11 @@ class Mamba2:
         """Numbers that a sequence keeps of the scan: the memory of all heads."""
         return self.state_length * self.inner_length
 
+    @property
+    def state_bytes(self) -> int:
+        """Of both, F32."""
+        return 4 * (self.conv_state + self.scan_state)
+
 
 @dataclass(frozen=True)
 class Block:
