@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from bench import short_memory
 from bench.contenders import LLAMA_CPP, Spec, make, timed_decode, timed_open, timed_prompt
 from bench.resident_memory import DenseProduct, resident
 from runtime.base.closing import Closing
@@ -87,7 +88,7 @@ class _FarEnd:
     """The far end of a contender: its requests as methods."""
 
     def __init__(self, spec: Spec) -> None:
-        self._contender, self._device = make(spec), spec.device
+        self._contender, self._device = (short_memory.make if spec.ram_budget else make)(spec), spec.device
         self._opened = False
         self._free = self._free_bytes()
 

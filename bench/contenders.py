@@ -47,7 +47,8 @@ class Spec:
 
     budget: bytes on the device, whole KiB; of our modes. layers, cpu_ffns: llama.cpp's: how many layers are on the
     device, the head first and then the last blocks (`--n-gpu-layers`), and how many of the first blocks leave their
-    FFN's weights to the CPU.
+    FFN's weights to the CPU. ram_budget: bytes of main memory, 0 for no limit; pressure: who keeps llama.cpp within it
+    (bench/short_memory.py).
     """
 
     kind: str
@@ -58,6 +59,8 @@ class Spec:
     budget: int = 0
     layers: int = 0
     cpu_ffns: int = 0
+    ram_budget: int = 0
+    pressure: str = ""
 
 
 class Contender(Protocol):
@@ -95,6 +98,7 @@ class Ours:
         self._model = runtime.load(
             s.path, ffn=s.kind, threads=s.threads, n_ctx=s.n_ctx, n_batch=BATCH, device=s.device,
             vram_budget=None if s.device == NONE else f"{s.budget // 1024}KiB",
+            ram_budget=f"{s.ram_budget}B" if s.ram_budget else None,
         )  # fmt: skip
         self._sequence, self._counters = self._model._sequence, self._model._engine.counters
 
@@ -188,6 +192,8 @@ class LlamaCpp:
     Its class `Llama` cannot say which device is used, nor which weights stay with the CPU.
     """
 
+    repacks = True
+
     def __init__(self, spec: Spec) -> None:
         import llama_cpp  # noqa: PLC0415  (its import is slow, and no other contender needs it)
 
@@ -202,7 +208,7 @@ class LlamaCpp:
     def _open(self, dry: bool) -> None:
         """dry: nothing is loaded, and only the sizes of compute buffers are found out."""
         lib, params = self._lib, self._model_params()
-        assert params.use_extra_bufts  # repacked weights
+        params.use_extra_bufts = self.repacks
         params.no_alloc, params.load_mode = dry, lib.LLAMA_LOAD_MODE_NONE if dry else lib.LLAMA_LOAD_MODE_MMAP
         with captured_log() as self._log:
             self._model = lib.llama_model_load_from_file(self._spec.path.encode(), params)

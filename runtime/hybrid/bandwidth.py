@@ -5,23 +5,18 @@ The file is $LAZYNEURON_CACHE/bandwidths.json (default ~/.cache/lazyneuron).
 
 from __future__ import annotations
 
-import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from runtime.base.atomic import replacing
-from runtime.base.cache_folder import cache_folder
 from runtime.base.closing import Handles
 from runtime.base.worker import on_worker
 from runtime.bindings import ggml
-from runtime.errors import UserError
 from runtime.hybrid.devices import DeviceInfo, devices
 from runtime.hybrid.memory import SMALLER, Memory, device_kinds, host_kinds
 from runtime.hybrid.queues import Queue, open_queue
+from runtime.hybrid.remembered import remembered
 from runtime.hybrid.subgraphs import Subgraphs
 
 _BYTES = 64 << 20  # of one matrix, in F16
@@ -29,7 +24,6 @@ _WIDTH = 4096
 _MATRICES = {"CPU": 4, "GPU": 8}  # together beyond any cache
 _REPEATS = 5
 _STEPS = 200  # crossings that are timed
-_VERSION = 1  # of the file
 _measuring = threading.Lock()  # two threads that measure at once would measure each other
 
 
@@ -52,40 +46,20 @@ def speed_of(device: DeviceInfo, threads: int, anew: bool = False) -> Speed:
 
 
 def _speed_of(device: DeviceInfo, threads: int, anew: bool) -> Speed:
-    folder = cache_folder()
-    path = folder and folder / "bandwidths.json"
     team = f"{threads} threads, " if device.is_stand_in else ""
     version = ggml.ggml_version().decode()
     key = f"{device.backend} {device.name} {device.description}, {team}ggml {version}"
-    known = _remembered(path) if path else {}
-    if anew or key not in known:
+
+    def measured() -> list[float]:
         speed = on_worker(lambda: measure(device, threads))
-        known[key] = [speed.bandwidth, speed.sync]
-        if path:
-            _remember(path, known)
-    return Speed(*known[key])
+        return [speed.bandwidth, speed.sync]
+
+    return Speed(*remembered("bandwidths.json", key, 2, measured, anew))
 
 
 def cpu() -> DeviceInfo:
     """The CPU as a device."""
     return next(d for d in devices() if d.is_stand_in)
-
-
-def _remembered(path: Path) -> dict[str, list[float]]:
-    # A damaged file, or one of another version, is only a reason to measure again.
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["version"] == _VERSION:
-            return {str(key): [float(a), float(b)] for key, (a, b) in stored["speeds"].items()}
-    return {}
-
-
-def _remember(path: Path, known: dict[str, list[float]]) -> None:
-    # Where the folder cannot be written, it is measured each time.
-    with contextlib.suppress(OSError, UserError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as made:
-            made.write_text(json.dumps({"version": _VERSION, "speeds": known}, indent=1), encoding="utf-8")
 
 
 def measure(device: DeviceInfo, threads: int) -> Speed:
