@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -356,6 +357,38 @@ def test_an_interrupt_at_any_instruction(locks: bool, tmp_path: Path, monkeypatc
         assert out.read_text() in ("old", "new"), came
     assert at > 500  # how many there are differs between versions of Python
     assert out.read_text() == "new"
+
+
+@pytest.mark.parametrize("names", [["x"], ["x", "y"]])
+def test_what_is_kept_goes_with_the_interrupt(
+    names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run keeps for the next one stays exactly where the file is still the old one."""
+    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
+    out = tmp_path / "x"
+
+    def publish() -> None:
+        with writing(out) as work:
+            for name in names:
+                (work.folder / name).write_text("new")
+            work.kept.mkdir(exist_ok=True)
+            work.publish(names)
+
+    for at in itertools.count(1):
+        for name in names:
+            (tmp_path / name).write_text("old")
+        came = interrupted(publish, {module.__file__}, at)
+        texts = {(tmp_path / name).read_text() for name in names}
+        assert len(texts) == 1, came
+        hidden = set(left(tmp_path)) - set(names)
+        assert not hidden or texts == {"old"}, came
+        if not came:
+            break
+        for name in hidden:
+            assert left(tmp_path / name) == ["kept"], came
+            shutil.rmtree(tmp_path / name)
+    assert at > 300
+    assert texts == {"new"}
 
 
 def test_a_lock_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,16 +38,17 @@ _BUSY = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # how systems say that 
 @dataclass(frozen=True)
 class Workspace:
     """An open one. folder: what files are written to, each by the name it is to have; target: the absolute path of the
-    one they are for.
+    one they are for; going: the names of those that are being published, once they are.
     """
 
     folder: Path
     target: Path
+    going: list[str]
 
     @property
     def kept(self) -> Path:
         """A folder, which may not exist yet, for what a run that did not come to its end leaves to the next one. It
-        goes when files are published.
+        goes at the end of one that has published files.
         """
         return self.folder / _KEPT
 
@@ -61,13 +62,13 @@ class Workspace:
         for name in names:
             _finish(self.folder / name, self.target.with_name(name))
         _sync(self.folder)
+        self.going[:] = names
         if len(names) == 1 and not obsolete:  # at once: there is always an old one or a new one
             (self.folder / names[0]).replace(self.target.with_name(names[0]))
         else:
             self._exchange(names, obsolete)
         with suppress(OSError):  # some file systems cannot sync folders
             _sync(self.target.parent)
-        shutil.rmtree(self.kept, ignore_errors=True)
 
     def _exchange(self, names: Sequence[str], obsolete: Sequence[Path]) -> None:
         (self.folder / _ASIDE).mkdir()
@@ -113,7 +114,7 @@ def workspace(target: Path, name: Path) -> Iterator[Workspace]:
                 hold.take(name)
             with _placing(absolute, name, hold.folder):
                 _empty(hold.folder, absolute)
-                yield Workspace(hold.folder, absolute)
+                yield Workspace(hold.folder, absolute, hold.going)
         finally:
             hold.release()
     finally:
@@ -139,8 +140,10 @@ class _Hold:
 
     def __init__(self, target: Path) -> None:
         self.folder = _folder_of(target)
+        self.going: list[str] = []
         self._target = target
         self._lock = _NONE
+        self._published: bool | None = None  # not known
         self._released = False
 
     def take(self, name: Path) -> None:
@@ -197,7 +200,9 @@ class _Hold:
         """Remove all that the lock protects, then its file; the folder goes last, as NFS keeps a file until it is
         closed.
         """
-        if self.folder != _folder_of(self._target):  # where no other run will look
+        if self._published is None:  # an interrupt may lead here again, when files are removed already
+            self._published = bool(self.going) and not any((self.folder / name).exists() for name in self.going)
+        if self._published or self.folder != _folder_of(self._target):  # where no other run will look
             shutil.rmtree(self.folder / _KEPT, ignore_errors=True)
         with suppress(OSError):  # what cannot be removed now, the next run removes
             _empty(self.folder, self._target)
