@@ -1,6 +1,6 @@
 """A process that takes memory away, so that others have no more than they are meant to have.
 
-It never leaves less than FLOOR available to everybody, gives memory back where others want more, and ends with whoever
+It takes more where more becomes free, never leaves less than FLOOR available to everybody, gives memory back where others want more, and ends with whoever
 started it, however that ends. Where all goes wrong, it is the first that the system kills.
 """
 
@@ -20,27 +20,25 @@ from runtime.base.memory_left import memory_left
 from runtime.errors import UserError
 
 FLOOR = 3 << 30  # bytes that stay available to all programs
-_MOST = 1 << 40  # bytes: more are never taken
 _STEP = 64 << 20  # bytes
 _CHECK_S = 0.1
 _SIGKILL, _PR_SET_PDEATHSIG = 9, 1
 
 
 class Pressure(Closing):
-    """Takes memory until `available` bytes are left. Linux alone.
+    """Takes memory until `available` bytes are left, `most` bytes of it. Linux alone.
 
-    locked: bytes that were locked; the rest of `taken` was written once, which is as good where nothing is swapped.
+    taken, locked: bytes at first; what was not locked was written once, which is as good where nothing is swapped.
     Raises UserError for less than `floor`, and where the process ends.
     """
 
-    def __init__(self, available: int, floor: int = FLOOR) -> None:
+    def __init__(self, available: int, floor: int = FLOOR, most: int = 1 << 40) -> None:
         if available < floor:
             raise UserError(
                 f"{available / 2**30:.2f} GiB of memory would be left to all programs, expected at least "
                 f"{floor / 2**30:.2f}",
                 "use a larger model or budget, or --pressure trimmed",
             )
-        most = max(0, int(min(memory_left(), _MOST)) - available) // _STEP * _STEP
         command = [sys.executable, "-m", "bench.pressure", *map(str, (available, most, floor, os.getpid()))]
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
@@ -62,10 +60,10 @@ class Pressure(Closing):
         self._process.communicate()
 
 
-def _take(available: int, most: int) -> tuple[list[mmap.mmap], int]:
-    """Memory, a step at a time, `most` bytes of it, until no more than `available` is left; and how many are locked."""
-    taken, locked, libc = list[mmap.mmap](), 0, ctypes.CDLL(None, use_errno=True)
-    while memory_left() >= available + _STEP and len(taken) * _STEP < most:
+def _take(taken: list[mmap.mmap], available: int, most: int) -> int:
+    """Take memory, a step at a time, until no more than `available` is left; returns how many bytes are locked."""
+    locked, libc = 0, ctypes.CDLL(None, use_errno=True)
+    while memory_left() >= available + _STEP and (len(taken) + 1) * _STEP <= most:
         step = mmap.mmap(-1, _STEP, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         taken.append(step)
         address = ctypes.addressof(ctypes.c_char.from_buffer(step))
@@ -74,20 +72,22 @@ def _take(available: int, most: int) -> tuple[list[mmap.mmap], int]:
         else:
             for at in range(0, _STEP, mmap.PAGESIZE):
                 step[at] = 1
-    return taken, locked
+    return locked
 
 
 def _main(available: int, most: int, floor: int, parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _SIGKILL)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
-    taken, locked = _take(available, most)
+    taken: list[mmap.mmap] = []
+    locked = _take(taken, available, most)
     print(len(taken) * _STEP, locked, flush=True)
     while os.getppid() == parent and not select.select([sys.stdin], [], [], _CHECK_S)[0]:
         # Caches count as available, so only memory that cannot be dropped brings it below the floor.
         if taken and memory_left() < floor - _STEP:
             os.write(1, b"-")
             del taken[-1]
+        _take(taken, available, most)
 
 
 if __name__ == "__main__":

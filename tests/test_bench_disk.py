@@ -94,7 +94,7 @@ def test_llama_cpp_keeps_what_fits(model: Path) -> None:
 
 
 def test_pressure_takes_no_more_than_it_is_to() -> None:
-    with Pressure(int(memory_left()) - 256 * MB, floor=0) as pressure:
+    with Pressure(int(memory_left()) - 256 * MB, floor=0, most=256 * MB) as pressure:
         assert 0 <= pressure.locked <= pressure.taken <= 256 * MB
         number = pressure._process.pid
     assert not Path(f"/proc/{number}").exists()
@@ -108,7 +108,7 @@ def test_pressure_leaves_others_alone() -> None:
 def test_pressure_ends_with_whoever_started_it() -> None:
     program = (
         "from bench.pressure import Pressure\nfrom runtime.base.memory_left import memory_left\n"
-        f"p = Pressure(int(memory_left()) - {128 * MB}, floor=0)\n"
+        f"p = Pressure(int(memory_left()) - {128 * MB}, floor=0, most={128 * MB})\n"
         "print(p._process.pid, flush=True)\nimport time; time.sleep(60)"
     )
     starter = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=ROOT)
