@@ -1,7 +1,8 @@
 """A process that takes memory away, so that others have no more than they are meant to have.
 
-It takes more where more becomes free, never leaves less than FLOOR available to everybody, gives memory back where others want more, and ends with whoever
-started it, however that ends. Where all goes wrong, it is the first that the system kills.
+It takes more where more becomes free, never leaves less than FLOOR available to everybody, gives memory back where
+others want more, and ends with whoever started it, however that ends. Where all goes wrong, it is the first that the
+system kills.
 """
 
 from __future__ import annotations

@@ -68,6 +68,7 @@ class Engine(OfWorker):
         self.counters = Counters(self.structure, options.ffn)  # of all that is computed
         activity = expected(file, self._run.ffn, options.predictor_bias)
         self._dense_from = dense_from(self.structure, file.tensors, activity)
+        self._paged: PagedStats | None = None
         self.memory_note = ""  # why weights are not in memory that should be
         self._open(lambda handles: self._collect(file, handles))
 
@@ -89,6 +90,7 @@ class Engine(OfWorker):
         if self._paging:
             self._allow(self._paging, self._executor.needed(largest))
             self._paging.load()
+            self._paged = self._paging.stats()
         if self._trace:
             handles.enter_context(self._trace)
 
@@ -97,9 +99,16 @@ class Engine(OfWorker):
         paging.allow((self.options.ram_budget or 0) - self.weights.held_bytes - self.kv_held - computing)
 
     def paged(self) -> PagedStats | None:
-        """What was read from the file while computing; None without a budget of main memory."""
-        paging = self._paging
-        return self._do(paging.stats) if paging else None
+        """What was read from the file while computing, up to the last batch that has ended; None without a budget of
+        main memory. Does not wait for the worker.
+        """
+        return self._paged
+
+    def _note_paged(self, now: PagedStats) -> None:
+        if self._trace and self._paged:
+            read, seconds = now.read - self._paged.read, now.seconds - self._paged.seconds
+            self._trace.count("from the disk", {"MB": read / 1e6, "ms waited": seconds * 1e3})
+        self._paged = now
 
     def _open_backend(self, handles: Handles) -> ggml.BackendP:
         o = self.options
@@ -173,6 +182,7 @@ class Engine(OfWorker):
         logits = schedule.run(GraphInputs(batch.tokens, batch.positions, cells, outputs, masks, numbers))
         if self._paging:
             self._paging.check()
+            self._note_paged(self._paging.stats())
         return logits[: len(batch.outputs)], self._counted(schedule, batch.sequences.tolist(), batch.outputs)
 
     def _move_states(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from runtime.analysis.experts import busiest_share
 from runtime.base.atomic import new_path
-from runtime.base.figures import duration, number, share, size
+from runtime.base.figures import duration, number, part, share, size
 from runtime.base.home import expanded
 from runtime.cli.output import note
 from runtime.cli.parser import did_you_mean
@@ -187,7 +187,9 @@ class Session:
         if total["drafted_tokens"]:
             note(f"drafts              {total['drafted_tokens']}, {total['accepted_tokens']} of them right")
         if paged := self.model.stats().paged:
-            note(f"from the disk       {size(paged.read)} in {duration(paged.seconds)}, of {size(paged.wanted)} wanted")
+            note(f"from the disk       {size(paged.read)} in {paged.reads:,} reads and {duration(paged.seconds)}")
+            held, missed = size(paged.resident), share(part(paged.read, paged.wanted))
+            note(f"neurons in memory   {held} of {size(paged.limit)}; {missed} of what was wanted was not")
         note(f"context             {last.positions} of {self.model.n_ctx} tokens after the last reply{dropped}")
         print_layers("last reply, neurons computed by layer", last.stats.layer_shares)
 

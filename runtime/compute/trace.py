@@ -27,15 +27,25 @@ class Span:
     step: int
 
 
+@dataclass(frozen=True)
+class Count:
+    """Figures of something at one time, in seconds since the trace began."""
+
+    name: str
+    time: float
+    values: dict[str, float]
+
+
 class Trace(Closing):
-    """Collects spans from any thread; `close` writes them to a file, in the place of an old one. Raises UserError where
-    none can be written.
+    """Collects spans and figures from any thread; `close` writes them to a file, in the place of an old one. Raises
+    UserError where none can be written.
     """
 
     def __init__(self, path: Path) -> None:
         check_target(path, 0, force=True, example="trace.json")
         self.path = path
         self.spans: list[Span] = []
+        self.counts: list[Count] = []
         self.step = 0
         self._began = time.perf_counter()
         self._lock = threading.Lock()
@@ -49,6 +59,11 @@ class Trace(Closing):
         end = self.now()
         with self._lock:
             self.spans.append(Span(track, name, start, end, self.step))
+
+    def count(self, name: str, values: dict[str, float]) -> None:
+        """Figures of a step that has ended, which are shown as a chart."""
+        with self._lock:
+            self.counts.append(Count(name, self.now(), values))
 
     def close(self) -> None:
         """Write the file, whole or not at all; raises OSError, and UserError where `path` can be no file."""
@@ -64,5 +79,7 @@ class Trace(Closing):
             }
             for s in self.spans
         ]  # fmt: skip
+        counts = [{"ph": "C", "name": c.name, "pid": 0, "ts": c.time * 1e6, "args": c.values} for c in self.counts]
+        written = json.dumps({"displayTimeUnit": "ms", "traceEvents": names + spans + counts})
         with replacing(self.path) as made:
-            made.write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": names + spans}), encoding="utf-8")
+            made.write_text(written, encoding="utf-8")

@@ -14,6 +14,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
+from runtime.compute.paging import PagedStats
 from runtime.errors import UserError
 from runtime.serve.jobs import End
 from runtime.serve.service import Figures, Service, Ticket
@@ -117,6 +118,19 @@ def _ours(figures: Figures) -> Iterator[Metric]:
         ended.add_metric([reason], n)
     yield ended
     yield _batches(counts.batches)
+    if figures.paged:
+        yield from _paged(figures.paged)
+
+
+def _paged(paged: PagedStats) -> Iterator[Metric]:
+    """With a budget of main memory."""
+    yield _counter("lazyneuron:paged_wanted_bytes", "Pages with rows that were asked for", paged.wanted)
+    yield _counter("lazyneuron:paged_read_bytes", "Of these, those that were read from the disk", paged.read)
+    yield _counter("lazyneuron:paged_dropped_bytes", "Pages that were dropped for others", paged.dropped)
+    yield _counter("lazyneuron:paged_reads", "Reads of some pages each", paged.reads)
+    yield _counter("lazyneuron:paged_seconds", "Time that computing waited for the disk", paged.seconds)
+    yield _gauge("lazyneuron:paged_resident_bytes", "Rows in memory", paged.resident)
+    yield _gauge("lazyneuron:paged_limit_bytes", "Rows that may be in memory", paged.limit)
 
 
 def _batches(batches: dict[int, int]) -> Metric:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from runtime.compute.kv_cache import MAX_SEQUENCES
+from runtime.compute.paging import PagedStats
 from runtime.compute.traffic import BytesRead
 from runtime.errors import UserError
 from runtime.model import Model
@@ -97,7 +98,7 @@ class Slot:
 @dataclass(frozen=True)
 class Figures:
     """How a service is doing. ended: answers by the reason of their end, "error" among them; seconds: mean time of an
-    answer.
+    answer. paged: what was read from the file while computing, None without a budget of main memory.
     """
 
     counts: Counts
@@ -109,6 +110,7 @@ class Figures:
     ended: dict[str, int]
     computed_share: float
     layer_shares: list[float]
+    paged: PagedStats | None = None
 
 
 class Service:
@@ -230,6 +232,7 @@ class Service:
             dict(self._ended),
             share if self._engine_loop.counts.steps else 0.0,
             shares,
+            engine.paged(),
         )
 
     async def drain(self, seconds: float) -> None:
