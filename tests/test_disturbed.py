@@ -48,13 +48,21 @@ class Scene:
     usual: Outcome | None = None
 
     def begin(self) -> Scene:
-        """Run the command once without disturbance."""
+        """Run the command without disturbance."""
         self.old = files(self.folder)
-        self.usual = self.run()
-        assert self.usual.status == 0, self.usual.err
+        self.usual = self.undisturbed()
         self.whole = files(self.folder)
         assert self.normals(self.whole) != self.normals(self.old)
         return self
+
+    def undisturbed(self) -> Outcome:
+        """The shorter of two runs: the first one warms up, and any may meet a busy machine."""
+        first = self.run()
+        assert first.status == 0, first.err
+        self.reset()
+        second = self.run()
+        assert second.status == 0, second.err
+        return min(first, second, key=lambda done: done.seconds)
 
     def run(self, **how: Any) -> Outcome:
         return self.disturber.run(*self.command, below=self.folder, stdin=self.stdin, **how)
@@ -131,10 +139,9 @@ class Push(Scene):
 
     def begin(self) -> Scene:
         self.old = files(self.folder)
-        self.usual = self.run()
-        assert self.usual.status == 0, self.usual.err
+        self.usual = self.undisturbed()
         self.whole = self.old
-        self.pushed = self.on_hub()
+        self.pushed, self.name = self.on_hub(), f"user/model{self.n}".encode()
         assert sum(name.endswith(".gguf") for name in self.pushed) > 1
         return self
 
@@ -156,7 +163,7 @@ class Push(Scene):
 
     def expected(self) -> Files:
         """As the first time, but for the name of the repository."""
-        data = self.pushed["README.md"].replace(b"user/model0", f"user/model{self.n}".encode())
+        data = self.pushed["README.md"].replace(self.name, f"user/model{self.n}".encode())
         return self.pushed | {"README.md": data}
 
     def check_next_run(self) -> None:
