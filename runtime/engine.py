@@ -19,10 +19,9 @@ from runtime.compute.batch import Batch, GraphInputs, Ints
 from runtime.compute.builder import GraphSpec
 from runtime.compute.counters import Counters, LayerCount
 from runtime.compute.dense_threshold import dense_from, expected
-from runtime.compute.kv_cache import CellTable, padded_cells
+from runtime.compute.kv_cache import CellTable, cache_bytes, padded_cells
 from runtime.compute.paging import PagedStats, Paging
 from runtime.compute.recurrent_cells import RecurrentCells
-from runtime.compute.states import state_bytes
 from runtime.compute.threadpool import new_pool
 from runtime.compute.trace import Trace
 from runtime.compute.traffic import kv_bytes
@@ -221,9 +220,7 @@ class Engine(OfWorker):
     @property
     def kv_held(self) -> int:
         """Bytes of all keys and values, and of states, that there is room for, all layers."""
-        size = ggml.ggml_row_size(self.options.kv_type_id, 1)
-        kv = 2 * size * self.options.cells * sum(a.kv_length for a in self.structure.attentions.values())
-        return kv + state_bytes(self.structure) * (self.options.kept_sequences + 1)  # one is copied
+        return cache_bytes(self.structure, self.options)
 
     def kv_bytes(self, n_positions: float) -> float:
         """Bytes of keys and values that one token reads at so many positions, all layers."""

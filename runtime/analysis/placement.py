@@ -15,6 +15,7 @@ from runtime.errors import UserError
 from runtime.hybrid.choose import machine_options, usable
 from runtime.hybrid.costs import Floats, PlanOptions, machine_of, model_costs
 from runtime.hybrid.devices import find, parse_names
+from runtime.hybrid.disk_speed import DiskSpeed
 from runtime.hybrid.planner import Device, Machine, Placement, place
 from runtime.model_file.frequencies import by_expert
 from runtime.model_file.reader import GgufFile
@@ -93,17 +94,18 @@ class PlanReport:
 @dataclass(frozen=True)
 class MachineFigures:
     """Some figures of a machine, as far as they are known: in bytes/s and seconds. positions: what a token is to
-    see.
+    see. disk: where a budget of main memory leaves neurons.
     """
 
     device_bandwidths: tuple[float, ...] | None = None
     cpu_bandwidth: float | None = None
     sync: float | None = None
     n_positions: int | None = None
+    disk: DiskSpeed | None = None
 
     def known(self) -> dict[str, Any]:
         """Those that are, by the names of the fields of `PlanOptions`."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        return {name: value for name, value in vars(self).items() if value is not None and name != "disk"}
 
 
 def plan_report(

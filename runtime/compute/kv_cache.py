@@ -11,15 +11,24 @@ from runtime.base.closing import Closing, Handles
 from runtime.base.figures import size as size_text
 from runtime.bindings import ggml
 from runtime.compute.batch import Batch
+from runtime.compute.states import state_bytes
 from runtime.compute.weights import new_context
 from runtime.errors import UserError
-from runtime.options import MOST_SEQUENCES
+from runtime.model_file.structure import Structure
+from runtime.options import MOST_SEQUENCES, SettledOptions
 
 CELL_STEP = 256  # graphs are built for multiples of this many cells
 MAX_SEQUENCES = MOST_SEQUENCES
 _BITS = np.uint64(1) << np.arange(MAX_SEQUENCES, dtype=np.uint64)
 _NOWHERE = np.iinfo(np.int32).min  # a position minus this is 2^31 or more, as an unsigned number of 32 bits
 _MINUS_INFINITY = np.uint16(0xFC00)  # as a float16
+
+
+def cache_bytes(s: Structure, options: SettledOptions) -> int:
+    """Bytes of all keys and values, and of states, that there is room for, all layers."""
+    size = ggml.ggml_row_size(options.kv_type_id, 1)
+    kv = 2 * size * options.cells * sum(a.kv_length for a in s.attentions.values())
+    return kv + state_bytes(s) * (options.kept_sequences + 1)  # one is copied
 
 
 def padded_cells(n: int) -> int:
