@@ -40,6 +40,12 @@ class Firing:
         """Expected square of relu(pre-activation) of each neuron."""
         return (self.means**2 + 1) * self.frequencies + self.means * _densities(self.means)
 
+    @property
+    def square_energies(self) -> Floats:
+        """Expected square of relu(pre-activation)^2 of each neuron."""
+        m = self.means
+        return (m**4 + 6 * m**2 + 3) * self.frequencies + (m**3 + 5 * m) * _densities(m)
+
 
 def plan_firing(n_ff: int, active: float) -> Firing:
     """Neurons of which the share `active` (0 to 1, exclusive of 0) fires on average.

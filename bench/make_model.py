@@ -48,7 +48,7 @@ _BYTE_TOKEN, _CONTROL, _UNKNOWN, _NORMAL = 6, 3, 2, 1  # GGUF's token types
 class Recipe:
     """What determines a bench model, byte for byte.
 
-    active: share of neurons that fire; layers: None for the shape's own number.
+    active: share of neurons that fire; layers, experts: None for the shape's own number.
     """
 
     shape: str
@@ -56,18 +56,20 @@ class Recipe:
     type: str = "q4_0"
     layers: int | None = None
     seed: int = 0
+    experts: int | None = None
 
     @property
     def name(self) -> str:
         """Its file's name, without suffix."""
         layers = f"-{self.layers}layers" if self.layers else ""
+        experts = f"-{self.experts}experts" if self.experts else ""
         seed = f"-seed{self.seed}" if self.seed else ""
-        return f"SYNTHETIC-{self.shape}{layers}-{self.type}-active{self.active:g}{seed}-r{REVISION}"
+        return f"SYNTHETIC-{self.shape}{layers}{experts}-{self.type}-active{self.active:g}{seed}-r{REVISION}"
 
 
 def write_model(recipe: Recipe, out: Path) -> None:
     """Write the model. Raises UserError for options out of range."""
-    model = Synthetic(shape(recipe.shape, recipe.layers), recipe.active, recipe.type, recipe.seed)
+    model = Synthetic(shape(recipe.shape, recipe.layers, recipe.experts), recipe.active, recipe.type, recipe.seed)
     metadata = {
         **general_metadata(Path(recipe.name), "", recipe.type),
         "general.description": "SYNTHETIC random weights for benchmarks: its text means nothing",
@@ -123,27 +125,30 @@ def random_ids(vocab_size: int, n: int) -> list[int]:
 
 
 def measure(path: Path, threads: int, tokens: int = _MEASURED_TOKENS) -> dict[str, Any]:
-    """Run the file in `exact` and `predicted` mode: shares of neurons per block, and the predictor's recall."""
+    """Run the file in `exact` and `predicted` mode: shares of neurons per block that has any, and the predictor's
+    recall.
+    """
     shares = {}
     for mode in ("exact", "predicted"):
         with runtime.load(path, ffn=mode, threads=threads, n_ctx=max(256, tokens), device="none") as model:
             model.logits(random_ids(model.structure.vocab_size, tokens))
-            shares[mode] = (model.layer_shares(), model.gate_shares())
+            blocks = model.structure.ffns
+            shares[mode] = tuple([each[i] for i in blocks] for each in (model.layer_shares(), model.gate_shares()))
     active, (found, predicted) = shares["exact"][0], shares["predicted"]
     recall = [f / a if a else 1.0 for f, a in zip(found, active, strict=True)]
     return {
         "active": statistics.mean(active),
         "predicted_share": statistics.mean(predicted),
         "recall": sum(found) / sum(active),
-        "layers": {"active": active, "predicted_share": predicted, "recall": recall},
+        "layers": {"block": list(blocks), "active": active, "predicted_share": predicted, "recall": recall},
     }
 
 
 def show(recipe: Recipe, result: Mapping[str, Any], out: Console) -> None:
     """Print the table for people."""
     keys = ("active", "predicted_share", "recall")
-    blocks = zip(*(result["layers"][key] for key in keys), strict=True)
-    rows = [(str(i), *(f"{share:.2%}" for share in block)) for i, block in enumerate(blocks)]
+    blocks = zip(*(result["layers"][key] for key in ("block", *keys)), strict=True)
+    rows = [(str(i), *(f"{share:.2%}" for share in block)) for i, *block in blocks]
     mean = ("mean", *(f"{result[key]:.2%}" for key in keys))
     title = f"{recipe.name}: measured over {_MEASURED_TOKENS} tokens, {recipe.active:.1%} wanted"
     out.print(table(title, ("block", "active", "predicted", "recall"), [*rows, mean]))
@@ -160,11 +165,15 @@ def add_recipe(parser: argparse.ArgumentParser, required: bool, several: bool = 
         help=f"format of the matrices{', or several' if several else ''}: {', '.join(TYPES)} (default: q4_0)",
     )
     parser.add_argument("--layers", type=int, help="number of blocks (default: the shape's own)")
+    parser.add_argument(
+        "--experts", type=int, metavar="N",
+        help="experts of a block: fewer make a smaller file, and a token reads as many bytes of them as before",
+    )  # fmt: skip
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """The recipe behind parsed options. Raises UserError for an unknown type."""
-    return Recipe(args.shape, args.active, check_type(args.type, "--type"), args.layers)
+    return Recipe(args.shape, args.active, check_type(args.type, "--type"), args.layers, experts=args.experts)
 
 
 def recipes_of(args: argparse.Namespace) -> list[Recipe]:

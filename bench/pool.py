@@ -25,14 +25,14 @@ Floats = npt.NDArray[np.float32]
 Groups = npt.NDArray[np.int64]
 
 
-def choose_groups(rng: np.random.Generator, pool_rows: int, rows: int) -> Groups:
+def choose_groups(rng: np.random.Generator, pool_rows: int, rows: int, group: int = GROUP) -> Groups:
     """Which groups of a pool a tensor of `rows` rows consists of."""
-    return rng.integers(0, pool_rows // GROUP, -(-rows // GROUP))
+    return rng.integers(0, pool_rows // group, -(-rows // group))
 
 
-def row_ids(groups: Groups, rows: int) -> npt.NDArray[np.int64]:
+def row_ids(groups: Groups, rows: int, group: int = GROUP) -> npt.NDArray[np.int64]:
     """The pool's row behind each of the tensor's rows."""
-    ids: npt.NDArray[np.int64] = (groups[:, None] * GROUP + np.arange(GROUP)).reshape(-1)[:rows]
+    ids: npt.NDArray[np.int64] = (groups[:, None] * group + np.arange(group)).reshape(-1)[:rows]
     return ids
 
 
@@ -49,19 +49,19 @@ def encode_rows(rows: Floats, type_name: str) -> Bytes:
 
 
 class RowPool:
-    """Encoded rows [n, length]; n is a multiple of GROUP."""
+    """Encoded rows [n, length]; n is a multiple of `group`."""
 
-    def __init__(self, rows: Floats, type_name: str) -> None:
-        self.type, self.length, self.rows = type_name, rows.shape[1], len(rows)
-        self._groups = encode_rows(rows, type_name).reshape(self.rows // GROUP, -1)
+    def __init__(self, rows: Floats, type_name: str, group: int = GROUP) -> None:
+        self.type, self.length, self.rows, self.group = type_name, rows.shape[1], len(rows), group
+        self._groups = encode_rows(rows, type_name).reshape(self.rows // group, -1)
 
     def pieces(self, groups: Groups, rows: int, zeros: int = 0) -> Iterator[Bytes]:
         """The bytes of `rows` rows, of which the first `zeros` hold only zeros."""
         size = row_bytes(self.type, self.length)
         if zeros:
             yield encode(np.zeros((zeros, self.length), np.float32), self.type)
-        for at in range(zeros, rows, GROUP):
-            yield self._groups[groups[at // GROUP]][: min(GROUP, rows - at) * size]
+        for at in range(zeros, rows, self.group):
+            yield self._groups[groups[at // self.group]][: min(self.group, rows - at) * size]
 
     def floats(self) -> Floats:
         """The numbers that the pool's bytes stand for, float32 [n, length]."""
@@ -69,13 +69,13 @@ class RowPool:
 
 
 class ColumnPool:
-    """The same rows as columns: encoded along the other dimension, in groups of GROUP columns."""
+    """The same rows as columns: encoded along the other dimension, in groups of `group` columns."""
 
-    def __init__(self, rows: Floats, type_name: str) -> None:
-        self.type, (self.columns, self.height) = type_name, rows.shape
-        self._groups = encode_rows(rows.T, type_name).reshape(self.height, self.columns // GROUP, -1)
+    def __init__(self, rows: Floats, type_name: str, group: int = GROUP) -> None:
+        self.type, self.group, (self.columns, self.height) = type_name, group, rows.shape
+        self._groups = encode_rows(rows.T, type_name).reshape(self.height, self.columns // group, -1)
 
     def pieces(self, groups: Groups) -> Iterator[Bytes]:
-        """The bytes of the matrix [len(groups) * GROUP, height] (ggml's order) whose columns are the chosen groups."""
+        """The bytes of the matrix [len(groups) * group, height] (ggml's order) whose columns are the chosen groups."""
         for at in range(0, self.height, _STEP):
             yield self._groups[at : at + _STEP, groups].reshape(-1)

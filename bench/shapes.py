@@ -97,6 +97,54 @@ def _mixtral(dense: Structure) -> Structure:
     return replace(dense, expert_count=8, expert_used_count=2, expert_weights_norm=True, rope_freq_base=1e6)
 
 
+# What the blocks are, by NVIDIA's letters: M Mamba-2, * attention, - an FFN, E experts.
+_NANO_9B_V2 = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"
+_NANO_3_30B = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+
+
+def _nemotron_h(
+    pattern: str, d: int, ff: int, heads: int, heads_kv: int, mamba: tuple[int, int], head_length: int = 128,
+    vocab: int = 131072, shared: int = 0, experts: tuple[int, int] = (0, 0),
+) -> Structure:  # fmt: skip
+    """RMSNorm, blocks of one half each, an ungated FFN of squared ReLU. mamba: heads, their length; experts: how many
+    there are, and a token uses; shared: neurons that every token uses beside these.
+    """
+
+    def of(letter: str, value: int) -> tuple[int, ...]:
+        return tuple(value * (c == letter) for c in pattern)
+
+    neurons = "E" if experts[0] else "-"
+    return Structure(
+        source_architecture=_SOURCE,
+        vocab_size=vocab,
+        context_length=8192,
+        embedding_length=d,
+        block_count=len(pattern),
+        head_count=heads,
+        head_count_kv=of("*", heads_kv),
+        head_length=head_length,
+        norm="rms",
+        norm_epsilon=1e-5,
+        position="rope_neox",
+        rope_dimension_count=0,
+        ffn_gate="none",
+        ffn_activation="relu2",
+        feed_forward_length=of(neurons, ff),
+        expert_count=of("E", experts[0]),
+        expert_used_count=of("E", experts[1]),
+        expert_shared_feed_forward_length=of("E", shared),
+        expert_gating="sigmoid" if experts[0] else "softmax",
+        expert_bias=experts[0] > 0,
+        expert_weights_norm=experts[0] > 0,
+        expert_weights_scale=2.5 if experts[0] else 1.0,
+        ssm_conv_kernel=4,
+        ssm_state_size=128,
+        ssm_group_count=8,
+        ssm_inner_size=mamba[0] * mamba[1],
+        ssm_time_step_rank=of("M", mamba[0]),
+    )
+
+
 SHAPES = {
     "mistral-7b": _gated(4096, 14336, 32, 32, 8),
     "llama-2-7b": _gated(4096, 11008, 32, 32, 32),
@@ -114,15 +162,20 @@ SHAPES = {
         head_length=64,
         feed_forward_length=256,
     ),
+    "nemotron-nano-9b-v2": _nemotron_h(_NANO_9B_V2, 4480, 15680, 40, 8, (128, 80)),
+    "nemotron-3-nano-30b-a3b": _nemotron_h(_NANO_3_30B, 2688, 1856, 32, 2, (64, 64), shared=3712, experts=(128, 6)),
+    "tiny-nemotron-h": _nemotron_h("M-*M-", 256, 1024, 4, 2, (8, 32), 64, vocab=512),
+    "tiny-nemotron-3": _nemotron_h("ME*EM", 256, 192, 4, 2, (8, 32), 64, vocab=512, shared=320, experts=(8, 2)),
     "tiny-mixtral": _mixtral(_gated(256, 256, 3, 4, 2, vocab=512)),
 }
-WITHOUT_EXPERTS = [name for name, s in SHAPES.items() if not s.expert_count]
+# Those that have an FFN in every block, and no experts.
+WITHOUT_EXPERTS = [name for name, s in SHAPES.items() if len(s.ffns) == s.block_count and not s.ffns[0].experts]
 
 
-def shape(name: str, layers: int | None = None) -> Structure:
-    """The structure of that name, with `layers` blocks instead of its own number.
+def shape(name: str, layers: int | None = None, experts: int | None = None) -> Structure:
+    """The structure of that name, with `layers` blocks, and `experts` in each that has any, instead of its own number.
 
-    Raises UserError for an unknown one.
+    A token uses as many of them as before. Raises UserError for an unknown one, and for fewer than a token uses.
     """
     if name not in SHAPES:
         raise UserError(f"--shape: `{name}`, expected one of {', '.join(SHAPES)}")
@@ -133,4 +186,13 @@ def shape(name: str, layers: int | None = None) -> Structure:
     # Values of single blocks begin anew behind the last one.
     lists = {f.name: value for f in fields(s) if isinstance(value := getattr(s, f.name), tuple) and value}
     repeated: dict[str, Any] = {name: tuple(value[i % len(value)] for i in range(n)) for name, value in lists.items()}
-    return replace(s, block_count=n, **repeated)
+    found = replace(s, block_count=n, **repeated)
+    return found if experts is None else _with_experts(found, name, experts)
+
+
+def _with_experts(s: Structure, name: str, count: int) -> Structure:
+    used = max(s.each("expert_used_count"))
+    if not used or not used <= count <= max(s.each("expert_count")):
+        most = f"{used} to {max(s.each('expert_count'))}" if used else "none: this shape has no experts"
+        raise UserError(f"--experts: {count} in `{name}`, expected {most}")
+    return replace(s, expert_count=tuple(count * (n > 0) for n in s.each("expert_count")))

@@ -2,13 +2,16 @@
 
 llama.cpp computes SiLU where a gated model has ReLU (arch `llama`, which has experts, too), and ReLU squared in the
 arch that stands in for ungated ones (`nemotron`: LayerNorm and biases as OPT has them, rotary positions instead of
-learned ones): the text it writes means nothing, the work is the same. A `smallthinker` is the very same model.
+learned ones): the text it writes means nothing, the work is the same. A `smallthinker` is the very same model, and so
+are `nemotron_h` and `nemotron_h_moe`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from runtime.bindings.ffn_shape import Experts
 from runtime.errors import UserError
@@ -45,9 +48,11 @@ def architecture(s: Structure, where: str) -> str:
             return "llama"
     if same and alike and not gated and s.norm == "layer":
         return "nemotron"
+    if same and s.norm == "rms" and _nemotron_h(s):
+        return "nemotron_h_moe" if experts else "nemotron_h"
     raise UserError(
         f"{where}: no stock counterpart in llama.cpp for this structure",
-        "measure a gated RMSNorm model or an ungated LayerNorm one, of layout `both`",
+        "measure a gated RMSNorm model, an ungated LayerNorm one, or a Nemotron-H, of layout `both`",
     )
 
 
@@ -62,17 +67,32 @@ def _smallthinker(s: Structure) -> bool:
     return same and shown and s.sliding_window in (0, 4096)
 
 
+def _nemotron_h(s: Structure) -> bool:
+    """Whether blocks have one half each, as llama.cpp's graphs of that name have it: Mamba-2, attention that does not
+    rotate, or an FFN of squared ReLU; or in place of these experts with a shared one.
+    """
+    alone = all((block.mixer is None) != (block.ffn is None) for block in s.blocks)
+    plain = not s.ffn_bias and not s.attention_bias and s.ffn_gate == "none" and s.ffn_activation == "relu2"
+    resting = not s.sliding_window and not any(a.rope for a in s.attentions.values())
+    kinds = {ffn.experts for ffn in s.ffns.values()}
+    usual = Experts(0, 0, "sigmoid", True, s.expert_weights_norm, s.expert_weights_scale)
+    experts = all(e and replace(e, count=0, used=0) == usual for e in kinds) and s.shared.keys() == s.ffns.keys()
+    return bool(s.mambas) and alone and plain and resting and len(kinds) == 1 and (kinds == {None} or experts)
+
+
 def _streams(file: GgufFile, s: Structure) -> Iterator[NewTensor]:
     for name in file.tensors:
-        _, short = names.parsed(name) or (0, name)
-        if short not in _OURS and short != names.weight(names.POSITION_EMBD):
+        i, short = names.parsed(name) or (0, name)
+        if s.mambas and short == names.weight(names.FFN_NORM):
+            yield copied(file, name, names.weight_of(i, names.ATTN_NORM))
+        elif short not in _OURS and short != names.weight(names.POSITION_EMBD):
             yield copied(file, name)
     if s.tied_output and s.ffn_gate == "none":  # nemotron has a head of its own
         yield copied(file, "token_embd.weight", "output.weight")
 
 
-def _keys(s: Structure) -> dict[str, int | float]:
-    a, ffn = s.attentions[0], s.ffns[0]
+def _keys(s: Structure) -> dict[str, Any]:
+    a, ffn = next(iter(s.attentions.values())), next(iter(s.ffns.values()))
     epsilon = "rms_epsilon" if s.norm == "rms" else "epsilon"
     return {
         "vocab_size": s.vocab_size,
@@ -89,10 +109,30 @@ def _keys(s: Structure) -> dict[str, int | float]:
         "rope.freq_base": s.rope_freq_base,
         **(_expert_keys(ffn.experts, ffn.expert_length) if ffn.experts else {}),
         **({"attention.sliding_window": s.sliding_window} if s.sliding_window else {}),
+        **(_mamba_keys(s) if s.mambas else {}),
     }
 
 
-def _expert_keys(experts: Experts, length: int) -> dict[str, int | float]:
+def _mamba_keys(s: Structure) -> dict[str, Any]:
+    """Of blocks of one half each: which they are follows from lengths that are zero."""
+    shared, sizes = next(iter(s.shared.values()), None), ("conv_kernel", "state_size", "group_count", "inner_size")
+    of_experts = {
+        "expert_weights_norm": s.expert_weights_norm,
+        "expert_weights_scale": s.expert_weights_scale,
+        "expert_shared_count": 1,
+        "expert_shared_feed_forward_length": shared.n_ff if shared else 0,
+    }
+    return {
+        **{f"ssm.{key}": getattr(s, f"ssm_{key}") for key in sizes},
+        "ssm.time_step_rank": max(s.each("ssm_time_step_rank")),
+        "feed_forward_length": list(s.each("feed_forward_length")),
+        "attention.head_count_kv": list(s.each("head_count_kv")),
+        "attention.layer_norm_epsilon": s.norm_epsilon,
+        **(of_experts if shared else {}),
+    }
+
+
+def _expert_keys(experts: Experts, length: int) -> dict[str, Any]:
     return {
         "expert_count": experts.count,
         "expert_used_count": experts.used,

@@ -10,37 +10,38 @@ itself; attention and FFN add little to the stream, so activity is the same in e
 Encoding is what takes time, so nothing is encoded twice: every block has the same gate rows, rows and groups of columns
 each in an order of its own, with the biases of its own neurons put into their first bytes. Columns in another order see
 another part of x, so that blocks do not fire together. The experts of a block share these rows, too, each with some of
-them in an order of its own; each fires as planned when it is chosen, and `bench.routing` plans that.
+them in an order of its own; each fires as planned when it is chosen, and `bench.routing` plans that. What is planted in
+one block is in `bench.planted`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from bench.firing_rates import plan_firing
-from bench.pool import GROUP, Bytes, ColumnPool, Floats, RowPool, choose_groups, decode, encode_rows, row_ids
-from bench.routing import plan_routing, router_rows
+from bench.planted import PlantedBlock
+from bench.pool import GROUP, Bytes, ColumnPool, Floats, RowPool, choose_groups, decode, encode_rows
+from bench.routing import plan_routing
 from convert.formats import NUMBERS, encode, fitting, output_type, row_bytes
 from runtime.bindings import ggml
+from runtime.bindings.ffn_shape import FfnShape
 from runtime.errors import UserError
 from runtime.model_file import tensor_names as names
-from runtime.model_file.structure import Structure
+from runtime.model_file.structure import Attention, Structure
 from runtime.model_file.tensor_shapes import required_tensors
 from runtime.model_file.writer import NewTensor
 
 POOL_ROWS = 2048
 EXPERTS_ROWS = 8192  # that experts choose their gates from, where there are as many
 NOISE = 0.2  # standard deviation of what the predictor cannot know of a pre-activation, whose own is 1
-MARGIN = 0.6  # threshold of the predictor, in units of its error
-FFN_GROWTH, ATTENTION_GROWTH = 0.3, 0.1  # what all blocks together add to the stream's variance, at most
+FFN_GROWTH, MIXER_GROWTH = 0.3, 0.1  # what all blocks together add to the stream's variance, at most
 _TYPICAL_ATTENTION = 0.3  # of that: an average over many values is smaller than one value
-_FLOATS = (*names.NEURON_NOTES, *names.ROUTERS, *names.PREDICTOR_BIASES)
+_FLOATS = (*names.NEURON_NOTES, *names.ROUTERS, *names.PREDICTOR_BIASES, *names.MAMBA_NUMBERS)
 _SMALL_TYPES = ("q4_0", "q4_k", "q5_k")  # of files whose predictor is q4_0
 
 
@@ -57,22 +58,32 @@ class Synthetic:
     """
 
     def __init__(self, shape: Structure, active: float, type_name: str, seed: int = 0) -> None:
-        self.ffn, self.attention = shape.ffns[0], shape.attentions[0]  # of every block
+        self.structure = shape
+        self.ffn = next(iter(shape.ffns.values()))  # of every block that has one; so is what follows
+        self.shared = next(iter(shape.shared.values()), None)
+        self.attention = next(iter(shape.attentions.values()))
+        self.mamba = next(iter(shape.mambas.values()), None)
         d, ff = self.ffn.n_embd, self.ffn.n_ff
         self.type, self.seed = type_name, seed
         self.predictor_type = "q4_0" if type_name in _SMALL_TYPES else "q8_0"
-        self.firing = plan_firing(self.ffn.expert_length, active)  # of each expert, where there are any
+        both = [ffn for ffn in (self.ffn, self.shared) if ffn]
+        self.firing = {ffn: plan_firing(ffn.expert_length, active) for ffn in both}  # with experts, of each
         self.routing = plan_routing(self.ffn.experts) if self.ffn.experts else None
         self.constant = max(32, ggml.ggml_blck_size(NUMBERS[type_name])) if shape.norm == "rms" else 0
         if self.constant > d // 4:
             raise UserError(f"--type {type_name}: its blocks are too long for {d} wide rows", "use q4_0, q8_0 or f16")
-        self.pool_rows = min(POOL_ROWS, ff)
-        self.gate_rows = min(ff, max(EXPERTS_ROWS, self.ffn.expert_length)) if self.ffn.experts else ff
+        self.pool_rows = min(POOL_ROWS, ff // GROUP * GROUP)
+        self.group = math.gcd(GROUP, *(ffn.expert_length for ffn in both))  # of neurons, whose down rows stay together
+        longest = max(ffn.expert_length for ffn in both)
+        self.gate_rows = min(ff, max(EXPERTS_ROWS, longest)) if self.ffn.experts else ff
         rank = min(128, d // 8)
         error = math.hypot(NOISE, rounding_error(fitting(type_name, d), d))
-        n = shape.block_count
         self.structure = replace(
-            shape, neuron_order="hot", predictor="lowrank", predictor_rank=(rank,) * n, predictor_error=(error,) * n
+            shape,
+            neuron_order="hot",
+            predictor="lowrank",
+            predictor_rank=tuple(rank if block.ffn else 0 for block in shape.blocks),
+            predictor_error=(error,) * shape.block_count,
         )
         self._make_pools()
         self._block = PlantedBlock(self, 0)
@@ -88,13 +99,18 @@ class Synthetic:
         if self.constant:
             embedding[:, 0] = math.sqrt(d)
         self.embedding = RowPool(embedding, head if s.tied_output else main)
-        attended = self.attention.query_length
-        scale = math.sqrt(ATTENTION_GROWTH / s.block_count / attended)
-        self.output = RowPool(self.normal(rng, attended, scale), fitting(self.type, attended))
+        self.output = self._output_pool(rng, self.attention.query_length)
         down = self.normal(rng, d, self._down_scale())
-        self.down_t = RowPool(down, main)
-        self.down = ColumnPool(down, fitting(self.type, self.ffn.n_ff))
+        self.down_t = RowPool(down, main, self.group)
+        kinds = {fitting(self.type, ffn.expert_length) for ffn in self.firing}
+        self.down = {kind: ColumnPool(down, kind, self.group) for kind in kinds}
         self.gates = GatePool(self, rng)
+        self.mamba_output = self._output_pool(rng, self.mamba.inner_length) if self.mamba else None
+
+    def _output_pool(self, rng: np.random.Generator, length: int) -> RowPool:
+        """Rows of what a mixer's `length` elements are multiplied with; the growth is as wanted."""
+        rows = self.normal(rng, length, math.sqrt(MIXER_GROWTH / self._halves(mixers=True) / length))
+        return RowPool(rows, fitting(self.type, length))
 
     def normal(self, rng: np.random.Generator, length: int, scale: float) -> Floats:
         """As many rows as a pool has; nothing where the constant is."""
@@ -105,9 +121,18 @@ class Synthetic:
 
     def _down_scale(self) -> float:
         """Standard deviation of the down projection's elements: the growth is as wanted."""
-        energy = self.firing.energies - (0 if self.ffn.gated else self.firing.outputs**2)
-        experts = self.ffn.experts.used if self.ffn.experts else 1  # whose weights add up to 1
-        return math.sqrt(FFN_GROWTH * experts / self.structure.block_count / max(float(energy.sum()), 1e-9))
+        experts = self.ffn.experts
+        weight = experts.scale**2 / experts.used if experts else 1  # squares of equal weights that add up to the scale
+        energy = sum(self._energy(ffn) * (1 if ffn.shared else weight) for ffn in self.firing)
+        return math.sqrt(FFN_GROWTH / self._halves(mixers=False) / max(energy, 1e-9))
+
+    def _energy(self, ffn: FfnShape) -> float:
+        """Expected squares of what the neurons of an FFN, or of one expert, multiply their down rows with."""
+        firing = self.firing[ffn]
+        if ffn.activation == "relu2":
+            return float(firing.square_energies.sum())
+        centred = not ffn.gated and ffn.bias  # the down projection's bias takes the mean away
+        return float((firing.energies - (firing.outputs**2 if centred else 0)).sum())
 
     def streams(self) -> list[NewTensor]:
         """Every tensor of the file, in its order; to be written once, in that order or any other."""
@@ -149,10 +174,17 @@ class Synthetic:
             self._block = PlantedBlock(self, i)
         return self._block
 
+    def _halves(self, mixers: bool, end: int | None = None) -> int:
+        """How many of the first `end` blocks, or of all, have a mixer, or an FFN."""
+        return sum(bool(block.mixer if mixers else block.ffn) for block in self.structure.blocks[:end])
+
     def variance(self, depth: float) -> float:
         """Of the stream behind so many blocks, or, with a half more, before an FFN."""
-        grown = depth * FFN_GROWTH + math.ceil(depth) * _TYPICAL_ATTENTION * ATTENTION_GROWTH
-        return 1 + grown / self.structure.block_count
+        half = depth % 1
+        ffns = (self._halves(mixers=False, end=int(depth)) + half) / self._halves(mixers=False)
+        mixers = self.structure.blocks[: math.ceil(depth)]
+        kinds = [_TYPICAL_ATTENTION if isinstance(block.mixer, Attention) else 1 for block in mixers if block.mixer]
+        return 1 + ffns * FFN_GROWTH + sum(kinds) / self._halves(mixers=True) * MIXER_GROWTH
 
     def vector(self, name: str, depth: float) -> Floats:
         """A norm's weight or bias, or another bias. depth: blocks before it; a half more for the norm of an FFN."""
@@ -179,7 +211,7 @@ class GatePool:
     """
 
     def __init__(self, model: Synthetic, rng: np.random.Generator) -> None:
-        d, ff, rank, kind = model.ffn.n_embd, model.gate_rows, model.structure.rank(0), model.predictor_type
+        d, ff, rank, kind = model.ffn.n_embd, model.gate_rows, max(model.structure.predictor_rank), model.predictor_type
         self.type, self.constant = model.plain.type, model.constant
         inner = rng.standard_normal((rank, d), np.float32) / np.float32(math.sqrt(d - model.constant))
         inner[:, : model.constant] = 0
@@ -211,95 +243,6 @@ class GatePool:
             encoded = encode(head, self.type).reshape(len(which), -1)
             chosen[:, : encoded.shape[1]] = encoded
         return chosen.reshape(-1)
-
-
-class PlantedBlock:
-    """What is planted in one block: biases, the order of its gate rows, and which groups of pools its other matrices
-    consist of.
-    """
-
-    def __init__(self, model: Synthetic, i: int) -> None:
-        self.m, self.i = model, i
-        self.rng = np.random.default_rng([model.seed, i])
-        ff, experts = model.ffn.n_ff, model.ffn.n_ff // model.ffn.expert_length
-        self.gates, self.columns = self._choice(model.gate_rows), model.gates.order_of_columns(self.rng)
-        self.bias = (np.tile(model.firing.means, experts) * model.gates.spread[self.gates]).astype(np.float32)
-        self.groups = {
-            name: choose_groups(self.rng, model.pool_rows, max(ff, model.attention.query_length))
-            for name in ("up", "down", "attn_q", "attn_k", "attn_v", "attn_output")
-        }
-        self.ids = self._choice(model.ffn.expert_length).astype(np.int32)
-        self.experts = self.rng.permutation(experts)
-
-    def _choice(self, n: int) -> Order:
-        """For each expert as many different numbers below n as it has neurons, in a random order: [n_ff]."""
-        ffn = self.m.ffn
-        each = range(ffn.n_ff // ffn.expert_length)
-        return np.concatenate([self.rng.permutation(n)[: ffn.expert_length] for _ in each])
-
-    def pieces(self, part: str, shape: tuple[int, ...]) -> Iterator[Bytes]:
-        """The bytes of the block's tensor `part`, e.g. "ffn_up.weight"."""
-        m, first, stems = self.m, names.row_matrices(self.m.ffn)[0], names.stems(self.m.ffn)
-        kind, _, _ = part.partition(".")
-        if part == f"{first}.weight":
-            yield from self._gate_rows()
-        elif kind == stems.up and len(shape) > 1:
-            yield from m.plain.pieces(self.groups["up"], m.ffn.n_ff)
-        elif part == names.weight(stems.down_t):
-            yield from m.down_t.pieces(self.groups["down"], m.ffn.n_ff)
-        elif part == names.weight(stems.down):
-            each = shape[0] // GROUP  # of one expert
-            for at in range(0, m.ffn.n_ff // GROUP, each):
-                yield from m.down.pieces(self.groups["down"][at : at + each])
-        elif part == "attn_output.weight":
-            yield from m.output.pieces(self.groups[kind], shape[1], zeros=m.constant)
-        elif kind.startswith("attn_") and len(shape) > 1:
-            yield from m.plain.pieces(self.groups[kind], shape[1])
-        else:
-            yield self._small(part, f"{first}.bias")
-
-    def _small(self, part: str, bias: str) -> Bytes:
-        """Vectors, the predictor, and the router."""
-        m, stems = self.m, names.stems(self.m.ffn)
-        if part == names.weight(names.PREDICTOR_IN):
-            return m.gates.inner_bytes[:, self.columns].reshape(-1)
-        if part == names.weight(stems.predictor_out):
-            return m.gates.outer_bytes[self.gates].reshape(-1)
-        if part == stems.index:
-            return self.ids.view(np.uint8)
-        vectors: dict[str, Callable[[], npt.NDArray[Any]]] = {
-            stems.freq: lambda: np.tile(m.firing.frequencies, m.ffn.n_ff // m.ffn.expert_length),
-            names.weight(names.ROUTER): self._router,
-            names.EXPERT_FREQ: self._expert_frequencies,
-            names.bias(stems.predictor_out): lambda: self.bias + MARGIN * m.structure.predictor_error[self.i],
-            bias: lambda: self.bias,
-            "ffn_down.bias": self._centring,
-        }
-        depth = self.i + 0.5 if part.startswith("ffn_norm") else self.i
-        return encode(vectors.get(part, lambda: m.vector(part, depth))(), "f32")
-
-    def _centring(self) -> npt.NDArray[np.float64]:
-        """Ungated outputs are positive, so that their mean is a vector of its own: this bias takes it away."""
-        ids = row_ids(self.groups["down"], self.m.ffn.n_ff)
-        share = np.zeros(self.m.pool_rows)
-        np.add.at(share, ids, self.m.firing.outputs)
-        return -share @ self.m.down_t.floats()
-
-    def _router(self) -> Floats:
-        m, d, experts = self.m, self.m.ffn.n_embd, self.m.ffn.experts
-        assert m.routing and experts and m.constant, "an RMSNorm model with experts"
-        # The normed input has 1 as its first coordinate; the stream has what the embedding put there.
-        seen = (math.sqrt(d), math.sqrt(m.variance(self.i))) if experts.tap == "block" else (1.0, 1.0)
-        return router_rows(self.rng, m.routing.means[self.experts], d, m.constant, seen)
-
-    def _expert_frequencies(self) -> npt.NDArray[np.float64]:
-        assert self.m.routing
-        return self.m.routing.frequencies[self.experts]
-
-    def _gate_rows(self) -> Iterator[Bytes]:
-        for at in range(0, self.m.ffn.n_ff, GROUP):
-            some = slice(at, at + GROUP)
-            yield self.m.gates.rows(self.gates[some], self.columns, self.bias[some])
 
 
 def rounding_error(type_name: str, length: int) -> float:
