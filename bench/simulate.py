@@ -5,6 +5,7 @@ whole layers.
 
 Measures nothing. All memory runs at its nominal bandwidth, for every contender alike, so all figures are upper bounds:
 what they can say is where the bytes are.
+A table of models larger than main memory, on disks, is at the end (docs/disk.md).
 The last line is one JSON object. What differs from the published figures, and why, is in docs/hybrid.md.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from bench.offload import dense_ffns_on_cpu, whole_layers
+from bench.simulate_disk import MEMORY_RATE, PagedShape, simulate_disk
 from bench.tables import console, table
 from runtime.cli.help import HelpParser
 from runtime.cli.program import run_command
@@ -229,6 +231,35 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 _COLUMNS = ("", "GB", "predicted", "exact", "-ngl", "-ncffn", "hot", "limited by", "PowerInfer", "llama.cpp")
 
 
+# On disks: OPT-6.7B is what "LLM in a flash" was measured with (arXiv:2312.11514; 3 % of its neurons fire, its
+# predictors are 4 % of the model), in half of its memory.
+ON_DISKS = (
+    (Shape("OPT-6.7B", 32, 4096, 16384, 4096, 50272, False, active=0.03, hot=0.26, predictor=0.04), "F16"),
+    (SHAPES[3], "INT4"),
+    (SHAPES[1], "INT4"),
+)
+
+
+def on_disks(per_active: float) -> Iterator[dict[str, Any]]:
+    """One row for each model, disk and budget of main memory."""
+    for shape, name in ON_DISKS:
+        bits = TYPES[name]
+        always = shape.layers * shape.attention + shape.d * shape.vocab
+        always += round(shape.predictor * shape.weights * PREDICTOR_BITS / bits)
+        neurons = shape.layers * shape.n_ff
+        paged = PagedShape(f"{shape.name} {name}", always, neurons, shape.d, shape.matrices, bits, shape.active)
+        often = np.repeat(frequencies(shape.n_ff, shape.active, shape.hot), shape.layers)
+        yield from simulate_disk(paged, often, per_active)
+
+
+def _disk_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    speeds = (f"{row[key]:.2f}" if row[key] else "-" for key in ("naive", "mapped", "rows", "bundles"))
+    return (f"{row['model']}, {row['disk']}", f"{row['bytes'] / 1e9:.0f}", f"{row['budget']:.0%}", *speeds)
+
+
+_DISK_COLUMNS = ("", "GB", "budget", "all from disk", "mapped, dense", "rows", "bundles")
+
+
 def main() -> None:
     parser = HelpParser(prog="python -m bench.simulate", description="Expected speeds beside published ones.")
     parser.add_argument("--sync-us", type=float, default=50.0, help="microseconds from device to CPU and back (50)")
@@ -246,7 +277,10 @@ def main() -> None:
         "hot: share of all neurons on the card in `predicted`. >=: from a measurement that includes a prompt of "
         "1,500 tokens."
     )
-    print(json.dumps({"sync_s": args.sync_us * 1e-6, "candidates": args.candidates, "rows": rows}))
+    disks = list(on_disks(args.candidates))
+    title = f"disks, {MEMORY_RATE / 1e9:.0f} GB/s of main memory, no device: tokens/s expected (upper bounds)"
+    out.print(table(title, _DISK_COLUMNS, [_disk_cells(row) for row in disks]))
+    print(json.dumps({"sync_s": args.sync_us * 1e-6, "candidates": args.candidates, "rows": rows, "disks": disks}))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from bench.offload import dense_ffns_on_cpu, whole_layers
 from bench.simulate import (
     COMPUTERS,
     GIB,
+    ON_DISKS,
     PUBLISHED,
     SHAPES,
     TYPES,
@@ -21,8 +22,10 @@ from bench.simulate import (
     blocks_of,
     frequencies,
     machine_of,
+    on_disks,
     simulate,
 )
+from bench.simulate_disk import BUDGETS, DISKS, MEMORY_RATE, PagedShape, simulate_disk
 from runtime.hybrid.planner import Device, Machine
 
 ROOT = Path(__file__).parent.parent
@@ -110,3 +113,37 @@ def test_the_command() -> None:
     )
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert wrong.stderr.startswith("error: ")
+
+
+# --- disks ----------------------------------------------------------------------------------------------------------------
+
+
+def test_on_disks_more_of_anything_is_never_slower() -> None:
+    rows = list(on_disks(1.5))
+    assert len(rows) == len(ON_DISKS) * len(DISKS) * len(BUDGETS)
+    by = {(row["model"], row["disk"], row["budget"]): row for row in rows}
+    for (model, disk, budget), row in by.items():
+        for key in ("naive", "mapped", "rows", "bundles"):
+            assert row[key] <= by[model, "7 GB/s", budget][key]
+            assert row[key] <= by[model, disk, max(BUDGETS)][key]
+        assert row["naive"] < row["mapped"] and row["rows"] <= row["bundles"]
+
+
+def test_on_a_disk_by_hand() -> None:
+    """Neurons that always or never fire: the first half is held at 75 %, and nothing is waited for."""
+    shape = PagedShape("made", 0.0, 1000, 4096, 2, 16, 0.5)
+    often = np.repeat([1.0, 0.0], 500)
+    found = {(row["disk"], row["budget"]): row for row in simulate_disk(shape, often, 1.0)}
+    size = 1000 * 2 * 8192
+    assert shape.bytes == size
+    for rate in (3, 7):
+        row = found[f"{rate} GB/s", 0.75]
+        assert row["rows"] == row["bundles"] == pytest.approx(MEMORY_RATE / (size / 2))
+        assert 1 / row["naive"] == pytest.approx(size / MEMORY_RATE + size / (rate * 1e9))
+        assert 1 / row["mapped"] == pytest.approx(size / MEMORY_RATE + size / 4 / (rate * 1e9))
+        # At 35 %: 15 % of all neurons are read; both rows of one are four pages in a row, or two reads of up to three.
+        disk, row = DISKS[f"{rate} GB/s"], found[f"{rate} GB/s", 0.35]
+        waiting = 1 / row["bundles"] - size / 2 / MEMORY_RATE
+        assert waiting == pytest.approx(150 * disk.seconds(16384, 1))
+        waiting = 1 / row["rows"] - size / 2 / MEMORY_RATE
+        assert waiting == pytest.approx(300 * disk.seconds(4096 + 8191, 1))
