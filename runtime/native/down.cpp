@@ -47,11 +47,11 @@ int64_t product_length(const lzn_ffn & f) { return f.n_embd + (f.squares ? 1 : 0
 // What one thread still has to add up for a token: its share, AXPY_ROWS neurons at a time.
 struct turn {
     share<gate_result::token> left;
-    fired_neuron now[AXPY_ROWS];
+    fired_neuron * now[AXPY_ROWS];
     int n;
 
     explicit turn(const gate_result::token & gates, int ith, int nth) : left(gates, ith, nth) { go_on(); }
-    void go_on() { n = left.take(now, AXPY_ROWS); }
+    void go_on() { n = left.find(now, AXPY_ROWS); }
 };
 
 // Adds up every token's share by rising rows: so a row that several tokens want is still in the cache. What one token
@@ -70,7 +70,7 @@ class turns {
     int64_t next() {
         int64_t found = -1;
         for (int64_t t = 0; t < n_tokens_; t++) {
-            if (of(t).n > 0 && (found < 0 || of(t).now[0].row < of(found).now[0].row)) {
+            if (of(t).n > 0 && (found < 0 || of(t).now[0]->row < of(found).now[0]->row)) {
                 found = t;
             }
         }
@@ -83,19 +83,34 @@ class turns {
     int64_t n_tokens_;
 };
 
-void down_few_tokens(const down_rows & rows, const gate_result & gates, const partial & out, int ith, int nth) {
+// The neurons that the thread has of each token, in turns: each(t, neurons, n, ahead, n_ahead), where `ahead` has the
+// next turn's.
+template <typename Each> void by_turns(const gate_result & gates, int ith, int nth, Each each) {
     turns all(gates, ith, nth);
     for (int64_t t = all.next(); t >= 0;) {
         turn & mine = all.of(t);
-        fired_neuron now[AXPY_ROWS];
+        fired_neuron * now[AXPY_ROWS];
         const int n = mine.n;
         std::copy(mine.now, mine.now + n, now);
         mine.go_on();
-        const int64_t ahead = all.next();
-        float * y = out.sums + t * y_stride(rows.f);
-        rows.add(now, n, ahead < 0 ? nullptr : all.of(ahead).now, ahead < 0 ? 0 : all.of(ahead).n, t, y, out.scratch);
-        t = ahead;
+        const int64_t next = all.next();
+        each(t, now, n, next < 0 ? nullptr : all.of(next).now, next < 0 ? 0 : all.of(next).n);
+        t = next;
     }
+}
+
+// All up rows, then all down rows: rows that are fetched while others of their matrix are read come faster than those
+// of two matrices in turn.
+void down_few_tokens(const down_rows & rows, const gate_result & gates, const partial & out, int ith, int nth) {
+    using neurons = fired_neuron * const *;
+    if (rows.f.gated) {
+        by_turns(gates, ith, nth, [&](int64_t t, neurons now, int n, neurons ahead, int n_ahead) {
+            rows.strengthen(now, n, ahead, n_ahead, t);
+        });
+    }
+    by_turns(gates, ith, nth, [&](int64_t t, neurons now, int n, neurons ahead, int n_ahead) {
+        rows.add(now, n, ahead, n_ahead, out.sums + t * y_stride(rows.f), out.scratch);
+    });
 }
 
 // Many tokens. A block of rows against every token of a tile: its gates, then the neurons that fire. So the rows
@@ -131,9 +146,13 @@ class tiles_of_tokens {
             for (int64_t t = t0; t < t1; t++) {
                 const int n_fired = found.n[t - t0];
                 out.counts[t - t0].fired += n_fired;
+                fired_neuron * neurons[ROW_BLOCK];
+                for (int k = 0; k < n_fired; k++) {
+                    neurons[k] = found.of[t - t0] + k;
+                }
                 for (int k = 0; k < n_fired; k += AXPY_ROWS) {
                     float * y = out.sums + (t - t0) * y_stride(f_);
-                    rows_.add_strong(found.of[t - t0] + k, std::min(AXPY_ROWS, n_fired - k), y, out.scratch);
+                    rows_.add(neurons + k, std::min(AXPY_ROWS, n_fired - k), nullptr, 0, y, out.scratch);
                 }
             }
         }

@@ -114,34 +114,41 @@ struct down_rows {
         : f(f), x(aligned(x->data)), down(from.next()), up(from.next_if(f.gated)),
           bias(from.next_if(f.gated && f.up_bias)) {}
 
-    // Add up to AXPY_ROWS neurons to the sums y of token t: first their up rows, while their down rows are fetched;
-    // then the down rows, while the up rows of `ahead` are. scratch: [2 n_embd]
-    void add(const fired_neuron * neurons, int n, const fired_neuron * ahead, int n_ahead, int64_t t, float * y,
+    // Multiplies the strengths of up to AXPY_ROWS neurons with token t's up products. DOT_ROWS rows are fetched while as
+    // many are read; the first ones of `ahead` while the last are.
+    void strengthen(fired_neuron * const * neurons, int n, fired_neuron * const * ahead, int n_ahead, int64_t t) const {
+        const char * rows[AXPY_ROWS + DOT_ROWS];
+        const int known = n + std::min(n_ahead, DOT_ROWS);
+        for (int k = 0; k < known; k++) {
+            rows[k] = row_of(up, f.up, (k < n ? neurons[k] : ahead[k - n])->row);
+        }
+        for (int k = 0; k < n; k += DOT_ROWS) {
+            const int together = std::min(DOT_ROWS, n - k);
+            const bool fetch = k + together + together <= known;
+            float ups[DOT_ROWS];
+            dots(f.up, f.n_embd, together, rows + k, fetch ? rows + k + together : nullptr, x + t * f.x_stride, ups);
+            for (int j = 0; j < together; j++) {
+                neurons[k + j]->strength *= activated(ups[j] + bias_of(bias, neurons[k + j]->row));
+            }
+        }
+    }
+
+    // Adds up to AXPY_ROWS neurons, whose up products are in their strengths, to a token's sums y. The down rows of
+    // `ahead` are fetched meanwhile where there are as many. scratch: [2 n_embd]
+    void add(fired_neuron * const * neurons, int n, fired_neuron * const * ahead, int n_ahead, float * y,
              float * scratch) const {
         const char *rows[AXPY_ROWS], *next[AXPY_ROWS];
         float strengths[AXPY_ROWS];
+        const bool fetch = n_ahead == n;
         for (int k = 0; k < n; k++) {
-            rows[k] = row_of(down, f.down, neurons[k].row);
+            rows[k] = row_of(down, f.down, neurons[k]->row);
+            next[k] = fetch ? row_of(down, f.down, ahead[k]->row) : nullptr;
+            strengths[k] = neurons[k]->strength;
         }
-        for (int k = 0; k < n; k += DOT_ROWS) {
-            strengths_of(neurons + k, std::min(DOT_ROWS, n - k), rows + k, t, strengths + k);
+        axpys(n, rows, fetch ? next : nullptr, strengths, y, scratch);
+        for (int k = 0; f.squares && k < n; k++) {
+            y[y_size(f.n_embd)] += strengths[k] * strengths[k];
         }
-        const bool fetch = f.gated && n_ahead == n;
-        for (int k = 0; fetch && k < n; k++) {
-            next[k] = row_of(up, f.up, ahead[k].row);
-        }
-        accumulate(n, rows, fetch ? next : nullptr, strengths, y, scratch);
-    }
-
-    // The same, of neurons whose up products are in their strengths.
-    void add_strong(const fired_neuron * neurons, int n, float * y, float * scratch) const {
-        const char * rows[AXPY_ROWS];
-        float strengths[AXPY_ROWS];
-        for (int k = 0; k < n; k++) {
-            rows[k] = row_of(down, f.down, neurons[k].row);
-            strengths[k] = neurons[k].strength;
-        }
-        accumulate(n, rows, nullptr, strengths, y, scratch);
     }
 
     // Multiplies the strengths of one neuron, for up to DOT_TOKENS tokens, with its up products.
@@ -172,14 +179,6 @@ struct down_rows {
   private:
     float activated(float up) const { return f.activation == LZN_DRELU ? std::max(up, 0.0f) : up; }
 
-    void accumulate(int n, const char * const * rows, const char * const * next, const float * strengths, float * y,
-                    float * scratch) const {
-        axpys(n, rows, next, strengths, y, scratch);
-        for (int k = 0; f.squares && k < n; k++) {
-            y[y_size(f.n_embd)] += strengths[k] * strengths[k];
-        }
-    }
-
     // y += sum of a[k] * rows[k]
     void axpys(int n_rows, const char * const * rows, const char * const * next, const float * a, float * y,
                float * scratch) const {
@@ -198,26 +197,6 @@ struct down_rows {
         }
         for (int64_t i = 0; i < n; i++) {
             y[i] += sums[i];
-        }
-    }
-
-    void strengths_of(const fired_neuron * neurons, int n, const char * const * rows, int64_t t, float * out) const {
-        if (!f.gated) {
-            for (int k = 0; k < n; k++) {
-                out[k] = neurons[k].strength;
-            }
-            return;
-        }
-        const char * up_rows[DOT_ROWS];
-        for (int k = 0; k < n; k++) {
-            up_rows[k] = row_of(up, f.up, neurons[k].row);
-        }
-        // The rows of both matrices are of one length only where they are of one type.
-        const bool fetch = f.up.row_size == f.down.row_size;
-        float ups[DOT_ROWS];
-        dots(f.up, f.n_embd, n, up_rows, fetch ? rows : nullptr, x + t * f.x_stride, ups);
-        for (int k = 0; k < n; k++) {
-            out[k] = neurons[k].strength * activated(ups[k] + bias_of(bias, neurons[k].row));
         }
     }
 };

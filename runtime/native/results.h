@@ -38,18 +38,27 @@ template <typename Parts> class share {
 
     // Up to `max` more entries; returns how many.
     template <typename Entry> int take(Entry * out, int max) {
+        return some(max, [=](int k, Entry * found) { out[k] = *found; });
+    }
+
+    // Where up to `max` more entries are listed; returns how many.
+    template <typename Entry> int find(Entry ** out, int max) {
+        return some(max, [=](int k, Entry * found) { out[k] = found; });
+    }
+
+  private:
+    template <typename Each> int some(int max, Each each) {
         int n = 0;
         for (; n < max && left_ > 0; n++, left_--) {
             while (at_ >= parts_.of(part_).n) {
                 at_ = 0;
                 part_++;
             }
-            out[n] = parts_.list()[parts_.of(part_).start + at_++];
+            each(n, parts_.list() + parts_.of(part_).start + at_++);
         }
         return n;
     }
 
-  private:
     Parts parts_;
     int part_ = 0;
     int64_t at_ = 0, left_ = 0, size_ = 0;
@@ -110,7 +119,8 @@ struct candidates {
     }
 };
 
-// A neuron that fires. strength: what it adds to the output per unit of its up product and of its down row.
+// A neuron that fires. strength: what it adds to the output per unit of its up product and of its down row; `down`
+// multiplies it with the up product.
 struct fired_neuron {
     int32_t row;
     float strength;
