@@ -22,7 +22,6 @@ from runtime.compute.builder import GraphSpec
 from runtime.compute.kv_cache import CellTable, padded_cells
 from runtime.compute.products import tiles_of
 from runtime.compute.repack import Repacked, repack
-from runtime.compute.states import Move
 from runtime.compute.weights import Weights
 from runtime.errors import UserError
 from runtime.hybrid.executor import multiplies
@@ -118,7 +117,7 @@ class BlockRunner(OfWorker):
     def _computed(self, i: int, hidden: Floats) -> tuple[Floats, Schedule]:
         with phase("blocks"):
             schedule = self._part(len(hidden), i, i + 1)
-            self._sides.move_states([Move("begin", 0)])
+            self._sides.begin(0)
             return schedule.run(self._inputs(np.ascontiguousarray(hidden, np.float32))), schedule
 
     def _inputs(self, data: npt.NDArray[np.int32] | Floats) -> GraphInputs:
@@ -127,8 +126,9 @@ class BlockRunner(OfWorker):
         batch = Batch.of([0] * n, outputs=range(n))
         cells = table.take(batch)
         masks = table.masks(batch, self.structure.windows)
-        numbers = batch.runs()[1] if self.structure.mambas else None
-        return GraphInputs(data, batch.positions, cells, batch.outputs, masks, numbers)
+        row = np.zeros(1, np.int32)
+        states = (row, row) if self.structure.mambas else ()
+        return GraphInputs(data, batch.positions, cells, batch.outputs, masks, states)
 
     def _part(self, n_tokens: int, first: int | None, end: int) -> Schedule:
         """The schedule of blocks `first` .. end - 1, or of the embeddings."""

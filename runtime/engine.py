@@ -62,8 +62,9 @@ class Engine(OfWorker):
         self._run = options.deciding
         self.asked, self.arrangement = arrangement, arrangement if arrangement and arrangement.used else None
         self.map = self.arrangement.tensor_map if self.arrangement else cpu_alone(self.structure, options.predicts)
-        n_cells, recurrent = options.cells, bool(self.structure.mambas)
-        self.cells = RecurrentCells(n_cells, options.kept_sequences) if recurrent else CellTable(n_cells)
+        kept = options.kept_sequences, options.kept_states, options.logged
+        recurrent = bool(self.structure.mambas)
+        self.cells = RecurrentCells(options.cells, *kept) if recurrent else CellTable(options.cells)
         self.counters = Counters(self.structure, options.ffn)  # of all that is computed
         activity = expected(file, self._run.ffn, options.predictor_bias)
         self._dense_from = dense_from(self.structure, file.tensors, activity)
@@ -169,16 +170,17 @@ class Engine(OfWorker):
     def _piece(
         self, batch: Batch, run: SettledOptions
     ) -> tuple[npt.NDArray[np.float32], dict[int, dict[int, LayerCount]]]:
-        runs, numbers = batch.runs() if self.structure.mambas else ((), None)
+        runs = batch.runs()[0] if self.structure.mambas else ()
         cells = self.cells.take(batch)
         self._move_states()
         # A schedule has a result: where none is wanted, the last token's is not looked at.
         outputs = batch.outputs if len(batch.outputs) else np.array([len(batch) - 1], np.int32)
-        schedule = self._executor.schedule(self._spec(len(batch), self.cells.n_kv, len(outputs), run, runs))
+        spec = self._spec(len(batch), self.cells.n_kv, len(outputs), run, runs, self.cells.logs(batch))
+        schedule = self._executor.schedule(spec)
         masks = self.cells.masks(batch, self.structure.windows)
         if self._paging:
             self._allow(self._paging, self._executor.main_bytes)
-        logits = schedule.run(GraphInputs(batch.tokens, batch.positions, cells, outputs, masks, numbers))
+        logits = schedule.run(GraphInputs(batch.tokens, batch.positions, cells, outputs, masks, self.cells.states))
         if self._paging:
             self._paging.check()
             self._note_paged(self._paging.stats())
@@ -187,10 +189,17 @@ class Engine(OfWorker):
     def _move_states(self) -> None:
         if isinstance(self.cells, RecurrentCells):
             while self.cells.moves:
-                self._executor.sides.move_states([self.cells.moves.popleft()])
+                self._executor.move_states(self.cells.moves[0])
+                self.cells.moves.popleft()  # not before: after an error it is done again
 
     def _spec(
-        self, n_tokens: int, n_kv: int, n_outputs: int, run: SettledOptions, runs: tuple[int, ...] = ()
+        self,
+        n_tokens: int,
+        n_kv: int,
+        n_outputs: int,
+        run: SettledOptions,
+        runs: tuple[int, ...] = (),
+        logged: bool = False,
     ) -> GraphSpec:
         return GraphSpec(
             n_tokens,
@@ -200,6 +209,7 @@ class Engine(OfWorker):
             # Whoever wants every position's logits wants to know what this mode computes.
             self._dense_from if n_outputs < n_tokens else (),
             runs=runs,
+            logged=logged,
         )
 
     def expert_shares(self) -> list[list[float]]:

@@ -111,7 +111,6 @@ class RunOptions:
         _check_drafts(ffn, self)
         if self.ram_budget is not None:
             _check_budget(file, ffn, self)
-        _check_states(file, ffn, self)
         n_ctx = min(limit, DEFAULT_N_CTX) if self.n_ctx is None else self.n_ctx
         if not 1 <= n_ctx <= limit:
             raise UserError(f"`{file.path}`: n_ctx {n_ctx}, expected 1 to {limit}, the model's own limit")
@@ -144,6 +143,18 @@ class SettledOptions(RunOptions):
         beginnings are kept for others, and the one of whoever asks the model directly.
         """
         return min(MOST_SEQUENCES, 2 * self.sequences + 1)
+
+    @property
+    def kept_states(self) -> int:
+        """States that are kept in a model with Mamba blocks: of each sequence, of one where it can be taken back to;
+        where tokens are drafted, of one before them, and before they are checked.
+        """
+        return self.kept_sequences + (3 if self.drafts else 1)
+
+    @property
+    def logged(self) -> int:
+        """Tokens of one sequence at once, at most, of which Mamba blocks keep what their states follow from."""
+        return DRAFT_MAX + 1 if self.drafts else 0
 
     @property
     def by_rows(self) -> bool:
@@ -224,15 +235,6 @@ def _check_budget(file: GgufFile, ffn: str, options: RunOptions) -> None:
         raise UserError(
             f"a budget of main memory with --{'' if options.mmap else 'no-'}mmap, expected one of them",
             "with a budget, what does not fit is read from the file, and all else is in memory",
-        )
-
-
-def _check_states(file: GgufFile, ffn: str, options: RunOptions) -> None:
-    if file.structure.mambas and (options.lookup or ffn == "verified"):
-        raise UserError(
-            f"`{file.path}`: {'lookup' if options.lookup else '`verified` mode'} in a model with Mamba blocks, "
-            "expected no drafts: what such blocks remember of a draft that is wrong cannot be taken back",
-            "use --ffn exact or predicted, without --lookup",
         )
 
 

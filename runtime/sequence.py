@@ -11,7 +11,9 @@ from runtime.compute.batch import Batch
 from runtime.compute.counters import Counters
 from runtime.draft_length import DraftLength
 from runtime.engine import Engine
-from runtime.options import SettledOptions
+from runtime.options import DRAFT_MAX, SettledOptions
+
+_FEW = DRAFT_MAX + 1  # tokens at once, whose logits have the same bits as one by one
 
 
 class CachedSequence:
@@ -63,6 +65,22 @@ class CachedSequence:
         self.engine.cells.save(self.number)
         return end
 
+    def catch_up(self, ids: Sequence[int]) -> None:
+        """Let all but the last of `ids` be known. What is missing is computed as few tokens at once, which give what
+        they give one by one.
+
+        That is so with Mamba blocks alone, after something else was computed between two batches of drafts.
+        """
+        self.engine.exclusively(lambda: self._catch_up(ids))
+
+    def _catch_up(self, ids: Sequence[int]) -> None:
+        start, end = self._reusable(ids), len(ids) - 1
+        self._keep(start)
+        for first in range(start, end, _FEW):
+            new = ids[first : min(first + _FEW, end)]
+            self.engine.compute(Batch.of(new, first, self.number, ()))
+            self._ids += new
+
     def drafts(
         self,
         ids: Sequence[int],
@@ -88,13 +106,14 @@ class CachedSequence:
         known, end = self._reusable(ids), len(ids)
         self._keep(known)
         at = known
-        try:
-            while len(ids) < end + n:
-                batch = Batch.of(ids[at:], at, self.number)
-                at = len(ids)
-                ids.append(choose(self.engine.compute(batch, {self.number: counters}, run)[0]))
-        finally:
-            self._keep(known)
+        with self.engine.cells.held(self.number):
+            try:
+                while len(ids) < end + n:
+                    batch = Batch.of(ids[at:], at, self.number)
+                    at = len(ids)
+                    ids.append(choose(self.engine.compute(batch, {self.number: counters}, run)[0]))
+            finally:
+                self._keep(known)
         return ids[end:]
 
     def _keep(self, length: int) -> None:

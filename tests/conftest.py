@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import CHECKPOINTS
@@ -18,6 +20,7 @@ from parrot import WOMEN, make_parrot
 
 from convert import convert
 from runtime.bindings import sparse_ffn
+from runtime.draft_length import DraftLength
 
 BUNDLED = Path(__file__).parent.parent / "examples/tiny-relu-llama"
 
@@ -122,3 +125,16 @@ def handles(monkeypatch: pytest.MonkeyPatch) -> Handles:
     gc.collect()
     idle()
     return Handles(monkeypatch)
+
+
+@pytest.fixture(params=["fixed", "random"])
+def drafting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Drafts all the time, whether they pay or not: of one length, or of every length and kind."""
+    chance = random.Random(1)
+
+    def choose(_: DraftLength, at_most: int, usable: Sequence[Any]) -> tuple[Any, int]:
+        n = min(at_most, 4 if request.param == "fixed" else chance.randint(0, 15))
+        return (usable[chance.randrange(len(usable))], n) if n and usable else (None, 0)
+
+    monkeypatch.setattr(DraftLength, "choose", choose)
+    return str(request.param)

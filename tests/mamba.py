@@ -6,6 +6,7 @@ The reference shares no code with the runtime.
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,19 @@ def weights(s: Structure) -> Weights:
     for name in [name for name in made if name.endswith("ffn_down_t.weight")]:
         made[name.replace("down_t", "down")] = np.ascontiguousarray(made[name].T)
     return made
+
+
+def predicted(s: Structure, tensors: Weights, rank: int) -> tuple[Structure, Weights]:
+    """The same with a predictor in each FFN: what is nearest to its up rows, of that rank; perfect with WIDTH."""
+    ranks = tuple(rank * (n > 0) for n in s.each("feed_forward_length"))
+    s = replace(s, predictor="lowrank", predictor_rank=ranks, predictor_error=(1.0,) * s.block_count)
+    more: Weights = {}
+    for i in s.ffns:
+        u, sizes, v = np.linalg.svd(tensors[f"blk.{i}.ffn_up.weight"], full_matrices=False)
+        more[f"blk.{i}.predictor_in.weight"] = np.ascontiguousarray(v[:rank])
+        more[f"blk.{i}.predictor_out.weight"] = np.ascontiguousarray(u[:, :rank] * sizes[:rank])
+        more[f"blk.{i}.predictor_out.bias"] = np.zeros(FF, np.float32)
+    return s, tensors | more
 
 
 def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:

@@ -71,7 +71,7 @@ def test_more_texts_than_states_take_turns(path: Path) -> None:
 
 
 def test_a_shorter_beginning_is_kept_beside_a_longer_one() -> None:
-    cells = RecurrentCells(512, 6)
+    cells = RecurrentCells(512, 6, 7)
     scheduler = Scheduler(cells, 2, Pace(512))
 
     def compute(ids: list[int]) -> Task:
@@ -94,7 +94,7 @@ def test_a_shorter_beginning_is_kept_beside_a_longer_one() -> None:
 
 
 def test_what_an_error_took_is_not_taken_for_kept() -> None:
-    cells = RecurrentCells(512, 6)
+    cells = RecurrentCells(512, 6, 7)
     scheduler = Scheduler(cells, 2, Pace(512))
     ids = random_ids(60, mamba.VOCAB)
     task = Task(ids, 100)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +36,6 @@ def synthetic(make_once: MakeOnce) -> Callable[[str], Path]:
         return make_once(f"verified-{shape}.gguf", lambda path: write_model(Recipe(shape, 0.1, types[shape]), path))
 
     return made
-
-
-@pytest.fixture(params=["fixed", "random"])
-def drafting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Drafts all the time, whether they pay or not: of one length, or of every length and kind."""
-    chance = random.Random(1)
-
-    def choose(_: DraftLength, at_most: int, usable: Sequence[Any]) -> tuple[Any, int]:
-        n = min(at_most, 4 if request.param == "fixed" else chance.randint(0, 15))
-        return (usable[chance.randrange(len(usable))], n) if n and usable else (None, 0)
-
-    monkeypatch.setattr(DraftLength, "choose", choose)
-    return str(request.param)
 
 
 def continued(

@@ -404,6 +404,8 @@ def ggml_permute(ctx: ContextP, a: TensorP, axis0: Int, axis1: Int, axis2: Int, 
 @stub(GGML_BASE)
 def ggml_cont(ctx: ContextP, a: TensorP) -> TensorP: ...
 @stub(GGML_BASE)
+def ggml_cpy(ctx: ContextP, a: TensorP, b: TensorP) -> TensorP: ...
+@stub(GGML_BASE)
 def ggml_rope_ext(
     ctx: ContextP,
     a: TensorP,

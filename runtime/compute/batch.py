@@ -84,7 +84,8 @@ class GraphInputs:
     data: ids, int32 [n_tokens]; or hidden states, float32 [n_tokens, n_embd], where the graph starts from them.
     positions: int32 [n_tokens]. cells: of the KV cache, int64 [n_tokens]. outputs: int32 [n_outputs].
     masks: of each distinct window, rising: float16 [n_tokens, n_kv], 0 where a token sees a cell, else minus infinity.
-    numbers: of the sequences, int32 [n_sequences], where there are Mamba blocks; else None.
+    states: where there are Mamba blocks, the rows that each sequence's states are read from, and written to, int32
+    [n_sequences] each; else none.
     """
 
     data: npt.NDArray[np.int32] | npt.NDArray[np.float32]
@@ -92,10 +93,9 @@ class GraphInputs:
     cells: npt.NDArray[np.int64]
     outputs: Ints
     masks: tuple[npt.NDArray[np.float16], ...]
-    numbers: Ints | None = None
+    states: tuple[Ints, ...] = ()
 
     @property
     def arrays(self) -> tuple[npt.NDArray[np.generic], ...]:
         """All but `data`, in the order of `Inputs.tensors`."""
-        numbers = () if self.numbers is None else (self.numbers,)
-        return self.positions, self.cells, self.outputs, *numbers, *self.masks
+        return self.positions, self.cells, self.outputs, *self.states, *self.masks

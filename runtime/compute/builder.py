@@ -41,6 +41,8 @@ class GraphSpec:
     end: int | None = None
     tapped: bool = False  # keep inner results
     runs: tuple[int, ...] = ()  # with Mamba blocks: how many tokens of each sequence stand one behind the other
+    logged: bool = False  # Mamba blocks keep what their states follow from
+    replays: bool = False  # nothing but the states of Mamba blocks, from what was kept
     tiled: bool = False  # matrices are multiplied as they are stored, tile by tile, where there are kernels for it
 
 
@@ -50,20 +52,21 @@ class Inputs:
 
     positions: I32 [n_tokens]. cells: rows of the KV cache, I64 [n_tokens]. outputs: I32 [n_outputs].
     masks: of each distinct window of the model's attentions (0: none), F16 [n_kv, n_tokens].
-    sequences: their numbers, I32 [n_sequences]; None where no block is a Mamba block.
+    states: rows that each sequence's states are read from, and written to, I32 [n_sequences] each; none where no block
+    is a Mamba block.
     """
 
     positions: ggml.TensorP
     cells: ggml.TensorP
     outputs: ggml.TensorP
     masks: dict[int, ggml.TensorP]
-    sequences: ggml.TensorP | None = None
+    states: tuple[ggml.TensorP, ...] = ()
 
     @property
     def tensors(self) -> tuple[ggml.TensorP, ...]:
         """All of them, masks by rising window: in the order of `GraphInputs.arrays`."""
         masks = (self.masks[window] for window in sorted(self.masks))
-        return self.positions, self.cells, self.outputs, *((self.sequences,) if self.sequences else ()), *masks
+        return self.positions, self.cells, self.outputs, *self.states, *masks
 
 
 @dataclass(frozen=True)

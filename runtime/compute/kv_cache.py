@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,6 @@ from runtime.base.closing import Closing, Handles
 from runtime.base.figures import size as size_text
 from runtime.bindings import ggml
 from runtime.compute.batch import Batch
-from runtime.compute.states import state_bytes
 from runtime.compute.weights import new_context
 from runtime.errors import UserError
 from runtime.model_file.structure import Structure
@@ -28,7 +28,7 @@ def cache_bytes(s: Structure, options: SettledOptions) -> int:
     """Bytes of all keys and values, and of states, that there is room for, all layers."""
     size = ggml.ggml_row_size(options.kv_type_id, 1)
     kv = 2 * size * options.cells * sum(a.kv_length for a in s.attentions.values())
-    return kv + state_bytes(s) * (options.kept_sequences + 1)  # one is copied
+    return kv + sum(m.held_bytes(options.kept_states, options.logged) for m in s.mambas.values())
 
 
 def padded_cells(n: int) -> int:
@@ -79,9 +79,11 @@ class CellTable:
     """Which position of which sequences each cell holds. A cell may belong to several sequences.
 
     positions: int32 [n]. members: uint64 [n], a bit for each sequence; 0: the cell is free. n: n_cells, padded.
+    states: see `GraphInputs`, of the last batch that was taken in.
     """
 
     can_trim = True  # keys and values stand alone: the end of a sequence can be taken back
+    states: tuple[npt.NDArray[np.int32], ...] = ()
 
     def __init__(self, n_cells: int) -> None:
         self.n_cells, self.n_sequences = n_cells, MAX_SEQUENCES
@@ -185,6 +187,14 @@ class CellTable:
 
     def save(self, sequence: int) -> None:
         """Make the present length of a sequence one that it can be taken back to: here each is."""
+
+    def held(self, sequence: int) -> AbstractContextManager[None]:
+        """Within a `with` statement, the sequence can be taken back to its present length: here to any."""
+        return nullcontext()
+
+    def logs(self, batch: Batch) -> bool:
+        """Whether states of Mamba blocks need something of a batch to be kept."""
+        return False
 
     def trim(self, sequence: int, length: int = 0) -> None:
         """Forget a sequence from position `length` on. Cells that no other sequence holds are free then."""

@@ -18,15 +18,16 @@ from runtime.model_file.structure import Mamba2, Structure
 
 @dataclass(frozen=True)
 class Move:
-    """What is to happen to states before the next batch is computed.
+    """What is to happen to a row of states before the next batch is computed.
 
-    kind: `begin` (as before the first token), `copy` (from another sequence), `save` (a copy in main memory), `restore`
-    (from the copy of that sequence, or of another), `forget` (the copy). source: of `copy` and `restore`.
+    kind: `begin` (as before the first token), `copy` (from `source`), or `replay`: what `source` becomes by the first
+    `length` tokens of the log. A move may be done again: it does not change what it reads.
     """
 
     kind: str
-    sequence: int
+    row: int
     source: int = 0
+    length: int = 0
 
 
 def state_bytes(s: Structure) -> int:
@@ -35,28 +36,29 @@ def state_bytes(s: Structure) -> int:
 
 
 class StateCache(Closing):
-    """States of some blocks: of each two F32 matrices, [conv_state, n] and [scan_state, n], a row for each sequence.
+    """States of some blocks: of each two F32 matrices, [conv_state, n] and [scan_state, n]; a row is one sequence's.
 
-    A row has no meaning until its sequence begins. Copies lie in main memory. Raises UserError where memory does not
-    suffice.
+    logged: so many tokens of a batch have a place, [log_length, logged], for what states follow from.
+    A row has no meaning until a sequence begins there. Raises UserError where memory does not suffice.
     """
 
-    def __init__(self, backend: ggml.BackendP, mambas: Mapping[int, Mamba2], n_sequences: int) -> None:
+    def __init__(
+        self, backend: ggml.BackendP, mambas: Mapping[int, Mamba2], n_states: int = 1, logged: int = 0
+    ) -> None:
         self._buffer = ggml.BufferP()
-        self._saved: dict[int, list[npt.NDArray[np.float32]]] = {}
         with Handles() as handles:
-            context = handles.add(new_context(2 * len(mambas)), ggml.ggml_free)
-            self._states = {
-                i: tuple(
-                    ggml.ggml_new_tensor_2d(context, ggml.F32, n, n_sequences) for n in (m.conv_state, m.scan_state)
-                )
-                for i, m in mambas.items()
-            }
+            context = handles.add(new_context(3 * len(mambas)), ggml.ggml_free)
+
+            def new(length: int, n: int) -> ggml.TensorP:
+                return ggml.ggml_new_tensor_2d(context, ggml.F32, length, n)
+
+            self._states = {i: (new(m.conv_state, n_states), new(m.scan_state, n_states)) for i, m in mambas.items()}
+            self._logs = {i: new(m.log_length, logged) for i, m in mambas.items()} if logged else {}
             if mambas:
                 self._buffer = ggml.ggml_backend_alloc_ctx_tensors(context, backend)
                 handles.add(self._buffer, ggml.ggml_backend_buffer_free)
                 if not self._buffer:
-                    size = n_sequences * sum(m.state_bytes for m in mambas.values())
+                    size = sum(m.held_bytes(n_states, logged) for m in mambas.values())
                     raise UserError(
                         f"not enough memory for {size_text(size)} of states", "answer fewer at once, with --parallel"
                     )
@@ -67,21 +69,19 @@ class StateCache(Closing):
         conv, scan = self._states[i]
         return conv, scan
 
-    def apply(self, move: Move) -> None:
-        """Do what a move says."""
-        if move.kind == "begin":
-            for tensor in self._tensors:
-                _set(tensor, move.sequence, np.zeros(tensor.ne[0], np.float32))
-        elif move.kind == "copy":
-            for tensor in self._tensors:
-                _set(tensor, move.sequence, _get(tensor, move.source))
-        elif move.kind == "save":
-            self._saved[move.sequence] = [_get(tensor, move.sequence) for tensor in self._tensors]
-        elif move.kind == "restore":
-            for tensor, row in zip(self._tensors, self._saved[move.source], strict=True):
-                _set(tensor, move.sequence, row)
-        else:
-            self._saved.pop(move.sequence, None)
+    def log(self, i: int) -> ggml.TensorP:
+        """Where block `i` keeps what its states follow from: [log_length, logged]."""
+        return self._logs[i]
+
+    def begin(self, row: int) -> None:
+        """Let a row be as before the first token."""
+        for tensor in self._tensors:
+            _set(tensor, row, np.zeros(tensor.ne[0], np.float32))
+
+    def copy(self, source: int, row: int) -> None:
+        """Let a row be as another one."""
+        for tensor in self._tensors:
+            _set(tensor, row, _get(tensor, source))
 
     @property
     def _tensors(self) -> list[ggml.TensorP]:
@@ -89,12 +89,11 @@ class StateCache(Closing):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory, without copies."""
+        """Bytes of memory."""
         return ggml.ggml_backend_buffer_get_size(self._buffer) if self._buffer else 0
 
     def close(self) -> None:
         """Release the memory."""
-        self._saved.clear()
         self._handles.close()
 
 

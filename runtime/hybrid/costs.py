@@ -222,7 +222,7 @@ def _block(file: GgufFile, i: int, options: PlanOptions, share: float) -> BlockC
     mamba = s.mambas.get(i)
     state = mamba.state_bytes if mamba else 0
     stored = sum(map(_stored, always)) + _slack(tensors) + kv * padded_cells(options.run.cells)
-    stored += state * options.run.kept_sequences
+    stored += mamba.held_bytes(options.run.kept_states, options.run.logged) if mamba else 0
     read = sum(t.nbytes for t in always) + kv * positions + 2 * state  # which is written, too
     block = BlockCosts(stored=stored, read=read, predictor=0, neurons=0, cuts=(0,), hot=(0,), cold=(0.0,))
     return _with_neurons(block, ffn, file, i, options, share) if ffn else block

@@ -12,10 +12,12 @@ from runtime.base import worker
 from runtime.base.closing import Closing, Handles
 from runtime.base.figures import memory
 from runtime.bindings import ggml
+from runtime.compute.batch import GraphInputs
 from runtime.compute.builder import GraphSpec, place_of
 from runtime.compute.kv_cache import padded_cells
 from runtime.compute.products import repacked_from, tiles_of
 from runtime.compute.repack import Repacked, repack
+from runtime.compute.states import Move
 from runtime.compute.trace import Trace
 from runtime.compute.weights import Weights
 from runtime.errors import UserError
@@ -51,7 +53,7 @@ class Executor(Closing):
         tensor_map: TensorMap,
         trace: Trace | None,
     ) -> None:
-        self.map, self.cache = tensor_map, ScheduleCache()
+        self.map, self.cache, self._options = tensor_map, ScheduleCache(), options
         self._weights, self._backend, self._arrangement = weights, backend, arrangement
         self.device_bytes: tuple[int, ...] = ()  # of all buffers on each device
         with Handles() as handles:
@@ -61,8 +63,8 @@ class Executor(Closing):
                 handles.enter_context(repack(weights, backend, multiplied))
             worker.stop_if_unwanted()
             cells, kv_type = padded_cells(options.cells), options.kv_type_id
-            cpu, kept = CpuQueue(backend, trace), options.kept_sequences
-            self.sides = Sides(weights, tensor_map, cpu, devices, cells, kv_type, n_sequences=kept)
+            cpu, kept = CpuQueue(backend, trace), (None, options.kept_states, options.logged)
+            self.sides = Sides(weights, tensor_map, cpu, devices, cells, kv_type, *kept)
             handles.enter_context(self.sides)
             worker.stop_if_unwanted()
             handles.enter_context(self.cache)
@@ -76,6 +78,23 @@ class Executor(Closing):
     def schedule(self, spec: GraphSpec) -> Schedule:
         """The schedule of a spec, made where it is not kept; it stays the executor's, until the next call."""
         return self.cache.get(spec, lambda: self._new(spec, self._scratch_for(spec)))
+
+    def move_states(self, move: Move) -> None:
+        """Do to the states of Mamba blocks what was asked for, on all sides."""
+        if move.kind == "begin":
+            self.sides.begin(move.row)
+        elif move.kind == "copy":
+            self.sides.copy_states(move.source, move.row)
+        else:
+            self._replay(move)
+
+    def _replay(self, move: Move) -> None:
+        n = move.length
+        spec = GraphSpec(n, padded_cells(1), n, self._options, runs=(n,), replays=True)
+        schedule = self.schedule(spec)
+        zeros, rows = np.zeros(n, np.int32), tuple(np.array([row], np.int32) for row in (move.source, move.row))
+        masks = tuple(np.zeros((n, spec.n_kv), np.float16) for _ in self.map.structure.windows)
+        schedule.run(GraphInputs(zeros, zeros, zeros.astype(np.int64), zeros, masks, rows))
 
     def reserve(self, spec: GraphSpec) -> None:
         """Ask devices for the memory of the largest prompt at once, so that nothing has to grow later, and a budget

@@ -112,7 +112,8 @@ class Wait:
 class Schedule(Closing):
     """A built schedule. Call `run` from the thread that owns ggml; `close` frees it.
 
-    inputs: tensors in main memory that `run` fills, the ids or hidden states first. result: where it finds the result.
+    inputs: tensors in main memory that `run` fills, the ids or hidden states first. result: where it finds the result,
+    None where there is none.
     steps: what it does in between.
     devices: queues that it lets work. ffns: what our own operators count, by block. products: what others of them read.
     taps: inner results in main memory, where the spec asks for them. scratch: see `Builder`. nbytes: of the memory that
@@ -121,7 +122,7 @@ class Schedule(Closing):
 
     spec: GraphSpec
     inputs: Sequence[ggml.TensorP]
-    result: ggml.TensorP
+    result: ggml.TensorP | None
     steps: Sequence[Step]
     devices: Sequence[Queue]
     ffns: Mapping[int, Sequence[sparse_ffn.Ffn]]
@@ -134,7 +135,7 @@ class Schedule(Closing):
 
     def run(self, inputs: GraphInputs) -> npt.NDArray[np.float32]:
         """Compute a batch and return its logits, float32 [n_outputs, n_vocab]; hidden states where the schedule ends
-        before.
+        before; nothing, [0, 0], where there is no result.
 
         Raises UserError where ggml fails.
         """
@@ -156,7 +157,7 @@ class Schedule(Closing):
             self.trace.step += 1
         if self.scratch:
             self.scratch.check()
-        return read(self.result)
+        return read(self.result) if self.result else np.empty((0, 0), np.float32)
 
     def close(self) -> None:
         """Free the subgraphs."""

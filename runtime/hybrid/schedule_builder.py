@@ -17,6 +17,7 @@ from runtime.compute.blocks import AtFfn, Blocks
 from runtime.compute.builder import Builder, GraphSpec, Inputs, equal_runs
 from runtime.compute.ffns import ffn_of
 from runtime.compute.ffns.neurons import FfnInputs
+from runtime.compute.mixers.mamba2 import Mamba2Mixer
 from runtime.compute.operators import Chosen, Userdata
 from runtime.compute.repack import Repacked
 from runtime.hybrid.schedule import Compute, Download, InOneOrder, Schedule, SetMark, Step, Upload, Wait
@@ -38,7 +39,9 @@ def build(spec: GraphSpec, sides: Sides, scratch: Repacked | None = None) -> Sch
         n_tensors = 64 + _TENSORS_PER_BLOCK * s.block_count + 8 * sum(len(b.pieces) for b in sides.map.blocks)
         graphs = [handles.enter_context(Subgraphs(m, n_tensors)) for m in sides.memories(handles)]
         building = _Building(spec, sides, graphs, scratch)
-        result = building.all()
+        if spec.replays:
+            building.replay()
+        result = None if spec.replays else building.all()
         for side, there in zip(sides.all, graphs, strict=True):
             for subgraph in there.all:
                 check_supported(subgraph.graph, side.queue.device)
@@ -102,14 +105,13 @@ class _Building:
             cells=there.at("cells", n, 1, ggml.I64),
             outputs=there.at("outputs", spec.n_outputs, 1, ggml.I32),
             masks={w: there.at(f"mask {w}", spec.n_kv, n, ggml.F16) for w in windows},
-            sequences=there.at("sequences", len(spec.runs), 1, ggml.I32) if spec.runs else None,
+            states=tuple(there.at(f"states {k}", len(spec.runs), 1, ggml.I32) for k in range(2) if spec.runs),
         )
 
     def _sources(self, side: int) -> list[ggml.TensorP]:
         """What a device's inputs are copied from, in the order of `Inputs.tensors`."""
         host, masks = self.inputs[CPU], sorted(self.inputs[side].masks)
-        numbers = [host.sequences] if host.sequences else []
-        return [host.positions, host.cells, host.outputs, *numbers, *(host.masks[w] for w in masks)]
+        return [host.positions, host.cells, host.outputs, *host.states, *(host.masks[w] for w in masks)]
 
     # --- the whole ---------------------------------------------------------------------------------------------------
 
@@ -129,6 +131,18 @@ class _Building:
         result = self._left(x, "result")
         self._ended(last=True)
         return result
+
+    def replay(self) -> None:
+        """Add what changes states as logged tokens did; there is no result."""
+        self.input = self._graphs[CPU].at("tokens", self._spec.n_tokens, 1, ggml.I32)
+        self._front = False
+        for side in self.inputs:
+            self._side = side
+            for i, shape in self._map.mambas(side).items():
+                self._held.append(i)
+                Mamba2Mixer(self._builder(), shape, i).replayed()
+            if self._open:
+                self.steps += self._ended()
 
     def _moved(self, x: ggml.TensorP, side: int) -> ggml.TensorP:
         """Hidden states on another side."""

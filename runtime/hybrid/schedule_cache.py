@@ -11,7 +11,7 @@ from runtime.compute.builder import GraphSpec
 from runtime.compute.repack import Repacked
 from runtime.hybrid.schedule import Schedule
 
-_KEPT_SMALL, _KEPT_LARGE = 24, 6  # of up to FEW_TOKENS tokens; of prompts
+_KEPT = {"few": 24, "prompt": 6, "replay": FEW_TOKENS}  # of up to FEW_TOKENS tokens; of more; of states alone
 _KEEPABLE = 128  # tokens: what a schedule of more holds is large, and prompts seldom have the same length twice
 
 
@@ -30,8 +30,8 @@ class ScheduleCache(Closing):
         if kept:
             self._schedules.move_to_end(spec)
             return kept
-        like = [other for other in self._schedules if _is_large(other) == _is_large(spec)]
-        if len(like) >= (_KEPT_LARGE if _is_large(spec) else _KEPT_SMALL):
+        like = [other for other in self._schedules if _kind(other) == _kind(spec)]
+        if len(like) >= _KEPT[_kind(spec)]:
             self._drop(like[0].__eq__)
         made = self._schedules[spec] = make()
         return made
@@ -72,3 +72,7 @@ class ScheduleCache(Closing):
 
 def _is_large(spec: GraphSpec) -> bool:
     return spec.n_tokens > FEW_TOKENS
+
+
+def _kind(spec: GraphSpec) -> str:
+    return "replay" if spec.replays else "prompt" if _is_large(spec) else "few"

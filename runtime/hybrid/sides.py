@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from runtime.base.closing import Closing, Handles
 from runtime.bindings import ggml
 from runtime.compute.ffns.experts import members, members_name
 from runtime.compute.kv_cache import KvCache
-from runtime.compute.states import Move, StateCache
+from runtime.compute.states import StateCache
 from runtime.compute.weights import Tensors, Weights, new_context
 from runtime.hybrid.device_memory import Made, copied, viewed
 from runtime.hybrid.memory import SHORTER, SMALLER, Memory, device_kinds, host_kinds, plain_kinds
@@ -44,7 +44,7 @@ class Sides(Closing):
     """What lies on all sides, the CPU first; `close` frees it, when the queues have ended what they do.
 
     devices: their queues, in the order of the map's sides. n_cells: positions of the caches. blocks: those that have
-    caches, None for all. n_sequences: that have states in Mamba blocks.
+    caches, None for all. n_states, logged: see `StateCache`.
     Raises UserError where a side's memory does not suffice.
     """
 
@@ -57,11 +57,12 @@ class Sides(Closing):
         n_cells: int,
         kv_type: int,
         blocks: range | None = None,
-        n_sequences: int = 1,
+        n_states: int = 1,
+        logged: int = 0,
     ) -> None:
         self.weights, self.map = weights, tensor_map
         self._blocks = range(tensor_map.structure.block_count) if blocks is None else blocks
-        self._n_cells, self._kv_type, self._n_sequences = n_cells, kv_type, n_sequences
+        self._n_cells, self._kv_type, self._n_states, self._logged = n_cells, kv_type, n_states, logged
         # By block, how many tokens chose each of its experts, of what our operators computed.
         experts = {i: ffn.experts for i, ffn in tensor_map.structure.ffns.items() if ffn.experts}
         self.choices = {i: np.zeros(e.count, np.int64) for i, e in experts.items()}
@@ -138,13 +139,17 @@ class Sides(Closing):
         lengths = {i: length for i, length in self.map.kv_lengths(side).items() if i in self._blocks}
         mambas = {i: m for i, m in self.map.mambas(side).items() if i in self._blocks}
         kv = handles.enter_context(KvCache(queue.backend, self._kv_type, lengths, self._n_cells))
-        return kv, handles.enter_context(StateCache(queue.backend, mambas, self._n_sequences))
+        return kv, handles.enter_context(StateCache(queue.backend, mambas, self._n_states, self._logged))
 
-    def move_states(self, moves: Iterable[Move]) -> None:
-        """Do to the states of Mamba blocks what was asked for, on all sides."""
-        for move in moves:
-            for side in self.all:
-                side.states.apply(move)
+    def begin(self, row: int) -> None:
+        """Let a row of states be as before the first token, on all sides."""
+        for side in self.all:
+            side.states.begin(row)
+
+    def copy_states(self, source: int, row: int) -> None:
+        """Let a row of states be as another one, on all sides."""
+        for side in self.all:
+            side.states.copy(source, row)
 
     def memories(self, handles: Handles) -> list[Memory]:
         """Each side's memory for subgraphs. Where there are devices all schedules share it; on the CPU alone it goes

@@ -120,6 +120,15 @@ class Mamba2:
         """Of both, F32."""
         return 4 * (self.conv_state + self.scan_state)
 
+    @property
+    def log_length(self) -> int:
+        """Numbers of a token that states follow from: channels before the convolution, and a step for each head."""
+        return self.conv_channels + self.head_count
+
+    def held_bytes(self, n_states: int, logged: int) -> int:
+        """Bytes of so many sequences' states, and of what states follow from, of so many tokens."""
+        return n_states * self.state_bytes + 4 * self.log_length * logged
+
 
 @dataclass(frozen=True)
 class Block:

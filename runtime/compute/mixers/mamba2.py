@@ -34,12 +34,23 @@ class Mamba2Mixer:
         self.b, self.shape, self.i = b, shape, i
         self.norm = n.in_block(i, n.ATTN_NORM)
 
+    def replayed(self) -> None:
+        """Change states as the logged tokens of one sequence, the first ones, have changed them."""
+        n, log = self.b.spec.n_tokens, self._log()
+        self._scanned(ggml.ggml_view_2d(self.b.ctx, log, log.ne[0], n, log.nb[1], 0), _Part(0, n, 0, 1))
+
     def mixed(self, x: ggml.TensorP) -> ggml.TensorP:
         """What the new tokens' mixer gives: [n_embd, n_tokens] -> as long. Changes the states of their sequences."""
         b, m = self.b, self.shape
         x = b.repacked_for_batch(x, [n.weight_of(self.i, stem) for stem in n.MAMBA_MATRICES])
         made = b.linear(x, n.in_block(self.i, n.SSM_IN))  # z, x, B, C, and a step for each head
         z = ggml.ggml_cont(b.ctx, ggml.ggml_view_2d(b.ctx, made, m.inner_length, made.ne[1], made.nb[1], 0))
+        width, skipped = m.log_length, made.nb[0] * m.inner_length
+        made = ggml.ggml_view_2d(b.ctx, made, width, made.ne[1], made.nb[1], skipped)
+        if b.spec.logged:
+            log = self._log()
+            place = ggml.ggml_view_2d(b.ctx, log, width, made.ne[1], log.nb[1], 0)
+            b.also(ggml.ggml_cpy(b.ctx, made, place))
         parts = [self._scanned(made, part) for part in self._parts()]
         y = reduce(lambda one, other: ggml.ggml_concat(b.ctx, one, other, 1), parts)
         y = ggml.ggml_mul(b.ctx, y, ggml.ggml_silu(b.ctx, z))
@@ -56,16 +67,22 @@ class Mamba2Mixer:
             token, sequence = token + length * count, sequence + count
         return parts
 
+    def _log(self) -> ggml.TensorP:
+        assert self.b.states
+        return self.b.states.log(self.i)
+
     def _scanned(self, made: ggml.TensorP, part: _Part) -> ggml.TensorP:
-        """Of some sequences, the heads' results before gate and norm: [inner_length, their tokens]."""
+        """Of some sequences, the heads' results before gate and norm, from all that comes of the first product but z:
+        [log_length, n] -> [inner_length, their tokens].
+        """
         b, m, ctx = self.b, self.shape, self.b.ctx
         assert b.states
-        numbers = b.inputs.sequences
-        assert numbers
-        ids = ggml.ggml_view_1d(ctx, numbers, part.sequences, part.sequence * numbers.nb[0])
+        ids, written = (
+            ggml.ggml_view_1d(ctx, rows, part.sequences, part.sequence * rows.nb[0]) for rows in b.inputs.states
+        )
         kept, memory = b.states.of(self.i)
-        seen = self._convolved(self._of_part(made, part, m.inner_length, m.conv_channels), kept, ids, part)
-        step = self._of_part(made, part, m.inner_length + m.conv_channels, m.head_count)
+        seen = self._convolved(self._of_part(made, part, 0, m.conv_channels), kept, (ids, written), part)
+        step = self._of_part(made, part, m.conv_channels, m.head_count)
         step = ggml.ggml_add(ctx, ggml.ggml_cont(ctx, step), b.w[n.bias_of(self.i, n.SSM_DT)])
         x = self._split(seen, 0, m.head_length, m.head_count)
         width, group = m.group_count * m.state_length, (m.state_length, m.group_count)
@@ -84,23 +101,28 @@ class Mamba2Mixer:
         n_tokens = part.length * part.sequences
         size = m.inner_length * n_tokens * _F32  # the states stand behind the results
         states = ggml.ggml_view_2d(ctx, scanned, m.scan_state, part.sequences, m.scan_state * _F32, size)
-        b.also(ggml.ggml_set_rows(ctx, memory, states, ids))
+        b.also(ggml.ggml_set_rows(ctx, memory, states, written))
         y = ggml.ggml_view_2d(ctx, scanned, m.inner_length, n_tokens, m.inner_length * _F32, 0)
         skipped = ggml.ggml_mul(ctx, x, b.w[n.in_block(self.i, n.SSM_D)])
         return ggml.ggml_add(ctx, y, ggml.ggml_reshape_2d(ctx, skipped, m.inner_length, n_tokens))
 
-    def _convolved(self, new: ggml.TensorP, kept: ggml.TensorP, ids: ggml.TensorP, part: _Part) -> ggml.TensorP:
-        """Of channels [conv_channels, n, sequences], each over its last few tokens: as long. Keeps the last ones."""
+    def _convolved(
+        self, new: ggml.TensorP, kept: ggml.TensorP, rows: tuple[ggml.TensorP, ggml.TensorP], part: _Part
+    ) -> ggml.TensorP:
+        """Of channels [conv_channels, n, sequences], each over its last few tokens: as long. Keeps the last ones.
+
+        rows: of `kept`, that are read and written.
+        """
         b, m, ctx = self.b, self.shape, self.b.ctx
         n_before, n_sequences = m.conv_length - 1, part.sequences
-        rows = ggml.ggml_get_rows(ctx, kept, ids)
-        before = ggml.ggml_reshape_3d(ctx, rows, n_before, m.conv_channels, n_sequences)
+        ids, written = rows
+        before = ggml.ggml_reshape_3d(ctx, ggml.ggml_get_rows(ctx, kept, ids), n_before, m.conv_channels, n_sequences)
         both = ggml.ggml_concat(ctx, before, ggml.ggml_cont(ctx, ggml.ggml_permute(ctx, new, 1, 0, 2, 3)), 0)
         last = ggml.ggml_view_3d(
             ctx, both, n_before, m.conv_channels, n_sequences, both.nb[1], both.nb[2], part.length * _F32
         )
         last = ggml.ggml_reshape_2d(ctx, ggml.ggml_cont(ctx, last), m.conv_state, n_sequences)
-        b.also(ggml.ggml_set_rows(ctx, kept, last, ids))
+        b.also(ggml.ggml_set_rows(ctx, kept, last, written))
         seen = ggml.ggml_ssm_conv(ctx, both, b.w[n.weight_of(self.i, n.SSM_CONV)])
         return ggml.ggml_silu(ctx, b.biased(seen, n.in_block(self.i, n.SSM_CONV)))
 
