@@ -177,7 +177,10 @@ def test_pages_name_every_key(run: Client, tmp_path: Path) -> None:
         "runtime sparsity": (model,),
         "runtime devices": ("--measure",),
         "runtime plan": (model, "--vram-budget", "1", "--device-bandwidth", "1008", "--cpu-bandwidth", "60"),
-        "runtime report": (model, tmp_path / "page.html", "--device-bandwidth", "1008", "--cpu-bandwidth", "60"),
+        "runtime report": (
+            *(model, tmp_path / "page.html", "--device-bandwidth", "1008", "--cpu-bandwidth", "60"),
+            *("--ram-budget", "1", "--disk-bandwidth", "1", "--disk-reads", "50"),
+        ),
         "predictors evaluate": (model, text, "--tokens", "512"),
         "predictors fit": (model, tmp_path / "other.gguf", "--calibration-tokens", "2048"),
         "convert card": (model, "--perplexity", text, "--perplexity-tokens", "64"),

@@ -139,3 +139,22 @@ def test_a_disk_that_is_not_described_is_measured(fitted_gguf: Path, tmp_path: P
     done = run(fitted_gguf, "--ram-budget", 1, "--cpu-bandwidth", 30, "--json", env={"LAZYNEURON_CACHE": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["disk"]["sequential"] > 0
+
+
+def test_a_page_shows_budgets(fitted_gguf: Path, tmp_path: Path) -> None:
+    """As `plan` has them; those that are too small are left out, and without a budget there is nothing of it."""
+    budget, page = in_memory(fitted_gguf, "predicted") - 2 * MB, tmp_path / "page.html"
+    options = ("--n-ctx", 256, *MACHINE, "--json", "--force")
+    done = command("runtime", "report", fitted_gguf, page, "--ram-budget", f"{budget}B", *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])["memory"]
+    assert found["wanted"] == budget
+    shown = {plan["ram_budget"]: plan for plan in found["plans"]}
+    assert list(shown) == sorted(shown, reverse=True) and budget in shown and min(shown) > 4 * MB
+    wanted = plan_of(fitted_gguf, budget)
+    assert shown[budget]["tokens_per_s"] == pytest.approx(wanted.tokens_per_s)
+    assert shown[budget]["read"] == pytest.approx(wanted.read)
+    html = page.read_text("utf-8")
+    assert "Main memory and the disk" in html and f"<td>{wanted.neurons / wanted.rows:.1%}</td>" in html
+    command("runtime", "report", fitted_gguf, page, *options)
+    assert "Main memory and the disk" not in page.read_text("utf-8")

@@ -10,6 +10,7 @@ from typing import Any
 
 from runtime.analysis.budgets import placements
 from runtime.analysis.page_facts import bounds, facts_of, plain
+from runtime.analysis.paged_plan import memory_facts
 from runtime.analysis.placement import MachineFigures, measured_options
 from runtime.errors import UserError
 from runtime.hybrid.bandwidth import cpu, speed_of
@@ -46,6 +47,8 @@ def page_of(
     placement = placements(file, machine.options, budgets[0] if budgets else None, machine.free)
     options = machine.options
     rates = {"cpu_tokens_per_s": options.cpu_bandwidth, "device_tokens_per_s": options.device_bandwidths[0]}
+    if run.ram_budget is not None:
+        facts |= {"memory": memory_facts(file, run, figures)}
     made: dict[str, Any] = plain(
         facts
         | {

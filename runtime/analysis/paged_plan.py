@@ -5,9 +5,10 @@ expect, as plain values.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from runtime.analysis.placement import MachineFigures
 from runtime.base.figures import memory
 from runtime.compute.kv_cache import cache_bytes
 from runtime.errors import UserError
@@ -22,6 +23,7 @@ from runtime.model_file.reader import GgufFile
 from runtime.options import SettledOptions
 
 DISK = "disk"  # the part of a token's time
+_SHARES = (1.0, 0.75, 0.5, 0.35, 0.25)  # of the file's size: budgets that a page shows
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,32 @@ def paged_plan(
         reads=sum(layer.reads for layer in layers),
         layers=layers,
     )
+
+
+def memory_facts(file: GgufFile, run: SettledOptions, figures: MachineFigures) -> dict[str, Any]:
+    """For a page: the budget in `run` and shares of the file's size, as far as they suffice, largest first.
+
+    Raises UserError where the budget in `run` is too small.
+    """
+    wanted = run.ram_budget or 0
+    disk = figures.disk or disk_speed([part.path for part in file.parts])
+
+    def planned(budget: int) -> PagedPlan | None:
+        try:
+            return paged_plan(file, replace(run, ram_budget=budget), figures.cpu_bandwidth, figures.n_positions, disk)
+        except UserError:
+            if budget == wanted:
+                raise
+            return None
+
+    budgets = sorted({wanted, *(int(share * file.size) for share in _SHARES)}, reverse=True)
+    plans = [plan for plan in map(planned, budgets) if plan]
+    shown = ("ram_budget", "neurons", "rows", "read", "reads", "seconds", "tokens_per_s", "limit")
+    return {
+        "wanted": wanted,
+        "disk": asdict(disk),
+        "plans": [{name: getattr(plan, name) for name in shown} for plan in plans],
+    }
 
 
 def _kept(file: GgufFile, run: SettledOptions) -> tuple[int, int, int]:

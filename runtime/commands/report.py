@@ -31,6 +31,7 @@ def configure_parser(parser: Parser) -> None:
         "where the slider begins, e.g. 8 or 800MiB (half of what the whole model takes)",
         f"of the device's memory (measured; without a device {ASSUMED / 1e9:g} is assumed, for illustration)",
         " (measured)",
+        disk=True,
     )
     add_json(parser)
 

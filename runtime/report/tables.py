@@ -20,6 +20,10 @@ _CARRY = (1, 5, 10, 20, 50)  # percent of the neurons whose activations the tabl
 _NOT_SHOWN = ("predictor_rank", "predictor_error")  # of the structure: they stand in the table of predictors
 _SHOWN_ELSEWHERE = ("name", "license", "license.name", "base_model.0.name")
 
+_BUDGET_COLUMNS = (
+    *("main memory", "of the file", "neurons in memory", "from the disk", "reads", "tokens/s", "takes most"),
+)
+
 Facts = Mapping[str, Any]
 
 
@@ -49,6 +53,8 @@ def tables(facts: Facts) -> dict[str, Table]:
         ),
         "bounds": Table(("mode", "bytes per token", "tokens/s, CPU", "tokens/s, device"), tuple(_bounds(facts))),
     }
+    if "memory" in facts:
+        made["memory"] = Table(_BUDGET_COLUMNS, tuple(_memory(facts)))
     if facts["curves"]:
         columns = ("layer", "fire", "carry 80 %", "fire < 1 %", *(f"hottest {n} %" for n in _CARRY))
         made["neurons"] = Table(columns, tuple(_neurons(facts)))
@@ -111,6 +117,19 @@ def _layers(facts: Facts) -> Iterator[tuple[str, ...]]:
         attention = "device" if i >= row["resident_from"] else "CPU"
         shares = share(part(hot, placement["neurons"][i])), share(row["activations"][i])
         yield str(i), attention, f"{hot:,}", *shares, number(row["us"][i]), sides[row["waits"][i]]
+
+
+def _memory(facts: Facts) -> Iterator[tuple[str, ...]]:
+    for plan in facts["memory"]["plans"]:
+        yield (
+            memory(plan["ram_budget"]),
+            share(plan["ram_budget"] / facts["bytes"]),
+            share(plan["neurons"] / plan["rows"]),
+            size(plan["read"]),
+            f"{plan['reads']:,.0f}",
+            number(plan["tokens_per_s"]),
+            plan["limit"],
+        )
 
 
 def _budgets(facts: Facts) -> Iterator[tuple[str, ...]]:
