@@ -25,6 +25,7 @@ from convert.formats import NUMBERS, encode, row_bytes
 from runtime.bindings import ggml, sparse_ffn
 from runtime.compute.operators import (
     NativeTensors,
+    add_choice,
     add_native_ffn,
     add_predictor,
     add_product,
@@ -247,8 +248,14 @@ class Copies:
         ffns = [sparse_ffn.describe(self._ffn, self._rows(w).types, self.case.threads) for w in weights]
 
         def build(ctx: ggml.ContextP, x: ggml.TensorP, i: int) -> ggml.TensorP:
-            z = self._times(ctx, weights[i]["predictor_in"], x)
-            return add_predictor(ctx, z, ffns[i], weights[i]["predictor_out"], weights[i]["predictor_bias"], 0.0)
+            z, rows, bias = (
+                self._times(ctx, weights[i]["predictor_in"], x),
+                weights[i]["predictor_out"],
+                weights[i]["predictor_bias"],
+            )
+            if not by_rows(self._tokens) and tiles_of(rows):
+                return add_choice(ctx, self._times(ctx, rows, z), ffns[i], bias, 0.0)
+            return add_predictor(ctx, z, ffns[i], rows, bias, 0.0)
 
         prepared, results = self._graph(build)
         prepared.run()

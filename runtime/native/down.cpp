@@ -113,9 +113,39 @@ void down_few_tokens(const down_rows & rows, const gate_result & gates, const pa
     });
 }
 
+// The neurons that fire for each token of a tile, with all that their down rows are multiplied by. They are added up
+// AXPY_ROWS at a time, in whatever blocks of rows they were found: so what a token adds up together, and in which order,
+// depends on its own neurons alone.
+class waiting {
+  public:
+    explicit waiting(int64_t n_tokens) { std::fill(n_, n_ + n_tokens, 0); }
+
+    void push(int64_t at, const fired_neuron & neuron) { of_[at][n_[at]++] = neuron; }
+
+    // Adds up what there is of the first n tokens, but what is less than AXPY_ROWS of a token only in the end.
+    void add(const down_rows & rows, int64_t n, bool end, const partial & out) {
+        for (int64_t t = 0; t < n; t++) {
+            float * y = out.sums + t * y_stride(rows.f);
+            fired_neuron * neurons[ROW_BLOCK + AXPY_ROWS];
+            for (int k = 0; k < n_[t]; k++) {
+                neurons[k] = of_[t] + k;
+            }
+            int k = 0;
+            for (; n_[t] - k >= (end ? 1 : AXPY_ROWS); k += AXPY_ROWS) {
+                rows.add(neurons + k, std::min(AXPY_ROWS, n_[t] - k), nullptr, 0, y, out.scratch);
+            }
+            n_[t] = std::max(0, n_[t] - k);
+            std::copy(of_[t] + k, of_[t] + k + n_[t], of_[t]);
+        }
+    }
+
+  private:
+    fired_neuron of_[TOKEN_TILE][ROW_BLOCK + AXPY_ROWS];
+    int n_[TOKEN_TILE];
+};
+
 // Many tokens. A block of rows against every token of a tile: its gates, then the neurons that fire. So the rows
-// stay in the cache, and so do the sums. A row that no token of the tile wants is not read. What a token adds up, and
-// in which order, depends on its own neurons alone.
+// stay in the cache, and so do the sums. A row that no token of the tile wants is not read.
 class tiles_of_tokens {
   public:
     tiles_of_tokens(const lzn_ffn & f, const ggml_tensor * dst)
@@ -132,44 +162,23 @@ class tiles_of_tokens {
         for (int64_t t = t0; t < t1; t++) {
             gate_.ranges.of(t, ranges[t - t0]);
         }
+        waiting found(t1 - t0);
         for (int64_t block = ith * ROW_BLOCK; block < f_.n_ff; block += nth * ROW_BLOCK) {
-            firing found(t0, t1);
-            uint16_t wanted[ROW_BLOCK] = {};
+            uint32_t wanted[ROW_BLOCK] = {};
             for (int64_t t = t0; t < t1; t++) {
                 out.counts[t - t0].gates += want(block, ranges[t - t0], t, 1u << (t - t0), wanted);
             }
-            for (int64_t t = t0; t < t1; t += DOT_TOKENS) {  // whose x stays in L1
-                for (int64_t r = block; r < std::min<int64_t>(block + ROW_BLOCK, f_.n_ff); r++) {
-                    find(static_cast<int32_t>(r), wanted[r - block] >> (t - t0), t, ranges + (t - t0), found, t - t0);
-                }
+            for (int64_t r = block; r < std::min<int64_t>(block + ROW_BLOCK, f_.n_ff); r++) {
+                find(static_cast<int32_t>(r), wanted[r - block], t0, ranges, found, out.counts);
             }
-            for (int64_t t = t0; t < t1; t++) {
-                const int n_fired = found.n[t - t0];
-                out.counts[t - t0].fired += n_fired;
-                fired_neuron * neurons[ROW_BLOCK];
-                for (int k = 0; k < n_fired; k++) {
-                    neurons[k] = found.of[t - t0] + k;
-                }
-                for (int k = 0; k < n_fired; k += AXPY_ROWS) {
-                    float * y = out.sums + (t - t0) * y_stride(f_);
-                    rows_.add(neurons + k, std::min(AXPY_ROWS, n_fired - k), nullptr, 0, y, out.scratch);
-                }
-            }
+            found.add(rows_, t1 - t0, false, out);
         }
+        found.add(rows_, t1 - t0, true, out);
     }
 
   private:
-    // The neurons of a block of rows that fire, for each token of a tile, with all that their down rows are multiplied
-    // by.
-    struct firing {
-        fired_neuron of[TOKEN_TILE][ROW_BLOCK];
-        int n[TOKEN_TILE];
-
-        firing(int64_t t0, int64_t t1) { std::fill(n, n + (t1 - t0), 0); }
-    };
-
     // Sets a token's bit for the rows of a block that it scans; returns how many.
-    int32_t want(int64_t block, const token_rows & ranges, int64_t t, unsigned bit, uint16_t * wanted) const {
+    int32_t want(int64_t block, const token_rows & ranges, int64_t t, uint32_t bit, uint32_t * wanted) const {
         const uint64_t * masks = f_.predicted ? chosen_.masks(t) : nullptr;
         int32_t n = 0;
         for (int i = 0; i < ranges.n; i++) {
@@ -184,32 +193,41 @@ class tiles_of_tokens {
         return n;
     }
 
-    // One row's neuron, for those of DOT_TOKENS tokens from t on that want it: its gate, and its up product where it
-    // fires. at: of t, within the tile
-    void find(int32_t row, unsigned wanted, int64_t t, const token_rows * ranges, firing & found, int64_t at) const {
-        int64_t tokens[DOT_TOKENS];
-        int n = 0;
-        for (int k = 0; k < DOT_TOKENS; k++) {
-            tokens[n] = t + k;
-            n += wanted >> k & 1;
-        }
-        if (!n) {
-            return;
-        }
-        float gates[DOT_TOKENS], strengths[DOT_TOKENS];
-        gate_.of_tokens(row, 1, tokens, n, -1, gates);
+    // One row's neuron, for the tokens of a tile that want it, which begins with t0: their gates, and the up products of
+    // those for which it fires. What is read next is fetched meanwhile: most of what a predictor names fires.
+    void find(int32_t row, uint32_t wanted, int64_t t0, const token_rows * ranges, waiting & found,
+              count * counts) const {
+        int64_t fired[TOKEN_TILE];
+        float strengths[TOKEN_TILE];
         int n_fired = 0;
-        for (int k = 0; k < n; k++) {
-            if (gate_.fires(gates[k])) {
-                strengths[n_fired] = gate_.strength(gates[k], ranges[tokens[k] - t].around(row).weight);
-                tokens[n_fired++] = tokens[k];
+        for (const char * next = f_.predicted ? rows_.after_gate(row) : nullptr; wanted; next = nullptr) {
+            int64_t tokens[DOT_TOKENS];
+            float gates[DOT_TOKENS];
+            const int n = take(wanted, t0, tokens);
+            gate_.of_tokens(row, 1, tokens, n, next ? &next : nullptr, gates);
+            for (int k = 0; k < n; k++) {
+                fired[n_fired] = tokens[k];  // overwritten by the next one if this does not fire
+                strengths[n_fired] = gate_.strength(gates[k], ranges[tokens[k] - t0].around(row).weight);
+                n_fired += gate_.fires(gates[k]);
             }
         }
-        rows_.strengthen(row, tokens, n_fired, strengths);
-        for (int k = 0; k < n_fired; k++) {
-            const int64_t of = at + tokens[k] - t;
-            found.of[of][found.n[of]++] = {row, strengths[k]};
+        for (int k = 0; k < n_fired; k += DOT_TOKENS) {
+            const char * next = k ? nullptr : rows_.after_up(row);
+            rows_.strengthen(row, fired + k, std::min(DOT_TOKENS, n_fired - k), next, strengths + k);
         }
+        for (int k = 0; k < n_fired; k++) {
+            found.push(fired[k] - t0, {row, strengths[k]});
+            counts[fired[k] - t0].fired++;
+        }
+    }
+
+    // Takes the lowest DOT_TOKENS bits out of `wanted`, if there are as many; returns how many tokens they stand for.
+    static int take(uint32_t & wanted, int64_t t0, int64_t * tokens) {
+        int n = 0;
+        for (; wanted && n < DOT_TOKENS; wanted &= wanted - 1) {
+            tokens[n++] = t0 + __builtin_ctz(wanted);
+        }
+        return n;
     }
 
     const lzn_ffn & f_;

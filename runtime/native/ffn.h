@@ -6,7 +6,7 @@
 
 namespace lzn {
 
-constexpr int64_t TOKEN_TILE = 16;  // partial sums of this many tokens stay in L2 while weight rows pass
+constexpr int64_t TOKEN_TILE = 32;  // partial sums of this many tokens stay in L2 while weight rows pass, at most 32
 
 // The gate rows of one FFN, and who scans which of them.
 struct gate_rows {
@@ -36,8 +36,9 @@ struct gate_rows {
     }
 
     // Gates of some neurons that follow each other, at most DOT_ROWS, for n tokens, at most DOT_TOKENS: out[k * n + t].
-    // As many rows from `ahead` on are fetched meanwhile if it is not -1.
-    void of_tokens(int32_t neuron, int n_rows, const int64_t * tokens, int n, int32_t ahead, float * out) const {
+    // next: null or as many rows to fetch meanwhile.
+    void of_tokens(int32_t neuron, int n_rows, const int64_t * tokens, int n, const char * const * next,
+                   float * out) const {
         if (f.scored) {
             for (int k = 0; k < n_rows; k++) {
                 for (int t = 0; t < n; t++) {
@@ -45,15 +46,12 @@ struct gate_rows {
                 }
             }
         } else {
-            const char *xs[DOT_TOKENS], *rows[DOT_ROWS], *next[DOT_ROWS];
+            const char *xs[DOT_TOKENS], *rows[DOT_ROWS];
             for (int t = 0; t < n; t++) {
                 xs[t] = x + tokens[t] * f.x_stride;
             }
             consecutive(weights, f.gate, neuron, n_rows, rows);
-            if (ahead >= 0) {
-                consecutive(weights, f.gate, ahead, n_rows, next);
-            }
-            dots_tokens(f.gate, f.n_embd, n_rows, rows, ahead < 0 ? nullptr : next, n, xs, out);
+            dots_tokens(f.gate, f.n_embd, n_rows, rows, next, n, xs, out);
         }
         for (int k = 0; k < n_rows; k++) {
             for (int t = 0; t < n; t++) {
@@ -151,8 +149,18 @@ struct down_rows {
         }
     }
 
-    // Multiplies the strengths of one neuron, for up to DOT_TOKENS tokens, with its up products.
-    void strengthen(int32_t neuron, const int64_t * tokens, int n, float * strengths) const {
+    // What is read after a neuron's gate row, and after its up row, if it is as long; null for none.
+    const char * after_gate(int32_t neuron) const {
+        const lzn_rows & rows = f.gated ? f.up : f.down;
+        return rows.row_size == f.gate.row_size ? row_of(f.gated ? up : down, rows, neuron) : nullptr;
+    }
+    const char * after_up(int32_t neuron) const {
+        return f.up.row_size == f.down.row_size ? row_of(down, f.down, neuron) : nullptr;
+    }
+
+    // Multiplies the strengths of one neuron, for up to DOT_TOKENS tokens, with its up products. next: null or a row to
+    // fetch meanwhile.
+    void strengthen(int32_t neuron, const int64_t * tokens, int n, const char * next, float * strengths) const {
         if (!f.gated || !n) {
             return;
         }
@@ -162,7 +170,7 @@ struct down_rows {
             xs[k] = x + tokens[k] * f.x_stride;
         }
         const char * row = row_of(up, f.up, neuron);
-        dots_tokens(f.up, f.n_embd, 1, &row, nullptr, n, xs, ups);
+        dots_tokens(f.up, f.n_embd, 1, &row, next ? &next : nullptr, n, xs, ups);
         for (int k = 0; k < n; k++) {
             strengths[k] *= activated(ups[k] + bias_of(bias, neuron));
         }

@@ -37,25 +37,27 @@ class firing_lists {
         }
     }
 
-    // Those of rows first to end - 1 that tokens t to t + DOT_TOKENS - 1 want, by their masks.
-    void wanted(int64_t first, int64_t end, int64_t t, const uint64_t * masks) {
-        const auto bits = [=](int64_t r) { return masks[r] >> t & ((1u << DOT_TOKENS) - 1); };
+    // Those of rows first to end - 1 that tokens want, by their masks. A row is read once, for all who want it.
+    void wanted(int64_t first, int64_t end, const uint64_t * masks) {
         const auto next = [=](int64_t r) {
-            while (r < end && !bits(r)) {
+            while (r < end && !masks[r]) {
                 r++;
             }
             return r;
         };
-        for (int64_t r = next(first); r < end;) {
-            const int64_t ahead = next(r + 1);
-            int64_t tokens[DOT_TOKENS];
-            int n = 0;
-            for (int k = 0; k < DOT_TOKENS; k++) {
-                tokens[n] = t + k;
-                n += bits(r) >> k & 1;
+        int64_t after = next(first);
+        for (int64_t r = after; r < end; r = after) {
+            after = next(r + 1);
+            // Two rows ahead: one is not there in time. The other tokens of a row need not fetch it again.
+            int64_t ahead = next(after + 1);
+            for (uint64_t who = masks[r]; who; ahead = end) {
+                int64_t tokens[DOT_TOKENS];
+                int n = 0;
+                for (; who && n < DOT_TOKENS; who &= who - 1) {
+                    tokens[n++] = __builtin_ctzll(who);
+                }
+                look(static_cast<int32_t>(r), 1, tokens, n, ahead < end ? static_cast<int32_t>(ahead) : -1);
             }
-            look(static_cast<int32_t>(r), 1, tokens, n, ahead < end ? static_cast<int32_t>(ahead) : -1);
-            r = ahead;
         }
     }
 
@@ -79,10 +81,14 @@ class firing_lists {
     }
 
   private:
-    // As `gate_rows::of_tokens`.
+    // As `gate_rows::of_tokens`; as many rows from `ahead` on are fetched meanwhile if it is not -1.
     void look(int32_t row, int n_rows, const int64_t * tokens, int n, int32_t ahead) {
+        const char * next[DOT_ROWS];
+        if (ahead >= 0) {
+            consecutive(gate_.weights, gate_.f.gate, ahead, n_rows, next);
+        }
         float gates[DOT_ROWS * DOT_TOKENS];
-        gate_.of_tokens(row, n_rows, tokens, n, ahead, gates);
+        gate_.of_tokens(row, n_rows, tokens, n, ahead < 0 ? nullptr : next, gates);
         for (int k = 0; k < n_rows; k++) {
             for (int t = 0; t < n; t++) {
                 append(tokens[t], row + k, gates[k * n + t]);
@@ -138,11 +144,7 @@ void gate_candidates(const gate_rows & gate, const few_ranges & ranges, const ga
     const candidates chosen(gate.f, gate.candidates, ranges.n_tokens);
     const int64_t first = chosen.start(ith, nth), last = chosen.start(ith + 1, nth);
     firing_lists found(gate, ranges, out, ith, [&](int64_t t) { return ranges.of[t].before(first); });
-    for (int64_t block = first; block < last; block += ROW_BLOCK) {
-        for (int64_t t = 0; t < ranges.n_tokens; t += DOT_TOKENS) {
-            found.wanted(block, std::min(block + ROW_BLOCK, last), t, chosen.masks(0));
-        }
-    }
+    found.wanted(first, last, chosen.masks(0));
     found.finish();
 }
 

@@ -75,8 +75,8 @@ template <typename Prepare, typename Scores> class chooser {
         uint64_t * masks = out_.masks(t0);
         std::fill(masks + first, masks + last, 0);
         int32_t wanted = 0;
-        for (int64_t r = first; r < last; r += DOT_ROWS) {
-            for (int64_t t = t0; t < t1; t++) {
+        for (int64_t t = t0; t < t1; t++) {  // given scores of a token lie together
+            for (int64_t r = first; r < last; r += DOT_ROWS) {
                 wanted += in_rows(ranges[t - t0], r, std::min<int64_t>(r + DOT_ROWS, last), t, t - t0, masks);
             }
         }

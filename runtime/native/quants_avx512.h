@@ -4,6 +4,8 @@
 // offset is folded into the accumulator's start.
 #pragma once
 
+#include <algorithm>
+
 #include "x86.h"
 
 namespace {
@@ -30,78 +32,179 @@ struct q4_0_group {
     }
 };
 
-// x of one group: what belongs to the low nibbles, to the high ones, the sums that fold in the offset of 8, and the
-// scales.
-struct alignas(64) q4_0_x {
-    int8_t low[64];
-    int8_t high[64];
+// Products take four groups at a time: the sums of their blocks lie side by side in one vector, that of block `lane` of
+// group g at 4 lane + g. So one conversion, one scale and one addition serve 512 columns, and x is small: that of four
+// tokens stays in L1. What is left of a row comes group by group.
+constexpr int GROUPS = 4;
+constexpr int64_t WHOLE_COLUMNS = GROUPS * q4_0_group::COLUMNS;
+constexpr int64_t WHOLE_BYTES = GROUPS * q4_0_group::BYTES;
+
+// x of some groups: what belongs to the low nibbles of each, to the high ones, the sums that fold in the offset of 8, and
+// the scales; of a single group, a block's scale is there four times, and its sum once.
+template <int N> struct alignas(64) q4_0_x {
+    int8_t low[N][64];
+    int8_t high[N][64];
     int32_t start[16];
     float d[16];
 };
 
-size_t q4_0_arranged_size(int64_t n) { return (n + q4_0_group::COLUMNS - 1) / q4_0_group::COLUMNS * sizeof(q4_0_x); }
+// An arranged x: n / WHOLE_COLUMNS times four groups, then single ones.
+const q4_0_x<GROUPS> * q4_0_wholes(const void * x, int64_t i) { return static_cast<const q4_0_x<GROUPS> *>(x) + i; }
+const q4_0_x<1> * q4_0_singles(const void * x, int64_t n, int64_t i) { return reinterpret_cast<const q4_0_x<1> *>(q4_0_wholes(x, n / WHOLE_COLUMNS)) + i; }
+
+size_t q4_0_arranged_size(int64_t n) {
+    const int64_t singles = (n % WHOLE_COLUMNS + q4_0_group::COLUMNS - 1) / q4_0_group::COLUMNS;
+    return n / WHOLE_COLUMNS * sizeof(q4_0_x<GROUPS>) + singles * sizeof(q4_0_x<1>);
+}
+
+// Block `lane` of group g; returns minus eight times its sum.
+template <int N> int q4_0_put(const block_q8_0 & from, int64_t g, int64_t lane, q4_0_x<N> & to) {
+    std::memcpy(to.low[g] + 16 * lane, from.qs, 16);
+    std::memcpy(to.high[g] + 16 * lane, from.qs + 16, 16);
+    int sum = 0;
+    for (const int8_t q : from.qs) {
+        sum += q;
+    }
+    return -8 * sum;
+}
 
 void q4_0_arrange(int64_t n, const void * x, void * out) {
     const block_q8_0 * xs = static_cast<const block_q8_0 *>(x);
     std::memset(out, 0, q4_0_arranged_size(n));
+    const int64_t wholes = n / WHOLE_COLUMNS;
     for (int64_t b = 0; b < n / BLOCK; b++) {
-        q4_0_x & group = static_cast<q4_0_x *>(out)[b / 4];
-        const int lane = static_cast<int>(b % 4);
-        std::memcpy(group.low + 16 * lane, xs[b].qs, 16);
-        std::memcpy(group.high + 16 * lane, xs[b].qs + 16, 16);
-        for (int i = 0; i < 16; i++) {
-            group.start[4 * lane + i / 4] -= 8 * (xs[b].qs[i] + xs[b].qs[i + 16]);
-        }
-        for (int i = 0; i < 4; i++) {
-            group.d[4 * lane + i] = f16(xs[b].d);
+        const int64_t group = b / 4, lane = b % 4, g = group % GROUPS;
+        if (group < wholes * GROUPS) {
+            q4_0_x<GROUPS> & to = const_cast<q4_0_x<GROUPS> &>(*q4_0_wholes(out, group / GROUPS));
+            to.start[4 * lane + g] = q4_0_put(xs[b], g, lane, to);
+            to.d[4 * lane + g] = f16(xs[b].d);
+        } else {
+            q4_0_x<1> & to = const_cast<q4_0_x<1> &>(*q4_0_singles(out, n, g));
+            to.start[4 * lane] = q4_0_put(xs[b], 0, lane, to);
+            std::fill(to.d + 4 * lane, to.d + 4 * lane + 4, f16(xs[b].d));
         }
     }
 }
 
-// acc[t] + the products of one group with each token; every lane of 16 bytes has its own scale.
-template <int T> void q4_0_dot(const q4_0_group & w, const q4_0_x * const * x, vec * acc) {
-    const __m512i nibbles = _mm512_set1_epi8(15);
+// The products of a group's weights, of whose x `start` is the first sum.
+__m512i q4_0_integers(__m512i start, __m512i low, __m512i high, const int8_t * x_low, const int8_t * x_high) {
+    return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, low, _mm512_load_si512(x_low)), high, _mm512_load_si512(x_high));
+}
+__m512i q4_0_low(const q4_0_group & w) { return _mm512_and_si512(w.quants, _mm512_set1_epi8(15)); }
+__m512i q4_0_high(const q4_0_group & w) { return _mm512_and_si512(_mm512_srli_epi16(w.quants, 4), _mm512_set1_epi8(15)); }
+
+// acc[t] + the products of four groups of a row with each token.
+template <int T> __attribute__((always_inline)) inline void q4_0_dot(const q4_0_group * w, const q4_0_x<GROUPS> * const * x, vec * acc) {
+    // The scales of blocks 0 to 3 of two groups, for the first two words of each four.
+    const __m512i two_scales = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 59, 27, 59, 27, 50, 18, 50, 18, 41, 9, 41, 9, 32, 0, 32, 0);
+    const __m512i first = _mm512_permutex2var_epi16(w[0].first, two_scales, w[1].first);
+    const __m512i second = _mm512_permutex2var_epi16(w[2].first, two_scales, w[3].first);
+    const vec d = _mm512_cvtph_ps(_mm256_mask_blend_epi16(0xcccc, _mm512_castsi512_si256(first), _mm512_castsi512_si256(second)));
+    __m512i low[GROUPS], high[GROUPS];
+    for (int g = 0; g < GROUPS; g++) {
+        low[g] = q4_0_low(w[g]);
+        high[g] = q4_0_high(w[g]);
+    }
+    for (int t = 0; t < T; t++) {
+        __m512i p[GROUPS];
+        for (int g = 0; g < GROUPS; g++) {
+            p[g] = q4_0_integers(_mm512_setzero_si512(), low[g], high[g], x[t]->low[g], x[t]->high[g]);
+        }
+        const __m512i u = _mm512_add_epi32(_mm512_unpacklo_epi32(p[0], p[1]), _mm512_unpackhi_epi32(p[0], p[1]));
+        const __m512i v = _mm512_add_epi32(_mm512_unpacklo_epi32(p[2], p[3]), _mm512_unpackhi_epi32(p[2], p[3]));
+        const __m512i sums = _mm512_add_epi32(_mm512_unpacklo_epi64(u, v), _mm512_unpackhi_epi64(u, v));
+        const __m512i whole = _mm512_add_epi32(sums, _mm512_load_si512(x[t]->start));
+        acc[t] = fma(_mm512_cvtepi32_ps(whole), _mm512_mul_ps(d, _mm512_load_ps(x[t]->d)), acc[t]);
+    }
+}
+
+// The same of one group; every lane of 16 bytes has its own scale.
+template <int T> __attribute__((always_inline)) inline void q4_0_dot(const q4_0_group & w, const q4_0_x<1> * const * x, vec * acc) {
     const __m512i scale_words = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 27, 27, 27, 27, 18, 18, 18, 18, 9, 9, 9, 9, 0, 0, 0, 0);
-    const __m512i low = _mm512_and_si512(w.quants, nibbles), high = _mm512_and_si512(_mm512_srli_epi16(w.quants, 4), nibbles);
+    const __m512i low = q4_0_low(w), high = q4_0_high(w);
     const vec d = _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_permutexvar_epi16(scale_words, w.first)));
     for (int t = 0; t < T; t++) {
-        __m512i p = _mm512_dpbusd_epi32(_mm512_load_si512(x[t]->start), low, _mm512_load_si512(x[t]->low));
-        p = _mm512_dpbusd_epi32(p, high, _mm512_load_si512(x[t]->high));
+        const __m512i p = q4_0_integers(_mm512_load_si512(x[t]->start), low, high, x[t]->low[0], x[t]->high[0]);
         acc[t] = fma(_mm512_cvtepi32_ps(p), _mm512_mul_ps(d, _mm512_load_ps(x[t]->d)), acc[t]);
     }
 }
 
+// The sums of four vectors, each with the additions of `sum`.
+void four_sums(const vec * v, float * out) {
+    const vec u = add(_mm512_shuffle_f32x4(v[0], v[1], 0x44), _mm512_shuffle_f32x4(v[0], v[1], 0xee));
+    const vec w = add(_mm512_shuffle_f32x4(v[2], v[3], 0x44), _mm512_shuffle_f32x4(v[2], v[3], 0xee));
+    const vec quarters = add(_mm512_shuffle_f32x4(u, w, 0x88), _mm512_shuffle_f32x4(u, w, 0xdd));
+    const vec pairs = add(quarters, _mm512_permute_ps(quarters, 0x4e));
+    const vec sums = add(pairs, _mm512_permute_ps(pairs, 0xb1));
+    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(_mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0), sums)));
+}
+
+constexpr int64_t LONG = 6144;  // columns: the x of four tokens does not stay in L1, and two rows at once take it from L2
+
 struct q4_0_products {
     template <int R, int T> static void products(int64_t n, const char * const * rows, const char * const * next, const void * const * xs, float * out) {
-        const int64_t whole = n / q4_0_group::COLUMNS;
-        const int rest = static_cast<int>(n % q4_0_group::COLUMNS / BLOCK);
+        if constexpr (T == 1) {
+            return all<R, R, 1>(n, rows, next, xs, out);
+        } else if constexpr (R % 2 == 0) {
+            if (n > LONG) {
+                return all<R, 2, T>(n, rows, next, xs, out);
+            }
+        }
+        all<R, 1, T>(n, rows, next, xs, out);
+    }
+
+  private:
+    template <int R, int TOGETHER, int T> static void all(int64_t n, const char * const * rows, const char * const * next, const void * const * xs, float * out) {
+        vec acc[R][T];
+        for (int k = 0; k < R; k += TOGETHER) {
+            some<TOGETHER, T>(n, rows + k, next ? next + k : nullptr, xs, acc + k);
+        }
+        int i = 0;
+        for (const vec * of = acc[0]; i + 4 <= R * T; i += 4) {
+            four_sums(of + i, out + i);
+        }
+        for (const vec * of = acc[0]; i < R * T; i++) {
+            out[i] = sum(of[i]);
+        }
+    }
+
+    template <int R, int T> static void some(int64_t n, const char * const * rows, const char * const * next, const void * const * xs, vec (*result)[T]) {
         vec acc[R][T];
         for (auto & row : acc) {
             for (vec & a : row) {
                 a = zero();
             }
         }
-        const q4_0_x * x[T];
-        const auto go_to = [&](int64_t group) {
+        for (int64_t i = 0; i < n / WHOLE_COLUMNS; i++) {
+            fetch<WHOLE_BYTES>(next, R, i * WHOLE_BYTES);
+            const q4_0_x<GROUPS> * x[T];
             for (int t = 0; t < T; t++) {
-                x[t] = static_cast<const q4_0_x *>(xs[t]) + group;
+                x[t] = q4_0_wholes(xs[t], i);
             }
-        };
-        for (int64_t g = 0; g < whole; g++) {
-            fetch<q4_0_group::BYTES>(next, R, g * q4_0_group::BYTES);
-            go_to(g);
+#pragma GCC unroll 4
             for (int k = 0; k < R; k++) {
-                q4_0_dot<T>(q4_0_group::whole(rows[k] + g * q4_0_group::BYTES), x, acc[k]);
+                const char * p = rows[k] + i * WHOLE_BYTES;
+                const q4_0_group w[GROUPS] = {q4_0_group::whole(p), q4_0_group::whole(p + q4_0_group::BYTES), q4_0_group::whole(p + 2 * q4_0_group::BYTES), q4_0_group::whole(p + 3 * q4_0_group::BYTES)};
+                q4_0_dot<T>(w, x, acc[k]);
             }
         }
-        go_to(whole);
+#pragma GCC unroll 4
         for (int k = 0; k < R; k++) {
-            if (rest) {
-                q4_0_dot<T>(q4_0_group::part(rows[k] + whole * q4_0_group::BYTES, rest), x, acc[k]);
-            }
+            singles<T>(n, rows[k], xs, acc[k]);
+            std::copy(acc[k], acc[k] + T, result[k]);
+        }
+    }
+
+    template <int T> static void singles(int64_t n, const char * row, const void * const * xs, vec * acc) {
+        int64_t i = 0;
+        for (int64_t c = n / WHOLE_COLUMNS * WHOLE_COLUMNS; c < n; c += q4_0_group::COLUMNS, i++) {
+            const char * p = row + c / BLOCK * sizeof(block_q4_0);
+            const q4_0_x<1> * x[T];
             for (int t = 0; t < T; t++) {
-                out[k * T + t] = sum(acc[k][t]);
+                x[t] = q4_0_singles(xs[t], n, i);
             }
+            const bool whole = c + q4_0_group::COLUMNS <= n;
+            q4_0_dot<T>(whole ? q4_0_group::whole(p) : q4_0_group::part(p, static_cast<int>((n - c) / BLOCK)), x, acc);
         }
     }
 };

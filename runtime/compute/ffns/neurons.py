@@ -161,7 +161,10 @@ class NeuronFfn:
         if b.s.predictor == "signbit":
             rows = b.w[self._named(self.stems.predictor_sign)]
         else:
-            x, rows = self._narrowed(x), b.w[n.weight_of(self.i, self.stems.predictor_out)]
+            name = n.weight_of(self.i, self.stems.predictor_out)
+            x, rows = self._narrowed(x), b.w[name]
+            if chosen is None and not by_rows(x.ne[1]) and tiles_of(rows):
+                return add_choice(b.ctx, b.times(name, x), self._description(), bias, self._shift())
         return add_predictor(b.ctx, x, self._description(), rows, bias, self._shift(), chosen)
 
     def scores(self, x: ggml.TensorP) -> ggml.TensorP:
