@@ -1,50 +1,42 @@
-"""Runs token ids through a model: owns the weights, the KV cache and the executor, and does all work with them on the
-worker.
+"""Runs token ids through a model, or through some of its blocks, in this process: owns the weights, the KV cache and
+the executor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TypeVar
-
 import numpy as np
-import numpy.typing as npt
 
-from runtime.base import worker
 from runtime.base.closing import Handles
 from runtime.base.memory_left import memory_left
-from runtime.base.worker import OfWorker
+from runtime.base_engine import BaseEngine, Counted, Done, Floats
 from runtime.bindings import ggml, sparse_ffn
 from runtime.compute.batch import Batch, GraphInputs, Ints
 from runtime.compute.builder import GraphSpec
-from runtime.compute.counters import Counters, LayerCount
+from runtime.compute.counters import LayerCount
 from runtime.compute.dense_threshold import dense_from, expected
 from runtime.compute.kv_cache import CellTable, cache_bytes, padded_cells
 from runtime.compute.paging import PagedStats, Paging
 from runtime.compute.recurrent_cells import RecurrentCells
 from runtime.compute.threadpool import new_pool
 from runtime.compute.trace import Trace
-from runtime.compute.traffic import kv_bytes
 from runtime.compute.weights import Weights
 from runtime.hybrid.choose import Arrangement
-from runtime.hybrid.costs import LOGITS
 from runtime.hybrid.executor import Executor
 from runtime.hybrid.held_weights import choose_held
 from runtime.hybrid.schedule import Schedule
 from runtime.hybrid.tensor_map import cpu_alone
 from runtime.model_file.reader import GgufFile
-from runtime.model_file.tensor_shapes import required_tensors
+from runtime.model_file.structure import Structure
+from runtime.model_file.tensor_shapes import tensors_of
 from runtime.options import SettledOptions
 
-T = TypeVar("T")
 
-
-class Engine(OfWorker):
-    """A model ready to compute. Its methods do their work on the worker, one after the other, whichever threads call
-    them.
+class Engine(BaseEngine):
+    """A model ready to compute, or some blocks of it.
 
     arrangement: what is on devices; None, or nothing: all is computed on the CPU. trace: collects when what was
-    computed, and is written at the end.
+    computed, and is written at the end. blocks: which, None for all; with the first one there are the embeddings, with
+    the last one the head.
     The file's mapping belongs to the engine. All is freed behind what the worker does: by `close`, or when nothing
     refers to the engine any more.
     Raises UserError where memory does not suffice, and after `close`.
@@ -56,33 +48,29 @@ class Engine(OfWorker):
         options: SettledOptions,
         arrangement: Arrangement | None = None,
         trace: Trace | None = None,
+        blocks: range | None = None,
     ) -> None:
-        super().__init__(f"`{file.path}`: the model")
-        self.structure, self.options, self._trace = file.structure, options, trace
-        self._run = options.deciding
+        super().__init__(f"`{file.path}`: the model", file.structure, options, table_for(file.structure, options))
+        self._trace, self.blocks = trace, blocks or range(self.structure.block_count)
         self.asked, self.arrangement = arrangement, arrangement if arrangement and arrangement.used else None
         self.map = self.arrangement.tensor_map if self.arrangement else cpu_alone(self.structure, options.predicts)
-        kept = options.kept_sequences, options.kept_states, options.logged
-        recurrent = bool(self.structure.mambas)
-        self.cells = RecurrentCells(options.cells, *kept) if recurrent else CellTable(options.cells)
-        self.counters = Counters(self.structure, options.ffn)  # of all that is computed
         activity = expected(file, self._run.ffn, options.predictor_bias)
         self._dense_from = dense_from(self.structure, file.tensors, activity)
         self._paged: PagedStats | None = None
-        self.memory_note = ""  # why weights are not in memory that should be
         self._open(lambda handles: self._collect(file, handles))
 
     def _collect(self, file: GgufFile, handles: Handles) -> None:
         if self.options.by_rows:
             sparse_ffn.library()
         self._backend = self._open_backend(handles)
-        choice = choose_held(file, self.map, self.options, self.kv_held, memory_left())
+        names, threads = tensors_of(self.structure, self.blocks), self.options.threads
+        self._cache_bytes = cache_bytes(self.structure, self.options, self.blocks)
+        choice = choose_held(file, self.map, self.options, self._cache_bytes, memory_left(), names)
         self.memory_note = choice.note
-        names, threads = required_tensors(self.structure), self.options.threads
         self._paging = None if self.options.ram_budget is None else handles.enter_context(Paging(file))
         self.weights = handles.enter_context(Weights(file, names, choice.held, threads, self._paging))
-        self._executor = Executor(self.weights, self._backend, self.options, self.arrangement, self.map, self._trace)
-        handles.enter_context(self._executor)
+        where = (self.arrangement, self.map, self._trace, self.blocks)
+        self._executor = handles.enter_context(Executor(self.weights, self._backend, self.options, *where))
         n = min(self.options.n_batch, self.options.n_ctx)
         runs = (n,) if self.structure.mambas else ()
         largest = self._spec(n, padded_cells(self.options.cells), 1, self._run, runs)
@@ -96,12 +84,15 @@ class Engine(OfWorker):
 
     def _allow(self, paging: Paging, computing: int) -> None:
         """Leave to rows what the budget has beside all else. computing: bytes of the schedules."""
-        paging.allow((self.options.ram_budget or 0) - self.weights.held_bytes - self.kv_held - computing)
+        paging.allow((self.options.ram_budget or 0) - self.weights.held_bytes - self._cache_bytes - computing)
+
+    @property
+    def held_bytes(self) -> int:
+        """See `BaseEngine.held_bytes`."""
+        return self.weights.held_bytes
 
     def paged(self) -> PagedStats | None:
-        """What was read from the file while computing, up to the last batch that has ended; None without a budget of
-        main memory. Does not wait for the worker.
-        """
+        """See `BaseEngine.paged`; up to the last batch that has ended. Does not wait for the worker."""
         return self._paged
 
     def _note_paged(self, now: PagedStats) -> None:
@@ -121,55 +112,16 @@ class Engine(OfWorker):
             ggml.ggml_backend_cpu_set_threadpool(backend, pool)
         return backend
 
-    def exclusively(self, work: Callable[[], T]) -> T:
-        """Run something on the worker, where nothing else is computed meanwhile, and return what it returns."""
-        return self._do(work)
+    def _piece(self, batch: Batch, run: SettledOptions) -> Done:
+        return self._through(batch, batch.tokens, run)
 
-    def compute(
-        self, batch: Batch, counters: Mapping[int, Counters] | None = None, run: SettledOptions | None = None
-    ) -> npt.NDArray[np.float32]:
-        """Logits of the tokens that `batch.outputs` names: float32 [n_outputs, n_vocab]. All tokens are in the cache
-        afterwards.
-
-        A batch of more than n_batch tokens is computed in pieces. counters: of sequences, by their numbers; what the
-        FFNs did for a sequence's tokens is added to its own. run: for drafts, which are computed in another way; the
-        engine's own counters leave them out. After an error cache and counters are as before; in a model with Mamba
-        blocks, sequences of the batch may be shorter than before.
-        Raises UserError where the cache is full, and ValueError for tokens that do not continue their sequences or are
-        not in the vocabulary.
+    def pass_on(self, batch: Batch, data: Ints | Floats, run: SettledOptions) -> Done:
+        """A piece of a batch through the engine's blocks. data: its tokens, or hidden states, float32 [n_tokens,
+        n_embd], where the blocks are not the first ones.
         """
-        return self._do(lambda: self._compute(batch, counters or {}, run))
+        return self._do(lambda: self._through(batch, data, run))
 
-    def _compute(
-        self, batch: Batch, counters: Mapping[int, Counters], run: SettledOptions | None
-    ) -> npt.NDArray[np.float32]:
-        n_vocab = self.structure.vocab_size
-        if len(batch) and not 0 <= int(batch.tokens.min()) <= int(batch.tokens.max()) < n_vocab:
-            raise ValueError(f"tokens {batch.tokens}, expected 0 to {n_vocab - 1}")
-        step = self.options.n_batch
-        if self.arrangement and len(batch.outputs) > LOGITS:  # more than a device has room for
-            step = min(step, LOGITS)
-        before, parts, counted = self.cells.lengths, [], []
-        try:
-            for first in range(0, len(batch), step):
-                worker.stop_if_unwanted()
-                logits, counts = self._piece(batch.part(first, first + step), run or self._run)
-                parts.append(logits)
-                counted.append(counts)
-        except BaseException:
-            self.cells.trim_to(before)
-            raise
-        for counts in counted:
-            for sequence, layers in counts.items():
-                if run is None:
-                    self.counters.add(layers)
-                if sequence in counters:
-                    counters[sequence].add(layers)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def _piece(
-        self, batch: Batch, run: SettledOptions
-    ) -> tuple[npt.NDArray[np.float32], dict[int, dict[int, LayerCount]]]:
+    def _through(self, batch: Batch, data: Ints | Floats, run: SettledOptions) -> Done:
         runs = batch.runs()[0] if self.structure.mambas else ()
         cells = self.cells.take(batch)
         self._move_states()
@@ -180,11 +132,12 @@ class Engine(OfWorker):
         masks = self.cells.masks(batch, self.structure.windows)
         if self._paging:
             self._allow(self._paging, self._executor.main_bytes)
-        logits = schedule.run(GraphInputs(batch.tokens, batch.positions, cells, outputs, masks, self.cells.states))
+        result = schedule.run(GraphInputs(data, batch.positions, cells, outputs, masks, self.cells.states))
         if self._paging:
             self._paging.check()
             self._note_paged(self._paging.stats())
-        return logits[: len(batch.outputs)], self._counted(schedule, batch.sequences.tolist(), batch.outputs)
+        found = result[: len(batch.outputs)] if self._is_last else result
+        return Done(found, self._counted(schedule, batch.sequences.tolist(), batch.outputs))
 
     def _move_states(self) -> None:
         if isinstance(self.cells, RecurrentCells):
@@ -208,14 +161,18 @@ class Engine(OfWorker):
             run,
             # Whoever wants every position's logits wants to know what this mode computes.
             self._dense_from if n_outputs < n_tokens else (),
+            first=self.blocks.start or None,
+            end=None if self._is_last else self.blocks.stop,
             runs=runs,
             logged=logged,
         )
 
+    @property
+    def _is_last(self) -> bool:
+        return self.blocks.stop == self.structure.block_count
+
     def expert_shares(self) -> list[list[float]]:
-        """By layer, the share of tokens that chose each expert since the model was loaded; empty for layers without
-        experts, and while nothing was computed but whole matrices.
-        """
+        """See `BaseEngine.expert_shares`."""
         used = [b.ffn.experts.used if b.ffn and b.ffn.experts else 0 for b in self.structure.blocks]
         found: list[list[float]] = [[] for _ in used]
         for i, counts in self._executor.choices.items():
@@ -224,22 +181,13 @@ class Engine(OfWorker):
         return found
 
     def device_bytes(self) -> tuple[int, ...]:
-        """Bytes of all buffers on each device: weights, keys and values, hidden states, compute buffers."""
+        """See `BaseEngine.device_bytes`."""
         return self._executor.device_bytes
 
-    @property
-    def kv_held(self) -> int:
-        """Bytes of all keys and values, and of states, that there is room for, all layers."""
-        return cache_bytes(self.structure, self.options)
-
-    def kv_bytes(self, n_positions: float) -> float:
-        """Bytes of keys and values that one token reads at so many positions, all layers."""
-        return kv_bytes(self.structure, n_positions, ggml.ggml_row_size(self.options.kv_type_id, 1))
-
-    def _counted(self, schedule: Schedule, sequences: list[int], outputs: Ints) -> dict[int, dict[int, LayerCount]]:
+    def _counted(self, schedule: Schedule, sequences: list[int], outputs: Ints) -> Counted:
         """What each FFN did in the schedule's last run, for the tokens of each sequence. sequences: of each token."""
-        counted: dict[int, dict[int, LayerCount]] = {sequence: {} for sequence in sequences}
-        for i in self.structure.ffns:
+        counted: Counted = {sequence: {} for sequence in sequences}
+        for i in filter(self.blocks.__contains__, self.structure.ffns):
             # A device computes every neuron that it has.
             hot, cold = self.map.on_devices[i], schedule.ffns.get(i, ())
             if not cold and hot < self.structure.blocks[i].n_reached:
@@ -270,3 +218,9 @@ class Engine(OfWorker):
         # many as there are on average.
         rest = self.structure.blocks[i].n_reached * n_tokens - scanned
         return min(hot, rest) if schedule.spec.run.chooses and self.structure.rank(i) else rest
+
+
+def table_for(s: Structure, options: SettledOptions) -> CellTable:
+    """A table of the cells of a model, all free."""
+    kept = (options.kept_sequences, options.kept_states, options.logged)
+    return RecurrentCells(options.cells, *kept) if s.mambas else CellTable(options.cells)

@@ -22,6 +22,7 @@ from runtime.base.arguments import path as as_path
 from runtime.base.atomic import check_target
 from runtime.base.closing import Closing, Handles, closed
 from runtime.base.sizes import parse_budget, parse_budgets
+from runtime.base_engine import BaseEngine
 from runtime.compute.paging import PagedStats
 from runtime.compute.trace import Trace
 from runtime.engine import Engine
@@ -32,6 +33,7 @@ from runtime.hybrid.choose import arrange
 from runtime.model_file.reader import GgufFile
 from runtime.options import AUTO, BATCH, RunOptions
 from runtime.sequence import CachedSequence
+from runtime.stages.opening import open_staged
 from runtime.text.sampling import Sampling
 from runtime.text.tokenizer import Tokenizer
 from runtime.text.vocabulary import SPECIAL_TOKENS
@@ -57,6 +59,8 @@ def load(
     ram_budget: str | float | None = None,
     mmap: bool | None = None,
     trace: str | Path | None = None,
+    stages: int | str | None = None,
+    stage_timeout: float = 300.0,
 ) -> Model:
     """Open a converted model: a file (the first shard of a split one), or a name on the Hub such as "user/repo:q4_0",
     which is fetched.
@@ -82,6 +86,9 @@ def load(
     fit are read from the file when they fire (docs/disk.md). None: no limit.
     mmap: True leaves all weights in the mapped file, False reads all into memory first; default, what every token reads
     whole is read into memory (Linux), if there is enough. trace: a file for Chrome's trace viewer, written by `close`.
+    stages: into how many parts the model is divided, each computed by a process of a Ray cluster, "auto" for one on
+    each machine (docs/cluster.md); None: this process computes. stage_timeout: seconds that stages have for one piece
+    of work.
     Raises UserError for a file that is not ours, damaged or incomplete, for options out of range, and where memory does
     not suffice.
     """
@@ -99,10 +106,14 @@ def open_model(path: str | Path, options: RunOptions) -> Model:
     if recorder:
         check_target(recorder.path, 0, force=True, inputs=[part.path for part in file.parts])
     settled = options.for_file(file)
-    arrangement = arrange(file, settled)
     with Handles() as handles:
         tokenizer = handles.enter_context(Tokenizer(file.path, file.metadata))
-        engine = handles.enter_context(Engine(file, settled, arrangement, recorder))
+        engine: BaseEngine
+        if options.stages is None:
+            engine = Engine(file, settled, arrange(file, settled), recorder)
+        else:
+            engine = open_staged(path, file, options, settled)
+        handles.enter_context(engine)
         model = Model(file, engine, tokenizer)
         handles.pop_all()
         return model
@@ -136,7 +147,7 @@ class Model(Closing):
     Methods may be called from any thread: the computing itself is done by one. After `close` they raise UserError.
     """
 
-    def __init__(self, file: GgufFile, engine: Engine, tokenizer: Tokenizer) -> None:
+    def __init__(self, file: GgufFile, engine: BaseEngine, tokenizer: Tokenizer) -> None:
         self.file, self._engine, self.tokenizer = file, engine, tokenizer
         self._sequence = CachedSequence(engine)
         self.path, self.metadata, self.structure = file.path, file.metadata, engine.structure
@@ -151,7 +162,7 @@ class Model(Closing):
         self._closed = False
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> BaseEngine:
         """What computes, for those who schedule sequences themselves. Raises UserError after `close`."""
         return self._open_engine()
 
@@ -261,7 +272,7 @@ class Model(Closing):
             self.n_ctx,
             self.kv_type,
             self.file.size,
-            engine.weights.held_bytes,
+            engine.held_bytes,
             engine.kv_held,
             engine.device_bytes(),
             generations,
@@ -295,7 +306,7 @@ class Model(Closing):
         self.tokenizer.close()
         self._engine.close()
 
-    def _open_engine(self) -> Engine:
+    def _open_engine(self) -> BaseEngine:
         if self._closed:
             raise closed(f"`{self.path}`: the model")
         return self._engine

@@ -23,6 +23,7 @@ NO_DEVICE = "none"
 BATCH = 512  # tokens of a prompt computed at once
 MOST_TOKENS = 1 << 24  # at once
 MOST_SEQUENCES = 64  # that a cache tells apart
+MOST_STAGES = 1024
 MOST_KV = 4 << 30  # bytes of keys and values, where nobody says how many
 DRAFT_MAX = 15  # tokens drafted at once: with the one before them, as many as have the same bits in any batch
 DEFAULT_N_CTX = 8192  # at most, where nobody names one: keys and values are allocated when the model is loaded
@@ -49,6 +50,9 @@ class RunOptions:
     read from the file when tokens ask for it; on the CPU alone, and in any mode but dense.
     mmap: True to read all weights from the mapped file, False to read all into memory first, None for memory where it
     is faster: what every token reads whole (Linux).
+    stages: into how many consecutive parts the blocks are divided, each computed by a process of a Ray cluster; "auto"
+    for one on each machine, None for none: this process computes. stage_timeout: seconds that a piece of work may take
+    through all stages.
     Where the types are narrow, more is taken and turned into them: see `runtime.load`.
     Raises UserError for values that no model allows, or this machine does not.
     """
@@ -74,6 +78,8 @@ class RunOptions:
     ram_budget: int | None = None
     mmap: bool | None = None
     trace: Path | None = None
+    stages: int | str | None = None
+    stage_timeout: float = 300.0
 
     def __post_init__(self) -> None:
         if self.ffn is not None and self.ffn not in FFN_MODES:
@@ -99,6 +105,8 @@ class RunOptions:
             "hot": integers("hot", self.hot),
             "ram_budget": None if self.ram_budget is None else whole("ram_budget", self.ram_budget, 1, 1 << 62),
             "mmap": None if self.mmap is None else boolean("mmap", self.mmap),
+            "stages": _stages(self.stages),
+            "stage_timeout": number("stage_timeout", self.stage_timeout, 0.1, 1e6),
             "trace": as_path("trace", self.trace) if self.trace else None,
         }.items():
             object.__setattr__(self, name, value)
@@ -205,6 +213,10 @@ def _cells(s: Structure, n_ctx: int, sequences: int, kv_type: int) -> int:
 def _bytes(budgets: str | float | Sequence[int] | None) -> tuple[int, ...]:
     """Bytes of each device; what is a sequence was parsed before."""
     return tuple(budgets) if isinstance(budgets, tuple) else parse_budgets(budgets)  # type: ignore[arg-type]
+
+
+def _stages(stages: int | str | None) -> int | str | None:
+    return stages if stages in (None, AUTO) else whole("stages", stages, 1, MOST_STAGES)
 
 
 def _check_mode(file: GgufFile, ffn: str) -> None:

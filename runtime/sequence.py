@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from runtime.base_engine import BaseEngine
 from runtime.compute.batch import Batch
 from runtime.compute.counters import Counters
 from runtime.draft_length import DraftLength
-from runtime.engine import Engine
 from runtime.options import DRAFT_MAX, SettledOptions
 
 _FEW = DRAFT_MAX + 1  # tokens at once, whose logits have the same bits as one by one
@@ -21,7 +21,7 @@ class CachedSequence:
     engine.
     """
 
-    def __init__(self, engine: Engine, number: int = 0) -> None:
+    def __init__(self, engine: BaseEngine, number: int = 0) -> None:
         self.engine, self.number = engine, number
         self._ids: list[int] = []  # whose keys and values are in the cache; changed on the worker
         self.draft_length: DraftLength | None = None  # what was learned of drafts, for the next generation too

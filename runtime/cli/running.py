@@ -25,7 +25,7 @@ from runtime.text.sampling import Sampling
 # The fields of `RunOptions` that commands offer.
 _RUN_OPTIONS = {
     *("ffn", "threads", "n_ctx", "kv_type", "predictor_bias", "draft_max", "draft_bias", "lookup"),
-    *("cpus", "priority", "device", "vram_budget", "ram_budget", "mmap", "trace"),
+    *("cpus", "priority", "device", "vram_budget", "ram_budget", "mmap", "trace", "stages", "stage_timeout"),
 }
 
 
@@ -95,6 +95,19 @@ def add_loading(parser: Parser) -> None:
     group.add_argument(
         "--trace", type=new_path, metavar="FILE", help="write what was computed when, for Chrome's trace viewer (JSON)"
     )
+    group.add_argument(
+        "--stages",
+        type=stages,
+        metavar="N",
+        help="divide the model among N processes of a Ray cluster; auto: one on each machine (none)",
+    )
+    group.add_argument(
+        "--stage-timeout",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="seconds after which stages that do not answer are begun anew (300)",
+    )
     group.add_argument("--n-ctx", "-c", type=int, metavar="N", help="context in tokens (default: the model's, <= 8192)")
     group.add_argument("--kv-type", choices=KV_TYPES, default="f16", help="numbers of the KV cache (f16)")
 
@@ -157,6 +170,16 @@ def cpus(text: str) -> tuple[int, ...]:
         return parse_cpus(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}, expected processors such as 0-3,6") from None
+
+
+def stages(text: str) -> int | str:
+    """A number of stages, or auto, as an argparse type."""
+    if text == AUTO:
+        return text
+    try:
+        return count(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number, or auto") from None
 
 
 def open_noted(path: Path, options: RunOptions) -> Model:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +24,12 @@ _NOWHERE = np.iinfo(np.int32).min  # a position minus this is 2^31 or more, as a
 _MINUS_INFINITY = np.uint16(0xFC00)  # as a float16
 
 
-def cache_bytes(s: Structure, options: SettledOptions) -> int:
-    """Bytes of all keys and values, and of states, that there is room for, all layers."""
-    size = ggml.ggml_row_size(options.kv_type_id, 1)
-    kv = 2 * size * options.cells * sum(a.kv_length for a in s.attentions.values())
-    return kv + sum(m.held_bytes(options.kept_states, options.logged) for m in s.mambas.values())
+def cache_bytes(s: Structure, options: SettledOptions, blocks: range | None = None) -> int:
+    """Bytes of all keys and values, and of states, that there is room for, in all blocks or in some."""
+    there = range(s.block_count) if blocks is None else blocks
+    lengths = sum(a.kv_length for i, a in s.attentions.items() if i in there)
+    states = sum(m.held_bytes(options.kept_states, options.logged) for i, m in s.mambas.items() if i in there)
+    return 2 * ggml.ggml_row_size(options.kv_type_id, 1) * options.cells * lengths + states
 
 
 def padded_cells(n: int) -> int:
@@ -188,9 +189,20 @@ class CellTable:
     def save(self, sequence: int) -> None:
         """Make the present length of a sequence one that it can be taken back to: here each is."""
 
-    def held(self, sequence: int) -> AbstractContextManager[None]:
-        """Within a `with` statement, the sequence can be taken back to its present length: here to any."""
-        return nullcontext()
+    @contextmanager
+    def held(self, sequence: int) -> Iterator[None]:
+        """Within a `with` statement, the sequence can be taken back to its present length."""
+        self.hold(sequence)
+        try:
+            yield
+        finally:
+            self.let_go(sequence)
+
+    def hold(self, sequence: int) -> None:
+        """What `held` does first: here nothing, as a sequence can be taken back to any length."""
+
+    def let_go(self, sequence: int) -> None:
+        """What `held` does at the end."""
 
     def logs(self, batch: Batch) -> bool:
         """Whether states of Mamba blocks need something of a batch to be kept."""

@@ -7,8 +7,7 @@ is (for another sequence, or to go back to it) is read, and the next batch write
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,15 +90,14 @@ class RecurrentCells(CellTable):
         self._saved.pop(sequence, None)
         self._saved[sequence] = self._present(sequence)
 
-    @contextmanager
-    def held(self, sequence: int) -> Iterator[None]:
-        """Keep a sequence's states as they are now, beside saved ones, within a `with` statement."""
+    def hold(self, sequence: int) -> None:
+        """Keep a sequence's states as they are now, beside saved ones."""
         if sequence in self._rows:
             self._held[sequence] = self._present(sequence)
-        try:
-            yield
-        finally:
-            self._held.pop(sequence, None)
+
+    def let_go(self, sequence: int) -> None:
+        """Keep them no longer."""
+        self._held.pop(sequence, None)
 
     def trim(self, sequence: int, length: int = 0) -> None:
         """Forget a sequence from position `length` on, or from an earlier one that is reachable."""
@@ -188,19 +186,19 @@ class RecurrentCells(CellTable):
             free = self._free_row(read)
             if free is not None:
                 return free
-            self._let_go()
+            self._forget_first()
         return row
 
     def _new_row(self) -> int:
         """A row that nobody needs."""
         while (row := self._free_row()) is None:
-            self._let_go()
+            self._forget_first()
         return row
 
     def _free_row(self, read: Collection[int] = ()) -> int | None:
         taken = {*self._held_rows(), *read}
         return next((row for row in range(self._n_states) if row not in taken), None)
 
-    def _let_go(self) -> None:
+    def _forget_first(self) -> None:
         """Forget where the sequence can be taken back to that was saved first."""
         del self._saved[next(iter(self._saved))]

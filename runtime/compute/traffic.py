@@ -111,6 +111,13 @@ def _block_bytes(s: Structure, tensors: Mapping[str, TensorInfo], activity: Acti
     return sum(ffn_bytes(part, tensors, activity, i) for part in parts if part)
 
 
+def block_bytes(s: Structure, tensors: Mapping[str, TensorInfo], activity: Activity, i: int) -> float:
+    """Bytes of block `i` that one token reads: its mixer's matrices, and what it needs of the FFN."""
+    parsed = ((name, names.parsed(name)) for name in tensors)
+    of_mixer = (name for name, block in parsed if block and block[0] == i and block[1].startswith(("attn_", "ssm_")))
+    return _block_bytes(s, tensors, activity, i) + sum(tensors[name].nbytes for name in of_mixer)
+
+
 class BytesRead:
     """What tokens read that are computed together, by what their FFNs did. usual: how often each neuron of each block
     fires, [n_ff], which says how much tokens have in common.

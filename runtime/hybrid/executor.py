@@ -41,7 +41,8 @@ class Executor(Closing):
     worker.
 
     weights, backend: the model's own tensors and the CPU's backend; both must outlive it. arrangement: what is on
-    devices, None for nothing. Raises UserError where a side's memory, or a device's budget, does not suffice.
+    devices, None for nothing. blocks: those that are computed, None for all. Raises UserError where a side's memory, or
+    a device's budget, does not suffice.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Executor(Closing):
         arrangement: Arrangement | None,
         tensor_map: TensorMap,
         trace: Trace | None,
+        blocks: range | None = None,
     ) -> None:
         self.map, self.cache, self._options = tensor_map, ScheduleCache(), options
         self._weights, self._backend, self._arrangement = weights, backend, arrangement
@@ -63,7 +65,7 @@ class Executor(Closing):
                 handles.enter_context(repack(weights, backend, multiplied))
             worker.stop_if_unwanted()
             cells, kv_type = padded_cells(options.cells), options.kv_type_id
-            cpu, kept = CpuQueue(backend, trace), (None, options.kept_states, options.logged)
+            cpu, kept = CpuQueue(backend, trace), (blocks, options.kept_states, options.logged)
             self.sides = Sides(weights, tensor_map, cpu, devices, cells, kv_type, *kept)
             handles.enter_context(self.sides)
             worker.stop_if_unwanted()

@@ -8,7 +8,7 @@ they can be dropped where memory gets short, and are shared with whoever has the
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from runtime.base.figures import memory
@@ -38,20 +38,29 @@ class Choice:
     note: str = ""
 
 
-def choose_held(file: GgufFile, tensor_map: TensorMap, run: SettledOptions, kv_bytes: int, left: float) -> Choice:
+def choose_held(
+    file: GgufFile,
+    tensor_map: TensorMap,
+    run: SettledOptions,
+    kv_bytes: int,
+    left: float,
+    names: Collection[str] | None = None,
+) -> Choice:
     """What `run.mmap` asks for: None: what is read whole; False: all that the CPU computes with; True: nothing.
 
     With a budget of main memory all is held but the rows of neurons, which `Paging` has.
-    kv_bytes: keys and values of a full context. left: bytes of main memory that can still be taken. Nothing is held
-    where what the CPU can touch does not fit beside it: pages of a file are dropped, other memory is swapped out.
+    names: of the tensors that are computed with, None for all. kv_bytes: keys and values of a full context. left: bytes
+    of main memory that can still be taken. Nothing is held where what the CPU can touch does not fit beside it: pages
+    of a file are dropped, other memory is swapped out.
     Raises UserError where all is to be held and does not fit.
     """
+    names = required_tensors(tensor_map.structure) if names is None else names
     if run.ram_budget is not None:
         paged = frozenset(paged_names(file))
-        return Choice({name: part for name, part in _on_cpu(file, tensor_map, run).items() if name not in paged})
+        return Choice({name: part for name, part in _on_cpu(file, tensor_map, run, names).items() if name not in paged})
     if run.mmap or (run.mmap is None and not _GAINS):
         return Choice()
-    touched = _on_cpu(file, tensor_map, run)
+    touched = _on_cpu(file, tensor_map, run, names)
     held = touched if run.mmap is False else _read_whole(tensor_map, run, touched)
     needed = sum(part.length for part in touched.values()) + kv_bytes
     if needed <= _USABLE * left:
@@ -62,10 +71,10 @@ def choose_held(file: GgufFile, tensor_map: TensorMap, run: SettledOptions, kv_b
     return Choice(note=f"{found}: all weights stay in the mapped file")
 
 
-def _on_cpu(file: GgufFile, tensor_map: TensorMap, run: SettledOptions) -> dict[str, Held]:
-    """What the CPU can read in this mode, without what is repacked at load."""
+def _on_cpu(file: GgufFile, tensor_map: TensorMap, run: SettledOptions, names: Collection[str]) -> dict[str, Held]:
+    """What of some tensors the CPU can read in this mode, without what is repacked at load."""
     found = {}
-    for name in required_tensors(tensor_map.structure):
+    for name in names:
         info, block = file.tensors[name], n.parsed(name)
         unused = block is not None and block[1] in (_UNUSED_DENSE if run.ffn == "dense" else _UNUSED_SPARSE)
         repacked = run.ffn == "dense" and gains(info.type_id) and multiplies(tensor_map, name)

@@ -35,6 +35,24 @@ def required_tensors(s: Structure) -> Shapes:
     return tensors
 
 
+def tensors_of(s: Structure, blocks: range) -> Shapes:
+    """As `required_tensors`, of some consecutive blocks: with the first one there are the embeddings, with the last one
+    the head.
+    """
+    if len(blocks) == s.block_count:
+        return required_tensors(s)
+    ends = {n.TOKEN_EMBD, n.TOKEN_EMBD_PROJ, n.POSITION_EMBD, n.TOKEN_EMBD_NORM} if blocks.start == 0 else set()
+    if blocks.stop == s.block_count:
+        ends |= {n.OUTPUT_NORM, n.OUTPUT_PROJ, n.TOKEN_EMBD if s.tied_output else n.OUTPUT}
+    wanted = {part(stem) for stem in ends for part in (n.weight, n.bias)} | {n.weight(n.ROPE_FREQS)}
+
+    def is_there(name: str) -> bool:
+        block = n.parsed(name)
+        return block[0] in blocks if block else name in wanted
+
+    return {name: shape for name, shape in required_tensors(s).items() if is_there(name)}
+
+
 def block_tensors(s: Structure, i: int) -> Shapes:
     """Short name -> shape of what block `i` computes with, its predictor aside."""
     block = s.blocks[i]

@@ -12,9 +12,9 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
+from runtime.base_engine import BaseEngine
 from runtime.compute.counters import Counters, LayerCount
 from runtime.compute.traffic import BytesRead
-from runtime.engine import Engine
 from runtime.errors import UserError
 from runtime.generation import Stats
 from runtime.serve.jobs import End, Event, Job, Piece, Progress, PromptTokens, TokenInfo
@@ -42,7 +42,7 @@ class _Counted(Counters):
 class Served:
     """What all answers need of a model."""
 
-    engine: Engine
+    engine: BaseEngine
     tokenizer: Tokenizer
     read: BytesRead
 

@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from runtime.base_engine import BaseEngine
 from runtime.compute.batch import Batch
-from runtime.engine import Engine
 from runtime.errors import UserError
 from runtime.serve.answers import Answer, Floats
 from runtime.serve.jobs import FailedError, UnavailableError
@@ -46,7 +46,11 @@ class EngineLoop:
     """
 
     def __init__(
-        self, engine: Engine, scheduler: Scheduler, on_death: Callable[[BaseException], None], flush: Callable[[], None]
+        self,
+        engine: BaseEngine,
+        scheduler: Scheduler,
+        on_death: Callable[[BaseException], None],
+        flush: Callable[[], None],
     ) -> None:
         self.scheduler, self.counts = scheduler, Counts()
         self._engine, self._on_death, self._flush = engine, on_death, flush
@@ -138,13 +142,16 @@ class EngineLoop:
             for part in step.parts
         ]
         counters = {p.task.number or 0: self._answers[id(p.task)].counters for p in step.parts} if step.decodes else {}
-        started = time.perf_counter()
+        started, losses = time.perf_counter(), self._engine.losses
         try:
             logits = self._engine.compute(Batch.together(batches), counters)
         except UserError as error:  # of these answers: others go on
             self.scheduler.lost(step)
             for part in step.parts:
                 self._fail(self._answers[id(part.task)], error)
+            if self._engine.losses > losses:  # what the others had is lost, too
+                for answer in self.running:
+                    self._fail(answer, error)
             return
         seconds = time.perf_counter() - started
         self.scheduler.done(step, seconds)
