@@ -3,7 +3,8 @@
     python tests/serve_soak.py MODEL [--seconds 300] [--clients 64] [--health 1.0] [--growth 0.1]
 
 Clients stream or wait, leave midway, read slowly, drop the connection, and send what is no request. At the end: no wrong
-answer, memory as after the first quarter, all slots free, /health in time. One line of JSON; status 1 if not all holds.
+answer, memory as after the first quarter, all slots free, every /health in time. One line of JSON; status 1 if not all is
+so.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ import argparse
 import asyncio
 import http.client
 import json
+import multiprocessing
 import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -164,18 +166,22 @@ class Soak:
         assert reply.json()["error"]["message"]
         self.seen["malformed"] += 1
 
-    def watch(self, pid: int, stop: threading.Event) -> None:
-        """Ask /health four times a second, and note the server's memory, in MiB."""
-        port = int(self.url.rpartition(":")[2])
-        while not stop.wait(0.25):
-            began = time.perf_counter()
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-            connection.request("GET", "/health")
-            assert connection.getresponse().status == 200
-            connection.close()
-            self.health.append(time.perf_counter() - began)
-            pages = Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()[0]
-            self.memory.append(int(pages) / 1024)
+
+def watch(port: int, pid: int, told: Connection) -> None:
+    """Ask /health ten times a second until something is told, then send back how long each answer took, and the
+    server's memory, in MiB. To be run in a process of its own: beside 64 clients a thread waits for its turn.
+    """
+    health, memory = [], []
+    while not told.poll(0.1):
+        began = time.perf_counter()
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 200
+        connection.close()
+        health.append(time.perf_counter() - began)
+        pages = Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()[0]
+        memory.append(int(pages) / 1024)
+    told.send((health, memory))
 
 
 async def soaked(soak: Soak, clients: int, seconds: float, pid: int) -> None:
@@ -183,12 +189,15 @@ async def soaked(soak: Soak, clients: int, seconds: float, pid: int) -> None:
     async with httpx.AsyncClient(base_url=soak.url, timeout=120) as client:
         for body in soak.bodies:
             soak.right.append((await client.post(PATH, json=body)).json()["choices"][0]["text"])
-        stop = threading.Event()
-        watching = threading.Thread(target=soak.watch, args=(pid, stop))
+        ours, theirs = multiprocessing.Pipe()
+        arguments = (int(soak.url.rpartition(":")[2]), pid, theirs)
+        watching = multiprocessing.get_context("spawn").Process(target=watch, args=arguments)
         watching.start()
+        theirs.close()  # so that a watch that fails is seen
         ends = time.monotonic() + seconds
         await asyncio.gather(*(soak.client(i, ends) for i in range(clients)))
-        stop.set()
+        ours.send("stop")
+        soak.health, soak.memory = ours.recv()
         watching.join()
         await asyncio.sleep(1)
         slots = (await client.get("/slots")).json()
@@ -208,8 +217,8 @@ def verdict(soak: Soak, status: int, most: float, growth: float) -> dict[str, An
     failures = soak.wrong[:20]
     if after > (1 + growth) * before:
         failures.append(f"memory grew from {before:.1f} to {after:.1f} MiB")
-    if p99 > most:
-        failures.append(f"/health took {p99:.3f} s")
+    if health[-1] > most:
+        failures.append(f"/health took {health[-1]:.3f} s")
     if status:
         failures.append(f"the server ended with status {status}")
     return {
@@ -231,7 +240,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--clients", type=int, default=64)
     # A server that hangs takes ever longer; how long one takes that does not is the machine's business, too.
-    parser.add_argument("--health", type=float, default=1.0, help="seconds that /health may take, 99 of 100 times (1)")
+    parser.add_argument("--health", type=float, default=1.0, help="seconds that /health may take at most (1)")
     # Graphs of the batches that come up are made and kept: on a busy machine that takes more than the first quarter.
     parser.add_argument("--growth", type=float, default=0.1, help="share by which memory may grow (0.1)")
     given = parser.parse_args()

@@ -86,7 +86,7 @@ class Repacked(Closing):
         self._buffers: list[ggml.BufferP] = []
         self._fills: list[tuple[Fill, ...]] = []  # an operation's userdata is its place here
         self._failed: Exception | None = None
-        self._operator = ggml.CUSTOM1_OP(self._run)
+        self._operator: Any = ggml.CUSTOM1_OP(self._run)
         device = ggml.ggml_backend_get_device(backend)
         left = {name: weights[source] for name, source in like.items() if gains(weights[source].type)}
         with Handles() as handles:
@@ -145,6 +145,7 @@ class Repacked(Closing):
         """Release the memory."""
         self._handles.close()
         self._buffers, self.tensors = [], {}
+        self._operator = None  # it refers to this: Python would have to look for the circle
 
 
 def _format(tensor: ggml.TensorP) -> tuple[int, tuple[int, ...]]:

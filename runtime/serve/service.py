@@ -76,6 +76,7 @@ class Ticket:
         self._events.append(event)
         if isinstance(event, End | UserError):
             self.done.set()
+            self.answer = None  # it tells this ticket: Python would have to look for the circle
             self._service.ended(self, event)
         self._more.set()
 

@@ -19,6 +19,7 @@ import uvicorn
 from runtime.errors import UserError
 from runtime.model import Model
 from runtime.serve.app import application
+from runtime.serve.collector import sparing
 from runtime.serve.errors import LOG
 from runtime.serve.service import Service
 from runtime.serve.settings import Settings
@@ -104,7 +105,7 @@ async def _serve(
     server = _Server(config, service, drain)
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     watching = asyncio.ensure_future(_watched(server, service))
-    starting = asyncio.ensure_future(service.start(load))
+    starting = asyncio.ensure_future(service.start(sparing(load)))
     try:
         await asyncio.wait({starting, serving}, return_when=asyncio.FIRST_COMPLETED)
         if serving.done():  # a signal came

@@ -14,6 +14,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from runtime.base.closing import Closing, Handles, closed
 from runtime.base.worker import on_worker
 from runtime.bindings import llama
@@ -24,7 +27,8 @@ from runtime.model_file.reader import GgufFile
 from runtime.text.text_rules import TextRules
 from runtime.text.vocabulary import END_IDS, check_vocabulary
 
-_PIECE = 64  # bytes that nearly every token fits into
+Ints = npt.NDArray[np.int32]
+_Piece = ctypes.c_char * 64  # nearly every token fits into it
 _INT32_MIN = -(1 << 31)
 _HINT_CONVERT = "the file is damaged or incomplete: download it or convert the checkpoint again"
 
@@ -63,12 +67,13 @@ class Tokenizer(Closing):
         # A token is at least one byte, but for BOS, EOS and the prefixed space; where that is wrong libllama says the
         # size.
         n = len(raw) + 4
-        ids = (ctypes.c_int32 * n)()
+        ids = np.empty(n, np.int32)
         found = self._tokenize(raw, ids, add_special, parse_special)
         if found < 0:
-            ids = (ctypes.c_int32 * -found)()
+            ids = np.empty(-found, np.int32)
             found = self._tokenize(raw, ids, add_special, parse_special)
-        return ids[:found]
+        found_ids: list[int] = ids[:found].tolist()
+        return found_ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of `ids`, without the space that the vocabulary puts before a text; bytes that are no UTF-8: �.
@@ -88,7 +93,7 @@ class Tokenizer(Closing):
         """
         self._check(token)
         # A buffer for each call: several threads may ask at once.
-        buffer = ctypes.create_string_buffer(_PIECE)
+        buffer = _Piece()
         n = self._piece(token, special, buffer)
         if n < 0:
             buffer = ctypes.create_string_buffer(-n)
@@ -177,9 +182,8 @@ class Tokenizer(Closing):
     def _piece(self, token: int, special: bool, buffer: ctypes.Array[ctypes.c_char]) -> int:
         return llama.llama_token_to_piece(self.handle, token, buffer, len(buffer), 0, special)
 
-    def _tokenize(self, raw: bytes, ids: ctypes.Array[ctypes.c_int32], add_special: bool, parse_special: bool) -> int:
-        address = ctypes.addressof(ids)
-        n = llama.llama_tokenize(self.handle, raw, len(raw), address, len(ids), add_special, parse_special)
+    def _tokenize(self, raw: bytes, ids: Ints, add_special: bool, parse_special: bool) -> int:
+        n = llama.llama_tokenize(self.handle, raw, len(raw), ids.ctypes.data, len(ids), add_special, parse_special)
         if n == _INT32_MIN:
             raise UserError(f"a text of {len(raw)} bytes has too many tokens to count", "split it")
         return n
