@@ -153,9 +153,18 @@ template <typename Rows> struct of_blocks {
             }
         };
         for (; g < n / BLOCK / GROUP_BLOCKS; g++) {
-            fetch<BYTES>(next, R, g * BYTES);
+            // One after the other, rows that do not begin with a line came at two thirds of the speed (Q8_0, 2,688
+            // weights) where each was fetched in steps from its own beginning.
+            if constexpr (R == 1) {
+                fetch_lines(next, g * BYTES, BYTES);
+            } else {
+                fetch<BYTES>(next, R, g * BYTES);
+            }
             go_to(g);
             acc.add(w, x, GROUP_BLOCKS);
+        }
+        if (R == 1 && rest) {
+            fetch_lines(next, g * BYTES, rest * sizeof(block));
         }
         if (rest == GROUP_BLOCKS / 2) {
             go_to(g);

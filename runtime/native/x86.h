@@ -77,6 +77,17 @@ template <size_t size> void fetch(const char * const * next, int n_rows, size_t 
     }
 }
 
+// The same of one row, by the lines as memory has them, wherever the row begins.
+inline void fetch_lines(const char * const * next, size_t at, size_t size) {
+    if (!next) {
+        return;
+    }
+    const uintptr_t from = reinterpret_cast<uintptr_t>(*next) + at;
+    for (uintptr_t line = (at ? from + 63 : from) / 64 * 64; line < from + size; line += 64) {
+        _mm_prefetch(reinterpret_cast<const char *>(line), _MM_HINT_T1);
+    }
+}
+
 // The two forms of products that a table has, from P::products<R, T>(n, rows, next, xs, out): out[k * T + t] = rows[k] .
 // xs[t], with the same operations in the same order for every R and T.
 template <typename P> void dots(int64_t n, int n_rows, const char * const * rows, const char * const * next, const void * x, float * out) {
