@@ -21,6 +21,8 @@ from runtime.compute.batch import Batch
 from runtime.engine import Engine
 from runtime.errors import UserError
 from runtime.hybrid import choose
+from runtime.hybrid.costs import model_costs
+from runtime.hybrid.planner import BlockCosts, Device, Machine, evaluate, place
 from runtime.model import open_model
 from runtime.model_file.reader import GgufFile
 from runtime.options import RunOptions
@@ -193,24 +195,45 @@ def test_blocks_at_home_on_a_device_compute_the_same(ffn: str, path: Path) -> No
 
 
 def test_what_a_device_cannot_compute_stays_on_the_cpu(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    supports = ggml.ggml_backend_dev_supports_op
-
-    def no_scan(device: ggml.DeviceP, op: ggml.ConstTensorP) -> bool:
-        return ggml.ggml_op_name(ggml.TensorP(op.value).struct.op) != b"SSM_SCAN" and bool(supports(device, op))
-
     with engine_of(path, ffn="exact") as engine:
         expected = engine.compute(whole(IDS))
     with GgufFile(path) as file:
         options = RunOptions(ffn="exact", kv_type="f32", device="CPU", hot=32, threads=2).for_file(file)
-        with monkeypatch.context() as patched:
-            patched.setattr("runtime.hybrid.mamba_support.ggml.ggml_backend_dev_supports_op", no_scan)
-            arrangement = choose.arrange(file, options)
+        able = choose.arrange(file, options)
+        assert able
+        blocks, _ = model_costs(file, choose.machine_options(able.devices, able.budgets, options))
+    supports = ggml.ggml_backend_dev_supports_op  # its first call was before: that binds the name anew
+
+    def no_scan(device: ggml.DeviceP, op: ggml.ConstTensorP) -> bool:
+        return ggml.ggml_op_name(ggml.TensorP(op.value).struct.op) != b"SSM_SCAN" and bool(supports(device, op))
+
+    with GgufFile(path) as file, monkeypatch.context() as patched:
+        patched.setattr("runtime.hybrid.mamba_support.ggml.ggml_backend_dev_supports_op", no_scan)
+        arrangement = choose.arrange(file, options)
     assert arrangement
+    left = sum(blocks[i].stored for i in SHAPES["three groups"].mambas)
+    assert able.placement.bytes[0] - arrangement.placement.bytes[0] == left > 0
     assert arrangement.note == "device CPU cannot compute 3 Mamba blocks: they stay on the CPU"
     assert arrangement.tensor_map.mambas(1) == {}
     assert [i for i, b in enumerate(arrangement.tensor_map.blocks) if b.home == 1] == [1, 3, 4]
     with Engine(GgufFile(path), options, arrangement) as divided:
         assert max_difference(expected, divided.compute(whole(IDS))) <= 2e-3
+
+
+def test_the_planner_knows_what_a_device_leaves_to_the_cpu() -> None:
+    """Blocks by turns, 100 bytes each; with room for three blocks and the head, all that a device can compute is there.
+
+    A device of ten times the CPU's speed; a crossing takes as long as the CPU needs for 20 bytes.
+    """
+    one = BlockCosts(stored=100, read=100, predictor=0, neurons=0, cuts=(0,), hot=(0,), cold=(0.0,))
+    machine = Machine((Device(350, 10.0),), 1.0, 20.0)
+    refused = [choose.left_to_cpu(one, machine) if i % 2 else one for i in range(6)]
+    known, unknown = place(refused, 50, machine), place([one] * 6, 50, machine)
+    assert (known.resident_from, known.bytes) == (0, (350,))
+    assert known.seconds == pytest.approx(3 * 10 + 3 * (100 + 20) + 5 + 20)
+    assert (unknown.resident_from, unknown.bytes) == (3, (350,))
+    alone = evaluate(refused, 50, machine, 6, False, [(0,)] * 6)
+    assert alone.seconds == pytest.approx(650)
 
 
 def test_calibration_sees_each_text_from_its_beginning(path: Path) -> None:

@@ -7,14 +7,14 @@ computes nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from runtime.errors import UserError
 from runtime.hybrid.bandwidth import cpu, speed_of
 from runtime.hybrid.costs import MARGIN, PlanOptions, machine_of, model_costs, scratch_of
 from runtime.hybrid.devices import DeviceInfo, find, parse_names
 from runtime.hybrid.mamba_support import refused as refused_mambas
-from runtime.hybrid.planner import BlockCosts, Placement, evaluate, place
+from runtime.hybrid.planner import BlockCosts, Machine, Placement, evaluate, place
 from runtime.hybrid.tensor_map import TensorMap, of_placement
 from runtime.model_file.reader import GgufFile
 from runtime.options import SettledOptions
@@ -57,7 +57,10 @@ def arrange(file: GgufFile, run: SettledOptions) -> Arrangement | None:
         return None
     options = machine_options(devices, usable(run.vram_budget, devices), run)
     blocks, head = model_costs(file, options)
-    machine = machine_of(file.structure, options)
+    s = file.structure
+    machine = machine_of(s, options)
+    mambas = refused_mambas(devices[0].handle, s)
+    blocks = [left_to_cpu(block, machine) if i in mambas else block for i, block in enumerate(blocks)]
     if run.hot is None:
         placement = place(blocks, head, machine)
     else:
@@ -70,12 +73,21 @@ def arrange(file: GgufFile, run: SettledOptions) -> Arrangement | None:
             )
             raise UserError(f"{k} hot neurons, expected {'one of ' if others else ''}{first}{more}")
         placement = evaluate(blocks, head, machine, 0, True, hot)
-    s = file.structure
-    wanted = frozenset(range(placement.resident_from, s.block_count))
-    refused = wanted & refused_mambas(devices[0].handle, s)
+    refused = mambas & frozenset(range(placement.resident_from, s.block_count))
     tensor_map = of_placement(s, placement, run.predicts, refused)
     note = f"device {devices[0].name} cannot compute {len(refused)} Mamba blocks: they stay on the CPU"
     return Arrangement(devices, options.budgets, placement, tensor_map, scratch_of(s, options), note if refused else "")
+
+
+def left_to_cpu(block: BlockCosts, machine: Machine) -> BlockCosts:
+    """The same block, where the first device cannot compute its mixer: it stays at home on the CPU among blocks that
+    are on the device.
+
+    It needs no memory there. A token takes as long for it as on the CPU, and goes there and back: that is put as bytes
+    that the device would read in this time.
+    """
+    read = (block.read / machine.cpu_bandwidth + machine.sync) * machine.devices[0].bandwidth
+    return replace(block, stored=0, read=read, spared=block.spared + read - block.read)
 
 
 def machine_options(devices: Sequence[DeviceInfo], budgets: tuple[int, ...], run: SettledOptions) -> PlanOptions:
