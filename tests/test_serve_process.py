@@ -76,8 +76,26 @@ def test_one_line_says_where(tiny_gguf: Path, tmp_path: Path) -> None:
         assert server.end(signal.SIGINT) == 0
     with serving(tiny_gguf, tmp_path, "--port", "0", "--json", "--alias", "one,two") as server:
         told = json.loads(server.line)
-        assert set(told) == {"address", "host", "port", "uds", "model", "pid"}
+        assert set(told) == {"address", "addresses", "host", "port", "uds", "model", "pid"}
         assert (told["model"], told["pid"]) == ("one", server.process.pid)
+        assert server.end() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have one address of their own")
+def test_several_hosts_have_one_port(tiny_gguf: Path, tmp_path: Path) -> None:
+    hosts = ("127.0.0.1", "127.0.0.2", "127.0.0.1")
+    options = [word for host in hosts for word in ("--host", host)]
+    with serving(tiny_gguf, tmp_path, "--port", "0", "--json", *options) as server:
+        told = json.loads(server.line)
+        assert told["addresses"] == [f"http://{host}:{told['port']}" for host in hosts[:2]]
+        assert told["address"] == told["addresses"][0]
+        for address in told["addresses"]:
+            assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"http://127.0.0.3:{told['port']}/health")
+        assert server.end() == 0
+    with serving(tiny_gguf, tmp_path, "--port", "0", *options) as server:
+        assert " and http://127.0.0.2:" in server.line
         assert server.end() == 0
 
 
@@ -120,6 +138,7 @@ def test_keys_of_the_environment_and_of_a_file(tiny_gguf: Path, tmp_path: Path) 
     [
         (("--port", "70000"), "expected 0 to 65535"),
         (("--host", "192.0.2.1"), "192.0.2.1:8080: "),
+        (("--port", "0", "--host", "127.0.0.1", "--host", "192.0.2.1"), "192.0.2.1:"),
         (("--host", "no.such.host.invalid"), "expected an address of this machine"),
         (("--api-key", " "), "an API key is empty"),
         (("--parallel", "0"), "expected 1 or more"),

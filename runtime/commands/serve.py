@@ -30,7 +30,9 @@ def configure_parser(parser: Parser) -> None:
     """Options of `serve`."""
     add_model(parser)
     group = parser.add_argument_group("listening")
-    group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (127.0.0.1)")
+    group.add_argument(
+        "--host", action="append", metavar="ADDRESS", help="to listen on (127.0.0.1); again for another one"
+    )
     group.add_argument("--port", type=_port, default=8080, metavar="N", help="0 for any that is free (8080)")
     group.add_argument("--uds", type=Path, metavar="PATH", help="listen on a Unix socket instead")
     group.add_argument("--parallel", type=count, default=4, metavar="N", help="answers computed at once, at most (4)")
@@ -66,7 +68,7 @@ def configure_parser(parser: Parser) -> None:
 
 def serve(
     model: Path,
-    host: str = "127.0.0.1",
+    host: list[str] | None = None,
     port: int = 8080,
     uds: Path | None = None,
     parallel: int = 4,
@@ -108,15 +110,16 @@ def serve(
         page,
         ping_seconds,
     )
-    if not settings.keys and not uds and host not in _LOCAL:
+    hosts = tuple(host or _LOCAL[:1])
+    if not settings.keys and not uds and not set(hosts) <= set(_LOCAL):
         note("note: no --api-key: whoever reaches this machine can use the server")
 
-    def ready(address: Address, _: object) -> None:
-        _tell(address, settings.name, as_json)
+    def ready(addresses: list[Address], _: object) -> None:
+        _tell(addresses, settings.name, as_json)
 
     options = replace(run or RunOptions(), deterministic=deterministic, sequences=parallel, n_cells=n_cells)
     load = functools.partial(open_noted, model, options)
-    ending = serve(load, settings, Listening(host, port, uds, drain_seconds), parallel, queue, ready)
+    ending = serve(load, settings, Listening(hosts, port, uds, drain_seconds), parallel, queue, ready)
     if ending.loading:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -125,13 +128,15 @@ def serve(
         raise SystemExit(ending.status)
 
 
-def _tell(address: Address, name: str, as_json: bool) -> None:
+def _tell(addresses: list[Address], name: str, as_json: bool) -> None:
+    first = addresses[0]
     if as_json:
-        uds = str(address.uds) if address.uds else None
-        told = {"address": str(address), "host": address.host, "port": address.port, "uds": uds}
-        print_json({**told, "model": name, "pid": os.getpid()})
+        uds = str(first.uds) if first.uds else None
+        where = {"address": str(first), "addresses": [str(one) for one in addresses]}
+        told = {"host": first.host, "port": first.port, "uds": uds, "model": name, "pid": os.getpid()}
+        print_json({**where, **told})
     else:
-        print(f"{name} is served at {address}", flush=True)
+        print(f"{name} is served at {' and '.join(str(one) for one in addresses)}", flush=True)
 
 
 def _keys(given: list[str], file: Path | None) -> tuple[str, ...]:

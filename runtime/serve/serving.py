@@ -31,11 +31,11 @@ _LOAD_SECONDS = 1.0  # for a load to come to its end after a signal
 
 @dataclass(frozen=True)
 class Listening:
-    """Where to listen: host and port (0: any that is free), or a Unix socket; drain: seconds that answers may still
-    take when the server is to end.
+    """Where to listen: hosts and one port of all (0: any that is free), or a Unix socket; drain: seconds that answers
+    may still take when the server is to end.
     """
 
-    host: str = "127.0.0.1"
+    hosts: tuple[str, ...] = ("127.0.0.1",)
     port: int = 8080
     uds: Path | None = None
     drain: float = 30.0
@@ -71,7 +71,7 @@ def serve(
     listening: Listening,
     parallel: int,
     queue: int,
-    ready: Callable[[Address, Service], None],
+    ready: Callable[[list[Address], Service], None],
 ) -> Ending:
     """Serve until a signal says to end. The exit status is 0, 1 where the engine has failed, and 128 and the signal's
     number where a second one came.
@@ -79,18 +79,19 @@ def serve(
     It listens while the model is loaded, and calls `ready` when it answers. The first signal lets what was begun end,
     within `listening.drain` seconds; the second ends at once. Raises UserError, `load`'s too.
     """
-    with _listener(listening) as (listener, address), _logging():
-        return asyncio.run(_serve(listener, address, load, settings, listening.drain, Service(parallel, queue), ready))
+    with _listeners(listening) as (listeners, addresses), _logging():
+        service = Service(parallel, queue)
+        return asyncio.run(_serve(listeners, addresses, load, settings, listening.drain, service, ready))
 
 
 async def _serve(
-    listener: socket.socket,
-    address: Address,
+    listeners: list[socket.socket],
+    addresses: list[Address],
     load: Callable[[], Model],
     settings: Settings,
     drain: float,
     service: Service,
-    ready: Callable[[Address, Service], None],
+    ready: Callable[[list[Address], Service], None],
 ) -> Ending:
     config = uvicorn.Config(
         application(service, settings),
@@ -103,7 +104,7 @@ async def _serve(
         timeout_graceful_shutdown=_LAST_SECONDS,
     )
     server = _Server(config, service, drain)
-    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    serving = asyncio.ensure_future(server.serve(sockets=listeners))
     watching = asyncio.ensure_future(_watched(server, service))
     starting = asyncio.ensure_future(service.start(sparing(load)))
     try:
@@ -115,7 +116,7 @@ async def _serve(
             return Ending(server.status, loading=True)
         await starting
         if not server.should_exit:
-            ready(address, service)
+            ready(addresses, service)
         await serving
     finally:
         server.should_exit = True
@@ -165,24 +166,26 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def _listener(listening: Listening) -> Iterator[tuple[socket.socket, Address]]:
-    """A socket that listens, and its address; a Unix socket's file goes with it."""
+def _listeners(listening: Listening) -> Iterator[tuple[list[socket.socket], list[Address]]]:
+    """Sockets that listen, and their addresses; a Unix socket's file goes with it."""
     if listening.uds is None:
-        bound = _tcp(listening.host, listening.port)
-        host, port = bound.getsockname()[:2]
-        with bound:
-            yield bound, Address(host, port)
+        with contextlib.ExitStack() as opened:
+            bound, port = list[socket.socket](), listening.port
+            for host in dict.fromkeys(listening.hosts):
+                bound.append(opened.enter_context(_tcp(host, port, len(listening.hosts) > 1)))
+                port = bound[0].getsockname()[1]  # of the others, too, where any will do
+            yield bound, [Address(*one.getsockname()[:2]) for one in bound]
         return
-    bound = _unix(listening.uds)
+    unix = _unix(listening.uds)
     try:
-        with bound:
-            yield bound, Address("", 0, listening.uds)
+        with unix:
+            yield [unix], [Address("", 0, listening.uds)]
     finally:
         with contextlib.suppress(OSError):
             listening.uds.unlink()
 
 
-def _tcp(host: str, port: int) -> socket.socket:
+def _tcp(host: str, port: int, among_others: bool) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
@@ -192,6 +195,8 @@ def _tcp(host: str, port: int) -> socket.socket:
     try:
         if sys.platform != "win32":  # where it would let two servers share a port
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6 and among_others:  # :: would take 0.0.0.0, too
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         bound.bind(address)
     except OSError as error:
         bound.close()
