@@ -24,11 +24,9 @@ def open_staged(source: str | Path, file: GgufFile, options: RunOptions, settled
     stages do not have.
     """
     _check(options)
-    try:
-        from runtime.stages import ray_stages  # noqa: PLC0415  (an extra, which may not be installed)
-    except ImportError as error:
-        raise UserError(f"stages need the package {error.name}", 'pip install "lazyneuron[cluster]"') from None
-    ray_stages.connect()
+    connect(options.stages * (options.threads or 1) if isinstance(options.stages, int) else 1)
+    from runtime.stages import ray_stages  # noqa: PLC0415  (see `connect`)
+
     wanted = ray_stages.n_machines() if options.stages == AUTO else options.stages
     assert isinstance(wanted, int)
     fixed = replace(
@@ -47,6 +45,17 @@ def open_staged(source: str | Path, file: GgufFile, options: RunOptions, settled
         engine = StagedEngine(file, settled, stages)
         handles.pop_all()
     return engine
+
+
+def connect(n_cpus: int = 1) -> None:
+    """Reach a Ray cluster, or begin one on this machine: see `ray_stages.connect`. Raises UserError where Ray is not
+    installed, too.
+    """
+    try:
+        from runtime.stages import ray_stages  # noqa: PLC0415  (an extra, which may not be installed)
+    except ImportError as error:
+        raise UserError(f"stages need the package {error.name}", 'pip install "lazyneuron[cluster]"') from None
+    ray_stages.connect(n_cpus)
 
 
 def cuts_of(file: GgufFile, settled: SettledOptions, n_stages: int) -> list[range]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -55,6 +55,8 @@ class StagedEngine(BaseEngine):
 
     When a stage is lost, what is being computed ends with StageLostError, all sequences are forgotten (see `losses`),
     and the stage is begun anew; what is computed after that waits for it.
+    on_work: called with the seconds of each work in each stage. groups_wanted: into how many groups sequences are
+    divided that are decoded together, None to choose it by what was measured.
     Raises UserError where stages do not run the same software and the same file as this process, or do not hold
     together all blocks.
     """
@@ -65,6 +67,8 @@ class StagedEngine(BaseEngine):
         self._table = WrittenRecurrentCells(options.cells, *kept) if s.mambas else WrittenCells(options.cells)
         super().__init__(f"`{file.path}`: the model", s, options, self._table)
         self._file, self._stages, self.identity = file, stages, Identity.of(file)
+        self.on_work: Callable[[tuple[float, ...]], object] = lambda _: None
+        self.groups_wanted: int | None = None
         self._epoch = self._number = 0
         self._about: list[About] = []
         self._open(self._collect)
@@ -100,7 +104,7 @@ class StagedEngine(BaseEngine):
         n = len(batch)
         if n > FEW_TOKENS or not self.options.by_rows or len(np.unique(batch.sequences)) < n:
             return super()._cut(batch)
-        m = self._groups.number(n)
+        m = min(n, self.groups_wanted) if self.groups_wanted else self._groups.number(n)
         ends = [round(k * n / m) for k in range(m + 1)]
         return [batch.part(first, end) for first, end in pairwise(ends)]
 
@@ -119,6 +123,7 @@ class StagedEngine(BaseEngine):
         for piece, one in zip(pieces, passed, strict=True):
             if one.error:
                 raise UserError(*one.error)
+            self.on_work(one.seconds)
             if len(piece) <= FEW_TOKENS:
                 self._groups.took(len(piece), one.seconds)
             yield Done(one.data, one.counted)
