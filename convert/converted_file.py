@@ -1,5 +1,5 @@
 """A file that was converted already as the plan of another conversion: everything stays as it is, but for its
-predictors.
+predictors or its layout.
 """
 
 from __future__ import annotations
@@ -13,14 +13,19 @@ import numpy as np
 from convert.file_tensors import KeptRows
 from convert.plan import Plan, PlannedTensor, Types
 from predictors.replace_predictors import REPLACED
+from runtime.model_file.bundle_writer import LAYOUT_KEYS, laid_out
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.tensor_shapes import required_tensors
 from runtime.model_file.writer import copied_keys
 
 
-def plan_again(file: GgufFile) -> Plan:
-    """Plan the file's copy without predictors. Raises UserError when it is damaged, or none of ours."""
-    s = replace(file.structure, predictor="none", predictor_rank=(), predictor_error=())
+def plan_again(file: GgufFile, layout: str | None = None, predictors: bool = False) -> Plan:
+    """Plan the file's copy, with its predictors or without. layout: None: as it is. Raises UserError when it is
+    damaged, none of ours, or cannot have the layout.
+    """
+    s = laid_out(file.structure, layout, f"`{file.path}`")
+    if not predictors:
+        s = replace(s, predictor="none", predictor_rank=(), predictor_error=())
     tensors = []
     for name, shape in required_tensors(s).items():
         info = file.tensors[name]
@@ -29,9 +34,11 @@ def plan_again(file: GgufFile) -> Plan:
     return Plan(None, s, Types("", ""), tuple(tensors))
 
 
-def kept_keys(path: Path) -> dict[str, Any]:
-    """All keys of the file but those of its predictors."""
-    return {key: value for key, value in copied_keys(path).items() if not key.startswith(REPLACED)}
+def kept_keys(path: Path, plan: Plan, predictors: bool = False) -> dict[str, Any]:
+    """The keys of the file's copy: all, but those of its predictors where it has none."""
+    left, described = () if predictors else REPLACED, plan.structure.to_metadata()
+    found = {key: value for key, value in copied_keys(path).items() if not key.startswith(left)}
+    return found | {key: described[key] for key in LAYOUT_KEYS}
 
 
 def in_stored_order(plan: Plan, file: GgufFile) -> Plan:

@@ -51,8 +51,11 @@ class KeptRows:
 
     def pieces(self, rows: int, row_length: int, order: npt.NDArray[np.int32] | None) -> Iterator[Bytes]:
         """`rows` rows of `row_length` bytes, in the stored order or another."""
-        start = self.info.offset + self.first * row_length
-        stored = np.memmap(self.file, np.uint8, "r", start, (rows, row_length))
+        if self.info.stride:
+            stored = self.info.rows_in(self.file)[self.first : self.first + rows]
+        else:
+            start = self.info.offset + self.first * row_length
+            stored = np.memmap(self.file, np.uint8, "r", start, (rows, row_length))
         step = max(1, _PIECE // row_length)
         for at in range(0, rows, step):
             which: Any = slice(at, at + step) if order is None else order[at : at + step]

@@ -32,6 +32,7 @@ from runtime.base.processors import default_threads
 from runtime.base.progress import Progress, silent
 from runtime.base.workspace import Workspace
 from runtime.errors import UserError
+from runtime.model_file.bundle_writer import bundled
 from runtime.model_file.shard_writer import check_shards, check_sizes, old_shards, shard_size, split_model
 from runtime.model_file.structure import ARCHITECTURE
 from runtime.model_file.writer import NewTensor, write_parts
@@ -93,7 +94,7 @@ def convert(
     type, output_type: format of the matrices (default f16) and of the output head (see `convert.formats.TYPES`); files
     keep their own.
     layout: "both" stores the down projection twice (default); "sparse" only as the sparse kernels read it (default for
-    a PowerInfer file).
+    a PowerInfer file); "paged" so, too, and each neuron's rows side by side. A file of ours is copied with the layout.
     ffn_type: the activation, where neither the source nor the catalogue tell the truth. threads: None for one per
     processor, or what the CPU quota allows.
     import_predictor: a folder or Hub id with PowerInfer's predictors, to be taken in place of fitted ones.
@@ -118,10 +119,10 @@ def convert(
     text = None if calibration is None else Path(calibration)
     if dry_run:
         job = open_job(str(source), options)
-        check_sizes(job.plan.tensors, max_bytes)
+        check_sizes(job.stored, max_bytes)
         if activations:
             read_counts(str(activations), job.plan.structure)
-        return _report(job, [str(out)] if out else [], job.plan.nbytes, None, True, time.monotonic() - started)
+        return _report(job, [str(out)] if out else [], job.nbytes, None, True, time.monotonic() - started)
     fitting = Fitting(
         predictor or "lowrank",
         DEFAULT_ENERGY if energy is None else energy,
@@ -136,8 +137,9 @@ def convert(
     # Held from the beginning: what cannot be written is not worth fetching anything for.
     with writing(target) as work:
         job = planned = open_job(str(source), options)
-        check_sizes(job.plan.tensors, max_bytes)
-        check_space(work.target.parent, job.plan.nbytes * (2 if calibrated else 1))
+        check_sizes(job.stored, max_bytes)
+        calibrated = calibrated and not job.copied
+        check_space(work.target.parent, job.nbytes * (2 if calibrated else 1))
         job = _with_neurons(job, fitting if calibrated else None, options.activations, work, progress)
         size, written = _write(job, work, fitting.threads, progress, max_bytes)
         verdict = None
@@ -240,7 +242,9 @@ def _write(job: Job, work: Workspace, threads: int, progress: Progress, max_byte
             NewTensor(t.name, t.shape, NUMBERS[t.type], t.nbytes, count.watch(t.name, encoder.pieces(t)))
             for t in job.plan.tensors
         ]
-        files = split_model(work.folder / work.target.name, job.metadata, streams, max_bytes)
+        files = split_model(
+            work.folder / work.target.name, *bundled(job.plan.structure, job.metadata, streams), max_bytes
+        )
         with phase("writing"):
             return write_parts(files), [file.path for file in files]
 

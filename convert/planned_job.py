@@ -14,7 +14,7 @@ from convert.checkpoint import Checkpoint, open_checkpoint, refuse_adapter
 from convert.config import read_json
 from convert.converted_file import in_stored_order, kept_keys, plan_again
 from convert.fetch_checkpoint import fetch
-from convert.formats import check_type
+from convert.formats import NUMBERS, check_type
 from convert.metadata import general_metadata, read_card
 from convert.plan import NewBlocks, Plan, Types, make_plan, outline, with_neurons
 from convert.powerinfer.model_file import MAGIC as POWERINFER_MAGIC
@@ -25,7 +25,9 @@ from predictors.evaluate import total_bytes
 from predictors.fit import ModelFit
 from runtime.base.home import expanded
 from runtime.errors import UserError
+from runtime.model_file.bundle_writer import bundled
 from runtime.model_file.reader import MAGIC, GgufFile
+from runtime.model_file.writer import NewTensor
 
 _OF_MATRICES = ("type", "output_type")
 _OF_FITS = ("predictor", "energy")
@@ -58,7 +60,8 @@ class ConvertOptions:
 class Job:
     """A planned conversion with the keys of its file.
 
-    checkpoint: None where nothing comes from one. reorder: whether neurons may move.
+    checkpoint: None where nothing comes from one. reorder: whether neurons may move. copied: whether all is as in
+    another file, but for the layout.
 
     ffn_source: what told the activation: "--ffn-type", "config.json", "models.toml", or "the file" for one that is no
     checkpoint.
@@ -69,6 +72,18 @@ class Job:
     metadata: dict[str, Any]
     ffn_source: str
     reorder: bool = True
+    copied: bool = False
+
+    @property
+    def stored(self) -> list[NewTensor]:
+        """The tensors of the file, without their bytes: those of its layout."""
+        tensors = [NewTensor(t.name, t.shape, NUMBERS[t.type], t.nbytes, ()) for t in self.plan.tensors]
+        return bundled(self.plan.structure, {}, tensors)[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors in the file, without what lies between them."""
+        return sum(tensor.nbytes for tensor in self.stored)
 
     @property
     def imported(self) -> bool:
@@ -95,13 +110,13 @@ def open_job(source: str, options: ConvertOptions) -> Job:
     path = expanded(source)
     if not path.is_file():
         job = _checkpoint_job(source, options)
-    elif options.import_predictor and _magic(path) == MAGIC:
+    elif (options.import_predictor or options.layout) and _magic(path) == MAGIC:
         return _converted_job(path, options)
     elif _magic(path) == MAGIC:
         raise UserError(
             f"`{path}`: a GGUF file, expected a checkpoint folder, a Hub id or a PowerInfer file",
-            "a converted file can only get other predictors: --import-predictor REPO_OR_DIR, or python -m "
-            "predictors fit",
+            "a converted file can get another --layout, or other predictors: --import-predictor REPO_OR_DIR, or "
+            "python -m predictors fit",
         )
     elif _magic(path) != POWERINFER_MAGIC and (path.parent / "config.json").is_file():
         raise UserError(
@@ -163,9 +178,16 @@ def _powerinfer_job(path: Path, options: ConvertOptions) -> Job:
 
 
 def _converted_job(path: Path, options: ConvertOptions) -> Job:
-    options.refuse("a file that is converted already", *_OF_MATRICES, "layout", "ffn_type", "activations", "verify")
+    what = "a file that is converted already"
+    options.refuse(what, *_OF_MATRICES, "ffn_type", "activations", "verify")
     with GgufFile(path) as file:
-        job = _with_predictors(Job(None, plan_again(file), kept_keys(path), _FILE, reorder=False), options)
+        if not options.import_predictor:
+            options.refuse(what, *_OF_FITS, "predictor_type")
+            plan = plan_again(file, options.layout, predictors=True)
+            return Job(None, plan, kept_keys(path, plan, predictors=True), _FILE, reorder=False, copied=True)
+        options.refuse(what, "layout")
+        plan = plan_again(file)
+        job = _with_predictors(Job(None, plan, kept_keys(path, plan), _FILE, reorder=False), options)
         return replace(job, plan=in_stored_order(job.plan, file))
 
 

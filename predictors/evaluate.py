@@ -148,7 +148,7 @@ def _figures(cost: Cost, shares: tuple[float, float, float], kept: float, nbytes
 def _modes(path: Path, windows: Ids, threads: int, predictor_bias: float) -> Iterator[ModeResult]:
     with GgufFile(path) as file:
         s = file.structure
-    names = [] if s.layout == "sparse" else ["dense"]
+    names = ["dense"] if s.layout == "both" else []
     names += ["exact", "predicted"] if any(s.predictor_rank) else ["exact"]
     n_ctx = windows.shape[1]
     with ExitStack() as stack:

@@ -9,6 +9,7 @@ from typing import Any
 from predictors.fit import ModelFit, fit_model
 from predictors.replace_predictors import with_new_predictors
 from runtime.base.atomic import check_target, writing
+from runtime.model_file.bundle_writer import laid_out
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.writer import write_parts
 
@@ -21,15 +22,18 @@ class Refit:
     fit: ModelFit
 
 
-def refit(model: Path, out: Path, force: bool = False, **options: Any) -> Refit:
-    """Write `model` to `out` with other predictors. options: those of `fit_model`. Raises UserError as it does, and for
-    an `out` that exists, unless forced, or is read."""
+def refit(model: Path, out: Path, force: bool = False, layout: str | None = None, **options: Any) -> Refit:
+    """Write `model` to `out` with other predictors. layout: of the new file (default: as it is). options: those of
+    `fit_model`. Raises UserError as it does, and for an `out` that exists, unless forced, or is read.
+    """
     with GgufFile(model) as file:
         read = [part.path for part in file.parts]
+        laid_out(file.structure, layout, f"`{model}`")
         check_target(out, file.size, force, inputs=[*read, *filter(None, [options.get("calibration")])])
     with writing(out) as work:
         made = fit_model(model, reorder=False, **options)
         new = work.folder / work.target.name
-        size = write_parts([with_new_predictors(model, new, [block.tensors for block in made.blocks], made.metadata)])
+        tensors = [block.tensors for block in made.blocks]
+        size = write_parts([with_new_predictors(model, new, tensors, made.metadata, layout)])
         work.publish([new.name])
     return Refit(size, made)

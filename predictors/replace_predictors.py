@@ -8,6 +8,7 @@ from typing import Any
 
 from predictors.matrices import Tensor
 from runtime.bindings import ggml
+from runtime.model_file.bundle_writer import LAYOUT_KEYS, bundled, kept_in, laid_out
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import ARCHITECTURE
 from runtime.model_file.tensor_names import in_block, parsed
@@ -16,21 +17,29 @@ from runtime.model_file.writer import NewFile, NewTensor, copied, copied_keys, w
 REPLACED = (f"{ARCHITECTURE}.predictor.", f"{ARCHITECTURE}.calibration.")
 
 
-def replace_predictors(source: Path, out: Path, blocks: Sequence[Sequence[Tensor]], metadata: Mapping[str, Any]) -> int:
+def replace_predictors(
+    source: Path, out: Path, blocks: Sequence[Sequence[Tensor]], metadata: Mapping[str, Any], layout: str | None = None
+) -> int:
     """Write `source` to `out` with new predictor tensors for each block and new keys; returns the size in bytes.
+
+    layout: of the new file; None: as it is. Raises UserError where the file cannot have it.
 
     After any exception, an interrupt included, `out` is as it was before and nothing else is left behind.
     """
-    return write_files([with_new_predictors(source, out, blocks, metadata)])
+    return write_files([with_new_predictors(source, out, blocks, metadata, layout)])
 
 
 def with_new_predictors(
-    source: Path, out: Path, blocks: Sequence[Sequence[Tensor]], metadata: Mapping[str, Any]
+    source: Path, out: Path, blocks: Sequence[Sequence[Tensor]], metadata: Mapping[str, Any], layout: str | None = None
 ) -> NewFile:
     """What `replace_predictors` writes."""
     kept = {key: value for key, value in copied_keys(source).items() if not key.startswith(REPLACED)}
     with GgufFile(source) as file:
-        return NewFile(out, kept | dict(metadata), list(_streams(file, blocks)))
+        s = laid_out(file.structure, layout, f"`{source}`")
+        tensors = [tensor for tensor in _streams(file, blocks) if kept_in(s.layout, tensor.name)]
+        described = s.to_metadata()
+        keys = kept | {key: described[key] for key in LAYOUT_KEYS} | dict(metadata)
+        return NewFile(out, *bundled(s, keys, tensors))
 
 
 def _streams(file: GgufFile, blocks: Sequence[Sequence[Tensor]]) -> Iterator[NewTensor]:

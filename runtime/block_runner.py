@@ -80,7 +80,7 @@ class BlockRunner(OfWorker):
         self._held: int | None = None  # the block whose matrices are repacked, or whose pages are read
         self._copies: Repacked | None = None
         self._n_cells = padded_cells(max_tokens)
-        ffn = "exact" if self.structure.layout == "sparse" else "dense"
+        ffn = "dense" if self.structure.layout == "both" else "exact"
         self._run = SettledOptions(ffn=ffn, threads=threads, n_ctx=max_tokens, kv_type="f32")
         self._open(self._collect)
 
@@ -213,5 +213,11 @@ def _viewed(tensor: ggml.TensorP) -> Floats:
 def dequantize(tensor: ggml.TensorP, first: int, end: int) -> Floats:
     """Rows first .. end - 1 of a matrix of any type in host memory, as float32 [end - first, ne0]."""
     out = np.empty((end - first, tensor.ne[0]), np.float32)
-    to_floats(tensor.data + first * tensor.nb[1], tensor.type, out)
+    row, step = ggml.ggml_row_size(tensor.type, tensor.ne[0]), tensor.nb[1]
+    address = tensor.data + first * step
+    if step != row:  # rows of others lie between them
+        stored = np.ctypeslib.as_array((ctypes.c_uint8 * ((end - first - 1) * step + row)).from_address(address))
+        rows = np.lib.stride_tricks.as_strided(stored, (end - first, row), (step, 1)).copy()
+        address = rows.ctypes.data
+    to_floats(address, tensor.type, out)
     return out

@@ -220,9 +220,9 @@ def _stages(stages: int | str | None) -> int | str | None:
 
 
 def _check_mode(file: GgufFile, ffn: str) -> None:
-    if ffn == "dense" and file.structure.layout == "sparse":
+    if ffn == "dense" and file.structure.layout != "both":
         raise UserError(
-            f"`{file.path}`: has no ffn_down tensors (layout `sparse`), which `dense` mode needs",
+            f"`{file.path}`: has no ffn_down tensors (layout `{file.structure.layout}`), which `dense` mode needs",
             "use --ffn exact, or convert with --layout both",
         )
     if ffn in ("predicted", "verified") and not any(file.structure.predictor_rank):

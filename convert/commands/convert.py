@@ -51,7 +51,10 @@ def configure_parser(parser: Parser) -> None:
     )
     for action in (matrices, head):
         chosen_from(action, TYPES)
-    layout = "`sparse`: smaller, for sparse CPU runs only (default both; a PowerInfer file: sparse)"
+    layout = (
+        "`sparse`: smaller, for sparse CPU runs only; `paged`: so, too, and for --ram-budget (default both; a "
+        "PowerInfer file: sparse)"
+    )
     parser.add_argument("--layout", choices=LAYOUTS, help=layout)
     parser.add_argument(
         "--ffn-type",

@@ -103,7 +103,7 @@ def make_card(file: GgufFile, name: str, files: Sequence[FileEntry], found: Find
 def _perplexity(file: GgufFile, options: CardOptions) -> TextPerplexity:
     assert options.perplexity
     s, modes, text = file.structure, {}, read_text(options.perplexity)
-    names = [*([] if s.layout == "sparse" else ["dense"]), "exact", *(["predicted"] if any(s.predictor_rank) else [])]
+    names = [*(["dense"] if s.layout == "both" else []), "exact", *(["predicted"] if any(s.predictor_rank) else [])]
     for mode in names:
         with load(file.path, mode, options.threads) as model:
             modes[mode] = measure_perplexity(model, text, tokens=options.perplexity_tokens)

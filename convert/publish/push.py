@@ -20,6 +20,7 @@ from runtime.errors import UserError
 from runtime.hub.download import fetch, hub_errors, list_files, prepare, understood
 from runtime.hub.names import Listing, Reference, parse
 from runtime.model_file import shards
+from runtime.model_file.bundle_writer import bundled
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.shard_writer import shard_size, split_model
 from runtime.model_file.writer import copied, copied_keys, write_parts
@@ -139,13 +140,14 @@ def _validate(repo: str, card: CommitOperationAdd) -> None:
 @contextmanager
 def _fitting(file: GgufFile, max_bytes: int, tell: Callable[[str], None]) -> Iterator[list[Path]]:
     """The model's files, split anew into a temporary folder beside it where one is too large."""
-    if all(sum(info.nbytes for info in part.tensors.values()) <= max_bytes for part in file.parts):
+    if all(part.stored_bytes <= max_bytes for part in file.parts):
         yield [part.path for part in file.parts]
         return
     stem = _stem(file.path.name)
     check_space(file.path.parent, file.size)
     out = file.path.with_name(f"{stem}.gguf")
-    files = split_model(out, copied_keys(file.path), [copied(file, name) for name in file.tensors], max_bytes)
+    tensors = [copied(file, name) for name in file.tensors]
+    files = split_model(out, *bundled(file.structure, copied_keys(file.path), tensors), max_bytes)
     with workspace(files[0].path, file.path) as work:
         made = [replace(new, path=work.folder / new.path.name) for new in files]
         tell(f"splitting into {len(files)} shards")

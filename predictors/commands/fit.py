@@ -18,6 +18,7 @@ from runtime.cli.options import add_json, add_model, count, writes
 from runtime.cli.output import console, note, print_json
 from runtime.cli.parser import Parser
 from runtime.cli.progress import progress_bar
+from runtime.model_file.structure import LAYOUTS
 
 
 def configure_parser(parser: Parser) -> None:
@@ -31,6 +32,8 @@ def configure_parser(parser: Parser) -> None:
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text (default: one in the package)")
     parser.add_argument("--calibration-tokens", dest="tokens", type=count, metavar="N", help="how many of its tokens")
     parser.add_argument("--predictor-type", choices=TYPES, default="auto", help="format of its matrices (auto)")
+    layout = "`paged`: each neuron's rows side by side, for --ram-budget; `sparse`: without ffn_down (the file's)"
+    parser.add_argument("--layout", choices=LAYOUTS, help=layout)
     parser.add_argument("--seed", type=int, default=0, help="which parts of the text are used for what (0)")
     parser.add_argument("--force", action="store_true", help="replace OUT.gguf if it exists")
     parser.add_argument("--threads", "-t", type=count, metavar="N", help="default: one per physical core")

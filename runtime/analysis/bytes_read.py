@@ -52,7 +52,7 @@ def _activities(file: GgufFile, shares: Sequence[float] | None) -> dict[str, Act
     computed = [share * recall for share, recall in zip(shares or [], recalls, strict=False)]
     known = len(computed) == len(predicted) == n
     return {
-        "dense": None if s.layout == "sparse" else Activity.uniform("dense", n, 1.0),
+        "dense": Activity.uniform("dense", n, 1.0) if s.layout == "both" else None,
         "exact_all": Activity.uniform("exact", n, 1.0),
         "exact_none": Activity.uniform("exact", n, 0.0),
         "exact_calibrated": Activity("exact", shares, [1.0] * n) if shares else None,

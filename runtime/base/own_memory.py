@@ -8,7 +8,7 @@ import mmap
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,28 @@ _AT_ONCE = 1 << 24  # bytes read before the load can be stopped
 
 @dataclass(frozen=True)
 class Reading:
-    """Bytes offset .. offset + length - 1 of a file, and where they go in the memory."""
+    """Bytes offset .. offset + length - 1 of a file, and where they go in the memory. row, stride: where it is rows of
+    `row` bytes, `length` bytes of them together, from one to the next of which are `stride` in the file; else 0.
+    """
 
     file: Path
     offset: int
     length: int
     to: int
+    row: int = 0
+    stride: int = 0
 
     def pieces(self) -> list[Reading]:
         """The same, in pieces that can be read at once."""
-        steps = range(0, self.length, _AT_ONCE)
-        return [Reading(self.file, self.offset + k, min(_AT_ONCE, self.length - k), self.to + k) for k in steps]
+        step = max(1, _AT_ONCE // self.stride) * self.row if self.stride else _AT_ONCE
+        return [
+            replace(self, offset=self.offset + self.stored(k), length=min(step, self.length - k), to=self.to + k)
+            for k in range(0, self.length, step)
+        ]
+
+    def stored(self, length: int) -> int:
+        """Where in the file, from the beginning, what comes behind the first `length` bytes lies."""
+        return length // self.row * self.stride if self.stride else length
 
 
 class OwnMemory(Closing):
@@ -68,22 +79,33 @@ class OwnMemory(Closing):
     def _read(self, piece: Reading) -> None:
         if not worker.is_wanted() or self._bytes is None:
             return
-        target, at = memoryview(self._bytes[piece.to : piece.to + piece.length].data), 0
-        with piece.file.open("rb", buffering=0) as file:
-            file.seek(piece.offset)
-            while at < piece.length:
-                n = file.readinto(target[at:])
-                if not n:
-                    raise UserError(
-                        f"`{piece.file}`: ends at byte {piece.offset + at}, expected more of its weights there",
-                        "it was changed while it was read: download or convert it again",
-                    )
-                at += n
+        wanted = self._bytes[piece.to : piece.to + piece.length]
+        if piece.stride:
+            found = np.empty(piece.stored(piece.length), np.uint8)
+            _fill(piece, found[: len(found) - piece.stride + piece.row])
+            wanted.reshape(-1, piece.row)[:] = found.reshape(-1, piece.stride)[:, : piece.row]
+        else:
+            _fill(piece, wanted)
 
     def close(self) -> None:
         """Give the memory back."""
         self._bytes = None
         self._map.close()
+
+
+def _fill(piece: Reading, wanted: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    """Read what lies at the piece's offset."""
+    target, at = memoryview(wanted.data), 0
+    with piece.file.open("rb", buffering=0) as file:
+        file.seek(piece.offset)
+        while at < len(target):
+            n = file.readinto(target[at:])
+            if not n:
+                raise UserError(
+                    f"`{piece.file}`: ends at byte {piece.offset + at}, expected more of its weights there",
+                    "it was changed while it was read: download or convert it again",
+                )
+            at += n
 
 
 def _advise(memory: mmap.mmap) -> None:

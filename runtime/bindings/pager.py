@@ -49,6 +49,7 @@ class Fetch(ctypes.Structure):
         ("n_matrices", ctypes.c_int32),
         ("first", ctypes.c_void_p * _MOST_MATRICES),
         ("size", ctypes.c_size_t * _MOST_MATRICES),
+        ("stride", ctypes.c_size_t * _MOST_MATRICES),
     ]
 
 
@@ -124,11 +125,13 @@ class Pager(Closing):
             self.handle = None
 
 
-def fetch(pager: Pager, what: int, matrices: Sequence[tuple[int, int]], ffn: sparse_ffn.Ffn | None) -> Fetch:
-    """What an operator `fetch_rows` asks for: of each matrix its address and the bytes of a row (WHOLE: of all)."""
+def fetch(pager: Pager, what: int, matrices: Sequence[tuple[int, int, int]], ffn: sparse_ffn.Ffn | None) -> Fetch:
+    """What an operator `fetch_rows` asks for: of each matrix its address, the bytes of a row (WHOLE: of all), and those
+    from one row to the next.
+    """
     made = Fetch(pager=pager.handle, what=what, n_matrices=len(matrices))
-    for k, (first, size) in enumerate(matrices):
-        made.first[k], made.size[k] = first, size
+    for k, (first, size, stride) in enumerate(matrices):
+        made.first[k], made.size[k], made.stride[k] = first, size, stride
     made.ffn_kept = ffn
     made.ffn = sparse_ffn.address_of(ffn) if ffn is not None else None
     return made

@@ -37,6 +37,7 @@ class Rows(ctypes.Structure):
 
     _fields_ = [
         ("row_size", ctypes.c_size_t),
+        ("stride", ctypes.c_size_t),
         ("x_size", ctypes.c_size_t),
         ("arranged_size", ctypes.c_size_t),
         ("x_offset", ctypes.c_size_t),
@@ -98,7 +99,7 @@ class Tiles(ctypes.Structure):
     _fields_ = [
         ("n_in", ctypes.c_int32),
         ("n_out", ctypes.c_int32),
-        ("row_size", ctypes.c_size_t),
+        ("stride", ctypes.c_size_t),
         ("block_size", ctypes.c_size_t),
         ("kernels", ctypes.c_void_p),
     ]
@@ -220,9 +221,13 @@ def variant() -> int:
     return VARIANTS.index(name)
 
 
-def describe(shape: FfnShape, types: tuple[int, int, int], n_threads: int) -> Ffn:
-    """One FFN whose gate, up and down_t rows have the ggml types `types`."""
-    gate, up, down = (_rows(t, shape.n_embd) for t in types)
+def describe(
+    shape: FfnShape, types: tuple[int, int, int], n_threads: int, strides: tuple[int, int, int] = (0, 0, 0)
+) -> Ffn:
+    """One FFN whose gate, up and down_t rows have the ggml types `types`. strides: bytes from one row of each to the
+    next; 0 where they follow each other.
+    """
+    gate, up, down = (_rows(t, shape.n_embd, stride) for t, stride in zip(types, strides, strict=True))
     gate_x, up_x = gate.arranged_size + gate.x_size, up.arranged_size + up.x_size
     up.x_offset = 0 if types[0] == types[1] or not shape.gated else _aligned(gate_x)
     return Ffn(
@@ -311,19 +316,22 @@ def product_size(product: Product, n_tokens: int) -> int:
     return int(library().lzn_product_size(ctypes.byref(product), n_tokens))
 
 
-def tiles(type_id: int, n_in: int, n_out: int) -> Tiles | None:
-    """The description of the same for many tokens; None where the kernels have nothing for it. It is never freed."""
-    return _tiles(type_id, n_in, n_out, variant())
+def tiles(type_id: int, n_in: int, n_out: int, stride: int = 0) -> Tiles | None:
+    """The description of the same for many tokens; None where the kernels have nothing for it. It is never freed.
+
+    stride: bytes from one row to the next; 0 where they follow each other.
+    """
+    return _tiles(type_id, n_in, n_out, stride, variant())
 
 
 @functools.cache
-def _tiles(type_id: int, n_in: int, n_out: int, of_variant: int) -> Tiles | None:
+def _tiles(type_id: int, n_in: int, n_out: int, stride: int, of_variant: int) -> Tiles | None:
     block = ggml.ggml_blck_size(type_id)
     kernels = None if n_in % 32 or block != 32 else library().lzn_tile_kernels(type_id, of_variant)
     if not kernels:
         return None
-    row, part = ggml.ggml_row_size(type_id, n_in), ggml.ggml_row_size(type_id, block)
-    return Tiles(n_in=n_in, n_out=n_out, row_size=row, block_size=part, kernels=kernels)
+    step, part = stride or ggml.ggml_row_size(type_id, n_in), ggml.ggml_row_size(type_id, block)
+    return Tiles(n_in=n_in, n_out=n_out, stride=step, block_size=part, kernels=kernels)
 
 
 def tiles_size(matrix: Tiles, n_tokens: int) -> int:
@@ -348,15 +356,17 @@ def attention_size(shape: Attention, n_tokens: int) -> int:
     return int(library().lzn_attention_size(ctypes.byref(shape), n_tokens))
 
 
-def _rows(type_id: int, n_embd: int) -> Rows:
+def _rows(type_id: int, n_embd: int, stride: int = 0) -> Rows:
     traits, cpu = ggml.ggml_get_type_traits(type_id).contents, ggml.ggml_get_type_traits_cpu(type_id).contents
     x_type = cpu.vec_dot_type
     # F32 rows are read as they are: ggml gives them no to_float.
     to_float = traits.to_float or ggml.ggml_get_type_traits_cpu(ggml.F32).contents.from_float
     # Our loops take rows by 32 elements.
     kernels = None if n_embd % 32 else library().lzn_kernels(type_id, variant())
+    size = ggml.ggml_row_size(type_id, n_embd)
     return Rows(
-        row_size=ggml.ggml_row_size(type_id, n_embd),
+        row_size=size,
+        stride=stride or size,
         x_size=ggml.ggml_row_size(x_type, n_embd),
         arranged_size=library().lzn_arranged_size(kernels, n_embd),
         from_float=ggml.ggml_get_type_traits_cpu(x_type).contents.from_float,

@@ -30,6 +30,16 @@ class NativeTensors:
         """ggml types of the gate, up and down rows."""
         return self.gate.type, (self.up or self.gate).type, self.down.type
 
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Bytes from one row of each to the next."""
+        return self.gate.nb[1], (self.up or self.gate).nb[1], self.down.nb[1]
+
+    @property
+    def bundled(self) -> bool:
+        """Whether all rows of a neuron lie side by side."""
+        return self.gate.nb[1] > ggml.ggml_row_size(self.gate.type, self.gate.ne[0])
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -95,7 +105,9 @@ def add_native_ffn(
     few, quantized = n <= sparse_ffn.FEW_TOKENS, _custom(ctx, ffn, "quantize", ggml.I8, (ffn.x_stride, n), x)
     scanned = quantized
     if asking:
-        read = (t.gate if gates is None else None, *(() if few else (t.down, t.up)))
+        # Of rows side by side, one read has all; else those that follow the gates are read of neurons that fire.
+        at_once = not few or (t.bundled and candidates is not None)
+        read = (t.gate if gates is None else None, *((t.down, t.up) if at_once else ()))
         if candidates is not None:
             candidates = asking.rows(ctx, candidates, quantized, pager.CANDIDATES, read, ffn)
         else:
@@ -111,7 +123,7 @@ def add_native_ffn(
     if few:
         assert gates is None
         gate = _custom(ctx, ffn, "gate", ggml.I8, (sparse_ffn.gate_size(ffn, n), 1), scanned, *first)
-        if asking:
+        if asking and not at_once:
             gate = asking.rows(ctx, gate, quantized, pager.FIRED, (t.down, t.up), ffn)
         sums = _custom(ctx, ffn, "down", ggml.I8, (sparse_ffn.down_size(ffn, n), 1), quantized, gate, *rest)
         return _custom(ctx, ffn, "reduce", ggml.F32, (made, n), sums)

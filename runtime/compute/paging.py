@@ -73,10 +73,13 @@ class Paging(Closing):
         rows, stems = n.row_matrices(ffn), n.stems(ffn)
         whole = [n.weight_of(i, stem) for stem in stems.matrices]
         names = [n.weight_of(i, stem) for stem in rows]
+        if self._file.tensors[names[0]].stride:
+            return self._pages_of(names[:1]) * PAGE  # all rows lie between the first one's
         return max(self._pages_of(names), self._pages_of(name for name in whole if name in self.names)) * PAGE
 
     def _pages_of(self, names: Iterable[str]) -> int:
-        return sum(self._file.tensors[name].nbytes // PAGE + 2 for name in names)
+        found = [self._file.tensors[name] for name in names]
+        return sum(max(info.nbytes, info.rows * info.stride) // PAGE + 2 for info in found)
 
     def allow(self, n_bytes: int) -> None:
         """Let so many bytes be in memory. Raises UserError for less than `least`."""
@@ -117,8 +120,9 @@ class Paging(Closing):
 
     def _rows(self, name: str, n_rows: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """First and last page of each row of a matrix."""
-        size = self._file.tensors[name].nbytes // n_rows
-        starts = self.place(name)[2] + size * np.arange(n_rows, dtype=np.int64)
+        info = self._file.tensors[name]
+        size = info.nbytes // n_rows
+        starts = self.place(name)[2] + (info.stride or size) * np.arange(n_rows, dtype=np.int64)
         return starts // PAGE, (starts + size - 1) // PAGE
 
     def check(self) -> None:
@@ -148,12 +152,13 @@ class Paging(Closing):
         """What makes the rows of some matrices be there, of neurons as one of pager.ALL, CANDIDATES, FIRED names
         them.
         """
-        found = [(t.data or 0, ggml.ggml_row_size(t.type, t.ne[0])) for t in matrices if t is not None]
+        found = [(t.data, ggml.ggml_row_size(t.type, t.ne[0]), t.nb[1]) for t in matrices if t is not None]
         return pager.fetch(self._pager, what, found, ffn)
 
     def whole(self, matrices: Sequence[ggml.TensorP]) -> Fetch:
         """What makes whole matrices be there."""
-        found = [(t.data or 0, ggml.ggml_nbytes(ggml.ConstTensorP(t.value))) for t in matrices]
+        sizes = (ggml.ggml_nbytes(ggml.ConstTensorP(t.value)) for t in matrices)
+        found = [(t.data, size, size) for t, size in zip(matrices, sizes, strict=True)]
         return pager.fetch(self._pager, pager.WHOLE, found, None)
 
 

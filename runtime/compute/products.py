@@ -23,7 +23,7 @@ def by_rows(n_tokens: int) -> bool:
 
 def tiles_of(matrix: ggml.TensorP) -> sparse_ffn.Tiles | None:
     """The tiles of a matrix [n_in, n_out]; None where there are none."""
-    return sparse_ffn.tiles(matrix.type, matrix.ne[0], matrix.ne[1])
+    return sparse_ffn.tiles(matrix.type, matrix.ne[0], matrix.ne[1], matrix.nb[1])
 
 
 def tiles_of_type(type_id: int) -> bool:

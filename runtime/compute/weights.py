@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from runtime.base.closing import Closing, Handles
 from runtime.base.own_memory import OwnMemory, Reading
 from runtime.bindings import ggml
 from runtime.compute.paging import Paging
 from runtime.errors import UserError
-from runtime.model_file.reader import GgufFile
+from runtime.model_file.reader import GgufFile, TensorInfo
 
 _ALIGNMENT = 64  # of a tensor in memory: a line of the caches
 
@@ -84,7 +85,9 @@ class Weights(Tensors, Closing):
             }
             placed = self._hold(handles, held, threads) if held else {}
             placed |= self._paged(handles, paging) if paging else {}
-            super().__init__({name: self._tensor(name, *(placed.get(name) or self._mapped(name))) for name in names})
+            super().__init__(
+                {name: self._tensor(name, *(placed.get(name) or self._mapped(name)), name in held) for name in names}
+            )
             self._handles = handles.pop_all()
 
     def _hold(self, handles: Handles, held: Mapping[str, Held], threads: int) -> dict[str, tuple[ggml.BufferP, int]]:
@@ -95,12 +98,7 @@ class Weights(Tensors, Closing):
             end += -(-self._file.tensors[name].nbytes // _ALIGNMENT) * _ALIGNMENT
         memory = handles.enter_context(OwnMemory(end))
         readings = [
-            Reading(
-                self._file.path_of(name),
-                self._file.tensors[name].offset + part.first,
-                part.length,
-                starts[name] + part.first,
-            )
+            _reading(self._file.path_of(name), self._file.tensors[name], part, starts[name])
             for name, part in held.items()
         ]
         memory.read(readings, threads)
@@ -128,9 +126,14 @@ class Weights(Tensors, Closing):
     def _mapped(self, name: str) -> tuple[ggml.BufferP, int]:
         return self._buffers[self._file.mapped(name)[0]], self._file.address(name)
 
-    def _tensor(self, name: str, buffer: ggml.BufferP, address: int) -> ggml.TensorP:
+    def _tensor(self, name: str, buffer: ggml.BufferP, address: int, held: bool) -> ggml.TensorP:
         info = self._file.tensors[name]
         tensor = ggml.ggml_new_tensor_3d(self._context, info.type_id, *(*info.ne, 1, 1)[:3])
+        if info.stride and not held:
+            steps = tensor.struct.nb
+            steps[1] = info.stride
+            steps[2] = steps[3] = info.stride * tensor.ne[1]
+            steps[3] *= tensor.ne[2]
         ggml.ggml_set_name(tensor, name.encode())
         status = ggml.ggml_backend_tensor_alloc(buffer, tensor, address)
         assert status == ggml.STATUS_SUCCESS, name
@@ -140,3 +143,15 @@ class Weights(Tensors, Closing):
         """Release the tensors, the memory and the mapping."""
         self.tensors, self.copies = {}, {}
         self._handles.close()
+
+
+def _reading(path: Path, info: TensorInfo, part: Held, start: int) -> Reading:
+    """What reads a part of a tensor to where it belongs in memory, when the tensor begins at `start`: there its rows
+    follow each other, whatever lies between them in the file.
+    """
+    if not info.stride:
+        return Reading(path, info.offset + part.first, part.length, start + part.first)
+    row = info.nbytes // info.rows
+    return Reading(
+        path, info.offset + part.first // row * info.stride, part.length, start + part.first, row, info.stride
+    )

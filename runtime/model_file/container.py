@@ -5,6 +5,7 @@ against the file's size before anything is mapped.
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from runtime.base.stand_ins import refuse_stand_in
 from runtime.base.worker import on_worker
@@ -40,7 +42,8 @@ _SCALARS: dict[int, tuple[Any, Callable[[Any], Any]]] = {
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor of a file. ne: shape in ggml's order, contiguous dimension first, without trailing ones; offset: bytes
-    from the start of the file.
+    from the start of the file. nbytes: of its elements. stride: bytes from one row to the next, where rows of others
+    lie between them; else 0.
     """
 
     name: str
@@ -49,11 +52,29 @@ class TensorInfo:
     ne: tuple[int, ...]
     offset: int
     nbytes: int
+    stride: int = 0
+
+    @property
+    def rows(self) -> int:
+        """How many rows a matrix has, of all experts together."""
+        return math.prod(self.ne[1:])
+
+    @property
+    def span(self) -> int:
+        """Bytes from its first to its last."""
+        return (self.rows - 1) * self.stride + self.nbytes // self.rows if self.stride else self.nbytes
+
+    def rows_in(self, path: Path) -> npt.NDArray[np.uint8]:
+        """Its rows in a file, mapped for reading: [rows, bytes of a row]."""
+        row = self.nbytes // self.rows
+        stored = np.memmap(path, np.uint8, "r", self.offset, (self.span,))
+        strides = (self.stride or row, 1)
+        return np.lib.stride_tricks.as_strided(stored, (self.rows, row), strides, writeable=False)
 
 
 class GgufPart:
     """One open file: `metadata` (key -> value; arrays as numpy arrays or lists of str) and `tensors` (name ->
-    TensorInfo).
+    TensorInfo). stored_bytes: of all tensors.
 
     magic: its first four bytes, for files that are GGUF in all but these.
     Raises UserError when the file is missing, no GGUF, damaged or shorter than its tensors say.
@@ -68,6 +89,7 @@ class GgufPart:
         # Not on the main thread, where Ctrl-C would be lost if it came within a callback from native code.
         self.metadata, self.tensors = on_worker(lambda: _parse(path, magic))
         self._check_extents()
+        self.stored_bytes = sum(info.nbytes for info in self.tensors.values())
 
     def mapped(self) -> tuple[int, int]:
         """Address and size of the whole file's mapping: read-only, made on first use, valid until `close`."""
@@ -78,16 +100,18 @@ class GgufPart:
         return int(self._view.ctypes.data), self.size
 
     def release(self, name: str) -> None:
-        """Give back the memory of the pages that hold only this tensor."""
+        """Give back the memory of the pages that hold only this tensor, and those of others between its rows."""
         info = self.tensors[name]
         first = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (info.offset + info.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        end = (info.offset + info.span) // mmap.PAGESIZE * mmap.PAGESIZE
         if self._map is not None and first < end and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
 
     def read(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The tensor's raw bytes, copied."""
         info = self.tensors[name]
+        if info.stride:
+            return info.rows_in(self.path).copy().reshape(-1)
         return np.fromfile(self.path, np.uint8, info.nbytes, offset=info.offset)
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from runtime.bindings import ggml
 from runtime.bindings.ffn_shape import FfnShape
 from runtime.errors import UserError
 from runtime.model_file import tensor_names as names
+from runtime.model_file.bundles import unbundled
 from runtime.model_file.container import MAGIC, GgufPart, TensorInfo
 from runtime.model_file.provenance import check_figures
 from runtime.model_file.shards import open_shards
@@ -35,7 +36,7 @@ _AGAIN = "the file is damaged: download or convert it again"
 
 class GgufFile(Closing):
     """An open model: `metadata` (key -> value; arrays as numpy arrays or lists of str) and `tensors` (name ->
-    TensorInfo).
+    TensorInfo; matrices that are stored in bundles under their own names).
 
     path: the file, or the first of its shards; `parts` are all of them, and `size` their bytes together.
     magic: its first four bytes, for files that are GGUF in all but these.
@@ -52,6 +53,11 @@ class GgufFile(Closing):
         self.parts = open_shards(GgufPart(self.path, magic))
         self.size = sum(part.size for part in self.parts)
         self.metadata = self.parts[0].metadata
+        stored = {name: info for part in self.parts for name, info in part.tensors.items()}
+        divided, bundles = unbundled(stored, self.metadata, f"`{path}`")
+        for part in self.parts if bundles else ():
+            held = part.tensors
+            part.tensors = {name: info for name, info in divided.items() if bundles.get(name, name) in held}
         self.tensors = {name: info for part in self.parts for name, info in part.tensors.items()}
         self._part_of = {name: part for part in self.parts for name in part.tensors}
 

@@ -23,7 +23,8 @@ ROPE_SCALINGS = ("none", "linear")
 RESIDUALS = ("sequential", "parallel")
 QK_NORMS = ("none", "before_rope", "after_rope")
 GATES = ("none", "gated")
-LAYOUTS = ("both", "sparse")
+PAGED = "paged"  # the layout with the rows of each neuron side by side: runtime/model_file/bundles.py
+LAYOUTS = ("both", "sparse", PAGED)
 NEURON_ORDERS = ("original", "hot")
 PREDICTOR_KINDS = ("none", "lowrank", "mlp", "signbit")
 PREDICTOR_TAPS = ("ffn_norm", "residual")
@@ -40,7 +41,7 @@ PER_BLOCK = (
     "ssm_time_step_rank",
     "expert_shared_feed_forward_length",
 )
-MIXED = 3  # the first schema version whose readers know lists of such values
+MIXED = 3  # the first schema version whose readers know lists of such values, and the layout `paged`
 
 
 def _key(name: str, choices: tuple[str, ...] = (), since: int = 1, **kwargs: Any) -> Any:
@@ -347,5 +348,5 @@ class Structure:
             if (value := getattr(self, f.name)) != () and not (f.metadata["since"] >= MIXED and value == f.default)
         }
         needed = [f.metadata["since"] for f in fields(self) if getattr(self, f.name) != f.default]
-        mixed = any(isinstance(getattr(self, name), tuple) for name in PER_BLOCK)
+        mixed = self.layout == PAGED or any(isinstance(getattr(self, name), tuple) for name in PER_BLOCK)
         return {f"{ARCHITECTURE}.schema_version": max(needed + [MIXED] * mixed), **described}

@@ -20,6 +20,7 @@ ATTN_Q_NORM, ATTN_K_NORM, ATTN_SUB_NORM = "attn_q_norm", "attn_k_norm", "attn_su
 SSM_IN, SSM_CONV, SSM_DT, SSM_A, SSM_D = "ssm_in", "ssm_conv1d", "ssm_dt", "ssm_a", "ssm_d"
 SSM_NORM, SSM_OUT = "ssm_norm", "ssm_out"
 FFN_NORM, FFN_GATE, FFN_UP, FFN_DOWN, FFN_DOWN_T = "ffn_norm", "ffn_gate", "ffn_up", "ffn_down", "ffn_down_t"
+FFN_BUNDLE = "ffn_neurons"
 NEURON_INDEX, NEURON_FREQ = "ffn_neuron_index", "ffn_neuron_freq"
 PREDICTOR_IN, PREDICTOR_OUT, PREDICTOR_SIGN = "predictor_in", "predictor_out", "predictor_sign"
 LATENT_DOWN, LATENT_UP = "ffn_latent_down", "ffn_latent_up"
@@ -34,6 +35,7 @@ class Stems:
     up: str = FFN_UP
     down: str = FFN_DOWN
     down_t: str = FFN_DOWN_T
+    bundle: str = FFN_BUNDLE  # its bare name is the tensor's: rows of several matrices side by side
     index: str = NEURON_INDEX
     freq: str = NEURON_FREQ
     predictor_out: str = PREDICTOR_OUT

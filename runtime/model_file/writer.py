@@ -23,7 +23,7 @@ from runtime.model_file import shards
 from runtime.model_file.reader import GgufFile
 from runtime.model_file.structure import ARCHITECTURE
 
-ALIGNMENT = 64  # of every tensor in the file: a cache line, and AVX-512's load
+ALIGNMENT = 64  # of every tensor in the file, at least: a cache line, and AVX-512's load
 _PIECE = 1 << 24  # bytes copied at a time
 _WRITER_ADDS = ("general.architecture", "general.alignment")
 _TYPES = {bool: GGUFValueType.BOOL, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
@@ -42,6 +42,7 @@ class NewTensor:
     type: int
     nbytes: int
     pieces: Iterable[npt.NDArray[np.uint8]]
+    alignment: int = ALIGNMENT  # that it wants in the file; all tensors of a file have the largest
 
     def tofile(self, file: IO[bytes]) -> None:
         """Write all pieces to `file`; what GGUFWriter calls, as on a numpy array."""
@@ -78,13 +79,19 @@ def copied(file: GgufFile, name: str, new_name: str | None = None) -> NewTensor:
     """A tensor of another file, byte for byte."""
     info = file.tensors[name]
 
+    def rows() -> Iterator[npt.NDArray[np.uint8]]:
+        with naming(file.path_of(name)):
+            stored = info.rows_in(file.path_of(name))
+            for at in range(0, len(stored), step := max(1, _PIECE // stored.shape[1])):
+                yield stored[at : at + step].copy().reshape(-1)
+
     def pieces() -> Iterator[npt.NDArray[np.uint8]]:
         with file.path_of(name).open("rb") as stored, naming(file.path_of(name)):
             stored.seek(info.offset)
             for at in range(0, info.nbytes, _PIECE):
                 yield np.frombuffer(stored.read(min(_PIECE, info.nbytes - at)), np.uint8)
 
-    return NewTensor(new_name or name, info.ne, info.type_id, info.nbytes, pieces())
+    return NewTensor(new_name or name, info.ne, info.type_id, info.nbytes, rows() if info.stride else pieces())
 
 
 def copied_keys(path: Path) -> dict[str, Key]:
@@ -148,7 +155,8 @@ def write_parts(files: Sequence[NewFile], architecture: str = ARCHITECTURE) -> i
 
 
 def _write(file: NewFile, architecture: str) -> None:
-    with _writer(architecture) as writer:
+    alignment = max((tensor.alignment for tensor in file.tensors), default=ALIGNMENT)
+    with _writer(architecture, alignment) as writer:
         for key, value in file.metadata.items():
             _add_value(writer, key, value)
         for tensor in file.tensors:
@@ -162,9 +170,9 @@ def _write(file: NewFile, architecture: str) -> None:
 
 
 @contextmanager
-def _writer(architecture: str) -> Iterator[Any]:
+def _writer(architecture: str, alignment: int) -> Iterator[Any]:
     writer = GGUFWriter(None, architecture)
-    writer.add_custom_alignment(ALIGNMENT)
+    writer.add_custom_alignment(alignment)
     try:
         yield writer
         writer.close()

@@ -17,15 +17,21 @@ class asking {
 
     void row(int64_t r) const {
         for (int m = 0; m < what_.n_matrices; m++) {
-            from_.want(static_cast<const char *>(what_.first[m]) + r * what_.size[m], what_.size[m]);
+            from_.want(static_cast<const char *>(what_.first[m]) + r * what_.stride[m], what_.size[m]);
         }
     }
 
     // Rows first to end - 1.
     void rows(int64_t first, int64_t end) const {
         for (int m = 0; m < what_.n_matrices; m++) {
-            const char * at = static_cast<const char *>(what_.first[m]) + first * what_.size[m];
-            from_.want(at, (end - first) * what_.size[m]);
+            const char * at = static_cast<const char *>(what_.first[m]) + first * what_.stride[m];
+            if (what_.stride[m] == what_.size[m]) {
+                from_.want(at, (end - first) * what_.size[m]);
+                continue;
+            }
+            for (int64_t r = first; r < end; r++, at += what_.stride[m]) {
+                from_.want(at, what_.size[m]);
+            }
         }
     }
 

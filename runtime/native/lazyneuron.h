@@ -35,6 +35,7 @@
 // How to read rows (of n_embd elements, if not said otherwise) of one weight type.
 struct lzn_rows {
     size_t row_size;       // bytes of a row of weights
+    size_t stride;         // bytes from one row to the next
     size_t x_size;         // bytes of a row of activations in the type that vec_dot expects
     size_t arranged_size;  // bytes of the same as our own loops want it, in front of them; 0 where they want no other
     size_t x_offset;       // where both lie within one token's activations
@@ -89,7 +90,7 @@ struct lzn_product {
 struct lzn_tiles {
     int32_t n_in;       // a multiple of 32
     int32_t n_out;
-    size_t row_size;    // bytes of a row of weights
+    size_t stride;      // bytes from one row of weights to the next
     size_t block_size;  // bytes of 32 weights
     const void * kernels;  // `lzn_tile_kernels` of the type
 };
@@ -143,6 +144,7 @@ struct lzn_fetch {
     int32_t n_matrices;
     const void * first[3];       // of each matrix, its first row
     size_t size[3];              // bytes of a row, or of a whole matrix
+    size_t stride[3];            // bytes from one row to the next
 };
 
 #define LZN_MAX_RANGES 64  // that one token scans

@@ -34,7 +34,7 @@ class sources {
 inline const row_kernels * kernels_of(const lzn_rows & rows) { return static_cast<const row_kernels *>(rows.kernels); }
 
 inline const char * row_of(const ggml_tensor * weights, const lzn_rows & rows, int64_t r) {
-    return static_cast<const char *>(weights->data) + r * rows.row_size;
+    return static_cast<const char *>(weights->data) + r * rows.stride;
 }
 
 inline float bias_of(const ggml_tensor * bias, int64_t r) {

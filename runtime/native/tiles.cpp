@@ -25,7 +25,7 @@ void multiply(const lzn_tiles & p, const char * rows, int64_t first, int n_rows,
     alignas(64) char packed[TILE_PACKED];
     for (int64_t c = 0; c < p.n_in; c += TILE_COLUMNS) {
         const int64_t n = up_to(p.n_in - c, TILE_COLUMNS);
-        kernels_of(p).pack(n, n_rows, rows + first * p.row_size + c / TILE_BLOCK * p.block_size, p.row_size, packed);
+        kernels_of(p).pack(n, n_rows, rows + first * p.stride + c / TILE_BLOCK * p.block_size, p.stride, packed);
         for (int64_t t = t0; t < t1; t += TILE_TOKENS) {
             const int n_tokens = static_cast<int>(up_to(t1 - t, TILE_TOKENS));
             kernels_of(p).tile(n, packed, tile_of(p, tiles, t) + c / TILE_BLOCK, n_rows, n_tokens, c > 0, result + t * p.n_out + first, p.n_out);

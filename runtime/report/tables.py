@@ -17,6 +17,7 @@ from runtime.analysis.page_facts import POINTS
 from runtime.base.figures import memory, number, part, share, size, spread
 
 _CARRY = (1, 5, 10, 20, 50)  # percent of the neurons whose activations the table shows
+_DOWN = {"both": "both layouts", "sparse": "sparse layout only", "paged": "beside the neurons' other rows"}
 _NOT_SHOWN = ("predictor_rank", "predictor_error")  # of the structure: they stand in the table of predictors
 _SHOWN_ELSEWHERE = ("name", "license", "license.name", "base_model.0.name")
 
@@ -194,7 +195,7 @@ def overview(facts: Facts) -> list[tuple[str, str]]:
         ("norms", f"{s['norm']}, {s['norm_placement']}"),
         ("positions", s["position"]),
         ("output head", "the token embeddings" if s["tied_output"] else "its own"),
-        ("down projection", "both layouts" if s["layout"] == "both" else "sparse layout only"),
+        ("down projection", _DOWN[s["layout"]]),
         ("neurons stored", "hottest first" if s["neuron_order"] == "hot" else "as in the checkpoint"),
         ("predictors", s["predictor"]),
         ("checkpoint", s["source_architecture"]),

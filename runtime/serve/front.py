@@ -64,7 +64,7 @@ class Front:
         """Bytes that a token reads where every neuron is computed, keys and values left out."""
         if self._dense is None:
             s = self.model.structure
-            every = Activity.uniform("exact" if s.layout == "sparse" else "dense", s.block_count, 1.0)
+            every = Activity.uniform("dense" if s.layout == "both" else "exact", s.block_count, 1.0)
             self._dense = bytes_per_token(s, self.model.tensors, every).total
         return self._dense
 

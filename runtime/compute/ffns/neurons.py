@@ -150,7 +150,8 @@ class NeuronFfn:
         """The userdata of the block's operators, kept as long as the graph."""
         ffns = self.b.ffns
         if self.i not in ffns:
-            ffns[self.i] = sparse_ffn.describe(self.shape, self._rows().types, self.b.spec.run.threads)
+            rows = self._rows()
+            ffns[self.i] = sparse_ffn.describe(self.shape, rows.types, self.b.spec.run.threads, rows.strides)
         return ffns[self.i]
 
     # --- its predictor -----------------------------------------------------------------------------------------------
