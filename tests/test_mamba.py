@@ -17,6 +17,7 @@ import runtime
 from runtime.analysis.contents import contents_of
 from runtime.bindings import ggml
 from runtime.block_runner import BlockRunner
+from runtime.commands.conversation import Conversation
 from runtime.compute.batch import Batch
 from runtime.engine import Engine
 from runtime.errors import UserError
@@ -27,6 +28,7 @@ from runtime.model import open_model
 from runtime.model_file.reader import GgufFile
 from runtime.options import RunOptions
 from runtime.sequence import CachedSequence
+from runtime.text.sampling import Sampling
 
 pytestmark = pytest.mark.numeric
 
@@ -173,6 +175,26 @@ def test_a_text_that_is_asked_again_or_changed_is_computed_right(path: Path) -> 
         assert sequence.logits(IDS[:50], last=9).shape == (9, mamba.VOCAB)
 
 
+def test_a_saved_conversation_goes_on_with_the_same_logits(path: Path, tmp_path: Path) -> None:
+    """Its file has texts; another process computes the states again."""
+    talk = Conversation(None)
+    talk.add("user", "abc def")
+    with runtime.load(path, ffn="exact", device="none", kv_type="f32") as model:
+        for _ in range(2):
+            with model.generate(talk.prompt(), 20, Sampling(temperature=0), cache_prompt=True) as reply:
+                talk.add("assistant", "".join(reply))
+            talk.add("user", "gh")
+        talk.save(tmp_path / "talk.json")
+        ids = model.tokenize(talk.prompt())
+        wanted = model._sequence.logits(ids)
+    again = Conversation(None)
+    again.load(tmp_path / "talk.json")
+    with runtime.load(path, ffn="exact", device="none", kv_type="f32") as model:
+        assert model.tokenize(again.prompt()) == ids
+        for _ in range(2):  # and for another reply to the same text
+            assert max_difference(wanted, model._sequence.logits(ids)) <= 1e-4
+
+
 def test_after_an_error_the_text_is_computed_again(path: Path) -> None:
     with engine_of(path, ffn="exact", n_ctx=40, n_batch=16) as engine:
         sequence = CachedSequence(engine)
@@ -216,6 +238,11 @@ def test_what_a_device_cannot_compute_stays_on_the_cpu(path: Path, monkeypatch: 
     assert arrangement.note == "device CPU cannot compute 3 Mamba blocks: they stay on the CPU"
     assert arrangement.tensor_map.mambas(1) == {}
     assert [i for i, b in enumerate(arrangement.tensor_map.blocks) if b.home == 1] == [1, 3, 4]
+    # The planner knows: nothing of them is on the device, and they take longer there than if they were.
+    mambas = SHAPES["three groups"].mambas.values()
+    states = sum(m.held_bytes(options.kept_states, 0) for m in mambas)
+    assert able.placement.bytes[0] - arrangement.placement.bytes[0] > states
+    assert arrangement.placement.block_seconds[0] > able.placement.block_seconds[0]
     with Engine(GgufFile(path), options, arrangement) as divided:
         assert max_difference(expected, divided.compute(whole(IDS))) <= 2e-3
 

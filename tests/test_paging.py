@@ -43,14 +43,14 @@ def load(path: Path, budget: int | None = None, **options: Any) -> Model:
     )
 
 
-def least(path: Path, **options: Any) -> int:
-    """The smallest budget, with room for a few pages besides."""
+def least(path: Path, work: Callable[[Model], object] | None = None, **options: Any) -> int:
+    """The smallest budget for some work, with room for a few pages besides."""
     with load(path, HUGE, **options) as model:
         paging = model.engine._paging
         assert paging
         left = [paging.limit]
         with mock.patch.object(paging, "allow", wraps=paging.allow) as allowed:
-            compute(model)
+            (work or compute)(model)
         left += [call.args[0] for call in allowed.call_args_list]
         return paging.least + HUGE - min(left) + 16 * PAGE
 
@@ -87,7 +87,7 @@ def made(fitted_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
             return Path(files[0])
         if name == "shards":
             return split(fitted_gguf, path, 5)[0]
-        write_model(Recipe("tiny-mixtral", 0.2, "q4_0"), path)
+        write_model(Recipe("tiny-mixtral" if name == "experts" else name, 0.2, "q4_0"), path)
         return path
 
     return get
@@ -109,6 +109,25 @@ def test_a_budget_changes_no_bit(made: Callable[[str], Path], name: str, ffn: st
         paged = model.stats().paged
         assert paged and paged.resident <= paged.limit
         assert paged.dropped > 0 and 0 < paged.read < paged.wanted  # it had to choose, and kept some
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("ffn", ["predicted", "exact", "verified"])
+def test_a_budget_with_mamba_blocks(made: Callable[[str], Path], ffn: str) -> None:
+    """Mamba, experts and a shared one: its states count as memory that is taken, and no bit changes."""
+    path, ids = made("tiny-nemotron-3"), random_ids(PROMPT, 512)
+
+    def answered(model: Model) -> Logits:
+        rows = [model.engine.compute(Batch.of(ids, 0, 0, range(PROMPT)))]
+        return np.concatenate([*rows, *(model.engine.compute(Batch.of([k], PROMPT + k)) for k in range(STEPS))])
+
+    with load(path, ffn=ffn) as model:
+        wanted = answered(model)
+    with load(path, least(path, answered, ffn=ffn), ffn=ffn) as model:
+        assert np.array_equal(answered(model), wanted)
+        paged = model.stats().paged
+        assert paged and paged.resident <= paged.limit
+        assert 0 < paged.read < paged.wanted  # read as it was asked for, and kept
 
 
 def test_all_that_fits_is_read_at_once(fitted_gguf: Path) -> None:
