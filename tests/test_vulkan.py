@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mamba
 import numpy as np
 import pytest
 from devices import gpu, product
@@ -19,6 +20,7 @@ from oracle import Logits, kl, random_ids, relative, same_argmax
 from splits import SPLITS, hot
 
 import runtime
+from runtime.compute.batch import Batch
 from runtime.hybrid import choose
 from runtime.hybrid.lengths import Longer
 
@@ -156,6 +158,43 @@ def test_more_neurons_of_some_experts(
     found = logits(path, 8, device=device, ffn=ffn)
     assert relative(expected, found) <= (1e-2 if half_precision else 1e-5)
     assert same_argmax(expected, found) == 1
+
+
+@pytest.mark.parametrize("ffn", ["exact", "dense"])
+@pytest.mark.parametrize(("state", "computed"), [(128, True), (24, False)])
+def test_mamba_blocks(device: str, half_precision: bool, tmp_path: Path, ffn: str, state: int, computed: bool) -> None:
+    """What the backend computes is on the device; another size stays on the CPU, which one line says."""
+    s, path = mamba.structure("M-M*-M", groups=3, state=state), tmp_path / "m.gguf"
+    mamba.write(path, s, mamba.weights(s))
+    ids = random_ids(100, mamba.VOCAB)
+    with runtime.load(path, ffn=ffn, kv_type="f32", device="none") as model:
+        expected = model.logits(ids)
+    with runtime.load(path, ffn=ffn, kv_type="f32", device=device, hot=32) as model:
+        assert list(model._engine.map.mambas(1)) == ([0, 2, 5] if computed else [])
+        assert model._engine.arrangement
+        note = f"device {device} cannot compute 3 Mamba blocks: they stay on the CPU"
+        assert model._engine.arrangement.note == ("" if computed else note)
+        found = model.logits(ids[:60]), model.logits(ids), model.logits(ids[:60])  # further, and again
+    for logits_there, n in zip(found, (60, 100, 60), strict=True):
+        assert relative(expected[:n], logits_there) <= (1e-2 if half_precision else 1e-3)
+        assert same_argmax(expected[:n], logits_there) >= 0.99
+
+
+def test_drafts_with_mamba_blocks(device: str, half_precision: bool, tmp_path: Path) -> None:
+    """What is rejected leaves the states on the device."""
+    s, path = mamba.structure("M-M*-M", groups=3), tmp_path / "m.gguf"
+    mamba.write(path, s, mamba.weights(s))
+    ids = random_ids(60, mamba.VOCAB)
+    with runtime.load(path, ffn="exact", kv_type="f32", device="none") as model:
+        expected = model.logits(ids)
+    with runtime.load(path, ffn="exact", kv_type="f32", device=device, hot=32, lookup=True) as model:
+        engine = model._engine
+        engine.compute(Batch.of(ids[:20], 0))
+        engine.compute(Batch.of(ids[20:36], 20))
+        engine.cells.trim(0, 25)
+        assert engine.cells.length(0) == 25
+        found = engine.compute(Batch.of(ids[25:], 25, 0, range(35)))
+    assert relative(expected[25:], found) <= (1e-2 if half_precision else 1e-3)
 
 
 @pytest.mark.parametrize("split", ["half", "all"])
