@@ -24,11 +24,12 @@ def open_staged(source: str | Path, file: GgufFile, options: RunOptions, settled
     stages do not have.
     """
     _check(options)
-    connect(options.stages * (options.threads or 1) if isinstance(options.stages, int) else 1)
+    wanted, threads = options.stages, options.threads or 1
+    cuts = cuts_of(file, settled, wanted) if isinstance(wanted, int) else []
+    connect(max(1, len(cuts) * threads))
     from runtime.stages import ray_stages  # noqa: PLC0415  (see `connect`)
 
-    wanted = ray_stages.n_machines() if options.stages == AUTO else options.stages
-    assert isinstance(wanted, int)
+    cuts = cuts or cuts_of(file, settled, ray_stages.n_machines())
     fixed = replace(
         options,
         stages=None,
@@ -38,7 +39,6 @@ def open_staged(source: str | Path, file: GgufFile, options: RunOptions, settled
         n_cells=settled.n_cells,
     )
     path = source if not Path(source).exists() else Path(source).resolve()
-    cuts = cuts_of(file, settled, wanted)
     with Handles() as handles:
         stages = ray_stages.RayStages(path, fixed, cuts, options.threads, options.stage_timeout)
         handles.enter_context(stages)
