@@ -6,6 +6,8 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ import runtime
 from runtime.compute.batch import Batch
 from runtime.errors import UserError
 from runtime.model import Model
+from runtime.stages.opening import connect
 from runtime.stages.staged_engine import StagedEngine, StageLostError
 
 ray = pytest.importorskip("ray", reason='stages need Ray: pip install "lazyneuron[cluster]"')
@@ -133,6 +136,34 @@ def test_a_stage_that_hangs(cluster: str, fitted_gguf: Path) -> None:
         with pytest.raises(StageLostError, match="did not answer within 8 s"):
             greedy(model)
         assert greedy(model) == wanted
+
+
+def test_ctrl_c_ends_a_command_and_its_stages(cluster: str, fitted_gguf: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "runtime",
+        "complete",
+        str(fitted_gguf),
+        "-p",
+        PROMPT,
+        "-n",
+        "4000",
+        "--stages",
+        "2",
+    ]
+    with subprocess.Popen(
+        [*command, "--threads", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        assert process.stdout and process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert (process.returncode, err.splitlines()[-1]) == (130, "interrupted")
+    connect()
+    free = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:  # that its stages had
+        assert time.monotonic() < free
+        time.sleep(0.2)
 
 
 def test_other_files_are_refused(cluster: str, fitted_gguf: Path, tmp_path: Path) -> None:

@@ -116,10 +116,13 @@ class RayStages(Closing):
 
     def restart(self) -> None:
         """See `Stages`."""
-        for k in range(len(self._actors)):
-            if not self._answers(k, 2.0):
-                ray.kill(self._actors[k])
-                self._actors[k] = self._new(k)
+        try:
+            for k in range(len(self._actors)):
+                if not self._answers(k, 2.0):
+                    ray.kill(self._actors[k])
+                    self._actors[k] = self._new(k)
+        except (ConnectionError, ray.exceptions.RayError) as error:
+            raise UserError(f"the Ray cluster cannot be reached any more: {_line(error)}", "see `ray status`") from None
 
     def _name(self, k: int) -> str:
         blocks = self._given[k][2]
