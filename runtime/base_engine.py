@@ -10,7 +10,6 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from runtime.base import worker
 from runtime.base.worker import OfWorker
 from runtime.bindings import ggml
 from runtime.compute.batch import Batch
@@ -101,15 +100,9 @@ class BaseEngine(OfWorker):
             step = min(step, LOGITS)
         return [batch.part(first, first + step) for first in range(0, len(batch), step)]
 
-    def _computed(self, pieces: Sequence[Batch], run: SettledOptions) -> Iterator[Done]:
-        """Each piece, computed behind the one before it."""
-        for piece in pieces:
-            worker.stop_if_unwanted()
-            yield self._piece(piece, run)
-
     @abstractmethod
-    def _piece(self, batch: Batch, run: SettledOptions) -> Done:
-        """Take cells for a piece, and compute it."""
+    def _computed(self, pieces: Sequence[Batch], run: SettledOptions) -> Iterator[Done]:
+        """Take cells for each piece, and compute it, behind the one before it."""
         raise NotImplementedError
 
     @property

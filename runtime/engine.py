@@ -4,8 +4,11 @@ the executor.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
+from runtime.base import worker
 from runtime.base.closing import Handles
 from runtime.base.memory_left import memory_left
 from runtime.base_engine import BaseEngine, Counted, Done, Floats
@@ -112,8 +115,10 @@ class Engine(BaseEngine):
             ggml.ggml_backend_cpu_set_threadpool(backend, pool)
         return backend
 
-    def _piece(self, batch: Batch, run: SettledOptions) -> Done:
-        return self._through(batch, batch.tokens, run)
+    def _computed(self, pieces: Sequence[Batch], run: SettledOptions) -> Iterator[Done]:
+        for piece in pieces:
+            worker.stop_if_unwanted()
+            yield self._through(piece, piece.tokens, run)
 
     def pass_on(self, batch: Batch, data: Ints | Floats, run: SettledOptions) -> Done:
         """A piece of a batch through the engine's blocks. data: its tokens, or hidden states, float32 [n_tokens,

@@ -132,7 +132,8 @@ class Speculation:
             self._lengths.arms[ahead.arm].judge(ahead.drafted, min(accepted, ahead.drafted))
 
     def _computed(self, ids: Sequence[int], at_most: int) -> Floats:
-        self._sequence.catch_up(ids)
+        if not self._engine.cells.can_trim:
+            self._sequence.catch_up(ids)
         arm, drafts = self._drafts(ids, max(0, min(at_most, self._engine.options.n_ctx - len(ids))))
         started, n = time.perf_counter(), 1 + len(drafts)
         number, counters = self.did.batches.get(n) or (0, Counters(self._engine.structure, self.did.ffn))

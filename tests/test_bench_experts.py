@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from oracle import llama_logits, mode_errors
+from twins import difference_from_its_twin
 
-import runtime
 from bench import stock
 from bench.make_model import Recipe, measure, random_ids, write_model
 from bench.pool import decode
@@ -90,13 +90,7 @@ def test_blocks_and_experts_differ(models: dict[str, Path]) -> None:
 
 def test_llama_cpp_computes_the_same_smallthinker(tmp_path: Path) -> None:
     """Its twin has the same weights, router and rotations."""
-    write_model(Recipe("tiny-smallthinker", 0.2, "f32"), tmp_path / "m.gguf")
-    stock.write(tmp_path / "m.gguf", tmp_path / "stock.gguf")
-    ids = random_ids(512, 40)
-    with runtime.load(tmp_path / "m.gguf", ffn="exact", threads=2, n_ctx=64, kv_type="f32") as model:
-        ours = model.logits(ids)
-    theirs = llama_logits(tmp_path / "stock.gguf", ids)
-    assert np.abs(ours - theirs).max() < 2e-3 * np.abs(theirs).max()
+    assert difference_from_its_twin("tiny-smallthinker", tmp_path) < 2e-3
 
 
 def test_llama_cpp_loads_a_mixtral(models: dict[str, Path]) -> None:

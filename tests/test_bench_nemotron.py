@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from oracle import llama_logits, mode_errors
+from oracle import mode_errors
+from twins import difference_from_its_twin
 
-import runtime
 from bench import stock
 from bench.firing_rates import plan_firing
 from bench.make_model import Recipe, measure, random_ids, write_model
@@ -37,13 +37,7 @@ def test_neurons_fire_and_are_predicted_as_planned(tmp_path: Path, name: str) ->
 @pytest.mark.parametrize("name", TINY)
 def test_llama_cpp_computes_the_same(tmp_path: Path, name: str) -> None:
     """Mamba-2, attention, and squared ReLU; with a router's bias, weights that are scaled, and a shared expert."""
-    write_model(Recipe(name, 0.2, "f32"), tmp_path / "m.gguf")
-    stock.write(tmp_path / "m.gguf", tmp_path / "stock.gguf")
-    ids = random_ids(512, 40)
-    with runtime.load(tmp_path / "m.gguf", ffn="exact", threads=2, n_ctx=64, kv_type="f32") as model:
-        ours = model.logits(ids)
-    theirs = llama_logits(tmp_path / "stock.gguf", ids)
-    assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
+    assert difference_from_its_twin(name, tmp_path) < 1e-4
 
 
 def elements(s: Structure) -> tuple[float, float]:

@@ -113,9 +113,9 @@ def _block_bytes(s: Structure, tensors: Mapping[str, TensorInfo], activity: Acti
 
 def block_bytes(s: Structure, tensors: Mapping[str, TensorInfo], activity: Activity, i: int) -> float:
     """Bytes of block `i` that one token reads: its mixer's matrices, and what it needs of the FFN."""
-    parsed = ((name, names.parsed(name)) for name in tensors)
-    of_mixer = (name for name, block in parsed if block and block[0] == i and block[1].startswith(("attn_", "ssm_")))
-    return _block_bytes(s, tensors, activity, i) + sum(tensors[name].nbytes for name in of_mixer)
+    of_mixer = tuple(names.in_block(i, kind) for kind in ("attn_", "ssm_"))
+    mixer = sum(info.nbytes for name, info in tensors.items() if name.startswith(of_mixer))
+    return mixer + _block_bytes(s, tensors, activity, i)
 
 
 class BytesRead:

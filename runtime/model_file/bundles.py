@@ -6,7 +6,6 @@ file's bundles become the matrices that all other modules know. docs/format.md s
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from runtime.bindings import ggml
 from runtime.bindings.ffn_shape import FfnShape
 from runtime.errors import UserError
 from runtime.model_file import tensor_names as n
-from runtime.model_file.container import TensorInfo
+from runtime.model_file.container import TensorInfo, without_ones
 from runtime.model_file.structure import ARCHITECTURE, PAGED, Structure
 from runtime.model_file.structure_reading import read_structure
 
@@ -125,7 +124,7 @@ def _described(
             raise UserError(f"{where}: tensor `{short}` is missing, which layout `{PAGED}` has", _AGAIN)
         bundle = bundle_of(i, ffn, ids, info.ne[0])
         last = bundle.columns[-1]
-        if info.type_id != ggml.I8 or info.ne != _without_ones(bundle.shape) or info.ne[0] < last.first + last.row:
+        if info.type_id != ggml.I8 or info.ne != without_ones(bundle.shape) or info.ne[0] < last.first + last.row:
             raise UserError(
                 f"{where}: tensor `{short}` is {info.type} {list(info.ne)}, expected i8, at least "
                 f"{[last.first + last.row, *bundle.shape[1:]]}",
@@ -153,14 +152,8 @@ def _matrices(bundle: Bundle, info: TensorInfo) -> Iterator[TensorInfo]:
             name=column.name,
             type=ggml.ggml_type_name(column.type_id).decode(),
             type_id=column.type_id,
-            ne=_without_ones((bundle.n_embd, *bundle.shape[1:])),
+            ne=without_ones((bundle.n_embd, *bundle.shape[1:])),
             offset=info.offset + column.first,
             nbytes=column.row * bundle.rows,
             stride=bundle.stride,
         )
-
-
-def _without_ones(ne: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape as `TensorInfo` has it: its last dimensions are not 1."""
-    kept = list(itertools.dropwhile(lambda length: length == 1, reversed(ne[1:])))
-    return (ne[0], *reversed(kept))

@@ -39,6 +39,13 @@ _SCALARS: dict[int, tuple[Any, Callable[[Any], Any]]] = {
 }
 
 
+def without_ones(ne: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape as `TensorInfo` has it: its last dimensions are not 1."""
+    while len(ne) > 1 and ne[-1] == 1:
+        ne = ne[:-1]
+    return ne
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor of a file. ne: shape in ggml's order, contiguous dimension first, without trailing ones; offset: bytes

@@ -16,7 +16,7 @@ from runtime.bindings.ffn_shape import FfnShape
 from runtime.errors import UserError
 from runtime.model_file import tensor_names as names
 from runtime.model_file.bundles import unbundled
-from runtime.model_file.container import MAGIC, GgufPart, TensorInfo
+from runtime.model_file.container import MAGIC, GgufPart, TensorInfo, without_ones
 from runtime.model_file.provenance import check_figures
 from runtime.model_file.shards import open_shards
 from runtime.model_file.structure import Structure
@@ -114,7 +114,7 @@ class GgufFile(Closing):
                 "the file is incomplete: convert the checkpoint again",
             )
         for name, ne in required.items():
-            if self.tensors[name].ne != _without_ones(ne):
+            if self.tensors[name].ne != without_ones(ne):
                 raise UserError(
                     f"`{self.path}`: tensor `{name}` has shape {list(self.tensors[name].ne)}, "
                     f"expected {list(ne)} from the file's own description"
@@ -152,13 +152,6 @@ class GgufFile(Closing):
             freq = self.read(names.in_block(i, names.EXPERT_FREQ)).view(np.float32)
             if not np.all((freq >= 0) & (freq <= 1)):
                 raise UserError(f"`{self.path}`: `{names.in_block(i, names.EXPERT_FREQ)}` is not within 0 to 1", _AGAIN)
-
-
-def _without_ones(ne: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape as `TensorInfo` has it: its last dimensions are not 1."""
-    while len(ne) > 1 and ne[-1] == 1:
-        ne = ne[:-1]
-    return ne
 
 
 def _wanted_type(info: TensorInfo) -> str:

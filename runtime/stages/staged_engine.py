@@ -128,10 +128,6 @@ class StagedEngine(BaseEngine):
                 self._groups.took(len(piece), one.seconds)
             yield Done(one.data, one.counted)
 
-    def _piece(self, batch: Batch, run: SettledOptions) -> Done:
-        (done,) = self._computed([batch], run)
-        return done
-
     def _send(self, batch: Batch, run: SettledOptions) -> object:
         changes = tuple(self._table.changes)
         self._table.take(batch)
